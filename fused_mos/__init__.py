@@ -1,0 +1,9 @@
+"""fused_mos: the Mixture of Softmaxes at the cost of its matrix products."""
+
+from . import functional
+from ._backends import backends
+from .module import MoC, MoS, Softmax
+
+__version__ = "0.1.0"
+
+__all__ = ["MoC", "MoS", "Softmax", "backends", "functional"]

@@ -1,0 +1,85 @@
+"""The implementations behind the head, and the choice between them.
+
+`reference` is plain differentiable torch and the definition of every result. Any other backend is a
+module with the functions of `Kernels` below: it computes values and gradients, and knows no autograd.
+
+(The package has an underscore because `fused_mos.backends` is the public function.)
+"""
+
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import reference, tiled
+
+
+class Kernels(Protocol):
+    """What a fused backend implements; design notation, R = N·K rows.
+
+    All tensors are contiguous; latent, weight and bias share one floating dtype. Statistics (lse,
+    target_logit, nll) and log-probabilities come in `accumulation_dtype`, gradients in the dtype of their input.
+    A gradient that `needs` (latent, prior_logits, weight, bias) does not ask for is an empty tensor.
+    """
+
+    def lse_and_target(self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None):
+        """(R, D), (V, D), (V,), (R,) -> lse (R,), target logit (R,; NaN where the target is no class)."""
+
+    def lse_and_target_backward(
+        self, rows, weight, bias, target, lse, grad_lse, grad_target, needs: tuple[bool, bool, bool]
+    ):
+        """Gradients of (rows, weight, bias) for dl = grad_lse·exp(l − lse) − grad_target·1[v = target]."""
+
+    def gradient_in_forward_pays(self, n_tokens: int, n_experts: int, weight: Tensor) -> bool:
+        """Whether `nll_with_gradients` is cheaper than `lse_and_target` with its backward."""
+
+    def nll_with_gradients(self, latent, prior_logits, weight, bias, target, valid, filter_eps: float, needs):
+        """nll (N,), lse (N, K), target_logit (N, K) and the gradients of nll[valid].sum()."""
+
+    def log_prob(self, latent, log_prior, weight, bias, lse) -> Tensor:
+        """(N, K, D), (N, K), …, (N, K) -> log-probabilities (N, V)."""
+
+    def log_prob_backward(self, grad, latent, log_prior, weight, bias, lse, log_prob, needs):
+        """Gradients of (latent, prior_logits, weight, bias) for an arbitrary grad (N, V)."""
+
+    def predict(self, latent, log_prior, weight, bias, lse) -> Tensor:
+        """The most probable class (N,) of the mixture, int64."""
+
+    def sample(self, rows, weight, bias, temperature: float, generator) -> Tensor:
+        """One class (R,) from each row's softmax(l / temperature), int64."""
+
+
+_KERNELS = {"tiled": tiled}
+_ABSENT = {
+    "cpu": "the native CPU kernels are not part of this version",
+    "triton": "the Triton kernels are not part of this version",
+    "cuda": "the CUDA kernels are not part of this version",
+}
+NAMES = ("auto", "reference", *_KERNELS, *_ABSENT)
+
+
+def backends() -> dict[str, str]:
+    """Says which backends exist on this machine: name -> "available", or the reason why not."""
+    return {"reference": "available"} | {name: "available" for name in _KERNELS} | _ABSENT
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """Turns `auto` into the fastest backend for `device`, and checks any other name.
+
+    Raises ValueError for an unknown name, RuntimeError for a backend that is not available here.
+    """
+    if name == "auto":
+        return "tiled"
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    if name in _ABSENT:
+        raise RuntimeError(f"backend {name!r} is not available: {_ABSENT[name]}; fused_mos.backends() lists those that are")
+    return name
+
+
+def kernels(name: str) -> ModuleType:
+    return _KERNELS[name]
+
+
+__all__ = ["NAMES", "Kernels", "backends", "kernels", "reference", "resolve"]

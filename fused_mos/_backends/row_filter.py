@@ -1,0 +1,21 @@
+"""Dropping rows from the backward products by responsibility.
+
+The backward of a mixture's NLL is a cross-entropy over N·K rows with the weight g·r. Rows of negligible
+weight change nothing that the dtype can show, so they are dropped before any product, and all backward
+products shrink together.
+"""
+
+import torch
+from torch import Tensor
+
+
+def kept_rows(responsibility: Tensor, row_weight: Tensor, filter_eps: float) -> Tensor | None:  # (R,), (R,)
+    """Indices of the rows to keep, or None where that is all of them.
+
+    Dropped are rows of weight 0 (ignored targets, responsibilities that underflow), which is exact, and rows
+    of responsibility below `filter_eps`, which changes each token's gradient by at most K·eps of its own
+    scale. A NaN weight is kept, so that it is seen in the gradient.
+    """
+    dropped = (row_weight == 0) | (responsibility < filter_eps)
+    kept = torch.nonzero(~dropped).squeeze(1)
+    return None if kept.numel() == dropped.numel() else kept

@@ -1,0 +1,50 @@
+"""The dropouts of AWD-LSTM (Merity et al. 2017, section 4), as functions of a tensor."""
+
+import torch
+from torch import Tensor, nn
+
+
+def locked_dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """Drops features with one mask for all time steps: the mask of (T, B, …) is (1, B, …), scaled by 1/(1 − p).
+
+    A tensor of fewer than three dimensions has no time axis: each of its rows gets its own mask.
+    """
+    if not training or p == 0:
+        return x
+    shape = (1, *x.shape[1:]) if x.dim() >= 3 else x.shape
+    return x * _mask(x, shape, p)
+
+
+def embedding_dropout(weight: Tensor, tokens: Tensor, p: float, training: bool = True) -> Tensor:
+    """Looks `tokens` up in `weight` (V, D) with whole words dropped: one Bernoulli per vocabulary row, shared
+    over batch and time, scaled by 1/(1 − p). Returns (*tokens.shape, D)."""
+    embedded = torch.nn.functional.embedding(tokens, weight)
+    if not training or p == 0:
+        return embedded
+    mask = _mask(weight, (weight.shape[0], 1), p)
+    return embedded * torch.nn.functional.embedding(tokens, mask)
+
+
+def _mask(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    return like.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
+
+
+def check_probability(name: str, p: float) -> float:
+    """Returns `p`; raises ValueError unless 0 ≤ p < 1."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {p}")
+    return p
+
+
+class LockedDropout(nn.Module):
+    """`locked_dropout` as a module."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = check_probability("p", p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return locked_dropout(x, self.p, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"

@@ -1,0 +1,222 @@
+"""The heads as modules: `MoS`, and the paper's baselines `MoC` and `Softmax` behind the same interface.
+
+All three put a fused log-likelihood where a model would have `Linear(in_features, n_classes)` and
+cross-entropy. The convention is that of torch.nn.AdaptiveLogSoftmaxWithLoss.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from .dropout import LockedDropout
+
+
+class HeadOutput(NamedTuple):
+    """`output`: log-likelihood of each target, 0 where ignored; `loss`: its negative, reduced."""
+
+    output: Tensor
+    loss: Tensor
+
+
+class Head(nn.Module):
+    """What the heads share: a decoder, and a mixture over it given by `mixture(input)`."""
+
+    def __init__(self, latent_features: int, n_classes: int, bias: bool, weight: nn.Parameter | None, backend: str, device, dtype):
+        super().__init__()
+        for name, value in (("latent_features", latent_features), ("n_classes", n_classes)):
+            _check_positive(name, value)
+        if weight is not None and tuple(weight.shape) != (n_classes, latent_features):
+            raise ValueError(
+                f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got {tuple(weight.shape)}"
+            )
+        if backend not in F._backends.NAMES:
+            raise ValueError(f"backend must be one of {', '.join(F._backends.NAMES)}, got {backend!r}")
+        self.n_classes = n_classes
+        self.backend = backend
+        self.decoder = nn.Linear(latent_features, n_classes, bias, device=device, dtype=dtype)
+        self.tied = weight is not None
+        if self.tied:
+            self.decoder.weight = weight
+
+    def reset_parameters(self) -> None:
+        """The paper's initialisation: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
+        A tied weight belongs to its embedding and is left alone."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module is not self.decoder:
+                module.reset_parameters()
+        if not self.tied:
+            nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        if self.decoder.bias is not None:
+            nn.init.zeros_(self.decoder.bias)
+
+    def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, in_features) -> latent (…, K, D), prior_logits (…, K)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        grad_filter_eps: float = 0.0,
+    ) -> HeadOutput:
+        """Log-likelihood and loss of `target` given `input`.
+
+        Args:
+            input: (…, in_features); a time axis, if there is one, comes first: (T, B, in_features).
+            target: (…) int64 classes, or `ignore_index`.
+            ignore_index, reduction, grad_filter_eps: see `functional.mos_nll_loss`.
+
+        Returns:
+            output: (…) log-likelihoods in nats, differentiable. loss: () or, for reduction="none", (…).
+        """
+        latent, prior_logits = self._flat_mixture(input)
+        if target.shape != input.shape[:-1]:
+            raise ValueError(f"target must have input's leading shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
+        if reduction not in F.REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(F.REDUCTIONS)}, got {reduction!r}")
+        nll, loss = F.nll_and_loss(
+            latent, prior_logits, self.decoder.weight, target.reshape(-1), self.decoder.bias,
+            ignore_index=ignore_index, reduction=reduction, backend=self.backend, grad_filter_eps=grad_filter_eps,
+        )  # fmt: skip
+        return HeadOutput(-nll.view(target.shape), loss.view(target.shape) if reduction == "none" else loss)
+
+    def log_prob(self, input: Tensor) -> Tensor:
+        """Log-probabilities of all classes: (…, in_features) -> (…, n_classes)."""
+        latent, prior_logits = self._flat_mixture(input)
+        log_prob = F.mos_log_prob(latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend)
+        return log_prob.view(*input.shape[:-1], self.n_classes)
+
+    def predict(self, input: Tensor) -> Tensor:
+        """The most probable class: (…, in_features) -> (…) int64."""
+        latent, prior_logits = self._flat_mixture(input)
+        index = F.mos_predict(latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend)
+        return index.view(input.shape[:-1])
+
+    def sample(self, input: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """One class per position: (…, in_features) -> (…) int64; `temperature` as in `functional.mos_sample`."""
+        latent, prior_logits = self._flat_mixture(input)
+        index = F.mos_sample(
+            latent, prior_logits, self.decoder.weight, self.decoder.bias,
+            temperature=temperature, generator=generator, backend=self.backend,
+        )  # fmt: skip
+        return index.view(input.shape[:-1])
+
+    def _flat_mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(f"input must be (…, in_features = {self.in_features}), got {tuple(input.shape)}")
+        if input.dtype != self.decoder.weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"input must have the parameters' dtype {self.decoder.weight.dtype}, got {input.dtype}")
+        if input.device != self.decoder.weight.device:
+            raise ValueError(f"input is on {input.device} but the parameters are on {self.decoder.weight.device}")
+        latent, prior_logits = self.mixture(input)
+        return latent.reshape(-1, *latent.shape[-2:]), prior_logits.reshape(-1, prior_logits.shape[-1])
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}" + (", tied" if self.tied else "")
+
+
+class Softmax(Head):
+    """One softmax, the head that a mixture replaces: p = softmax(W h + b), of rank at most in_features.
+
+    Args:
+        in_features: size H of the context vector.
+        n_classes: size V of the vocabulary.
+        bias: whether the decoder has a bias.
+        weight: an embedding's Parameter (V, H) to tie the decoder to.
+        backend: one of `fused_mos.backends()`, or "auto".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        n_classes: int,
+        bias: bool = True,
+        weight: nn.Parameter | None = None,
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_features, n_classes, bias, weight, backend, device, dtype)
+        self.in_features = in_features
+        self.reset_parameters()
+
+    def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        return input.unsqueeze(-2), input.new_zeros(*input.shape[:-1], 1)
+
+
+class MoS(Head):
+    """Mixture of Softmaxes: p = Σ_k π_k softmax(W tanh(W_k h + c_k) + b) (Yang et al. 2018, section 2.3).
+
+    Args:
+        in_features: size H of the context vector h.
+        n_classes: size V of the vocabulary.
+        n_experts: K, the number of softmaxes.
+        latent_features: size D of the experts' vectors; by default that of `weight`, else in_features.
+        bias: whether the decoder has a bias.
+        latent_dropout: the paper's dropoutl: locked dropout of the latent vectors, one mask for all time steps
+            of an input (T, B, H).
+        weight: an embedding's Parameter (V, D) to tie the decoder to.
+        backend: one of `fused_mos.backends()`, or "auto".
+
+    The submodules `prior`, `latent.0` and `decoder` are named as in the paper's published code.
+
+    >>> head = MoS(in_features=512, n_classes=10_000, n_experts=15, latent_features=280)
+    >>> output, loss = head(hidden, target)   # (T, B, 512), (T, B) -> (T, B), ()
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        n_classes: int,
+        n_experts: int = 10,
+        latent_features: int | None = None,
+        bias: bool = True,
+        latent_dropout: float = 0.0,
+        weight: nn.Parameter | None = None,
+        backend: str = "auto",
+        device=None,
+        dtype=None,
+    ):
+        if latent_features is None:
+            latent_features = in_features if weight is None else weight.shape[-1]
+        super().__init__(latent_features, n_classes, bias, weight, backend, device, dtype)
+        _check_positive("in_features", in_features)
+        _check_positive("n_experts", n_experts)
+        self.in_features = in_features
+        self.n_experts = n_experts
+        self.prior = nn.Linear(in_features, n_experts, bias=False, device=device, dtype=dtype)
+        self.latent = nn.Sequential(nn.Linear(in_features, n_experts * latent_features, device=device, dtype=dtype), nn.Tanh())
+        self.latent_dropout = LockedDropout(latent_dropout)
+        self.reset_parameters()
+
+    def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        latent = self.latent_dropout(self.latent(input))
+        return latent.unflatten(-1, (self.n_experts, self.decoder.in_features)), self.prior(input)
+
+    def extra_repr(self) -> str:
+        return f"n_experts={self.n_experts}, {super().extra_repr()}"
+
+
+class MoC(MoS):
+    """Mixture of Contexts: p = softmax(W Σ_k π_k tanh(W_k h + c_k) + b) (Yang et al. 2018, section 2.4).
+
+    As many parameters as `MoS` and the same arguments, but the mixture is inside one softmax, so the rank
+    stays at most latent_features: the paper's control.
+    """
+
+    def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        latent, prior_logits = super().mixture(input)
+        context = (torch.softmax(prior_logits, dim=-1).unsqueeze(-2) @ latent)
+        return context, context.new_zeros(*context.shape[:-1])
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,313 @@
+"""torch.library custom ops: the autograd, fake kernels and backend dispatch between `functional` and the backends.
+
+Four differentiable ops, each opaque to torch.compile, so that no (N, K, V) tensor can appear in a graph:
+
+    fused_mos::nll                 per-token NLL; its backward recomputes the logits (4 products)
+    fused_mos::nll_with_gradients  the same and the gradient of its sum, formed in the forward pass (3 products)
+    fused_mos::logsumexp           log Σ_v exp l, (N, K)
+    fused_mos::log_prob            log-probabilities of all classes, (N, V)
+
+Their outputs are float32 for 16-bit inputs, gradients have the dtype of their input. Double backward is
+refused: the `reference` backend, which is plain torch, has it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import _backends
+from ._backends.reference import accumulation_dtype, log_softmax_prior, mix_target
+from ._backends.row_filter import kept_rows
+
+
+def _empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Uninitialised contiguous gradients, of no elements where not needed: what the ops promise their callers."""
+    tensors = (inputs[0] if tensor is None else tensor for tensor in inputs)
+    return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needs))
+
+
+def _as_gradients(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs))
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the fused MoS ops cannot be differentiated twice (create_graph=True); use backend='reference' for that"
+        )
+
+
+def _valid_target(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    valid = target != ignore_index
+    return valid, torch.where(valid, target, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- nll
+
+
+@custom_op("fused_mos::nll", mutates_args=())
+def nll(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,) int64
+    ignore_index: int,
+    filter_eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nll (N,), and for the backward pass lse (N, K) and target_logit (N, K)."""
+    n, k, d = latent.shape
+    valid, target = _valid_target(target, ignore_index)
+    lse, target_logit = _backends.kernels(backend).lse_and_target(
+        latent.view(n * k, d), weight, bias, target.repeat_interleave(k)
+    )
+    lse, target_logit = lse.view(n, k), target_logit.view(n, k)
+    losses, _ = mix_target(log_softmax_prior(prior_logits).to(lse.dtype), lse, target_logit)
+    return torch.where(valid, losses, 0), lse, target_logit
+
+
+@nll.register_fake
+def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, backend):
+    n, k, _ = latent.shape
+    statistics = latent.new_empty(n, k, dtype=accumulation_dtype(latent.dtype))
+    return statistics.new_empty(n), statistics, torch.empty_like(statistics)
+
+
+@custom_op("fused_mos::nll_backward", mutates_args=())
+def nll_backward(
+    grad: Tensor,  # (N,)
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,) int64
+    lse: Tensor,  # (N, K)
+    target_logit: Tensor,  # (N, K)
+    ignore_index: int,
+    filter_eps: float,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of (latent, prior_logits, weight, bias): dl = g r (exp(l − L) − 1[v = y]), da = g (π − r)."""
+    n, k, d = latent.shape
+    valid, target = _valid_target(target, ignore_index)
+    log_prior = log_softmax_prior(prior_logits).to(lse.dtype)
+    _, responsibility = mix_target(log_prior, lse, target_logit)
+    grad = torch.where(valid, grad.to(lse.dtype), 0)[:, None]
+    # an ignored token weighs nothing even where its statistics are not finite
+    row_weight = torch.where(grad != 0, grad * responsibility, 0)
+    grad_prior = (log_prior.exp() * grad - row_weight).to(prior_logits.dtype) if needs[1] else prior_logits.new_empty(0)
+
+    product_needs = (needs[0], needs[2], needs[3])
+    if not any(product_needs):
+        return latent.new_empty(0), grad_prior, latent.new_empty(0), latent.new_empty(0)
+    rows, row_target, row_lse, row_weight = latent.view(n * k, d), target.repeat_interleave(k), lse.view(-1), row_weight.view(-1)
+    kept = kept_rows(responsibility.view(-1), row_weight, filter_eps)
+    if kept is not None:
+        rows, row_target, row_lse, row_weight = rows[kept], row_target[kept], row_lse[kept], row_weight[kept]
+    grad_rows, grad_weight, grad_bias = _backends.kernels(backend).lse_and_target_backward(
+        rows, weight, bias, row_target, row_lse, row_weight, row_weight, product_needs
+    )
+    if needs[0]:
+        if kept is not None:
+            grad_rows = torch.zeros_like(latent.view(n * k, d)).index_copy_(0, kept, grad_rows)
+        grad_rows = grad_rows.view(n, k, d)
+    return grad_rows, grad_prior, grad_weight, grad_bias
+
+
+@nll_backward.register_fake
+def _(grad, latent, prior_logits, weight, bias, target, lse, target_logit, ignore_index, filter_eps, needs, backend):
+    return _empty_gradients((latent, prior_logits, weight, bias), needs)
+
+
+def _nll_setup(ctx, inputs, output):
+    latent, prior_logits, weight, bias, target, ignore_index, filter_eps, backend = inputs
+    _, lse, target_logit = output
+    ctx.mark_non_differentiable(lse, target_logit)
+    ctx.save_for_backward(latent, prior_logits, weight, bias, target, lse, target_logit)
+    ctx.options = ignore_index, filter_eps, backend
+
+
+def _nll_backward(ctx, grad, _grad_lse, _grad_target_logit):
+    _refuse_double_backward()
+    ignore_index, filter_eps, backend = ctx.options
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = nll_backward(grad.contiguous(), *ctx.saved_tensors, ignore_index, filter_eps, needs, backend)
+    return *_as_gradients(gradients, needs), None, None, None, None
+
+
+nll.register_autograd(_nll_backward, setup_context=_nll_setup)
+
+
+# -------------------------------------------------------------------------------------------------- nll_with_gradients
+
+
+@custom_op("fused_mos::nll_with_gradients", mutates_args=())
+def nll_with_gradients(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,) int64
+    ignore_index: int,
+    filter_eps: float,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """total = nll.sum() (), nll (N,), lse (N, K), target_logit (N, K), and total's gradients for the inputs that `needs` names.
+
+    Backward through `total` only scales them. Backward through `nll` is possible too and recomputes.
+    """
+    valid, target = _valid_target(target, ignore_index)
+    losses, lse, target_logit, *gradients = _backends.kernels(backend).nll_with_gradients(
+        latent, prior_logits, weight, bias, target, valid, filter_eps, tuple(needs)
+    )
+    losses = torch.where(valid, losses, 0)
+    return losses.sum(), losses, lse, target_logit, *gradients
+
+
+@nll_with_gradients.register_fake
+def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, needs, backend):
+    n, k, _ = latent.shape
+    statistics = latent.new_empty(n, k, dtype=accumulation_dtype(latent.dtype))
+    losses = statistics.new_empty(n)
+    gradients = _empty_gradients((latent, prior_logits, weight, bias), needs)
+    return losses.new_empty(()), losses, statistics, torch.empty_like(statistics), *gradients
+
+
+def _nll_with_gradients_setup(ctx, inputs, output):
+    latent, prior_logits, weight, bias, target, ignore_index, filter_eps, needs, backend = inputs
+    _, _, lse, target_logit, *gradients = output
+    ctx.mark_non_differentiable(lse, target_logit, *gradients)
+    ctx.set_materialize_grads(False)  # an unused output must not cost a recomputing backward pass
+    ctx.save_for_backward(latent, prior_logits, weight, bias, target, lse, target_logit, *gradients)
+    ctx.options = ignore_index, filter_eps, backend
+
+
+def _nll_with_gradients_backward(ctx, grad_total, grad_nll, *_):
+    _refuse_double_backward()
+    ignore_index, filter_eps, backend = ctx.options
+    needs = list(ctx.needs_input_grad[:4])
+    inputs, gradients = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    result: tuple[Tensor | None, ...] = (None,) * 4
+    if grad_total is not None:
+        result = tuple((gradient * grad_total).to(gradient.dtype) if need else None for gradient, need in zip(gradients, needs))
+    if grad_nll is not None:
+        recomputed = nll_backward(grad_nll.contiguous(), *inputs, ignore_index, filter_eps, needs, backend)
+        recomputed = _as_gradients(recomputed, needs)
+        result = recomputed if grad_total is None else tuple(a + b if need else None for a, b, need in zip(result, recomputed, needs))
+    return *result, None, None, None, None, None
+
+
+nll_with_gradients.register_autograd(_nll_with_gradients_backward, setup_context=_nll_with_gradients_setup)
+
+
+# ---------------------------------------------------------------------------------------------------------- logsumexp
+
+
+@custom_op("fused_mos::logsumexp", mutates_args=())
+def logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """L[n,k] = log Σ_v exp l[n,k,v]: (N, K, D), (V, D), (V,) -> (N, K)."""
+    n, k, d = latent.shape
+    return _backends.kernels(backend).lse_and_target(latent.view(n * k, d), weight, bias, None)[0].view(n, k)
+
+
+@logsumexp.register_fake
+def _(latent, weight, bias, backend):
+    return latent.new_empty(latent.shape[:2], dtype=accumulation_dtype(latent.dtype))
+
+
+@custom_op("fused_mos::logsumexp_backward", mutates_args=())
+def logsumexp_backward(
+    grad: Tensor, latent: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, needs: Sequence[bool], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, k, d = latent.shape
+    grad_rows, grad_weight, grad_bias = _backends.kernels(backend).lse_and_target_backward(
+        latent.view(n * k, d), weight, bias, None, lse.view(-1), grad.view(-1), None, tuple(needs)
+    )
+    return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_weight, grad_bias
+
+
+@logsumexp_backward.register_fake
+def _(grad, latent, weight, bias, lse, needs, backend):
+    return _empty_gradients((latent, weight, bias), needs)
+
+
+def _logsumexp_setup(ctx, inputs, output):
+    latent, weight, bias, ctx.backend = inputs
+    ctx.save_for_backward(latent, weight, bias, output)
+
+
+def _logsumexp_backward(ctx, grad):
+    _refuse_double_backward()
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = logsumexp_backward(grad.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
+    return *_as_gradients(gradients, needs), None
+
+
+logsumexp.register_autograd(_logsumexp_backward, setup_context=_logsumexp_setup)
+
+
+# ----------------------------------------------------------------------------------------------------------- log_prob
+
+
+@custom_op("fused_mos::log_prob", mutates_args=())
+def log_prob(
+    latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """log p (N, V), and lse (N, K) for the backward pass."""
+    n, k, d = latent.shape
+    kernels = _backends.kernels(backend)
+    lse = kernels.lse_and_target(latent.view(n * k, d), weight, bias, None)[0].view(n, k)
+    log_prior = log_softmax_prior(prior_logits).to(lse.dtype)
+    return kernels.log_prob(latent, log_prior, weight, bias, lse), lse
+
+
+@log_prob.register_fake
+def _(latent, prior_logits, weight, bias, backend):
+    lse = latent.new_empty(latent.shape[:2], dtype=accumulation_dtype(latent.dtype))
+    return lse.new_empty(latent.shape[0], weight.shape[0]), lse
+
+
+@custom_op("fused_mos::log_prob_backward", mutates_args=())
+def log_prob_backward(
+    grad: Tensor,  # (N, V)
+    latent: Tensor,
+    prior_logits: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    log_p: Tensor,
+    needs: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_prior = log_softmax_prior(prior_logits).to(lse.dtype)
+    grad_latent, grad_prior, grad_weight, grad_bias = _backends.kernels(backend).log_prob_backward(
+        grad, latent, log_prior, weight, bias, lse, log_p, tuple(needs)
+    )
+    return grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
+
+
+@log_prob_backward.register_fake
+def _(grad, latent, prior_logits, weight, bias, lse, log_p, needs, backend):
+    return _empty_gradients((latent, prior_logits, weight, bias), needs)
+
+
+def _log_prob_setup(ctx, inputs, output):
+    latent, prior_logits, weight, bias, ctx.backend = inputs
+    log_p, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(latent, prior_logits, weight, bias, lse, log_p)
+
+
+def _log_prob_backward(ctx, grad, _grad_lse):
+    _refuse_double_backward()
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = log_prob_backward(grad.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
+    return *_as_gradients(gradients, needs), None
+
+
+log_prob.register_autograd(_log_prob_backward, setup_context=_log_prob_setup)
