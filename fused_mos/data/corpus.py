@@ -1,0 +1,120 @@
+"""A folder of train.txt, valid.txt and test.txt as tensors of word indices, batches and BPTT segments.
+
+Words are split at white space and each line ends with `<eos>`, as the paper counts them. The vocabulary is
+that of train.txt, in order of first appearance, as in the paper's published code.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+EOS = "<eos>"
+UNKNOWN = "<unk>"
+SPLITS = ("train", "valid", "test")
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be used, with the file and the reason."""
+
+
+class Vocabulary:
+    """Words and their indices, 0 … V − 1."""
+
+    def __init__(self, words: Iterable[str]):
+        self.words = list(words)
+        self.index = {word: i for i, word in enumerate(self.words)}
+        if len(self.index) != len(self.words):
+            raise ValueError(f"words must be distinct, got {len(self.words)} of which {len(self.index)} are")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def save(self, path: Path) -> None:
+        path.write_text("\n".join(self.words) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Vocabulary":
+        return cls(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+
+
+class Corpus:
+    """The three splits of a folder as int64 tensors of word indices.
+
+    Args:
+        folder: holds train.txt, valid.txt and test.txt, UTF-8.
+        map_unknown: what to do with a word of valid.txt or test.txt that train.txt lacks: False raises, True
+            counts it as `<unk>`, which train.txt must contain. (Mapping changes what a perplexity means.)
+
+    Raises CorpusError naming the folder, the file or the word, and what to do.
+    """
+
+    def __init__(self, folder: str | Path, map_unknown: bool = False):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CorpusError(f"data folder {folder} does not exist; it must hold train.txt, valid.txt and test.txt")
+        missing = [f"{split}.txt" for split in SPLITS if not (folder / f"{split}.txt").is_file()]
+        if missing:
+            raise CorpusError(f"data folder {folder} lacks {', '.join(missing)}")
+        self.vocabulary = Vocabulary(dict.fromkeys(word for _, words in _lines(folder / "train.txt") for word in words))
+        self.train, self.valid, self.test = (self._tokens(folder / f"{split}.txt", map_unknown) for split in SPLITS)
+
+    def _tokens(self, path: Path, map_unknown: bool) -> Tensor:
+        index = self.vocabulary.index
+        tokens: list[int] = []
+        for number, words in _lines(path):
+            for word in words:
+                token = index.get(word)
+                if token is None:
+                    if not map_unknown:
+                        raise CorpusError(
+                            f"{path}:{number}: the word {word!r} is not in train.txt's vocabulary of {len(index)} words; "
+                            f"use --map-unknown to count such words as {UNKNOWN}"
+                        )
+                    if UNKNOWN not in index:
+                        raise CorpusError(f"{path}:{number}: cannot map {word!r} to {UNKNOWN}, which train.txt does not contain")
+                    token = index[UNKNOWN]
+                tokens.append(token)
+        return torch.tensor(tokens, dtype=torch.int64)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, its words and `<eos>`)."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, [*line.split(), EOS]
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path} is not UTF-8 text (near line {number + 1}: {error.reason})") from None
+    if number == 0:
+        raise CorpusError(f"{path} is empty")
+
+
+def batchify(tokens: Tensor, batch_size: int) -> Tensor:
+    """Cuts a stream into `batch_size` parallel columns: (n,) -> (n // batch_size, batch_size), the rest dropped.
+
+    Raises CorpusError if that leaves a column without a word to predict.
+    """
+    steps = tokens.numel() // batch_size
+    if steps < 2:
+        raise CorpusError(
+            f"a text of {tokens.numel()} tokens is too short for {batch_size} columns of at least 2; use a smaller batch size"
+        )
+    return tokens[: steps * batch_size].view(batch_size, steps).t().contiguous()
+
+
+def segment(source: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
+    """Input and target of a BPTT segment: rows [start, start + length) of source (T, B), and the rows after them;
+    shorter at the end of the source."""
+    length = min(length, source.shape[0] - 1 - start)
+    return source[start : start + length], source[start + 1 : start + 1 + length]
+
+
+def random_bptt_length(bptt: int, longest: int, generator: torch.Generator) -> int:
+    """A random segment length (Merity et al. 2017, section 4.1): max(5, int(N(base, 5))) and at most `longest`,
+    with base = bptt at probability 0.95, else bptt / 2."""
+    base = bptt if torch.rand((), generator=generator).item() < 0.95 else bptt / 2
+    length = int(base + 5 * torch.randn((), generator=generator).item())
+    return min(max(5, length), longest)

@@ -1,0 +1,153 @@
+"""AWD-LSTM (Merity et al. 2017) with a mixture head (Yang et al. 2018, section 3), from top to bottom.
+
+Shape letters: T time steps, B batch columns, V words. Every dropout is named as in the papers' code.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..dropout import check_probability, embedding_dropout, locked_dropout
+from ..module import MoC, MoS, Softmax
+from .lstm import WeightDropLSTM
+
+Hidden = list[tuple[Tensor, Tensor]]
+"""One (h, c) per layer, each (1, B, width of the layer)."""
+
+HEADS = ("mos", "moc", "softmax")
+
+
+class LMOutput(NamedTuple):
+    log_likelihood: Tensor  # (T, B), of each target
+    loss: Tensor  # (), mean negative log-likelihood in nats
+    raw: Tensor  # (T, B, last width), the last layer before dropout: for TAR
+    dropped: Tensor  # (T, B, last width), after dropout: for AR
+    hidden: Hidden
+
+
+class AWDLSTM(nn.Module):
+    """A word-level language model: embedding, LSTM layers with weight drop, a head tied to the embedding.
+
+    Args:
+        n_words: V, size of the vocabulary.
+        embedding_size: D, also the size of the head's latent vectors.
+        hidden_sizes: width of each LSTM layer. With head="softmax" the last layer feeds the tied decoder
+            directly, so it is given the width of the embedding instead.
+        head: "mos", "moc" or "softmax".
+        n_experts: K; "softmax" ignores it.
+        dropoute: embedding dropout, of whole words. dropouti: locked dropout of the embeddings.
+        dropouth: locked dropout between LSTM layers. dropout: locked dropout of the last layer's output.
+        dropoutl: locked dropout of the latent vectors. wdrop: dropout of the recurrent weights.
+        tied: whether the decoder shares the embedding's weight.
+        backend: of the head, see `fused_mos.backends()`.
+        grad_filter_eps: see `functional.mos_nll_loss`.
+    """
+
+    def __init__(
+        self,
+        n_words: int,
+        embedding_size: int = 280,
+        hidden_sizes: tuple[int, ...] = (960, 960, 620),
+        head: str = "mos",
+        n_experts: int = 15,
+        dropoute: float = 0.1,
+        dropouti: float = 0.4,
+        dropouth: float = 0.225,
+        dropout: float = 0.4,
+        dropoutl: float = 0.29,
+        wdrop: float = 0.5,
+        tied: bool = True,
+        backend: str = "auto",
+        grad_filter_eps: float = 0.0,
+    ):
+        super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        if not hidden_sizes:
+            raise ValueError("hidden_sizes must name at least one layer, got none")
+        self.dropoute = check_probability("dropoute", dropoute)
+        self.dropouti = check_probability("dropouti", dropouti)
+        self.dropouth = check_probability("dropouth", dropouth)
+        self.dropout = check_probability("dropout", dropout)
+        self.grad_filter_eps = grad_filter_eps
+
+        widths = [*hidden_sizes[:-1], embedding_size if head == "softmax" else hidden_sizes[-1]]
+        self.encoder = nn.Embedding(n_words, embedding_size)
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        self.rnns = nn.ModuleList(
+            WeightDropLSTM(size, width, wdrop) for size, width in zip([embedding_size, *widths[:-1]], widths)
+        )
+        weight = self.encoder.weight if tied else None
+        if head == "softmax":
+            self.head = Softmax(embedding_size, n_words, weight=weight, backend=backend)
+        else:
+            mixture = {"mos": MoS, "moc": MoC}[head]
+            self.head = mixture(
+                widths[-1], n_words, n_experts, embedding_size, latent_dropout=dropoutl, weight=weight, backend=backend
+            )
+        self.register_load_state_dict_pre_hook(_rename_published_keys)
+
+    def initial_hidden(self, batch_size: int) -> Hidden:
+        """Zeros, as at the start of an epoch."""
+        weight = self.encoder.weight
+        return [
+            (weight.new_zeros(1, batch_size, rnn.hidden_size), weight.new_zeros(1, batch_size, rnn.hidden_size))
+            for rnn in self.rnns
+        ]
+
+    def features(self, tokens: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Tensor, Hidden]:
+        """tokens (T, B) -> the last layer's output before and after dropout, (T, B, width), and the new hidden."""
+        if hidden is None:
+            hidden = self.initial_hidden(tokens.shape[1])
+        x = embedding_dropout(self.encoder.weight, tokens, self.dropoute, self.training)
+        x = locked_dropout(x, self.dropouti, self.training)
+        new_hidden = []
+        for layer, rnn in enumerate(self.rnns):
+            if layer > 0:
+                x = locked_dropout(x, self.dropouth, self.training)
+            x, state = rnn(x, hidden[layer])
+            new_hidden.append(state)
+        return x, locked_dropout(x, self.dropout, self.training), new_hidden
+
+    def forward(self, tokens: Tensor, target: Tensor, hidden: Hidden | None = None) -> LMOutput:
+        """tokens (T, B) and target (T, B), the tokens one step later; hidden of the previous segment, or None."""
+        raw, dropped, hidden = self.features(tokens, hidden)
+        output, loss = self.head(dropped, target, grad_filter_eps=self.grad_filter_eps)
+        return LMOutput(output, loss, raw, dropped, hidden)
+
+    def log_prob(self, tokens: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Hidden]:
+        """tokens (T, B) -> log-probabilities of each next word (T, B, V), and the new hidden."""
+        _, dropped, hidden = self.features(tokens, hidden)
+        return self.head.log_prob(dropped), hidden
+
+
+def activation_regularization(dropped: Tensor) -> Tensor:
+    """AR: mean square of the dropped output of the last layer (Merity et al. 2017, section 4.5); () ."""
+    return dropped.pow(2).mean()
+
+
+def temporal_activation_regularization(raw: Tensor) -> Tensor:
+    """TAR: mean square of the change of the last layer between time steps; 0 for a single step; ()."""
+    if raw.shape[0] < 2:
+        return raw.new_zeros(())
+    return (raw[1:] - raw[:-1]).pow(2).mean()
+
+
+def detach(hidden: Hidden) -> Hidden:
+    """Cuts backpropagation through time between segments."""
+    return [(h.detach(), c.detach()) for h, c in hidden]
+
+
+def _rename_published_keys(module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    """Lets load_state_dict read the paper's published code: the head's modules stand on top level there, and
+    each LSTM in a wrapper that calls its recurrent weight `weight_hh_l0_raw`."""
+    for key in list(state_dict):
+        name = key.removeprefix(prefix)
+        if name.startswith(("prior.", "latent.", "decoder.")):
+            renamed = "head." + name
+        elif name.startswith("rnns.") and ".module." in name:
+            renamed = name.replace(".module.", ".").replace("weight_hh_l0_raw", "weight_hh_l0")
+        else:
+            continue
+        state_dict[prefix + renamed] = state_dict.pop(key)

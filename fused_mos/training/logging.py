@@ -1,0 +1,82 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard events and a learning curve."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean NLL in nats; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl and the same numbers to TensorBoard.
+
+    `offset` says how much of the file belongs to the checkpoint being resumed; what a killed run wrote after
+    that is cut off, so that no step appears twice.
+    """
+
+    def __init__(self, folder: Path, offset: int = 0, step: int = 0):
+        self._file = (folder / "metrics.jsonl").open("ab")
+        self._file.truncate(offset)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if offset else None)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> int:
+        """Forces everything to disk; returns the length of metrics.jsonl."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._events.flush()
+        return self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def plot_learning_curves(folders: dict[str, Path], path: Path) -> None:
+    """Training and validation perplexity against epochs, a colour per run, to a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(7, 4.3), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (label, folder) in enumerate(folders.items()):
+        metrics = read_metrics(folder)
+        train = [(m["epoch_fraction"], m["ppl"]) for m in metrics if m["kind"] == "train"]
+        valid = [(m["epoch"], m["ppl"]) for m in metrics if m["kind"] == "valid"]
+        if train:
+            axes.plot(*zip(*train), color=f"C{i}", alpha=0.35, linewidth=1, label=f"{label}, training (with dropout)")
+        if valid:
+            axes.plot(*zip(*valid), color=f"C{i}", marker="o", markersize=4, label=f"{label}, validation")
+        averaging = [m["epoch"] for m in metrics if m["kind"] == "valid" and m["averaging"]]
+        if averaging and averaging[0] > 1:
+            axes.axvline(averaging[0] - 1, color=f"C{i}", linestyle=":", linewidth=1, label=f"{label}, averaging starts")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("perplexity")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    partial = path.with_name("partial-" + path.name)
+    figure.savefig(partial, dpi=130)
+    os.replace(partial, path)

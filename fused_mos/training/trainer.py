@@ -1,0 +1,300 @@
+"""The training loop of AWD-LSTM-MoS: SGD → NT-ASGD over randomised BPTT segments, resumable at any moment."""
+
+import dataclasses
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import Corpus, batchify, random_bptt_length, segment
+from ..lm import AWDLSTM, NTASGD
+from ..lm.awd_lstm import activation_regularization, detach, temporal_activation_regularization
+from .checkpoint import CheckpointError, group, load_checkpoint, load_parameters, save_checkpoint
+from .config import ConfigError, TrainConfig
+from .evaluation import evaluate
+from .logging import MetricsLog, perplexity, plot_learning_curves
+
+RESUMABLE_FLAGS = ("epochs", "log_interval", "checkpoint_minutes", "data", "device", "backend")
+"""What may be changed when a run is resumed; anything else would make it another run."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; with the parameters, optimizer, hidden and random states this is all of its state."""
+
+    epoch: int = 0  # epochs finished
+    row: int = 0  # rows of the training text done in the current epoch
+    step: int = 0
+    words: int = 0
+    seconds: float = 0.0  # of training, without evaluation and checkpoints
+    best: float | None = None  # lowest validation loss
+    interval_words: int = 0  # since the last line of metrics.jsonl
+    interval_seconds: float = 0.0
+    metrics_bytes: int = 0
+    peak_memory_mib: float = 0.0
+
+
+class Trainer:
+    """A run in its folder: config.json, vocabulary.txt, metrics.jsonl, tensorboard/, best.safetensors,
+    last.safetensors, learning-curve.png and, at the end, result.json.
+
+    Raises ConfigError, CorpusError or CheckpointError before anything in the folder is changed.
+    """
+
+    def __init__(self, config: TrainConfig):
+        config.check()
+        self.config = config
+        self.folder = config.run_folder
+        self.device = _device(config.device)
+        saved = load_checkpoint(self.folder / "last.safetensors") if config.resume else None
+        if not config.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ConfigError(f"out: {self.folder} is not empty; continue that run with --resume {self.folder}, or name another --out")
+
+        self.corpus = Corpus(config.data, config.map_unknown)
+        for split, batch_size in (("valid", config.valid_batch_size), ("test", config.test_batch_size)):
+            batchify(getattr(self.corpus, split), batch_size)  # too short a text is better found now than after an epoch
+        self.source = batchify(self.corpus.train, config.optim.batch_size).to(self.device)
+
+        torch.manual_seed(config.seed)
+        self.bptt_generator = torch.Generator().manual_seed(config.seed)
+        self.model = AWDLSTM(len(self.corpus.vocabulary), **dataclasses.asdict(config.model)).to(self.device)
+        optim = config.optim
+        self.optimizer = NTASGD(self.model.parameters(), optim.lr, optim.weight_decay, optim.nonmono)
+        self.progress = Progress()
+        self.interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.hidden = self._initial_hidden()
+        if saved:
+            self._restore(*saved)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.corpus.vocabulary.save(self.folder / "vocabulary.txt")
+        _write_json(self.folder / "config.json", dataclasses.replace(config, resume=None).to_json())
+        self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
+
+    @property
+    def _sub_batch(self) -> int:
+        return self.config.optim.small_batch_size or self.config.optim.batch_size
+
+    def _initial_hidden(self):
+        """One hidden state per sub-batch: each is a slice of columns with a state of its own."""
+        return [self.model.initial_hidden(self._sub_batch) for _ in range(0, self.config.optim.batch_size, self._sub_batch)]
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the last epoch, evaluates the best model, and returns what it writes to result.json."""
+        try:
+            while self.progress.epoch < self.config.optim.epochs:
+                self._train_epoch()
+                self._finish_epoch()
+            return self._finish()
+        finally:
+            self.metrics.close()
+
+    def _train_epoch(self) -> None:
+        config, progress = self.config, self.progress
+        rows = self.source.shape[0]
+        self.model.train()
+        description = f"epoch {progress.epoch + 1}/{config.optim.epochs}"
+        checkpointed = time.monotonic()
+        # where no person watches, a line every half minute is enough
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        with tqdm(total=rows - 1, initial=progress.row, desc=description, unit="rows", mininterval=interval, dynamic_ncols=True) as bar:
+            while progress.row < rows - 1:
+                start = time.monotonic()
+                length = self._train_step()
+                progress.seconds += time.monotonic() - start
+                progress.interval_seconds += time.monotonic() - start
+                if progress.step % config.log_interval == 0:
+                    bar.set_postfix_str(self._log_interval(), refresh=False)
+                bar.update(length)
+                if time.monotonic() - checkpointed >= config.checkpoint_minutes * 60:
+                    self._save_last()
+                    checkpointed = time.monotonic()
+
+    def _train_step(self) -> int:
+        """One segment of all columns: forward, backward, clip, step. Returns the segment's rows."""
+        optim, progress = self.config.optim, self.progress
+        drawn = random_bptt_length(optim.bptt, optim.bptt + optim.bptt_delta, self.bptt_generator)
+        inputs, targets = segment(self.source, progress.row, drawn)
+        self.optimizer.zero_grad()
+        for i, columns in enumerate(range(0, optim.batch_size, self._sub_batch)):
+            part = slice(columns, columns + self._sub_batch)
+            output = self.model(inputs[:, part], targets[:, part], self.hidden[i])
+            self.hidden[i] = detach(output.hidden)
+            loss = output.loss
+            if optim.alpha:
+                loss = loss + optim.alpha * activation_regularization(output.dropped)
+            if optim.beta:
+                loss = loss + optim.beta * temporal_activation_regularization(output.raw)
+            (loss * (self._sub_batch / optim.batch_size)).backward()
+            self.interval_loss += output.loss.detach() * (self._sub_batch * inputs.shape[0])
+        if optim.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip)
+        # the rate follows the drawn length, also where the text ends before it, as in the published code
+        self.optimizer.step(scale=drawn / optim.bptt)
+        progress.row += inputs.shape[0]
+        progress.step += 1
+        progress.words += inputs.numel()
+        progress.interval_words += inputs.numel()
+        return inputs.shape[0]
+
+    def _log_interval(self) -> str:
+        progress = self.progress
+        loss = self.interval_loss.item() / progress.interval_words
+        if loss != loss:
+            raise TrainingDiverged(
+                f"the training loss became NaN between steps {progress.step - self.config.log_interval} and {progress.step}; "
+                f"the checkpoints in {self.folder} are from before that: lower --lr or --clip"
+            )
+        speed = progress.interval_words / progress.interval_seconds
+        self.metrics.write(
+            "train", progress.step, epoch=progress.epoch + 1, loss=loss, ppl=perplexity(loss), words_per_second=speed,
+            lr=self.config.optim.lr, epoch_fraction=progress.epoch + progress.row / (self.source.shape[0] - 1),
+        )  # fmt: skip
+        self._start_interval()
+        return f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {speed:,.0f} words/s"
+
+    def _start_interval(self) -> None:
+        self.interval_loss.zero_()
+        self.progress.interval_words, self.progress.interval_seconds = 0, 0.0
+
+    def _finish_epoch(self) -> None:
+        """Validates with the averages if there are any, keeps the best model, and may start averaging."""
+        progress = self.progress
+        with self.optimizer.averaged():
+            loss = evaluate(self.model, self.corpus.valid, self.config.valid_batch_size, self.config.optim.bptt, "validate")
+            if loss != loss:
+                raise TrainingDiverged(f"the validation loss of epoch {progress.epoch + 1} is NaN; {self.folder} keeps the last good checkpoints")
+            better = progress.best is None or loss < progress.best
+            if better:
+                progress.best = loss
+                meta = {"config": self.config.to_json(), "epoch": progress.epoch + 1, "valid_loss": loss}
+                save_checkpoint(self.folder / "best.safetensors", self._parameters(), meta)
+        averaging = self.optimizer.averaging
+        self.optimizer.record(loss)
+        progress.epoch += 1
+        progress.row = 0
+        self.hidden = self._initial_hidden()
+        self._start_interval()
+        self.metrics.write("valid", progress.step, epoch=progress.epoch, loss=loss, ppl=perplexity(loss), averaging=averaging)
+        self._save_last()
+        plot_learning_curves({self.config.model.head: self.folder}, self.folder / "learning-curve.png")
+        starts = self.optimizer.averaging and not averaging
+        tqdm.write(
+            f"epoch {progress.epoch}: valid loss {loss:.4f}, ppl {perplexity(loss):.2f}"
+            + (" (best)" if better else "") + (", averaging starts" if starts else "")
+        )  # fmt: skip
+
+    def _finish(self) -> dict[str, Any]:
+        config, progress = self.config, self.progress
+        best = self.folder / "best.safetensors"
+        tensors, meta = load_checkpoint(best)
+        load_parameters(self.model, tensors, best)
+        test = evaluate(self.model, self.corpus.test, config.test_batch_size, config.optim.bptt, "test")
+        result = {
+            "valid_ppl": perplexity(meta["valid_loss"]),
+            "test_ppl": perplexity(test),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "words_per_second": progress.words / progress.seconds if progress.seconds else None,
+            "peak_memory_mib": max(progress.peak_memory_mib, _peak_memory_mib(self.device)),
+            "seed": config.seed,
+            "head": config.model.head,
+            "recipe": config.recipe,
+            "best_epoch": meta["epoch"],
+            "epochs": progress.epoch,
+            "training_seconds": progress.seconds,
+        }
+        _write_json(self.folder / "result.json", result)
+        return result
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())  # a tied weight once
+
+    def _save_last(self) -> None:
+        progress = self.progress
+        progress.metrics_bytes = self.metrics.sync()
+        progress.peak_memory_mib = max(progress.peak_memory_mib, _peak_memory_mib(self.device))
+        optimizer_tensors, optimizer_meta = self.optimizer.state_dict()
+        tensors = {f"model.{name}": t for name, t in self._parameters().items()}
+        tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors.items()}
+        for i, layers in enumerate(self.hidden):
+            for layer, (h, c) in enumerate(layers):
+                tensors |= {f"hidden.{i}.{layer}.h": h, f"hidden.{i}.{layer}.c": c}
+        tensors |= {"random.torch": torch.get_rng_state(), "random.bptt": self.bptt_generator.get_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors["interval_loss"] = self.interval_loss
+        meta = {"config": self.config.to_json(), "progress": dataclasses.asdict(progress), "optimizer": optimizer_meta}
+        save_checkpoint(self.folder / "last.safetensors", tensors, meta)
+
+    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        path = self.folder / "last.safetensors"
+        vocabulary = self.folder / "vocabulary.txt"
+        if not vocabulary.is_file() or vocabulary.read_text(encoding="utf-8").split("\n")[:-1] != self.corpus.vocabulary.words:
+            raise CheckpointError(f"the vocabulary of {self.config.data} is not the one in {vocabulary}; name the run's own --data")
+        load_parameters(self.model, group(tensors, "model"), path)
+        try:
+            self.progress = Progress(**meta["progress"])
+            optimizer_tensors = {name: t if name.endswith("step") else t.to(self.device) for name, t in group(tensors, "optimizer").items()}
+            self.optimizer.load_state_dict(optimizer_tensors, meta["optimizer"])
+            self.hidden = [
+                [(tensors[f"hidden.{i}.{layer}.h"].to(self.device), tensors[f"hidden.{i}.{layer}.c"].to(self.device)) for layer in range(len(layers))]
+                for i, layers in enumerate(self.hidden)
+            ]
+            self.interval_loss = tensors["interval_loss"].to(self.device)
+            torch.set_rng_state(tensors["random.torch"])
+            self.bptt_generator.set_state(tensors["random.bptt"])
+            if self.device.type == "cuda" and "random.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
+
+
+def resumed_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in `folder`, ready to continue it. Raises CheckpointError."""
+    _, meta = load_checkpoint(folder / "last.safetensors")
+    return dataclasses.replace(TrainConfig.from_json(meta["config"]), out=folder, resume=folder)
+
+
+def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
+    """Raises ConfigError if `asked` differs from `saved` in more than RESUMABLE_FLAGS."""
+    for part_saved, part_asked in ((saved, asked), (saved.model, asked.model), (saved.optim, asked.optim)):
+        for field in dataclasses.fields(part_saved):
+            before, now = getattr(part_saved, field.name), getattr(part_asked, field.name)
+            if before != now and not dataclasses.is_dataclass(before) and field.name not in RESUMABLE_FLAGS:
+                raise ConfigError(f"{field.name} cannot change when a run is resumed: it was {before}, got {now}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """The most memory this process has held: of the GPU if it trains on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
