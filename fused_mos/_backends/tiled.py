@@ -34,8 +34,8 @@ class Workspace:
     def __init__(self, like: Tensor, copies: int = 1):
         self.accumulation = accumulation_dtype(like.dtype)
         limit = WORKSPACE_BYTES.get(like.device.type, WORKSPACE_BYTES["default"])
-        # a 16-bit product needs its operand (or, on a CPU, its result) beside the accumulated tile
-        item = self.accumulation.itemsize + (like.dtype.itemsize if like.dtype != self.accumulation else 0)
+        # 16-bit products need a float32 result, or a 16-bit operand, beside the tile
+        item = self.accumulation.itemsize * (1 if like.dtype == self.accumulation else 2)
         self.elements = max(limit // (item * copies), 1)
         self.like = like
         self._buffer: Tensor | None = None
@@ -55,23 +55,26 @@ class Workspace:
         return self._buffer[: n_rows * n_columns].view(n_rows, n_columns)
 
 
+def _operands(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """16-bit operands as the products take them. A GPU multiplies 16-bit numbers and delivers float32; a CPU
+    would round each product to 16 bits, for a gain of speed that only some processors have, so there
+    they are widened first (and float16, which most CPUs multiply slowly, becomes usable)."""
+    return tuple(t if t is None or t.is_cuda else t.to(accumulation_dtype(t.dtype)) for t in tensors)
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a·b, accumulated and, where the device can, delivered in `out`'s dtype."""
+    """out = a·b, accumulated and delivered in `out`'s dtype."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
-    return out.copy_(torch.mm(a, b))
+    return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
 
 
 def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a·b, with a 16-bit product's operands in b's dtype."""
     if b.dtype == out.dtype:
         out.addmm_(a, b)
-    elif b.is_cuda:
-        out.add_(torch.mm(a.to(b.dtype), b, out_dtype=out.dtype))
     else:
-        out.add_(torch.mm(a.to(b.dtype), b))
+        out.add_(torch.mm(a.to(b.dtype), b, out_dtype=out.dtype))
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -106,6 +109,7 @@ def _exp_(tile: Tensor, shift: Tensor) -> Tensor:
 
 
 def lse_and_target(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows, weight, bias = _operands(rows, weight, bias)
     workspace = Workspace(rows)
     n, n_classes = rows.shape[0], weight.shape[0]
     # the running maximum starts finite, so that a class of logit −inf gives exp(−inf), never inf − inf
@@ -134,6 +138,8 @@ def lse_and_target_backward(
     grad_target: Tensor | None,  # (R,)
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = rows.dtype
+    rows, weight, bias = _operands(rows, weight, bias)
     workspace = Workspace(rows)
     accumulation = workspace.accumulation
     grad_rows, grad_weight, grad_bias = _zero_gradients(rows, weight, needs, accumulation)
@@ -144,7 +150,7 @@ def lse_and_target_backward(
             local, inside = _local_target(target[r], c)
             tile.scatter_add_(1, local, torch.where(inside, -grad_target[r, None], 0))
         _add_gradients(tile, rows[r], weight, c, (grad_rows[r] if needs[0] else None, grad_weight, grad_bias), needs)
-    return _cast_gradients((grad_rows, grad_weight, grad_bias), rows.dtype)
+    return _cast_gradients((grad_rows, grad_weight, grad_bias), dtype)
 
 
 def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> bool:
@@ -166,6 +172,8 @@ def nll_with_gradients(
     the workspace until their responsibilities are known, and the gradients are formed from them at once."""
     n, k, d = latent.shape
     n_classes = weight.shape[0]
+    dtype = latent.dtype
+    latent, weight, bias = _operands(latent, weight, bias)
     workspace = Workspace(latent)
     accumulation = workspace.accumulation
     block = max(workspace.elements // (k * n_classes), 1)
@@ -203,7 +211,7 @@ def nll_with_gradients(
                 _add_gradients(tile[:, c][kept], z_kept, weight, c, (kept_gradient, grad_weight, grad_bias), product_needs)
             if needs[0]:
                 grad_rows[rows][kept] = kept_gradient
-    grad_rows, grad_weight, grad_bias = _cast_gradients((grad_rows, grad_weight, grad_bias), latent.dtype)
+    grad_rows, grad_weight, grad_bias = _cast_gradients((grad_rows, grad_weight, grad_bias), dtype)
     grad_latent = grad_rows.view(n, k, d) if needs[0] else grad_rows
     return nll, lse, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
 
@@ -236,6 +244,7 @@ def _mixture_tiles(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(tokens, columns, log-probabilities of that tile), K tiles summed in the workspace."""
     n, k, d = latent.shape
+    latent, weight, bias = _operands(latent, weight, bias)
     workspace = Workspace(latent)
     shift = log_prior - lse
     for rows, c in _tiles(workspace, n * k, weight.shape[0], group=k):
@@ -262,6 +271,8 @@ def log_prob_backward(
     """Two sweeps: the first finds s[n,k] = Σ_v G q, the second forms dl = G q − s·exp(l − L)."""
     n, k, d = latent.shape
     n_classes = weight.shape[0]
+    dtype = latent.dtype
+    latent, weight, bias = _operands(latent, weight, bias)
     workspace = Workspace(latent, copies=2)
     product_needs = (needs[0], needs[2], needs[3])
     rows = latent.view(n * k, d)
@@ -288,12 +299,13 @@ def log_prob_backward(
             gradients = (grad_rows[r] if needs[0] else None, grad_weight, grad_bias)
             _add_gradients(gq.view_as(softmax).sub_(softmax), rows[r], weight, c, gradients, product_needs)
     grad_prior = s - log_prior.exp() * s.sum(-1, keepdim=True) if needs[1] else s.new_empty(0)
-    grad_rows, grad_weight, grad_bias = _cast_gradients((grad_rows, grad_weight, grad_bias), latent.dtype)
+    grad_rows, grad_weight, grad_bias = _cast_gradients((grad_rows, grad_weight, grad_bias), dtype)
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
 
 def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None) -> Tensor:
     """Gumbel-max: argmax_v (l/temperature − log(−log u)), with the running best over the tiles."""
+    rows, weight, bias = _operands(rows, weight, bias)
     workspace = Workspace(rows, copies=2)
     best = rows.new_full((rows.shape[0],), -math.inf, dtype=workspace.accumulation)
     index = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)

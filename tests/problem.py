@@ -1,0 +1,90 @@
+"""Random MoS problems, and the criterion that every backend must meet (float64 reference, same-dtype unfused)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fused_mos import functional as F
+
+INPUTS = ("latent", "prior_logits", "weight", "bias")
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
+
+
+@dataclass
+class Problem:
+    latent: Tensor
+    prior_logits: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+
+    def to(self, dtype: torch.dtype, requires_grad: tuple[str, ...] = INPUTS) -> "Problem":
+        """Leaves of `dtype`; a fresh copy."""
+        cast = {}
+        for name in INPUTS:
+            tensor = getattr(self, name)
+            cast[name] = None if tensor is None else tensor.detach().to(dtype).clone().requires_grad_(name in requires_grad)
+        return Problem(**cast, target=self.target)
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.latent, self.prior_logits, self.weight, self.bias
+
+    def nll(self, **options) -> Tensor:
+        return F.mos_nll_loss(self.latent, self.prior_logits, self.weight, self.target, self.bias, **options)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {n: getattr(self, n).grad for n in INPUTS if getattr(self, n) is not None and getattr(self, n).grad is not None}
+
+
+def problem(n: int, k: int, d: int, v: int, bias: bool = True, scale: float = 1.0, seed: int = 0, ignored: bool = True) -> Problem:
+    """float64, values exact in bfloat16, so that every dtype gets the same problem; biases of order 1;
+    logits of order `scale`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16().double()
+
+    target = torch.randint(0, v, (n,), generator=generator)
+    if ignored and n > 2:
+        target[n // 2] = -100
+    return Problem(
+        latent=torch.tanh(draw(n, k, d)).bfloat16().double(),
+        prior_logits=draw(n, k),
+        weight=(draw(v, d) * (scale / d**0.5)).bfloat16().double(),
+        bias=draw(v) if bias else None,
+        target=target,
+    )
+
+
+def assert_meets_criterion(ours: Tensor, unfused: Tensor, oracle: Tensor, factor: float, dtype: torch.dtype, what: str) -> None:
+    """max error ≤ factor × the error of the unfused same-dtype computation + the dtype's floor."""
+    assert ours.shape == oracle.shape
+    assert torch.equal(ours.isfinite(), oracle.isfinite()), f"{what}: not finite where the oracle is, or the reverse"
+    finite = oracle.isfinite()
+    if not finite.any():
+        return
+    error = (ours.double() - oracle)[finite].abs().max().item()
+    allowed = factor * (unfused.double() - oracle)[finite].abs().max().item() + FLOOR[dtype]
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_forward_and_gradients(case: Problem, compute, dtype: torch.dtype, backend: str = "tiled", requires_grad=INPUTS) -> None:
+    """`compute(problem, backend)` -> tensor; backpropagates a fixed random gradient and checks everything."""
+    results = []
+    for d, b in ((dtype, backend), (dtype, "reference"), (torch.float64, "reference")):
+        p = case.to(d, requires_grad)
+        output = compute(p, b)
+        if requires_grad:
+            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            if output.dim() == 0:
+                weights = torch.ones_like(weights)
+            # −inf outputs (masked classes) take no gradient
+            torch.where(output.isfinite(), output * weights.to(output.dtype), 0).sum().backward()
+        results.append((output.detach(), p.gradients()))
+    (ours, our_grads), (unfused, unfused_grads), (oracle, oracle_grads) = results
+    assert_meets_criterion(ours, unfused, oracle, 2, dtype, "forward")
+    assert our_grads.keys() == oracle_grads.keys()
+    for name, gradient in our_grads.items():
+        assert gradient.dtype == (dtype if name in INPUTS else None)
+        assert_meets_criterion(gradient, unfused_grads[name], oracle_grads[name], 3, dtype, f"gradient of {name}")

@@ -1,0 +1,331 @@
+"""The fused functions against the float64 reference, with the criterion of problem.py."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problem import INPUTS, Problem, assert_meets_criterion, check_forward_and_gradients, problem
+
+from fused_mos import functional as F
+from fused_mos._backends import reference, tiled
+
+# V: two words to WikiText-2's vocabulary, with odd ones; K: one softmax, the paper's 10 and 15; D odd and above 256,
+# with biases of order 1 (a kernel that adds the bias once per slice of D passes small cases)
+SHAPES = [
+    (5, 1, 3, 2),
+    (7, 3, 17, 3),
+    (37, 3, 33, 507),
+    (9, 10, 291, 507),
+    (6, 15, 35, 10_000),
+    (3, 15, 20, 33_278),
+    (1, 4, 16, 123),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def nll(reduction):
+    return lambda p, backend: p.nll(reduction=reduction, backend=backend)
+
+
+def log_prob(p, backend):
+    return F.mos_log_prob(*p.inputs(), backend=backend)
+
+
+def logsumexp(p, backend):
+    return F.mos_logsumexp(p.latent, p.weight, p.bias, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nll(shape, dtype, reduction, workspace):
+    check_forward_and_gradients(problem(*shape), nll(reduction), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_log_prob(shape, dtype, workspace):
+    check_forward_and_gradients(problem(*shape), log_prob, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_logsumexp(shape, dtype, workspace):
+    check_forward_and_gradients(problem(*shape), logsumexp, dtype, requires_grad=("latent", "weight", "bias"))
+
+
+@pytest.mark.parametrize("compute", [nll("mean"), nll("none"), log_prob], ids=["mean", "none", "log_prob"])
+def test_without_bias(compute, workspace):
+    check_forward_and_gradients(problem(11, 3, 12, 200, bias=False), compute, torch.float32)
+
+
+@pytest.mark.parametrize("compute", [nll("mean"), nll("none"), log_prob], ids=["mean", "none", "log_prob"])
+@pytest.mark.parametrize("scale", [100.0, 1e4])
+def test_large_logits(compute, scale, workspace):
+    case = problem(11, 3, 12, 200, scale=scale)
+    assert case.to(torch.float64).latent.matmul(case.weight.t()).abs().max() > scale
+    check_forward_and_gradients(case, compute, torch.float32)
+
+
+@pytest.mark.parametrize("compute", [nll("mean"), nll("none"), log_prob], ids=["mean", "none", "log_prob"])
+def test_one_hot_prior(compute, workspace):
+    """A prior of exactly one expert, by −inf and by a large logit."""
+    case = problem(11, 3, 12, 200)
+    case.prior_logits[:5, 1:] = -math.inf
+    case.prior_logits[5:, 2] = 1e4
+    check_forward_and_gradients(case, compute, torch.float32, requires_grad=("latent", "weight", "bias"))
+    only = Problem(case.latent[:5, :1], torch.zeros(5, 1, dtype=torch.float64), case.weight, case.bias, case.target[:5])
+    mixed = Problem(case.latent[:5], case.prior_logits[:5], case.weight, case.bias, case.target[:5])
+    assert torch.allclose(compute(mixed, "tiled"), compute(only, "tiled"), atol=1e-12)
+
+
+@pytest.mark.parametrize("compute", [nll("mean"), nll("none"), log_prob], ids=["mean", "none", "log_prob"])
+def test_masked_classes(compute, workspace):
+    """Classes masked by a bias of −inf have log-probability −inf and disturb no other."""
+    case = problem(11, 3, 12, 200)
+    allowed = torch.ones(200, dtype=torch.bool)
+    allowed[::3] = False
+    allowed[case.target[case.target >= 0]] = True
+    case.bias[~allowed] = -math.inf
+    check_forward_and_gradients(case, compute, torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_one_expert_or_equal_experts_are_cross_entropy(k, reduction, workspace):
+    """K = 1 is F.cross_entropy, and with equal experts the prior does not matter."""
+    case = problem(23, 1, 15, 507).to(torch.float64)
+    expected = torch.nn.functional.cross_entropy(case.latent[:, 0] @ case.weight.t() + case.bias, case.target, reduction=reduction)
+    expanded = case.latent.expand(-1, k, -1)  # stride 0: also a non-contiguous input
+    prior = torch.randn(23, k, dtype=torch.float64)
+    loss = F.mos_nll_loss(expanded, prior, case.weight, case.target, case.bias, reduction=reduction)
+    assert torch.allclose(loss, expected, rtol=0, atol=1e-12)
+    grads = torch.autograd.grad(loss.sum(), (case.latent, case.weight, case.bias), retain_graph=True)
+    for gradient, wanted in zip(grads, torch.autograd.grad(expected.sum(), (case.latent, case.weight, case.bias))):
+        assert torch.allclose(gradient, wanted, rtol=0, atol=1e-12)
+
+
+def test_permuting_experts_changes_nothing(workspace):
+    case = problem(23, 5, 15, 507)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    a = case.nll(reduction="none")
+    b = F.mos_nll_loss(case.latent[:, order], case.prior_logits[:, order], case.weight, case.target, case.bias, reduction="none")
+    assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probabilities_sum_to_one(dtype, workspace):
+    case = problem(6, 10, 33, 10_000).to(dtype, ())
+    total = F.mos_log_prob(*case.inputs()).double().exp().sum(-1)
+    assert (total - 1).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-4)
+
+
+def test_log_prob_agrees_with_nll():
+    case = problem(23, 5, 15, 507, ignored=False)
+    log_p = F.mos_log_prob(*case.inputs())
+    assert torch.allclose(-log_p.gather(1, case.target[:, None])[:, 0], case.nll(reduction="none"), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_no_tokens(backend, workspace):
+    """Like F.cross_entropy: no loss, no gradient; a mean over nothing is NaN."""
+    case = problem(0, 3, 4, 11).to(torch.float32)
+    assert case.nll(reduction="none", backend=backend).shape == (0,)
+    assert F.mos_log_prob(*case.inputs(), backend=backend).shape == (0, 11)
+    assert F.mos_logsumexp(case.latent, case.weight, case.bias, backend=backend).shape == (0, 3)
+    assert F.mos_predict(*case.inputs(), backend=backend).shape == (0,)
+    assert F.mos_sample(*case.inputs(), backend=backend).shape == (0,)
+    total = case.nll(reduction="sum", backend=backend)
+    total.backward()
+    assert total.item() == 0 and case.weight.grad.eq(0).all()
+    assert case.nll(backend=backend).isnan()
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_all_targets_ignored(backend, reduction, workspace):
+    case = problem(6, 3, 4, 11).to(torch.float32)
+    case.target.fill_(7)
+    loss = case.nll(ignore_index=7, reduction=reduction, backend=backend)
+    loss.sum().backward()
+    assert loss.eq(0).all()
+    assert all(gradient.eq(0).all() for gradient in case.gradients().values())
+    assert len(case.gradients()) == 4
+    assert case.nll(ignore_index=7, backend=backend).isnan()
+
+
+def test_ignored_token_with_infinite_loss_gives_no_gradient(workspace):
+    """The weight of an ignored token is 0 even where 0·inf would be NaN."""
+    case = problem(4, 2, 5, 50, ignored=False)
+    case.target[1] = 0
+    case.bias[0] = -math.inf
+    for reduction in ("sum", "none"):
+        p = case.to(torch.float32)
+        p.nll(ignore_index=0, reduction=reduction).sum().backward()
+        assert all(gradient.isfinite().all() for gradient in p.gradients().values())
+
+
+@pytest.mark.parametrize("compute", [nll("mean"), nll("none"), log_prob], ids=["mean", "none", "log_prob"])
+@pytest.mark.parametrize("requires_grad", [(name,) for name in INPUTS] + [("latent", "weight"), ("prior_logits", "bias"), ()], ids=str)
+def test_only_some_inputs_require_grad(compute, requires_grad, workspace):
+    check_forward_and_gradients(problem(11, 3, 12, 200), compute, torch.float32, requires_grad=requires_grad)
+
+
+def test_non_contiguous_inputs(workspace):
+    case = problem(11, 3, 12, 200)
+    strided = Problem(
+        latent=case.latent.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        prior_logits=case.prior_logits.t().contiguous().t(),
+        weight=case.weight.repeat_interleave(2, 1)[:, ::2],
+        bias=case.bias.repeat_interleave(2)[::2],
+        target=case.target.repeat_interleave(2)[::2],
+    )
+    assert not strided.latent.is_contiguous() and not strided.weight.is_contiguous() and not strided.bias.is_contiguous()
+    for compute in (nll("mean"), nll("none"), log_prob, logsumexp):
+        leaves = [tensor.requires_grad_() for tensor in strided.inputs()]
+        ours = torch.autograd.grad(compute(strided, "tiled").sum(), leaves, allow_unused=True)
+        wanted = torch.autograd.grad(compute(strided, "reference").sum(), leaves, allow_unused=True)
+        for a, b in zip(ours, wanted):
+            assert (a is None and b is None) or torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_second_call_after_in_place_change(workspace):
+    """Nothing is cached between calls, and a change between forward and backward is refused by autograd."""
+    case = problem(11, 3, 12, 200).to(torch.float64)
+    first = case.nll()
+    with torch.no_grad():
+        case.weight.mul_(2)
+    assert torch.allclose(case.nll(), case.nll(backend="reference"), rtol=0, atol=1e-12)
+    assert not torch.allclose(case.nll(), first)
+    loss = case.nll(reduction="none").sum()
+    with torch.no_grad():
+        case.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradient_through_both_the_tokens_and_the_loss(workspace):
+    """nll_and_loss forms the gradient of the mean in the forward pass; gradients of single tokens add to it."""
+    case = problem(11, 3, 12, 200)
+    grads = []
+    for backend in ("tiled", "reference"):
+        p = case.to(torch.float64)
+        result = F.nll_and_loss(
+            *p.inputs()[:3], p.target, p.bias, ignore_index=-100, reduction="mean", backend=backend, grad_filter_eps=0.0
+        )
+        (3 * result.loss + (result.nll * torch.linspace(0, 1, 11, dtype=torch.float64)).sum()).backward()
+        grads.append(p.gradients())
+    for name in INPUTS:
+        assert torch.allclose(grads[0][name], grads[1][name], rtol=0, atol=1e-12)
+
+
+def test_backward_twice_with_retained_graph(workspace):
+    case = problem(11, 3, 12, 200).to(torch.float64)
+    loss = case.nll()
+    loss.backward(retain_graph=True)
+    once = case.weight.grad.clone()
+    loss.backward()
+    assert torch.allclose(case.weight.grad, 2 * once, rtol=0, atol=1e-14)
+
+
+def test_double_backward_is_refused():
+    case = problem(5, 2, 4, 20).to(torch.float64)
+    for reduction in ("mean", "none"):
+        with pytest.raises(RuntimeError, match="reference"):
+            torch.autograd.grad(case.nll(reduction=reduction).sum(), case.latent, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.2])
+def test_gradient_filter_error_is_bounded(eps, reduction, workspace):
+    """Each token loses at most K·eps of its weight: the gradient of the loss moves by no more than that times
+    the largest gradient that a row of weight 1 can have."""
+    n, k = 64, 8
+    case = problem(n, k, 12, 300)
+    case.prior_logits.mul_(4)  # so that some experts matter and others do not
+    exact, filtered = case.to(torch.float64), case.to(torch.float64)
+    exact.nll(reduction=reduction).sum().backward()
+    filtered.nll(reduction=reduction, grad_filter_eps=eps).sum().backward()
+    scale = 1 / (case.target != -100).sum().item() if reduction == "mean" else 1
+    responsibility = _responsibility(case)
+    dropped = (responsibility < eps) & (case.target != -100)[:, None]
+    assert 0 < dropped.sum() < dropped.numel()
+    assert filtered.latent.grad[dropped].eq(0).all(), "the filter dropped nothing"
+    kept = ~dropped
+    assert torch.allclose(filtered.latent.grad[kept], exact.latent.grad[kept], rtol=0, atol=1e-12)
+    lost = (responsibility * dropped).sum()
+    assert lost <= n * k * eps
+    # a row's dl has an L1 norm of at most 2
+    assert (filtered.bias.grad - exact.bias.grad).abs().sum() <= 2 * scale * lost + 1e-12
+    assert (filtered.weight.grad - exact.weight.grad).abs().max() <= 2 * scale * lost + 1e-12
+    assert torch.equal(filtered.prior_logits.grad, exact.prior_logits.grad)
+
+
+def _responsibility(case: Problem) -> torch.Tensor:
+    log_softmax = torch.log_softmax(case.latent @ case.weight.t() + case.bias, -1)
+    at_target = log_softmax.gather(2, case.target.clamp_min(0)[:, None, None].expand(-1, log_softmax.shape[1], 1))[..., 0]
+    return torch.softmax(torch.log_softmax(case.prior_logits, -1) + at_target, -1)
+
+
+def test_mixture_survives_underflow_of_all_but_the_log(workspace):
+    """A class whose probability is e⁻³⁰⁰ under every expert keeps an exact log-probability in float32."""
+    case = problem(4, 3, 5, 50, ignored=False)
+    case.bias[7] = -300.0
+    ours = F.mos_log_prob(*case.to(torch.float32, ()).inputs())
+    oracle = reference.log_prob(*case.inputs())
+    assert oracle[:, 7].max() < -250
+    assert_meets_criterion(ours, reference.log_prob(*case.to(torch.float32, ()).inputs()), oracle, 2, torch.float32, "log_prob")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_predict(dtype, workspace):
+    case = problem(37, 3, 33, 507).to(dtype, ())
+    assert torch.equal(F.mos_predict(*case.inputs()), reference.log_prob(*case.inputs()).argmax(-1))
+    tie = Problem(torch.zeros(2, 1, 4), torch.zeros(2, 1), torch.zeros(300, 4), None, torch.zeros(2, dtype=torch.int64))
+    assert F.mos_predict(*tie.inputs()).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sample_follows_the_distribution(backend, temperature, workspace):
+    """A chi-square statistic of 20,000 draws of a 150-class mixture (two tiles and more), within 5 standard deviations."""
+    draws, v = 20_000, 150
+    case = problem(1, 3, 6, v)
+    probability = (
+        torch.softmax(case.prior_logits, -1)[..., None] * torch.softmax((case.latent @ case.weight.t() + case.bias) / temperature, -1)
+    ).sum(1)[0]
+    repeated = case.latent.expand(draws, -1, -1), case.prior_logits.expand(draws, -1), case.weight, case.bias
+    generator = torch.Generator().manual_seed(3)
+    samples = F.mos_sample(*repeated, temperature=temperature, generator=generator, backend=backend)
+    counts = torch.bincount(samples, minlength=v).double()
+    expected = probability * draws
+    chi_square = ((counts - expected).square() / expected).sum().item()
+    assert abs(chi_square - (v - 1)) < 5 * math.sqrt(2 * (v - 1) + (1 / expected).sum().item())
+    again = F.mos_sample(*repeated, temperature=temperature, generator=generator.manual_seed(3), backend=backend)
+    assert torch.equal(samples, again)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 12), k=st.integers(1, 6), d=st.integers(1, 40), v=st.integers(1, 300),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]), seed=st.integers(0, 1000), bytes=st.sampled_from([1, 4096, 2**20]),
+)  # fmt: skip
+def test_any_shape(n, k, d, v, scale, seed, bytes):
+    """Random shapes, magnitudes and workspaces, in float64, where nothing but rounding may differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiled.WORKSPACE_BYTES, "cpu", bytes)
+        patch.setattr(tiled, "MAX_ROWS", 7)
+        patch.setattr(tiled, "MIN_GRADIENT_ROWS", 1 if seed % 2 else 128)
+        case = problem(n, k, d, v, scale=scale, seed=seed)
+        for compute in (nll("sum"), nll("none"), log_prob):
+            ours, wanted = case.to(torch.float64), case.to(torch.float64)
+            a, b = compute(ours, "tiled"), compute(wanted, "reference")
+            tolerance = 1e-13 * (10 + scale)
+            assert torch.allclose(a, b, rtol=1e-13, atol=tolerance * n)
+            a.sum().backward()
+            b.sum().backward()
+            for name, gradient in ours.gradients().items():
+                largest = max(wanted.gradients()[name].abs().max().item(), n)
+                assert torch.allclose(gradient, wanted.gradients()[name], rtol=0, atol=10 * tolerance * largest), name

@@ -1,0 +1,174 @@
+"""The custom ops: gradcheck, opcheck, torch.compile, torch.export, autocast, and memory."""
+
+import pytest
+import torch
+from problem import INPUTS, problem
+
+import fused_mos
+from fused_mos import functional as F
+from fused_mos import ops
+from fused_mos._backends import reference, tiled
+
+N, K, D, V = 5, 3, 4, 90
+NEEDS = [True, True, True, True]
+
+
+def _arguments(dtype=torch.float64):
+    case = problem(N, K, D, V).to(dtype)
+    return case, case.inputs()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck_nll(reduction, workspace):
+    case, inputs = _arguments()
+    assert torch.autograd.gradcheck(lambda z, a, w, b: F.mos_nll_loss(z, a, w, case.target, b, reduction=reduction), inputs)
+
+
+def test_gradcheck_log_prob_and_logsumexp(workspace):
+    _, (z, a, w, b) = _arguments()
+    assert torch.autograd.gradcheck(F.mos_log_prob, (z, a, w, b))
+    assert torch.autograd.gradcheck(F.mos_logsumexp, (z, w, b))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(bias, dtype):
+    """Schema, autograd registration, fake kernel, and AOT dispatch with dynamic shapes."""
+    case = problem(N, K, D, V, bias=bias).to(dtype)
+    z, a, w, b = case.inputs()
+    needs = [True, True, True, bias]
+    lse = reference.logsumexp(z, w, b).detach()
+    target_logit = torch.randn(N, K)
+    checks = {
+        ops.nll: (z, a, w, b, case.target, -100, 0.0, "tiled"),
+        ops.nll_with_gradients: (z, a, w, b, case.target, -100, 0.0, needs, "tiled"),
+        ops.logsumexp: (z, w, b, "tiled"),
+        ops.log_prob: (z, a, w, b, "tiled"),
+    }
+    for op, arguments in checks.items():
+        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+    z, a, w, b = case.to(dtype, ()).inputs()
+    checks = {
+        ops.nll_backward: (torch.randn(N), z, a, w, b, case.target, lse, target_logit, -100, 0.0, needs, "tiled"),
+        ops.logsumexp_backward: (torch.randn(N, K), z, w, b, lse, [True, True, bias], "tiled"),
+        ops.log_prob_backward: (torch.randn(N, V), z, a, w, b, lse, torch.randn(N, V), needs, "tiled"),
+    }
+    for op, arguments in checks.items():
+        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_compiles_without_a_graph_break(backend):
+    """The head twice in one graph, forward and all gradients, with a reused and a dynamic number of tokens."""
+    head = fused_mos.MoS(6, V, K, D, backend=backend).double()
+
+    def step(x, target):
+        log_p = head.log_prob(x)
+        return head(x, target).loss + 2 * head(x * 0.5, target, reduction="none").loss.sum() + log_p[..., 3].sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (7, 4):
+        x = torch.randn(n, 2, 6, dtype=torch.float64, requires_grad=True)
+        target = torch.randint(0, V, (n, 2))
+        parameters = [x, *head.parameters()]
+        expected = step(x, target)
+        expected_grads = torch.autograd.grad(expected, parameters)
+        actual = compiled(x, target)
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
+        for a, b in zip(torch.autograd.grad(actual, parameters), expected_grads):
+            assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_compiles_with_inductor():
+    head = fused_mos.MoS(6, V, K, D)
+    x, target = torch.randn(7, 6), torch.randint(0, V, (7,))
+    compiled = torch.compile(lambda x: head(x, target), fullgraph=True)
+    assert torch.allclose(compiled(x).loss, head(x, target).loss, rtol=0, atol=1e-6)
+
+
+def test_exports():
+    head = fused_mos.MoS(6, V, K, D)
+    x, target = torch.randn(7, 6), torch.randint(0, V, (7,))
+    program = torch.export.export(head, (x, target))
+    assert torch.allclose(program.module()(x, target).loss, head(x, target).loss, rtol=0, atol=1e-6)
+
+
+def test_target_out_of_range_is_nan_where_values_cannot_be_checked():
+    """In a compiled graph (as on a GPU) such a token's loss is NaN; memory is never read out of bounds."""
+    case = problem(N, K, D, V)
+    case.target[:2] = torch.tensor([V, -1])
+    compiled = torch.compile(lambda z: F.mos_nll_loss(z, *case.inputs()[1:3], case.target, case.bias, reduction="none"), backend="aot_eager")
+    loss = compiled(case.latent)
+    assert loss[:2].isnan().all() and loss[2:].isfinite().all()
+    with pytest.raises(IndexError):
+        case.nll()
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+def test_autocast(backend):
+    """Products in bfloat16, the prior and the result in float32, gradients in the parameters' dtype."""
+    case = problem(16, K, 24, 300).to(torch.float32)
+    oracle = case.to(torch.float64)
+    oracle.nll(backend="reference").backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = case.nll(backend=backend)
+        assert F.mos_log_prob(*case.inputs(), backend=backend).dtype == torch.float32
+    loss.backward()
+    bf16 = case.to(torch.bfloat16)
+    bf16.prior_logits = case.prior_logits.detach()
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, bf16.nll(backend=backend)), "autocast did not compute in bfloat16"
+    for name in INPUTS:
+        assert case.gradients()[name].dtype == torch.float32
+        assert torch.allclose(case.gradients()[name].double(), oracle.gradients()[name], rtol=0, atol=5e-3)
+
+
+def _peak_bytes(function) -> int:
+    """The most bytes that the CPU allocator held at once during `function()`, above those held before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        function()
+    held = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+@pytest.mark.parametrize("what", ["mean", "none", "log_prob", "evaluate", "predict", "sample"])
+def test_extra_memory_does_not_grow_with_nkv(what, eps, monkeypatch):
+    """Bytes above inputs at two vocabulary sizes: their difference is that of outputs and gradients, a small
+    fraction of N·K·V, and the rest is about the workspace."""
+    n, k, d = 64, 16, 8
+    monkeypatch.setitem(tiled.WORKSPACE_BYTES, "cpu", 2**20)
+    peaks = {}
+    for v in (8_000, 24_000):
+        case = problem(n, k, d, v).to(torch.float32, () if what in ("evaluate", "predict", "sample") else INPUTS)
+
+        def call():
+            if what == "log_prob":
+                F.mos_log_prob(*case.inputs()).sum().backward()
+            elif what == "predict":
+                F.mos_predict(*case.inputs())
+            elif what == "sample":
+                F.mos_sample(*case.inputs())
+            else:
+                loss = case.nll(reduction="none" if what == "none" else "mean", grad_filter_eps=eps).sum()
+                if loss.requires_grad:
+                    loss.backward()
+
+        peaks[v] = _peak_bytes(call)
+    growth = (peaks[24_000] - peaks[8_000]) / 16_000
+    gradients = 4 * (d + 1)  # bytes per class
+    # a gradient may exist twice while it is scaled; the log-probabilities and their gradient have N columns each
+    allowed = {"mean": 3 * gradients, "none": 2 * gradients, "log_prob": 2 * gradients + 3 * 4 * n}.get(what, 8)
+    assert growth <= allowed < 4 * n * k / 4
+    fixed = peaks[8_000] - 8_000 * allowed
+    assert fixed <= 3 * 2**20, f"{fixed / 2**20:.1f} MiB beside outputs and gradients"
+
+
+def test_the_memory_measurement_sees_the_reference_materialise():
+    """The measurement of the test above is able to fail."""
+    case = problem(64, 16, 8, 8_000).to(torch.float32)
+    assert _peak_bytes(lambda: case.nll(backend="reference").backward()) > 2 * 4 * 64 * 16 * 8_000
