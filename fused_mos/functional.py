@@ -100,7 +100,7 @@ def nll_and_loss(
             nll = reference.nll(latent, prior_logits, weight, bias, target, ignore_index)
             total = nll.sum()
         else:
-            inputs = latent.contiguous(), prior_logits.contiguous(), weight.contiguous(), bias
+            inputs = latent.contiguous(), prior_logits.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
             needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
             kernels = _backends.kernels(backend)
             in_forward = reduction != "none" and any(needs)
@@ -144,7 +144,7 @@ def mos_logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             return reference.logsumexp(latent, weight, bias)
-        return ops.logsumexp(latent.contiguous(), weight.contiguous(), bias, backend)
+        return ops.logsumexp(latent.contiguous(), weight.contiguous(), bias, backend)[0]
 
 
 @torch.no_grad()
@@ -162,9 +162,9 @@ def mos_predict(
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias).argmax(-1)
         latent, weight = latent.contiguous(), weight.contiguous()
-        lse = ops.logsumexp(latent, weight, bias, backend)
-        log_prior = log_softmax_prior(prior_logits).to(lse.dtype)
-        return _backends.kernels(backend).predict(latent, log_prior, weight, bias, lse)
+        _, maximum, log_total = ops.logsumexp(latent, weight, bias, backend)
+        log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
+        return _backends.kernels(backend).predict(latent, log_prior, weight, bias, maximum, log_total)
 
 
 @torch.no_grad()

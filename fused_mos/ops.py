@@ -28,6 +28,11 @@ def _empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> 
     return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needs))
 
 
+def _empty_statistics(latent: Tensor, count: int) -> list[Tensor]:
+    """Uninitialised (N, K) tensors of the accumulation dtype."""
+    return [latent.new_empty(latent.shape[:2], dtype=accumulation_dtype(latent.dtype)) for _ in range(count)]
+
+
 def _as_gradients(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs))
 
@@ -57,23 +62,20 @@ def nll(
     ignore_index: int,
     filter_eps: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """nll (N,), and for the backward pass lse (N, K) and target_logit (N, K)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll (N,), and for the backward pass maximum, log_total and target_logit, (N, K) each."""
     n, k, d = latent.shape
     valid, target = _valid_target(target, ignore_index)
-    lse, target_logit = _backends.kernels(backend).lse_and_target(
-        latent.view(n * k, d), weight, bias, target.repeat_interleave(k)
-    )
-    lse, target_logit = lse.view(n, k), target_logit.view(n, k)
-    losses, _ = mix_target(log_softmax_prior(prior_logits).to(lse.dtype), lse, target_logit)
-    return torch.where(valid, losses, 0), lse, target_logit
+    statistics = _backends.kernels(backend).row_statistics(latent.view(n * k, d), weight, bias, target.repeat_interleave(k))
+    statistics = [statistic.view(n, k) for statistic in statistics]
+    losses, _ = mix_target(log_softmax_prior(prior_logits).to(statistics[0].dtype), *statistics)
+    return torch.where(valid, losses, 0), *statistics
 
 
 @nll.register_fake
 def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, backend):
-    n, k, _ = latent.shape
-    statistics = latent.new_empty(n, k, dtype=accumulation_dtype(latent.dtype))
-    return statistics.new_empty(n), statistics, torch.empty_like(statistics)
+    statistics = _empty_statistics(latent, 3)
+    return statistics[0].new_empty(latent.shape[0]), *statistics
 
 
 @custom_op("fused_mos::nll_backward", mutates_args=())
@@ -84,7 +86,8 @@ def nll_backward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,) int64
-    lse: Tensor,  # (N, K)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
     target_logit: Tensor,  # (N, K)
     ignore_index: int,
     filter_eps: float,
@@ -94,9 +97,9 @@ def nll_backward(
     """The gradients of (latent, prior_logits, weight, bias): dl = g r (exp(l − L) − 1[v = y]), da = g (π − r)."""
     n, k, d = latent.shape
     valid, target = _valid_target(target, ignore_index)
-    log_prior = log_softmax_prior(prior_logits).to(lse.dtype)
-    _, responsibility = mix_target(log_prior, lse, target_logit)
-    grad = torch.where(valid, grad.to(lse.dtype), 0)[:, None]
+    log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
+    _, responsibility = mix_target(log_prior, maximum, log_total, target_logit)
+    grad = torch.where(valid, grad.to(maximum.dtype), 0)[:, None]
     # an ignored token weighs nothing even where its statistics are not finite
     row_weight = torch.where(grad != 0, grad * responsibility, 0)
     grad_prior = (log_prior.exp() * grad - row_weight).to(prior_logits.dtype) if needs[1] else prior_logits.new_empty(0)
@@ -104,12 +107,14 @@ def nll_backward(
     product_needs = (needs[0], needs[2], needs[3])
     if not any(product_needs):
         return latent.new_empty(0), grad_prior, latent.new_empty(0), latent.new_empty(0)
-    rows, row_target, row_lse, row_weight = latent.view(n * k, d), target.repeat_interleave(k), lse.view(-1), row_weight.view(-1)
+    row_weight = row_weight.view(-1)
+    per_row = latent.view(n * k, d), target.repeat_interleave(k), maximum.view(-1), log_total.view(-1), row_weight
     kept = kept_rows(responsibility.view(-1), row_weight, filter_eps)
     if kept is not None:
-        rows, row_target, row_lse, row_weight = rows[kept], row_target[kept], row_lse[kept], row_weight[kept]
-    grad_rows, grad_weight, grad_bias = _backends.kernels(backend).lse_and_target_backward(
-        rows, weight, bias, row_target, row_lse, row_weight, row_weight, product_needs
+        per_row = tuple(tensor[kept] for tensor in per_row)
+    rows, row_target, row_maximum, row_log_total, row_weight = per_row
+    grad_rows, grad_weight, grad_bias = _backends.kernels(backend).rows_backward(
+        rows, weight, bias, row_target, row_maximum, row_log_total, row_weight, row_weight, product_needs
     )
     if needs[0]:
         if kept is not None:
@@ -119,19 +124,19 @@ def nll_backward(
 
 
 @nll_backward.register_fake
-def _(grad, latent, prior_logits, weight, bias, target, lse, target_logit, ignore_index, filter_eps, needs, backend):
+def _(grad, latent, prior_logits, weight, bias, target, maximum, log_total, target_logit, ignore_index, filter_eps, needs, backend):
     return _empty_gradients((latent, prior_logits, weight, bias), needs)
 
 
 def _nll_setup(ctx, inputs, output):
     latent, prior_logits, weight, bias, target, ignore_index, filter_eps, backend = inputs
-    _, lse, target_logit = output
-    ctx.mark_non_differentiable(lse, target_logit)
-    ctx.save_for_backward(latent, prior_logits, weight, bias, target, lse, target_logit)
+    statistics = output[1:]
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(latent, prior_logits, weight, bias, target, *statistics)
     ctx.options = ignore_index, filter_eps, backend
 
 
-def _nll_backward(ctx, grad, _grad_lse, _grad_target_logit):
+def _nll_backward(ctx, grad, *_):
     _refuse_double_backward()
     ignore_index, filter_eps, backend = ctx.options
     needs = list(ctx.needs_input_grad[:4])
@@ -156,34 +161,32 @@ def nll_with_gradients(
     filter_eps: float,
     needs: Sequence[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """total = nll.sum() (), nll (N,), lse (N, K), target_logit (N, K), and total's gradients for the inputs that `needs` names.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """total = nll.sum() (), nll (N,), maximum, log_total and target_logit (N, K), and total's gradients for the
+    inputs that `needs` names.
 
     Backward through `total` only scales them. Backward through `nll` is possible too and recomputes.
     """
     valid, target = _valid_target(target, ignore_index)
-    losses, lse, target_logit, *gradients = _backends.kernels(backend).nll_with_gradients(
+    losses, *rest = _backends.kernels(backend).nll_with_gradients(
         latent, prior_logits, weight, bias, target, valid, filter_eps, tuple(needs)
     )
     losses = torch.where(valid, losses, 0)
-    return losses.sum(), losses, lse, target_logit, *gradients
+    return losses.sum(), losses, *rest
 
 
 @nll_with_gradients.register_fake
 def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, needs, backend):
-    n, k, _ = latent.shape
-    statistics = latent.new_empty(n, k, dtype=accumulation_dtype(latent.dtype))
-    losses = statistics.new_empty(n)
-    gradients = _empty_gradients((latent, prior_logits, weight, bias), needs)
-    return losses.new_empty(()), losses, statistics, torch.empty_like(statistics), *gradients
+    statistics = _empty_statistics(latent, 3)
+    losses = statistics[0].new_empty(latent.shape[0])
+    return losses.new_empty(()), losses, *statistics, *_empty_gradients((latent, prior_logits, weight, bias), needs)
 
 
 def _nll_with_gradients_setup(ctx, inputs, output):
     latent, prior_logits, weight, bias, target, ignore_index, filter_eps, needs, backend = inputs
-    _, _, lse, target_logit, *gradients = output
-    ctx.mark_non_differentiable(lse, target_logit, *gradients)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # an unused output must not cost a recomputing backward pass
-    ctx.save_for_backward(latent, prior_logits, weight, bias, target, lse, target_logit, *gradients)
+    ctx.save_for_backward(latent, prior_logits, weight, bias, target, *output[2:])
     ctx.options = ignore_index, filter_eps, backend
 
 
@@ -191,7 +194,7 @@ def _nll_with_gradients_backward(ctx, grad_total, grad_nll, *_):
     _refuse_double_backward()
     ignore_index, filter_eps, backend = ctx.options
     needs = list(ctx.needs_input_grad[:4])
-    inputs, gradients = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    inputs, gradients = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
     result: tuple[Tensor | None, ...] = (None,) * 4
     if grad_total is not None:
         result = tuple((gradient * grad_total).to(gradient.dtype) if need else None for gradient, need in zip(gradients, needs))
@@ -209,39 +212,48 @@ nll_with_gradients.register_autograd(_nll_with_gradients_backward, setup_context
 
 
 @custom_op("fused_mos::logsumexp", mutates_args=())
-def logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    """L[n,k] = log Σ_v exp l[n,k,v]: (N, K, D), (V, D), (V,) -> (N, K)."""
+def logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """L[n,k] = log Σ_v exp l[n,k,v]: (N, K, D), (V, D), (V,) -> (N, K), and its two terms maximum and log_total."""
     n, k, d = latent.shape
-    return _backends.kernels(backend).lse_and_target(latent.view(n * k, d), weight, bias, None)[0].view(n, k)
+    maximum, log_total, _ = _backends.kernels(backend).row_statistics(latent.view(n * k, d), weight, bias, None)
+    return (maximum + log_total).view(n, k), maximum.view(n, k), log_total.view(n, k)
 
 
 @logsumexp.register_fake
 def _(latent, weight, bias, backend):
-    return latent.new_empty(latent.shape[:2], dtype=accumulation_dtype(latent.dtype))
+    return tuple(_empty_statistics(latent, 3))
 
 
 @custom_op("fused_mos::logsumexp_backward", mutates_args=())
 def logsumexp_backward(
-    grad: Tensor, latent: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, needs: Sequence[bool], backend: str
+    grad: Tensor,  # (N, K)
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    maximum: Tensor,
+    log_total: Tensor,
+    needs: Sequence[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, k, d = latent.shape
-    grad_rows, grad_weight, grad_bias = _backends.kernels(backend).lse_and_target_backward(
-        latent.view(n * k, d), weight, bias, None, lse.view(-1), grad.view(-1), None, tuple(needs)
+    grad_rows, grad_weight, grad_bias = _backends.kernels(backend).rows_backward(
+        latent.view(n * k, d), weight, bias, None, maximum.view(-1), log_total.view(-1), grad.view(-1), None, tuple(needs)
     )
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_weight, grad_bias
 
 
 @logsumexp_backward.register_fake
-def _(grad, latent, weight, bias, lse, needs, backend):
+def _(grad, latent, weight, bias, maximum, log_total, needs, backend):
     return _empty_gradients((latent, weight, bias), needs)
 
 
 def _logsumexp_setup(ctx, inputs, output):
     latent, weight, bias, ctx.backend = inputs
-    ctx.save_for_backward(latent, weight, bias, output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(latent, weight, bias, *output[1:])
 
 
-def _logsumexp_backward(ctx, grad):
+def _logsumexp_backward(ctx, grad, *_):
     _refuse_double_backward()
     needs = list(ctx.needs_input_grad[:3])
     gradients = logsumexp_backward(grad.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
@@ -257,19 +269,20 @@ logsumexp.register_autograd(_logsumexp_backward, setup_context=_logsumexp_setup)
 @custom_op("fused_mos::log_prob", mutates_args=())
 def log_prob(
     latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor]:
-    """log p (N, V), and lse (N, K) for the backward pass."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p (N, V), and maximum and log_total (N, K) for the backward pass."""
     n, k, d = latent.shape
     kernels = _backends.kernels(backend)
-    lse = kernels.lse_and_target(latent.view(n * k, d), weight, bias, None)[0].view(n, k)
-    log_prior = log_softmax_prior(prior_logits).to(lse.dtype)
-    return kernels.log_prob(latent, log_prior, weight, bias, lse), lse
+    maximum, log_total, _ = kernels.row_statistics(latent.view(n * k, d), weight, bias, None)
+    maximum, log_total = maximum.view(n, k), log_total.view(n, k)
+    log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
+    return kernels.log_prob(latent, log_prior, weight, bias, maximum, log_total), maximum, log_total
 
 
 @log_prob.register_fake
 def _(latent, prior_logits, weight, bias, backend):
-    lse = latent.new_empty(latent.shape[:2], dtype=accumulation_dtype(latent.dtype))
-    return lse.new_empty(latent.shape[0], weight.shape[0]), lse
+    statistics = _empty_statistics(latent, 2)
+    return statistics[0].new_empty(latent.shape[0], weight.shape[0]), *statistics
 
 
 @custom_op("fused_mos::log_prob_backward", mutates_args=())
@@ -279,31 +292,31 @@ def log_prob_backward(
     prior_logits: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
-    log_p: Tensor,
+    maximum: Tensor,
+    log_total: Tensor,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    log_prior = log_softmax_prior(prior_logits).to(lse.dtype)
+    log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
     grad_latent, grad_prior, grad_weight, grad_bias = _backends.kernels(backend).log_prob_backward(
-        grad, latent, log_prior, weight, bias, lse, log_p, tuple(needs)
+        grad, latent, log_prior, weight, bias, maximum, log_total, tuple(needs)
     )
     return grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
 
 
 @log_prob_backward.register_fake
-def _(grad, latent, prior_logits, weight, bias, lse, log_p, needs, backend):
+def _(grad, latent, prior_logits, weight, bias, maximum, log_total, needs, backend):
     return _empty_gradients((latent, prior_logits, weight, bias), needs)
 
 
 def _log_prob_setup(ctx, inputs, output):
     latent, prior_logits, weight, bias, ctx.backend = inputs
-    log_p, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(latent, prior_logits, weight, bias, lse, log_p)
+    statistics = output[1:]
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(latent, prior_logits, weight, bias, *statistics)
 
 
-def _log_prob_backward(ctx, grad, _grad_lse):
+def _log_prob_backward(ctx, grad, *_):
     _refuse_double_backward()
     needs = list(ctx.needs_input_grad[:4])
     gradients = log_prob_backward(grad.contiguous(), *ctx.saved_tensors, needs, ctx.backend)

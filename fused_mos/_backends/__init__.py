@@ -18,32 +18,31 @@ from . import reference, tiled
 class Kernels(Protocol):
     """What a fused backend implements; design notation, R = N·K rows.
 
-    All tensors are contiguous; latent, weight and bias share one floating dtype. Statistics (lse,
-    target_logit, nll) and log-probabilities come in `accumulation_dtype`, gradients in the dtype of their input.
+    All tensors are contiguous; latent, weight and bias share one floating dtype. A row's log-sum-exp is kept
+    as L = maximum + log_total: in one number, the rounding of a large L would spoil exp(l − L). Statistics,
+    nll and log-probabilities come in `accumulation_dtype`, gradients in the dtype of their input.
     A gradient that `needs` (latent, prior_logits, weight, bias) does not ask for is an empty tensor.
     """
 
-    def lse_and_target(self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None):
-        """(R, D), (V, D), (V,), (R,) -> lse (R,), target logit (R,; NaN where the target is no class)."""
+    def row_statistics(self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None):
+        """(R, D), (V, D), (V,), (R,) -> maximum (R,), log_total (R,), target_logit (R,; NaN where the target is no class)."""
 
-    def lse_and_target_backward(
-        self, rows, weight, bias, target, lse, grad_lse, grad_target, needs: tuple[bool, bool, bool]
-    ):
-        """Gradients of (rows, weight, bias) for dl = grad_lse·exp(l − lse) − grad_target·1[v = target]."""
+    def rows_backward(self, rows, weight, bias, target, maximum, log_total, grad_lse, grad_target, needs: tuple[bool, bool, bool]):
+        """Gradients of (rows, weight, bias) for dl = grad_lse·exp(l − L) − grad_target·1[v = target]."""
 
     def gradient_in_forward_pays(self, n_tokens: int, n_experts: int, weight: Tensor) -> bool:
-        """Whether `nll_with_gradients` is cheaper than `lse_and_target` with its backward."""
+        """Whether `nll_with_gradients` is cheaper than `row_statistics` and `rows_backward`."""
 
     def nll_with_gradients(self, latent, prior_logits, weight, bias, target, valid, filter_eps: float, needs):
-        """nll (N,), lse (N, K), target_logit (N, K) and the gradients of nll[valid].sum()."""
+        """nll (N,), maximum, log_total and target_logit (N, K), and the gradients of nll[valid].sum()."""
 
-    def log_prob(self, latent, log_prior, weight, bias, lse) -> Tensor:
-        """(N, K, D), (N, K), …, (N, K) -> log-probabilities (N, V)."""
+    def log_prob(self, latent, log_prior, weight, bias, maximum, log_total) -> Tensor:
+        """(N, K, D), (N, K), … -> log-probabilities (N, V)."""
 
-    def log_prob_backward(self, grad, latent, log_prior, weight, bias, lse, log_prob, needs):
+    def log_prob_backward(self, grad, latent, log_prior, weight, bias, maximum, log_total, needs):
         """Gradients of (latent, prior_logits, weight, bias) for an arbitrary grad (N, V)."""
 
-    def predict(self, latent, log_prior, weight, bias, lse) -> Tensor:
+    def predict(self, latent, log_prior, weight, bias, maximum, log_total) -> Tensor:
         """The most probable class (N,) of the mixture, int64."""
 
     def sample(self, rows, weight, bias, temperature: float, generator) -> Tensor:

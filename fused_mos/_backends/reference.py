@@ -82,12 +82,13 @@ def log_softmax_prior(prior_logits: Tensor) -> Tensor:  # (N, K) -> (N, K)
 
 def mix_target(
     log_prior: Tensor,  # (N, K)
-    lse: Tensor,  # (N, K)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
     target_logit: Tensor,  # (N, K)
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K)
     """From the saved statistics to the mixture: nll = −LSE_k j and responsibilities r = softmax_k j,
-    with j = log π + t − L."""
-    joint = log_prior + (target_logit - lse)
+    with j = log π + t − L, L = maximum + log_total."""
+    joint = log_prior + ((target_logit - maximum) - log_total)
     log_likelihood = torch.logsumexp(joint, dim=-1)
     # where every expert gives probability zero (a masked class), nobody is responsible
     finite = log_likelihood.clamp_min(torch.finfo(joint.dtype).min)

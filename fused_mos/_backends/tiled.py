@@ -103,12 +103,21 @@ def _local_target(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return local.clamp(0, width - 1), (local >= 0) & (local < width)
 
 
-def _exp_(tile: Tensor, shift: Tensor) -> Tensor:
-    """exp(tile − shift) in place, shift (R, 1)."""
-    return tile.sub_(shift).mul_(LOG2E).exp2_()
+def _exp_(tile: Tensor, maximum: Tensor, log_total: Tensor | None = None) -> Tensor:
+    """exp((tile − maximum) − log_total) in place; the two are subtracted apart, since their sum would round away
+    the digits of a small log_total beside a large maximum."""
+    tile.sub_(maximum)
+    if log_total is not None:
+        tile.sub_(log_total)
+    return tile.mul_(LOG2E).exp2_()
 
 
-def lse_and_target(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor]:
+def row_statistics(
+    rows: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor | None,  # (R,)
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, weight, bias = _operands(rows, weight, bias)
     workspace = Workspace(rows)
     n, n_classes = rows.shape[0], weight.shape[0]
@@ -125,15 +134,16 @@ def lse_and_target(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Te
         rescale = torch.exp(maximum[r] - new_maximum)
         total[r] = total[r] * rescale + _exp_(tile, new_maximum).sum(1, keepdim=True)
         maximum[r] = new_maximum
-    return (maximum + total.log()).squeeze(1), target_logit.squeeze(1)
+    return maximum.squeeze(1), total.log_().squeeze(1), target_logit.squeeze(1)
 
 
-def lse_and_target_backward(
+def rows_backward(
     rows: Tensor,  # (R, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     target: Tensor | None,  # (R,)
-    lse: Tensor,  # (R,)
+    maximum: Tensor,  # (R,)
+    log_total: Tensor,  # (R,)
     grad_lse: Tensor,  # (R,)
     grad_target: Tensor | None,  # (R,)
     needs: tuple[bool, bool, bool],
@@ -145,7 +155,7 @@ def lse_and_target_backward(
     grad_rows, grad_weight, grad_bias = _zero_gradients(rows, weight, needs, accumulation)
     for r, c in _tiles(workspace, rows.shape[0], weight.shape[0]):
         tile = _logits(rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start))
-        _exp_(tile, lse[r, None]).mul_(grad_lse[r, None])
+        _exp_(tile, maximum[r, None], log_total[r, None]).mul_(grad_lse[r, None])
         if target is not None:
             local, inside = _local_target(target[r], c)
             tile.scatter_add_(1, local, torch.where(inside, -grad_target[r, None], 0))
@@ -179,9 +189,9 @@ def nll_with_gradients(
     block = max(workspace.elements // (k * n_classes), 1)
     product_needs = (needs[0], needs[2], needs[3])
     grad_rows, grad_weight, grad_bias = _zero_gradients(latent.view(n * k, d), weight, product_needs, accumulation)
-    statistics = latent.new_empty(n, k, dtype=accumulation)
-    lse, target_logit = statistics, torch.empty_like(statistics)
-    nll = statistics.new_empty(n)
+    maximum = latent.new_empty(n, k, dtype=accumulation)
+    log_total, target_logit = torch.empty_like(maximum), torch.empty_like(maximum)
+    nll = maximum.new_empty(n)
     log_prior = log_softmax_prior(prior_logits).to(accumulation)
     grad_prior = torch.empty_like(log_prior) if needs[1] else log_prior.new_empty(0)
     for t in _spans(n, block):
@@ -190,10 +200,10 @@ def nll_with_gradients(
         tile = _logits(z, weight, bias, workspace.tile(rows.stop - rows.start, n_classes))
         local, inside = _local_target(target[t].repeat_interleave(k), slice(0, n_classes))
         target_logit[t] = torch.where(inside, tile.gather(1, local), math.nan).view(-1, k)
-        maximum = tile.amax(1, keepdim=True).clamp_min(torch.finfo(accumulation).min)
-        total = _exp_(tile, maximum).sum(1, keepdim=True)
-        lse[t] = (maximum + total.log()).view(-1, k)
-        nll[t], responsibility = mix_target(log_prior[t], lse[t], target_logit[t])
+        row_maximum = tile.amax(1, keepdim=True).clamp_min(torch.finfo(accumulation).min)
+        total = _exp_(tile, row_maximum).sum(1, keepdim=True)
+        maximum[t], log_total[t] = row_maximum.view(-1, k), total.log().view(-1, k)
+        nll[t], responsibility = mix_target(log_prior[t], maximum[t], log_total[t], target_logit[t])
         responsibility = torch.where(valid[t, None], responsibility, 0)
         if needs[1]:
             grad_prior[t] = log_prior[t].exp() * valid[t, None] - responsibility
@@ -213,21 +223,21 @@ def nll_with_gradients(
                 grad_rows[rows][kept] = kept_gradient
     grad_rows, grad_weight, grad_bias = _cast_gradients((grad_rows, grad_weight, grad_bias), dtype)
     grad_latent = grad_rows.view(n, k, d) if needs[0] else grad_rows
-    return nll, lse, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
+    return nll, maximum, log_total, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
 
 
-def log_prob(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
+def log_prob(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
     n, n_classes = latent.shape[0], weight.shape[0]
-    result = lse.new_empty(n, n_classes)
-    for tokens, c, tile in _mixture_tiles(latent, log_prior, weight, bias, lse):
+    result = maximum.new_empty(n, n_classes)
+    for tokens, c, tile in _mixture_tiles(latent, log_prior, weight, bias, maximum, log_total):
         result[tokens, c] = tile
     return result
 
 
-def predict(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
-    best = lse.new_full((latent.shape[0],), -math.inf)
+def predict(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+    best = maximum.new_full((latent.shape[0],), -math.inf)
     index = torch.zeros(latent.shape[0], dtype=torch.int64, device=latent.device)
-    for tokens, c, tile in _mixture_tiles(latent, log_prior, weight, bias, lse):
+    for tokens, c, tile in _mixture_tiles(latent, log_prior, weight, bias, maximum, log_total):
         value, column = tile.max(dim=1)
         better = value > best[tokens]  # strictly: the first of equals wins, as in torch.argmax
         index[tokens] = torch.where(better, column + c.start, index[tokens])
@@ -240,21 +250,22 @@ def _mixture_tiles(
     log_prior: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    lse: Tensor,  # (N, K)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(tokens, columns, log-probabilities of that tile), K tiles summed in the workspace."""
     n, k, d = latent.shape
     latent, weight, bias = _operands(latent, weight, bias)
     workspace = Workspace(latent)
-    shift = log_prior - lse
+    log_scale = log_prior - log_total
     for rows, c in _tiles(workspace, n * k, weight.shape[0], group=k):
         tokens = slice(rows.start // k, rows.stop // k)
         tile = workspace.tile(rows.stop - rows.start, c.stop - c.start)
         _logits(latent.view(n * k, d)[rows], weight[c], None if bias is None else bias[c], tile)
-        joint = tile.view(-1, k, c.stop - c.start).add_(shift[tokens, :, None])
+        joint = tile.view(-1, k, c.stop - c.start).sub_(maximum[tokens, :, None]).add_(log_scale[tokens, :, None])
         # every exponent is ≤ 0; the maximum is subtracted so that the sum over experts cannot underflow
-        maximum = joint.amax(1).clamp_min_(torch.finfo(joint.dtype).min)
-        mixture = _exp_(joint, maximum[:, None]).sum(1).log_().add_(maximum)
+        largest = joint.amax(1).clamp_min_(torch.finfo(joint.dtype).min)
+        mixture = _exp_(joint, largest[:, None]).sum(1).log_().add_(largest)
         yield tokens, c, mixture
 
 
@@ -264,8 +275,8 @@ def log_prob_backward(
     log_prior: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    lse: Tensor,  # (N, K)
-    log_prob: Tensor,  # (N, V)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two sweeps: the first finds s[n,k] = Σ_v G q, the second forms dl = G q − s·exp(l − L)."""
@@ -276,17 +287,19 @@ def log_prob_backward(
     workspace = Workspace(latent, copies=2)
     product_needs = (needs[0], needs[2], needs[3])
     rows = latent.view(n * k, d)
-    shift = log_prior - lse
+    log_scale = log_prior - log_total
 
     def weighted_responsibility(r: slice, c: slice) -> tuple[slice, Tensor]:
-        """G·q of one tile, (rows, columns), q[n,k,v] = exp(log π + l − L − log p)."""
+        """G·q of one tile, (tokens, K, columns), with q = softmax_k(log π + l − L): as a softmax over the experts it
+        sums to one however large the logits are, and needs no saved log-probabilities."""
         tokens = slice(r.start // k, r.stop // k)
         tile = _logits(rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start))
-        joint = tile.view(-1, k, c.stop - c.start).add_(shift[tokens, :, None])
-        log_p = log_prob[tokens, c].clamp_min(torch.finfo(joint.dtype).min)
-        return tokens, _exp_(joint, log_p[:, None]).mul_(grad[tokens, None, c])
+        joint = tile.view(-1, k, c.stop - c.start).sub_(maximum[tokens, :, None]).add_(log_scale[tokens, :, None])
+        q = _exp_(joint, joint.amax(1, keepdim=True).clamp_min_(torch.finfo(joint.dtype).min))
+        # the largest term is 1, so the sum is at least 1, but for a masked class, where all are 0
+        return tokens, q.mul_((grad[tokens, c] / q.sum(1).clamp_min_(1))[:, None])
 
-    s = torch.zeros_like(lse)
+    s = torch.zeros_like(maximum)
     for r, c in _tiles(workspace, n * k, n_classes, group=k):
         tokens, gq = weighted_responsibility(r, c)
         s[tokens] += gq.sum(-1)
@@ -295,7 +308,7 @@ def log_prob_backward(
         for r, c in _tiles(workspace, n * k, n_classes, group=k):
             tokens, gq = weighted_responsibility(r, c)
             softmax = _logits(rows[r], weight[c], None if bias is None else bias[c], torch.empty_like(gq).view(r.stop - r.start, -1))
-            _exp_(softmax, lse.view(-1, 1)[r]).mul_(s.view(-1, 1)[r])
+            _exp_(softmax, maximum.view(-1, 1)[r], log_total.view(-1, 1)[r]).mul_(s.view(-1, 1)[r])
             gradients = (grad_rows[r] if needs[0] else None, grad_weight, grad_bias)
             _add_gradients(gq.view_as(softmax).sub_(softmax), rows[r], weight, c, gradients, product_needs)
     grad_prior = s - log_prior.exp() * s.sum(-1, keepdim=True) if needs[1] else s.new_empty(0)

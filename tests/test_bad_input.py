@@ -1,0 +1,125 @@
+"""Bad input gets an error that names the argument and both values, before anything is computed."""
+
+import math
+
+import pytest
+import torch
+
+import fused_mos
+from fused_mos import functional as F
+
+N, K, D, V = 4, 3, 5, 11
+
+
+def _inputs():
+    return {
+        "latent": torch.randn(N, K, D),
+        "prior_logits": torch.randn(N, K),
+        "weight": torch.randn(V, D),
+        "bias": torch.randn(V),
+        "target": torch.randint(0, V, (N,)),
+    }
+
+
+def _nan(*shape):
+    return torch.full(shape, math.nan)
+
+
+CASES = [
+    ("latent", torch.randn(N, D), ValueError, r"latent must be \(N, K, D\), got shape \(4, 5\)"),
+    ("latent", torch.randn(N, 0, D), ValueError, r"K = 0"),
+    ("latent", [[1.0]], TypeError, r"latent must be a Tensor, got list"),
+    ("latent", torch.ones(N, K, D, dtype=torch.int64), TypeError, r"latent must have a floating dtype, got torch.int64"),
+    ("latent", _nan(N, K, D), ValueError, r"latent contains NaN \(60 of 60"),
+    ("prior_logits", torch.randn(N, K + 1), ValueError, r"prior_logits must be .* \(4, 3\) to match latent, got \(4, 4\)"),
+    ("prior_logits", torch.randn(N, K).half(), TypeError, r"prior_logits must have latent's dtype torch.float32, got torch.float16"),
+    ("prior_logits", _nan(N, K), ValueError, r"prior_logits contains NaN"),
+    ("weight", torch.randn(V, D + 1), ValueError, r"weight must be \(V, D\) with latent's D = 5, got \(11, 6\)"),
+    ("weight", torch.randn(0, D), ValueError, r"V = 0"),
+    ("weight", torch.randn(V, D).double(), TypeError, r"weight must have latent's dtype torch.float32, got torch.float64"),
+    ("weight", torch.randn(V, D, device="meta"), ValueError, r"weight is on meta but latent is on cpu"),
+    ("weight", _nan(V, D), ValueError, r"weight contains NaN"),
+    ("bias", torch.randn(V + 1), ValueError, r"bias must be \(V,\) = \(11,\) to match weight, got \(12,\)"),
+    ("bias", _nan(V), ValueError, r"bias contains NaN"),
+    ("target", torch.randint(0, V, (N + 1,)), ValueError, r"target must be \(N,\) = \(4,\) to match latent, got \(5,\)"),
+    ("target", torch.zeros(N), TypeError, r"target must have dtype torch.int64, got torch.float32"),
+    ("target", torch.tensor([0, V, 1, 2]), IndexError, r"target must be in \[0, V = 11\) or ignore_index = -100, got 11"),
+    ("target", torch.tensor([0, 1, -1, 2]), IndexError, r"got -1"),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize(("name", "value", "error", "message"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
+def test_tensors(name, value, error, message, backend):
+    with pytest.raises(error, match=message):
+        F.mos_nll_loss(**{**_inputs(), name: value}, backend=backend)
+    inputs = {**_inputs(), name: value}
+    target, prior_logits = inputs.pop("target"), inputs["prior_logits"]
+    if name != "target":
+        for function in (F.mos_log_prob, F.mos_predict, F.mos_sample):
+            with pytest.raises(error, match=message):
+                function(**inputs, backend=backend)
+        if name != "prior_logits":
+            del inputs["prior_logits"]
+            with pytest.raises(error, match=message):
+                F.mos_logsumexp(**inputs, backend=backend)
+    assert prior_logits is not None and target is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reduction": "average"}, ValueError, "reduction must be one of mean, sum, none, got 'average'"),
+        ({"backend": "cudnn"}, ValueError, "backend must be one of .*, got 'cudnn'"),
+        ({"grad_filter_eps": 1.0}, ValueError, r"grad_filter_eps must be in \[0, 1\), got 1.0"),
+        ({"grad_filter_eps": -0.1}, ValueError, "got -0.1"),
+    ],
+)
+def test_options(options, error, message):
+    with pytest.raises(error, match=message):
+        F.mos_nll_loss(**_inputs(), **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_temperature(temperature):
+    inputs = _inputs()
+    del inputs["target"]
+    with pytest.raises(ValueError, match="temperature must be positive, got"):
+        F.mos_sample(**inputs, temperature=temperature)
+
+
+@pytest.mark.parametrize("head", [fused_mos.MoS, fused_mos.MoC, fused_mos.Softmax])
+def test_module(head):
+    module = head(D, V)
+    target = torch.zeros(N, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"input must be \(…, in_features = 5\), got \(4, 6\)"):
+        module(torch.randn(N, D + 1), target)
+    with pytest.raises(TypeError, match="input must be a Tensor, got list"):
+        module([1.0], target)
+    with pytest.raises(TypeError, match="input must have the parameters' dtype torch.float32, got torch.float64"):
+        module(torch.randn(N, D).double(), target)
+    with pytest.raises(ValueError, match="input is on meta but the parameters are on cpu"):
+        module(torch.randn(N, D, device="meta"), target)
+    with pytest.raises(ValueError, match=r"target must have input's leading shape \(4,\), got \(3,\)"):
+        module(torch.randn(N, D), target[:3])
+    with pytest.raises(ValueError, match="reduction"):
+        module(torch.randn(N, D), target, reduction="average")
+    with pytest.raises(ValueError, match="contains NaN"):
+        module(_nan(N, D), target)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_experts": 0}, "n_experts must be at least 1, got 0"),
+        ({"in_features": 0}, "must be at least 1, got 0"),
+        ({"n_classes": -2}, "n_classes must be at least 1, got -2"),
+        ({"latent_features": 0}, "latent_features must be at least 1, got 0"),
+        ({"latent_dropout": 1.5}, r"\[0, 1\), got 1.5"),
+        ({"backend": "fast"}, "backend must be one of .*, got 'fast'"),
+        ({"weight": torch.nn.Parameter(torch.zeros(V + 1, D))}, r"weight must be .* = \(11, 5\), got \(12, 5\)"),
+    ],
+)
+def test_constructor(options, message):
+    with pytest.raises(ValueError, match=message):
+        fused_mos.MoS(**{"in_features": D, "n_classes": V, **options})

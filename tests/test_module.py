@@ -1,0 +1,147 @@
+"""The heads against a plain restatement of the paper's equations, and their interface."""
+
+import pytest
+import torch
+from torch import nn
+
+import fused_mos
+
+H, V, K, D = 9, 61, 4, 7
+
+
+def _paper(head: str, state: dict[str, torch.Tensor], h: torch.Tensor) -> torch.Tensor:
+    """Probabilities (N, V), written as in sections 2.1, 2.3 and 2.4 of the paper, one token and expert at a time."""
+    rows = []
+    for h_t in h:
+        if head == "Softmax":
+            rows.append(torch.softmax(state["decoder.weight"] @ h_t + state["decoder.bias"], 0))
+            continue
+        prior = torch.softmax(state["prior.weight"] @ h_t, 0)
+        contexts = [
+            torch.tanh(w @ h_t + c) for w, c in zip(state["latent.0.weight"].split(D), state["latent.0.bias"].split(D))
+        ]
+        if head == "MoC":
+            context = sum(p * c for p, c in zip(prior, contexts))
+            rows.append(torch.softmax(state["decoder.weight"] @ context + state["decoder.bias"], 0))
+        else:
+            rows.append(sum(p * torch.softmax(state["decoder.weight"] @ c + state["decoder.bias"], 0) for p, c in zip(prior, contexts)))
+    return torch.stack(rows)
+
+
+def _make(head: str, **options) -> nn.Module:
+    if head == "Softmax":
+        return fused_mos.Softmax(H, V, **options)
+    return getattr(fused_mos, head)(H, V, K, D, **options)
+
+
+HEADS = ["Softmax", "MoS", "MoC"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "auto"])
+@pytest.mark.parametrize("head", HEADS)
+def test_restates_the_paper_with_all_gradients(head, backend):
+    module = _make(head, backend=backend, dtype=torch.float64)
+    nn.init.normal_(module.decoder.bias)
+    h = torch.randn(12, H, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, V, (12,))
+    probability = _paper(head, dict(module.named_parameters()), h)
+    expected = -probability.gather(1, target[:, None]).log().mean()
+    parameters = [h, *module.parameters()]
+    wanted = torch.autograd.grad(expected, parameters, allow_unused=True)
+    output, loss = module(h, target)
+    assert torch.allclose(loss, expected, rtol=0, atol=1e-12)
+    assert torch.allclose(output, probability.gather(1, target[:, None])[:, 0].log(), rtol=0, atol=1e-12)
+    assert torch.allclose(module.log_prob(h), probability.log(), rtol=0, atol=1e-11)
+    assert torch.equal(module.predict(h), probability.argmax(-1))
+    for a, b in zip(torch.autograd.grad(loss, parameters, allow_unused=True), wanted):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (0,)], ids=str)
+def test_any_leading_shape(head, shape):
+    module = _make(head)
+    h, target = torch.randn(*shape, H), torch.randint(0, V, shape)
+    output, loss = module(h, target, reduction="none")
+    assert output.shape == loss.shape == shape
+    assert torch.equal(output, -loss)
+    assert module(h, target, reduction="sum").loss.shape == ()
+    assert module.log_prob(h).shape == (*shape, V)
+    assert module.predict(h).shape == module.sample(h).shape == shape
+    assert torch.allclose(module.log_prob(h).gather(-1, target[..., None])[..., 0], output, atol=1e-5)
+
+
+def test_ignored_targets():
+    module = _make("MoS")
+    h, target = torch.randn(6, H), torch.randint(0, V, (6,))
+    target[2] = -100
+    output, loss = module(h, target)
+    assert output[2] == 0
+    assert torch.allclose(loss, -output.sum() / 5)
+
+
+def test_sample_uses_the_generator_and_temperature():
+    module = _make("MoS", dtype=torch.float64)
+    h = torch.randn(400, H, dtype=torch.float64)
+    first = module.sample(h, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(first, module.sample(h, generator=torch.Generator().manual_seed(5)))
+    assert not torch.equal(first, module.sample(h, generator=torch.Generator().manual_seed(6)))
+    nn.init.normal_(module.prior.weight, std=1e5)  # one expert per token, whose best word a cold sample must be
+    assert torch.equal(module.sample(h, temperature=1e-7), module.predict(h))
+
+
+def test_parameters_are_named_as_in_the_published_code():
+    expected = {"prior.weight", "latent.0.weight", "latent.0.bias", "decoder.weight", "decoder.bias"}
+    assert set(_make("MoS").state_dict()) == set(_make("MoC").state_dict()) == expected
+    assert set(_make("Softmax").state_dict()) == {"decoder.weight", "decoder.bias"}
+    assert set(_make("MoS", bias=False).state_dict()) == expected - {"decoder.bias"}
+
+
+def test_initialisation_is_the_papers():
+    module = fused_mos.MoS(400, 5_000, 3, 100)
+    assert module.decoder.weight.min() < -0.0999 and 0.0999 < module.decoder.weight.max() <= 0.1
+    assert module.decoder.bias.eq(0).all()
+    assert module.prior.weight.abs().max() <= 1 / 20  # torch's default for 400 inputs
+
+
+def test_defaults():
+    module = fused_mos.MoS(16, 30)
+    assert module.n_experts == 10 and module.decoder.in_features == 16 and module.decoder.bias is not None
+
+
+def test_tied_weight_is_the_embedding():
+    embedding = nn.Embedding(V, D)
+    before = embedding.weight.detach().clone()
+    module = fused_mos.MoS(H, V, K, weight=embedding.weight)
+    assert module.decoder.weight is embedding.weight and torch.equal(embedding.weight, before)
+    module.reset_parameters()
+    assert torch.equal(embedding.weight, before)
+    module(torch.randn(3, H), torch.tensor([1, 2, 3])).loss.backward()
+    assert embedding.weight.grad.abs().sum() > 0
+
+
+def test_device_and_dtype():
+    module = fused_mos.MoS(H, V, K, D, device="meta", dtype=torch.bfloat16)
+    assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in module.parameters())
+
+
+def test_backends_are_told_with_reasons():
+    table = fused_mos.backends()
+    assert table["reference"] == table["tiled"] == "available"
+    for name, reason in table.items():
+        if reason != "available":
+            with pytest.raises(RuntimeError, match=f"'{name}' is not available: .*{reason[:20]}"):
+                _make("MoS", backend=name)(torch.randn(1, H), torch.tensor([0]))
+
+
+def test_mos_has_a_higher_rank_than_softmax_and_moc():
+    """The point of it all (sections 2.2 to 2.4): a softmax's log-probabilities, and MoC's, have rank at most d + 1
+    (the normaliser adds one), a mixture's are not so limited."""
+    contexts = torch.randn(60, H, dtype=torch.float64) * 3
+    ranks = {}
+    for head in HEADS:
+        module = _make(head, dtype=torch.float64)
+        nn.init.normal_(module.decoder.weight)
+        ranks[head] = torch.linalg.matrix_rank(module.log_prob(contexts).detach(), rtol=1e-10).item()
+    assert ranks["Softmax"] <= H + 2 and ranks["MoC"] <= D + 2
+    assert ranks["MoS"] >= 55
