@@ -1,0 +1,33 @@
+# make demo: train softmax and MoS side by side, about three minutes.   make test: the test suite.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+# On a machine without a GPU the CPU build of torch is 200 MB; PyPI's is gigabytes of CUDA. The index that has it
+# is only asked for torch itself; where it cannot be reached, pip takes the torch that it finds elsewhere.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
+TORCH_OPTIONS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 0)
+
+.PHONY: demo test test-slow benchmark clean
+
+demo: $(VENV)/installed
+	$(PY) -m fused_mos.demo
+
+test: $(VENV)/installed
+	$(PY) -m pytest tests
+
+test-slow: $(VENV)/installed
+	$(PY) -m pytest tests -m slow
+
+benchmark: $(VENV)/installed
+	$(PY) -m pytest benchmarks --benchmark-only
+
+$(VENV)/installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH_OPTIONS) "$(TORCH)"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
