@@ -144,10 +144,10 @@ class TrainConfig:
         """The inverse of `to_json`; raises ConfigError for a field that this version does not know."""
         values = dict(values)
         try:
-            model = ModelConfig(**{**values.pop("model"), "hidden_sizes": tuple(values["model"]["hidden_sizes"])})
-            optim = OptimConfig(**values.pop("optim"))
-            paths = {name: Path(values.pop(name)) if values[name] is not None else values.pop(name) for name in ("data", "out", "resume")}
-            return cls(**values, **paths, model=model, optim=optim)
+            model, optim = values.pop("model"), OptimConfig(**values.pop("optim"))
+            model = ModelConfig(**{**model, "hidden_sizes": tuple(model["hidden_sizes"])})
+            paths = {name: path and Path(path) for name, path in values.items() if name in ("data", "out", "resume")}
+            return cls(**{**values, **paths}, model=model, optim=optim)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the saved configuration does not fit this version: {error}") from None
 
@@ -180,14 +180,15 @@ def ptb_small() -> TrainConfig:
 
 
 def demo() -> TrainConfig:
-    """A minute on two cores: for a text of some 100,000 words."""
+    """A minute on two cores, for a text of some 100,000 words; the embedding is small, so that the softmax
+    bottleneck binds."""
     return TrainConfig(
         recipe="demo",
         model=ModelConfig(
-            n_experts=5, embedding_size=64, hidden_sizes=(192, 128),
-            dropoute=0.1, dropouti=0.25, dropouth=0.2, dropout=0.25, dropoutl=0.2, wdrop=0.3,
+            n_experts=5, embedding_size=32, hidden_sizes=(192, 128),
+            dropoute=0.1, dropouti=0.1, dropouth=0.1, dropout=0.2, dropoutl=0.0, wdrop=0.2,
         ),
-        optim=OptimConfig(batch_size=10, bptt=35, bptt_delta=20, epochs=10, nonmono=2),
+        optim=OptimConfig(lr=10.0, batch_size=10, bptt=35, bptt_delta=20, epochs=10, nonmono=2),
         log_interval=20,
     )  # fmt: skip
 

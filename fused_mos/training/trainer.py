@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._backends import resolve
 from ..data import Corpus, batchify, random_bptt_length, segment
 from ..lm import AWDLSTM, NTASGD
 from ..lm.awd_lstm import activation_regularization, detach, temporal_activation_regularization
@@ -57,6 +58,10 @@ class Trainer:
         self.config = config
         self.folder = config.run_folder
         self.device = _device(config.device)
+        try:
+            resolve(config.model.backend, self.device)
+        except RuntimeError as error:
+            raise ConfigError(str(error)) from None
         saved = load_checkpoint(self.folder / "last.safetensors") if config.resume else None
         if not config.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(f"out: {self.folder} is not empty; continue that run with --resume {self.folder}, or name another --out")
@@ -129,7 +134,7 @@ class Trainer:
         self.optimizer.zero_grad()
         for i, columns in enumerate(range(0, optim.batch_size, self._sub_batch)):
             part = slice(columns, columns + self._sub_batch)
-            output = self.model(inputs[:, part], targets[:, part], self.hidden[i])
+            output = self._forward(inputs[:, part], targets[:, part], self.hidden[i])
             self.hidden[i] = detach(output.hidden)
             loss = output.loss
             if optim.alpha:
@@ -148,14 +153,22 @@ class Trainer:
         progress.interval_words += inputs.numel()
         return inputs.shape[0]
 
+    def _forward(self, inputs: Tensor, targets: Tensor, hidden):
+        try:
+            return self.model(inputs, targets, hidden)
+        except ValueError as error:  # the head refuses NaN
+            if all(p.isfinite().all() for p in self.model.parameters()):
+                raise
+            raise self._diverged(f"parameters are no longer finite at step {self.progress.step}") from error
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(f"training diverged: {what}; the checkpoints in {self.folder} are from before that; try a lower --lr or --clip")
+
     def _log_interval(self) -> str:
         progress = self.progress
         loss = self.interval_loss.item() / progress.interval_words
         if loss != loss:
-            raise TrainingDiverged(
-                f"the training loss became NaN between steps {progress.step - self.config.log_interval} and {progress.step}; "
-                f"the checkpoints in {self.folder} are from before that: lower --lr or --clip"
-            )
+            raise self._diverged(f"the loss is NaN before step {progress.step}")
         speed = progress.interval_words / progress.interval_seconds
         self.metrics.write(
             "train", progress.step, epoch=progress.epoch + 1, loss=loss, ppl=perplexity(loss), words_per_second=speed,
@@ -174,7 +187,7 @@ class Trainer:
         with self.optimizer.averaged():
             loss = evaluate(self.model, self.corpus.valid, self.config.valid_batch_size, self.config.optim.bptt, "validate")
             if loss != loss:
-                raise TrainingDiverged(f"the validation loss of epoch {progress.epoch + 1} is NaN; {self.folder} keeps the last good checkpoints")
+                raise self._diverged(f"the validation loss of epoch {progress.epoch + 1} is NaN")
             better = progress.best is None or loss < progress.best
             if better:
                 progress.best = loss

@@ -1,0 +1,34 @@
+"""A small text and small runs on it."""
+
+import random
+
+import pytest
+
+
+def _write(path, sentences):
+    path.write_text("\n".join(" ".join(words) for words in sentences) + "\n")
+
+
+@pytest.fixture
+def corpus_folder(tmp_path):
+    """Train: cyclic sentences of 40 words. Valid and test: half as much of random words, so that validation soon gets
+    worse and averaging starts."""
+    draw = random.Random(0)
+    words = [f"w{i}" for i in range(40)]
+    folder = tmp_path / "text"
+    folder.mkdir()
+    starts = [draw.randrange(40) for _ in range(250)]
+    _write(folder / "train.txt", [[words[(s + i) % 40] for i in range(8)] for s in starts] + [words])
+    for split in ("valid", "test"):
+        _write(folder / f"{split}.txt", [[draw.choice(words) for _ in range(8)] for _ in range(40)])
+    return folder
+
+
+@pytest.fixture
+def small_flags(corpus_folder):
+    """Command-line flags of a run that takes a second."""
+    return [
+        "--recipe", "demo", "--data", str(corpus_folder), "--embedding-size", "8", "--hidden-sizes", "12", "10",
+        "--n-experts", "3", "--batch-size", "6", "--bptt", "12", "--bptt-delta", "6", "--epochs", "3", "--log-interval", "1",
+        "--nonmono", "0", "--lr", "10",
+    ]  # fmt: skip

@@ -1,0 +1,125 @@
+"""Whole runs: what they leave, that they learn, and that a kill changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fused_mos.train import parse
+from fused_mos.training import Trainer, TrainingDiverged
+from fused_mos.training.checkpoint import load_checkpoint
+from fused_mos.training.logging import read_metrics
+
+
+NO_DROPOUT = [f for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop") for f in (f"--{name}", "0")]
+
+
+def run(flags, out):
+    trainer = Trainer(parse([*flags, "--out", str(out)]))
+    return trainer.run()
+
+
+def losses(folder):
+    return [(m["kind"], m["step"], m["loss"]) for m in read_metrics(folder)]
+
+
+def test_a_run_leaves_its_folder(small_flags, tmp_path):
+    out = tmp_path / "run"
+    wider = ["--hidden-sizes", "48", "--embedding-size", "24", "--lr", "20", "--alpha", "0", "--beta", "0"]
+    result = run([*small_flags, *NO_DROPOUT, *wider, "--epochs", "8", "--nonmono", "9"], out)
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.json", "vocabulary.txt", "metrics.jsonl", "tensorboard", "best.safetensors", "last.safetensors",
+        "learning-curve.png", "result.json",
+    }  # fmt: skip
+    assert any((out / "tensorboard").iterdir())
+    assert (out / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "result.json").read_text()) == result
+    assert {"valid_ppl", "test_ppl", "parameters", "words_per_second", "peak_memory_mib", "seed", "head"} <= result.keys()
+    train = [m["loss"] for m in read_metrics(out) if m["kind"] == "train"]
+    assert train[-1] < train[0] - 0.5, "the cyclic text was not learnt"
+
+
+@pytest.mark.parametrize("head", ["softmax", "moc"])
+def test_other_heads_train(head, small_flags, tmp_path):
+    result = run([*small_flags, "--head", head, "--epochs", "1"], tmp_path / "run")
+    assert result["head"] == head and result["test_ppl"] < 60
+
+
+def test_the_seed_decides_everything(small_flags, tmp_path):
+    flags = [*small_flags, "--epochs", "1"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run([*flags, "--seed", str(seed)], tmp_path / name)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_small_batches_accumulate_the_gradient_of_the_whole(small_flags, tmp_path):
+    for name, small in (("whole", "0"), ("parts", "2")):
+        run([*small_flags, *NO_DROPOUT, "--epochs", "1", "--small-batch-size", small], tmp_path / name)
+    for (_, _, a), (_, _, b) in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True):
+        assert abs(a - b) < 1e-4
+
+
+def _killed_at(flags, out, lines):
+    """Starts the run as a user would and kills it, as an out-of-memory killer would, once metrics.jsonl has `lines` lines."""
+    process = subprocess.Popen([sys.executable, "-m", "fused_mos.train", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_runs_resume_bit_identically(small_flags, tmp_path):
+    """Killed in the middle of an epoch before averaging starts and again after: every loss, and the best model,
+    equal those of an unbroken run."""
+    flags = [*small_flags, "--epochs", "6"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(flags, whole)
+    metrics = read_metrics(whole)
+    steps = sum(m["kind"] == "train" and m["epoch"] == 1 for m in metrics)
+    averaging = [i for i, m in enumerate(metrics) if m["kind"] == "valid" and m["averaging"]]
+    assert averaging and averaging[0] > steps + 2, "averaging must start in this run, and not at once"
+
+    _killed_at([*flags, "--checkpoint-minutes", "0", "--out", str(broken)], broken, steps // 2)
+    assert losses(broken) != losses(whole)
+    _killed_at(["--resume", str(broken)], broken, averaging[0] + steps // 2)
+    _, meta = load_checkpoint(broken / "last.safetensors")
+    assert meta["optimizer"]["averaging"] and 0 < meta["progress"]["row"]
+    resumed = Trainer(parse(["--resume", str(broken)]))
+    resumed.run()
+    assert losses(broken) == losses(whole)
+    a, b = load_file(whole / "best.safetensors"), load_file(broken / "best.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_finished_run_resumes_to_more_epochs(small_flags, tmp_path):
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    run([*small_flags, "--epochs", "4"], whole)
+    run([*small_flags, "--epochs", "2"], longer)
+    Trainer(parse(["--resume", str(longer), "--epochs", "4"])).run()
+    assert losses(whole) == losses(longer)
+
+
+def test_divergence_stops_the_run_and_keeps_the_checkpoints(small_flags, tmp_path):
+    out = tmp_path / "run"
+    run([*small_flags, "--epochs", "1"], out)
+    best = (out / "best.safetensors").read_bytes()
+    tensors, meta = load_checkpoint(out / "last.safetensors")
+    trainer = Trainer(parse(["--resume", str(out), "--epochs", "2"]))
+    with torch.no_grad():
+        trainer.model.rnns[0].bias_ih_l0.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match="training diverged: .* lower --lr"):
+        trainer.run()
+    assert (out / "best.safetensors").read_bytes() == best
+    kept, _ = load_checkpoint(out / "last.safetensors")
+    assert all(torch.equal(kept[name], tensors[name]) for name in tensors)
