@@ -1,0 +1,130 @@
+"""AWD-LSTM against a plain restatement of the paper's equations, and the published code's names and sizes."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from fused_mos.lm import AWDLSTM, WeightDropLSTM
+from fused_mos.lm.awd_lstm import activation_regularization, temporal_activation_regularization
+from fused_mos.training import RECIPES
+
+V, D, K = 23, 6, 3
+NO_DROPOUT = dict.fromkeys(("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop"), 0.0)
+
+
+def make(head="mos", **options):
+    model = AWDLSTM(V, D, (9, 8), head, K, **{**NO_DROPOUT, **options}).double()
+    nn.init.normal_(model.head.decoder.bias)
+    return model
+
+
+def restated(model, head, tokens):
+    """Probabilities (T, B, V), one time step and gate at a time."""
+    p = dict(model.named_parameters())
+    state = [(h[0], c[0]) for h, c in model.initial_hidden(tokens.shape[1])]
+    rows = []
+    for token in tokens:
+        x = p["encoder.weight"][token]
+        for layer, (h, c) in enumerate(state):
+            name = f"rnns.{layer}."
+            gates = x @ p[name + "weight_ih_l0"].T + p[name + "bias_ih_l0"] + h @ p[name + "weight_hh_l0"].T + p[name + "bias_hh_l0"]
+            i, f, g, o = gates.chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+            state[layer], x = (h, c), h
+        decode = lambda z: torch.softmax(z @ p["encoder.weight"].T + p["head.decoder.bias"], -1)  # noqa: E731
+        if head == "softmax":
+            rows.append(decode(x))
+            continue
+        prior = torch.softmax(x @ p["head.prior.weight"].T, -1)
+        latent = torch.tanh(x @ p["head.latent.0.weight"].T + p["head.latent.0.bias"]).view(-1, K, D)
+        if head == "mos":
+            rows.append((prior[..., None] * decode(latent)).sum(1))
+        else:
+            rows.append(decode((prior[..., None] * latent).sum(1)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("head", ["mos", "moc", "softmax"])
+def test_restates_the_paper_with_all_gradients(head):
+    model = make(head)
+    tokens, target = torch.randint(0, V, (5, 4)), torch.randint(0, V, (5, 4))
+    probability = restated(model, head, tokens)
+    expected = -probability.gather(2, target[..., None]).log().mean()
+    output = model(tokens, target)
+    assert torch.allclose(output.loss, expected, rtol=0, atol=1e-12)
+    assert torch.allclose(output.loss, -output.log_likelihood.mean(), rtol=0, atol=1e-12)
+    assert torch.allclose(model.log_prob(tokens)[0], probability.log(), rtol=0, atol=1e-11)
+    names, parameters = zip(*model.named_parameters())
+    wanted = torch.autograd.grad(expected, parameters)
+    for name, a, b in zip(names, torch.autograd.grad(output.loss, parameters), wanted):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12), name
+
+
+def test_the_published_codes_names_load():
+    source, model = make(), make()
+    published = {}
+    for name, tensor in source.state_dict().items():
+        name = name.removeprefix("head.")
+        if name.startswith("rnns."):
+            _, layer, weight = name.split(".")
+            name = f"rnns.{layer}.module.{weight}" + ("_raw" if weight == "weight_hh_l0" else "")
+        published[name] = tensor
+    assert {"encoder.weight", "rnns.1.module.weight_hh_l0_raw", "rnns.0.module.bias_hh_l0", "prior.weight", "latent.0.bias",
+            "decoder.weight", "decoder.bias"} <= published.keys()  # fmt: skip
+    model.load_state_dict(published, strict=True)
+    tokens = torch.randint(0, V, (5, 2))
+    assert torch.equal(model.log_prob(tokens)[0], source.log_prob(tokens)[0])
+    model.load_state_dict(source.state_dict(), strict=True)
+    assert len(published) == len(source.state_dict()), "loading must not change the caller's dictionary"
+
+
+@pytest.mark.parametrize(("recipe", "words", "parameters"), [("ptb", 10_000, 21_500_620), ("wikitext2", 33_278, 34_909_528)])
+def test_the_papers_parameter_counts(recipe, words, parameters):
+    with torch.device("meta"):
+        model = AWDLSTM(words, **dataclasses.asdict(RECIPES[recipe]().model))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_hidden_states_carry_over_segments():
+    model = make(dropouti=0.5, dropout=0.5, wdrop=0.5, dropoute=0.5, dropouth=0.5, dropoutl=0.5).eval()
+    tokens = torch.randint(0, V, (7, 3))
+    whole, last = model.log_prob(tokens)
+    first, hidden = model.log_prob(tokens[:3])
+    second, end = model.log_prob(tokens[3:], hidden)
+    assert torch.allclose(torch.cat([first, second]), whole, rtol=0, atol=1e-12)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for x, y in zip(last, end) for a, b in zip(x, y))
+    assert not torch.allclose(model.log_prob(tokens[3:])[0], second)
+
+
+def test_lstm_is_torchs_without_weight_drop():
+    ours, theirs = WeightDropLSTM(5, 7), nn.LSTM(5, 7)
+    theirs.load_state_dict(ours.state_dict())
+    x, h, c = torch.randn(6, 3, 5), torch.randn(1, 3, 7), torch.randn(1, 3, 7)
+    output, (last_h, last_c) = ours(x, (h, c))
+    expected, (expected_h, expected_c) = theirs(x, (h, c))
+    assert torch.equal(output, expected) and torch.equal(last_h, expected_h) and torch.equal(last_c, expected_c)
+
+
+def test_regularisers_are_the_papers():
+    x = torch.randn(4, 3, 2, dtype=torch.float64)
+    assert activation_regularization(x).item() == pytest.approx(sum(v**2 for v in x.flatten().tolist()) / 24)
+    assert temporal_activation_regularization(x).item() == pytest.approx((x.diff(dim=0) ** 2).mean().item())
+    assert temporal_activation_regularization(x[:1]).item() == 0
+
+
+def test_tying():
+    tied, untied = make(), make(tied=False)
+    assert tied.head.decoder.weight is tied.encoder.weight
+    assert untied.head.decoder.weight is not untied.encoder.weight
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"head": "linear"}, "head must be one of mos, moc, softmax, got 'linear'"), ({"dropouti": 1.0}, r"dropouti must be in \[0, 1\), got 1.0")],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
