@@ -9,16 +9,13 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH_OPTIONS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 0)
 
-.PHONY: demo test test-slow benchmark clean
+.PHONY: demo test benchmark clean
 
 demo: $(VENV)/installed
 	$(PY) -m fused_mos.demo
 
 test: $(VENV)/installed
 	$(PY) -m pytest tests
-
-test-slow: $(VENV)/installed
-	$(PY) -m pytest tests -m slow
 
 benchmark: $(VENV)/installed
 	$(PY) -m pytest benchmarks --benchmark-only
