@@ -20,7 +20,7 @@ test: $(VENV)/installed
 benchmark: $(VENV)/installed
 	$(PY) -m pytest benchmarks --benchmark-only
 
-$(VENV)/installed: pyproject.toml constraints.txt Makefile
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f) constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH_OPTIONS) "$(TORCH)"
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"

@@ -93,8 +93,8 @@ def nll_and_loss(
     _check_target(target, latent, weight, ignore_index)
     if grad_filter_eps < 0 or grad_filter_eps >= 1:
         raise ValueError(f"grad_filter_eps must be in [0, 1), got {grad_filter_eps}")
-    backend = _backends.resolve(backend, latent.device)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
+    backend = _backends.resolve(backend, latent.device, latent.dtype)
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             nll = reference.nll(latent, prior_logits, weight, bias, target, ignore_index)
@@ -125,8 +125,8 @@ def mos_log_prob(
     are summed tile by tile.
     """
     _check_inputs(latent, prior_logits, weight, bias)
-    backend = _backends.resolve(backend, latent.device)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
+    backend = _backends.resolve(backend, latent.device, latent.dtype)
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias)
@@ -139,8 +139,8 @@ def mos_logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     Args and errors as in `mos_nll_loss`.
     """
     _check_inputs(latent, None, weight, bias)
-    backend = _backends.resolve(backend, latent.device)
     latent, _, weight, bias = _autocast(latent, None, weight, bias)
+    backend = _backends.resolve(backend, latent.device, latent.dtype)
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             return reference.logsumexp(latent, weight, bias)
@@ -156,8 +156,8 @@ def mos_predict(
     Args and errors as in `mos_nll_loss`.
     """
     _check_inputs(latent, prior_logits, weight, bias)
-    backend = _backends.resolve(backend, latent.device)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
+    backend = _backends.resolve(backend, latent.device, latent.dtype)
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias).argmax(-1)
@@ -189,8 +189,8 @@ def mos_sample(
     _check_inputs(latent, prior_logits, weight, bias)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    backend = _backends.resolve(backend, latent.device)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
+    backend = _backends.resolve(backend, latent.device, latent.dtype)
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             return reference.sample(latent, prior_logits, weight, bias, temperature, generator)

@@ -3,6 +3,22 @@
 import pytest
 import torch
 
+try:
+    from fused_mos import _cpu
+    from fused_mos._backends import cpu
+except ImportError:  # installed without a compiler: the tests of the native kernels are skipped
+    _cpu = cpu = None
+
+INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16"]
+
+
+def use_instruction_set(name: str, monkeypatch) -> None:
+    if _cpu is None:
+        pytest.skip("the native kernels are not installed")
+    if name not in _cpu.instruction_sets():
+        pytest.skip(f"this processor has no {name}")
+    monkeypatch.setenv("FUSED_MOS_ISA", name)
+
 
 @pytest.fixture(autouse=True)
 def seeded_and_strict():
@@ -16,11 +32,31 @@ def seeded_and_strict():
 
 @pytest.fixture(params=["one tile", "many tiles"])
 def workspace(request, monkeypatch):
-    """Runs a test with the usual workspace and with one so small that every loop has several tiles of 64 columns."""
+    """Runs a test with the usual workspace and with one so small that every loop has several tiles (of 64 columns in
+    `tiled`) or chunks."""
     from fused_mos._backends import tiled
 
     if request.param == "many tiles":
         monkeypatch.setitem(tiled.WORKSPACE_BYTES, "cpu", 16 * 1024)
         monkeypatch.setattr(tiled, "MAX_ROWS", 32)
         monkeypatch.setattr(tiled, "MIN_GRADIENT_ROWS", 1)  # also where its blocks are of one token
+        if cpu:
+            monkeypatch.setattr(cpu, "WORKSPACE_BYTES", 16 * 1024)
+            monkeypatch.setattr(cpu, "MIN_GRADIENT_ROWS", 1)
     return request.param
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch):
+    """Runs a test with the native kernels of each instruction set that this processor has."""
+    use_instruction_set(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["tiled", *INSTRUCTION_SETS])
+def backend(request, monkeypatch):
+    """Each fused backend by its name, `cpu` once with each instruction set."""
+    if request.param == "tiled":
+        return "tiled"
+    use_instruction_set(request.param, monkeypatch)
+    return "cpu"

@@ -129,7 +129,7 @@ def test_backends_are_told_with_reasons():
     table = fused_mos.backends()
     assert table["reference"] == table["tiled"] == "available"
     for name, reason in table.items():
-        if reason != "available":
+        if not reason.startswith("available"):
             with pytest.raises(RuntimeError, match=f"'{name}' is not available: .*{reason[:20]}"):
                 _make("MoS", backend=name)(torch.randn(1, H), torch.tensor([0]))
 

@@ -6,6 +6,7 @@ module with the functions of `Kernels` below: it computes values and gradients, 
 (The package has an underscore because `fused_mos.backends` is the public function.)
 """
 
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -49,31 +50,49 @@ class Kernels(Protocol):
         """One class (R,) from each row's softmax(l / temperature), int64."""
 
 
+def _why_cpu_is_missing(error: ImportError) -> str:
+    recorded = Path(__file__).parent.parent / "_cpu_missing.txt"
+    return recorded.read_text().strip() if recorded.exists() else f"the native kernels cannot be loaded: {error}"
+
+
 _KERNELS = {"tiled": tiled}
 _ABSENT = {
-    "cpu": "the native CPU kernels are not part of this version",
     "triton": "the Triton kernels are not part of this version",
     "cuda": "the CUDA kernels are not part of this version",
 }
-NAMES = ("auto", "reference", *_KERNELS, *_ABSENT)
+try:
+    from . import cpu
+
+    _KERNELS["cpu"] = cpu
+except ImportError as error:
+    _ABSENT["cpu"] = _why_cpu_is_missing(error)
+NAMES = ("auto", "reference", "tiled", "cpu", "triton", "cuda")
 
 
 def backends() -> dict[str, str]:
     """Says which backends exist on this machine: name -> "available", or the reason why not."""
-    return {"reference": "available"} | {name: "available" for name in _KERNELS} | _ABSENT
+    available = {"reference": "available"} | {name: "available" for name in _KERNELS}
+    if "cpu" in _KERNELS:
+        available["cpu"] = f"available ({cpu.instruction_set()})"
+    return available | _ABSENT
 
 
-def resolve(name: str, device: torch.device) -> str:
-    """Turns `auto` into the fastest backend for `device`, and checks any other name.
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Turns `auto` into the fastest backend for `device` and `dtype`, and checks any other name.
 
-    Raises ValueError for an unknown name, RuntimeError for a backend that is not available here.
+    Raises ValueError for an unknown name or a device that the backend is not for, TypeError for a dtype that it
+    does not compute, RuntimeError for a backend that is not available here.
     """
     if name == "auto":
-        return "tiled"
+        return "cpu" if "cpu" in _KERNELS and device.type == "cpu" and dtype in cpu.DTYPES else "tiled"
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
     if name in _ABSENT:
         raise RuntimeError(f"backend {name!r} is not available: {_ABSENT[name]}; fused_mos.backends() lists those that are")
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' is for tensors on the CPU, but latent is on {device}")
+    if name == "cpu" and dtype not in cpu.DTYPES:
+        raise TypeError(f"backend 'cpu' computes {' and '.join(map(str, cpu.DTYPES))}, got {dtype}")
     return name
 
 

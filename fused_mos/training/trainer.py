@@ -59,8 +59,8 @@ class Trainer:
         self.folder = config.run_folder
         self.device = _device(config.device)
         try:
-            resolve(config.model.backend, self.device)
-        except RuntimeError as error:
+            resolve(config.model.backend, self.device, torch.float32)
+        except (RuntimeError, ValueError) as error:
             raise ConfigError(str(error)) from None
         saved = load_checkpoint(self.folder / "last.safetensors") if config.resume else None
         if not config.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):

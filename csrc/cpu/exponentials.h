@@ -1,0 +1,87 @@
+// Exponentials of a tile of logits, their sums, and the log-sum-exp that partial sums make together.
+#pragma once
+
+#include "operands.h"
+
+namespace {
+
+// Finite, so that a class of logit −inf gives exp(−inf) = 0 and never inf − inf.
+constexpr float kLowest = -3.40282347e+38f;
+
+template <int NV>
+ALWAYS_INLINE void fill(Vector (&v)[NV], float value) {
+  for (int j = 0; j < NV; ++j) v[j] = broadcast(value);
+}
+
+template <int NV>
+ALWAYS_INLINE void load_lanes(const float* from, Vector (&v)[NV]) {
+  for (int j = 0; j < NV; ++j) v[j] = load(from + j * kLanes);
+}
+
+template <int NV>
+ALWAYS_INLINE void store_lanes(float* to, const Vector (&v)[NV]) {
+  for (int j = 0; j < NV; ++j) store(to + j * kLanes, v[j]);
+}
+
+// Returns in `total` the sums of exp(tile − largest) over n classes; keeps the exponentials in `to` unless it is null.
+// A factor other than 1, the inverse of a temperature, multiplies the difference.
+template <int NV, class Stored>
+ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&largest)[NV], float factor, Stored* to, Vector (&total)[NV]) {
+  fill(total, 0);
+  for (Index v = 0; v < n; ++v) {
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; ++j) {
+      const Vector e = exp_nonpositive((load(tile + v * kBlock + j * kLanes) - largest[j]) * factor);
+      total[j] += e;
+      if (to) store(to + v * kBlock + j * kLanes, e);
+    }
+  }
+}
+
+// From parts with maxima and sums, `stride` apart, of `n` lanes each: maximum and log_total of the whole.
+inline void merge_statistics(const float* maxima, const float* totals, Index n_parts, Index stride, Index n, float* maximum_out,
+                             float* log_total_out) {
+  constexpr Index kTerms = 64;  // summed apart, so that rounding does not grow with the number of parts
+  for (Index first = 0; first < n; first += kLanes) {
+    Vector largest = broadcast(kLowest);
+    for (Index p = 0; p < n_parts; ++p) largest = maximum(load(maxima + p * stride + first), largest);
+    Vector total{};
+    for (Index from = 0; from < n_parts; from += kTerms) {
+      Vector terms{};
+      for (Index p = from; p < smaller(from + kTerms, n_parts); ++p) {
+        terms += load(totals + p * stride + first) * exp_nonpositive(load(maxima + p * stride + first) - largest);
+      }
+      total += terms;
+    }
+    for (Index lane = 0; lane < smaller(kLanes, n - first); ++lane) {
+      maximum_out[first + lane] = largest[lane];
+      log_total_out[first + lane] = float(log(double(total[lane])));
+    }
+  }
+}
+
+// The logits of this panel's targets, read from a tile of logits.
+inline void pick_targets(const float* tile, const RowBlocks& blocks, Index block, const int64_t* target, Index panel, Index n,
+                         float* target_logit) {
+  for (Index lane = 0; lane < blocks.filled[block]; ++lane) {
+    const Index row = blocks.source[block * kBlock + lane], v = target[row] - panel * kPanel;
+    if (v >= 0 && v < n) target_logit[row] = tile[v * kBlock + lane];
+  }
+}
+
+// Blocks of consecutive rows, and their memory.
+class ConsecutiveRows {
+ public:
+  ConsecutiveRows(Index first, Index n_rows)
+      : n_blocks_(ceil_div(n_rows, kBlock)), source_(n_blocks_ * kBlock), filled_(n_blocks_) {
+    for (Index lane = 0; lane < n_blocks_ * kBlock; ++lane) source_[lane] = lane < n_rows ? first + lane : -1;
+    for (Index b = 0; b < n_blocks_; ++b) filled_[b] = smaller(kBlock, n_rows - b * kBlock);
+  }
+  RowBlocks blocks() const { return {n_blocks_, source_, filled_}; }
+
+ private:
+  Index n_blocks_;
+  Buffer<Index> source_, filled_;
+};
+
+}  // namespace

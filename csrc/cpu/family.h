@@ -1,0 +1,15 @@
+// What a kernel family defines, in the namespace of the instruction set that it is compiled for.
+#pragma once
+
+#include "kernels.h"
+
+namespace fused_mos::FUSED_MOS_NAMESPACE {
+
+void row_statistics(const Head&, const StatisticsArguments&);
+void rows_backward(const Head&, const RowsBackwardArguments&);
+void nll_with_gradients(const Head&, const NllArguments&);
+void mixture(const Head&, const MixtureArguments&);
+void mixture_backward(const Head&, const MixtureArguments&);
+void sample(const Head&, const SampleArguments&);
+
+}  // namespace fused_mos::FUSED_MOS_NAMESPACE

@@ -1,0 +1,194 @@
+// Tiles of dl = ∂loss/∂logits in memory, and the two products that make gradients of them.
+//
+// A tile is (kPanel classes, kBlock rows); the workspace holds all blocks of some rows by a span of panels. No sum
+// crosses threads: dE is summed by panel, dz by row, each in a fixed order, so the result does not depend on how many
+// threads there are.
+#pragma once
+
+#include "exponentials.h"
+
+namespace {
+
+constexpr Index kTile = kPanel * kBlock;
+constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their tiles of a panel stay in the L2 cache
+
+// Where the gradients go; null where they are not needed.
+template <class T>
+struct Gradients {
+  typename T::In* rows;
+  typename T::In* weight;
+  float* weight_sums;  // (V, D), for 16-bit gradients to which several chunks of rows add; else null
+  float* bias;
+
+  bool of_weight() const { return weight || weight_sums; }
+};
+
+template <class T>
+class GradientTiles {
+  using In = typename T::In;
+  using Op = typename T::Op;
+  using Stored = typename T::Stored;
+  static constexpr int kDepth = Element<Op>::kDepth;
+
+ public:
+  GradientTiles(const Head& head, const In* rows, const Gradients<T>& gradients, Index n_blocks, Index span)
+      : head_(head),
+        rows_(rows),
+        gradients_(gradients),
+        width_(padded_features(head)),
+        tiles_(n_blocks * span * kTile),
+        packed_(n_blocks * kBlock * steps_of<Op>(head.n_features)),
+        right_(gradients.of_weight() ? n_blocks * kBlock / kDepth * width_ : 0),
+        row_sums_(gradients.rows ? n_blocks * kBlock * width_ : 0),
+        scratch_bytes_(round_up(larger(logits_scratch_bytes<T>(head), gradient_scratch_bytes<T>(head)), 64)),
+        scratch_(scratch_bytes_ * head.n_threads),
+        tile_scratch_(kTile * head.n_threads),
+        panel_sums_(gradients.weight && !kDirect ? kPanel * width_ * head.n_threads : 0) {}
+
+  Stored* tile(Index panel_of_span, Index block) const { return tiles_ + (panel_of_span * n_blocks_ + block) * kTile; }
+  Op* packed(Index block) const { return packed_ + block * kBlock * steps_of<Op>(head_.n_features); }
+  void* scratch(int thread) const { return scratch_ + scratch_bytes_ * thread; }
+  float* tile_scratch(int thread) const { return tile_scratch_ + kTile * thread; }
+
+  // Takes blocks of rows for the logits. To be called by one thread, as all below.
+  void pack(const RowBlocks& blocks) {
+    n_blocks_ = blocks.n_blocks;
+#pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
+    for (Index b = 0; b < blocks.n_blocks; ++b) pack_block<T>(head_, rows_, blocks, b, packed(b));
+  }
+
+  // Takes the rows whose gradients are formed: sums of dz begin.
+  void begin(const RowBlocks& kept) {
+#pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
+    for (Index b = 0; b < kept.n_blocks; ++b) {
+      if (right_) {
+        pack_rows<T>(rows_, kept.source + b * kBlock, kept.filled[b], head_.n_features, 0, width_, right_ + b * kBlock / kDepth * width_);
+      }
+      if (row_sums_) memset(row_sums_ + b * kBlock * width_, 0, sizeof(float) * kBlock * width_);
+    }
+  }
+
+  // Adds the tiles of one panel, which hold dl, to dE.
+  void add_to_weight(const RowBlocks& kept, Index panel, Index panel_of_span, int thread) const {
+    const Index n = classes_in(head_, panel), features = head_.n_features;
+    float* out = nullptr;
+    Index stride = features;
+    bool padded = false;
+    if (gradients_.weight_sums) {
+      out = gradients_.weight_sums + panel * kPanel * features;
+    } else if constexpr (kDirect) {
+      out = gradients_.weight + panel * kPanel * features;
+    } else {
+      out = panel_sums_ + kPanel * width_ * thread;
+      stride = width_;
+      padded = true;
+      memset(out, 0, sizeof(float) * kPanel * width_);
+    }
+    for (Index first = 0; first < kept.n_blocks; first += kBlocksOfProduct) {
+      const Index last = smaller(first + kBlocksOfProduct, kept.n_blocks);
+      for (Index d = 0; d < features; d += kBlock) {
+        with_vectors(ceil_div(features - d, kLanes), [&](auto vectors) {
+          for (Index v = 0; v < n; v += kTileRows) {
+            Vector sum[kTileRows][decltype(vectors)::value];
+            clear(sum);
+            for (Index b = first; b < last; ++b) {
+              multiply((const Op*)(tile(panel_of_span, b) + v * kBlock), kBlock / kDepth, 1,
+                       (const Op*)right_ + b * kBlock / kDepth * width_ + d, width_, ceil_div(kept.filled[b], kDepth), sum);
+            }
+            add_to(out + v * stride + d, stride, n - v, (padded ? width_ : features) - d, sum);
+          }
+        });
+      }
+    }
+    if constexpr (!kDirect) {
+      if (!padded) return;
+      for (Index v = 0; v < n; ++v) narrow_row(out + v * width_, features, gradients_.weight + (panel * kPanel + v) * features);
+    }
+  }
+
+  // Adds the tiles of a span of panels to the sums of dz.
+  void add_to_rows(const RowBlocks& kept, Index first_panel, Index n_panels) {
+    // a thread takes some tile rows of the blocks and, where those are few, some of the columns
+    const Index groups = kept.n_blocks * (kBlock / kTileRows), column_blocks = ceil_div(head_.n_features, kBlock);
+    const Index row_parts = smaller(groups, head_.n_threads), column_parts = smaller(column_blocks, head_.n_threads / larger(row_parts, 1));
+    const Index parts = row_parts * column_parts;
+    Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
+#pragma omp parallel for num_threads(head_.n_threads) schedule(static, 1)
+    for (Index part = 0; part < parts; ++part) {
+      const Index row_part = part / column_parts, column_part = part % column_parts;
+      const Index first = groups * row_part / row_parts, last = groups * (row_part + 1) / row_parts;
+      const Index first_column = column_blocks * column_part / column_parts * kBlock;
+      const Index last_column = smaller(column_blocks * (column_part + 1) / column_parts * kBlock, head_.n_features);
+      const int thread = omp_get_thread_num();
+      for (Index p = 0; p < n_panels; ++p) {
+        const auto e = gradient_operand<T>(head_, first_panel + p, scratch(thread));
+        const Index steps = ceil_div(classes_in(head_, first_panel + p), kDepth);
+        for (Index b = first / (kBlock / kTileRows); b * (kBlock / kTileRows) < last; ++b) {
+          const Op* left;
+          if constexpr (kDepth == 2) {
+            left = pair_classes(tile(p, b), classes_in(head_, first_panel + p), kept.vectors(b), paired + kTile / 2 * thread);
+          } else {
+            left = tile(p, b);
+          }
+          const Index block_start = b * (kBlock / kTileRows);
+          const Index from = larger(first - block_start, 0) * kTileRows;
+          const Index to = smaller((last - block_start) * kTileRows, kept.filled[b]);
+          for (Index d = first_column; d < last_column; d += kBlock) {
+            with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
+              for (Index r = from; r < to; r += kTileRows) {
+                Vector sum[kTileRows][decltype(vectors)::value];
+                clear(sum);
+                multiply(left + r, 1, kBlock, e.at(d, 0), e.step_at(d), steps, sum);
+                add_to(row_sums_ + (b * kBlock + r) * width_ + d, width_, kTileRows, width_ - d, sum);
+              }
+            });
+          }
+        }
+      }
+    }
+  }
+
+  // Writes the sums of dz to the rows they belong to.
+  void end(const RowBlocks& kept) const {
+#pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
+    for (Index b = 0; b < kept.n_blocks; ++b) {
+      for (Index lane = b * kBlock; lane < b * kBlock + kept.filled[b]; ++lane) {
+        narrow_row(row_sums_ + lane * width_, head_.n_features, gradients_.rows + kept.source[lane] * head_.n_features);
+      }
+    }
+  }
+
+ private:
+  static constexpr bool kDirect = sizeof(In) == sizeof(float);  // gradients are summed where they are returned
+
+  // (classes, kBlock) of bfloat16 -> (classes / 2, kBlock) of pairs of classes
+  static const Op* pair_classes(const Stored* from, Index n, Index vectors, Op* to) {
+    for (Index v = 0; v < n; v += 2) {
+      const bool has_next = v + 1 < n;
+      for (Index j = 0; j < vectors; ++j) {
+        Halves low, high{};
+        memcpy(&low, from + v * kBlock + j * kLanes, sizeof low);
+        if (has_next) memcpy(&high, from + (v + 1) * kBlock + j * kLanes, sizeof high);
+        const Integers pairs = __builtin_convertvector(low, Integers) | __builtin_convertvector(high, Integers) << 16;
+        memcpy((void*)(to + v / 2 * kBlock + j * kLanes), &pairs, sizeof pairs);
+      }
+    }
+    return to;
+  }
+
+  const Head& head_;
+  const In* rows_;
+  Gradients<T> gradients_;
+  Index width_;
+  Index n_blocks_ = 0;
+  Buffer<Stored> tiles_;
+  Buffer<Op> packed_;
+  Buffer<Op> right_;
+  Buffer<float> row_sums_;
+  Index scratch_bytes_;
+  Buffer<char> scratch_;
+  Buffer<float> tile_scratch_;
+  Buffer<float> panel_sums_;
+};
+
+}  // namespace

@@ -1,0 +1,103 @@
+// The border between the dispatcher and the kernels: raw pointers and sizes, one table of functions for each
+// instruction set. Shape letters as in the Python package: N tokens, K experts, R = N·K rows, D features, V classes.
+// All arrays are contiguous. "Operand" arrays (rows, weight, their gradients) are float32 or bfloat16 as Head::bf16
+// says; everything else is float32, and classes are int64.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_mos {
+
+struct Head {
+  const void* weight;  // (V, D) operand
+  const float* bias;   // (V,) or null
+  int64_t n_classes;
+  int64_t n_features;
+  bool bf16;
+  int n_threads;
+  int64_t workspace_bytes;  // what does not fit in it comes in chunks
+};
+
+// A row's log-sum-exp is kept in two terms, L = maximum + log_total: in one number, the rounding of a large L would
+// spoil exp(l − L).
+struct StatisticsArguments {
+  const void* rows;       // (R, D) operand
+  int64_t n_rows;
+  const int64_t* target;  // (R,) or null
+  float* maximum;         // (R,)
+  float* log_total;       // (R,)
+  float* target_logit;    // (R,), NaN where the target is no class
+};
+
+// dl = grad_lse·exp(l − L) − grad_target·1[v = target]
+struct RowsBackwardArguments {
+  const void* rows;          // (R, D) operand
+  int64_t n_rows;
+  const int64_t* target;     // (R,) or null
+  const float* maximum;      // (R,)
+  const float* log_total;    // (R,)
+  const float* grad_lse;     // (R,)
+  const float* grad_target;  // (R,) or null
+  void* grad_rows;           // (R, D) operand, or null where not needed
+  void* grad_weight;         // (V, D) operand, zeros at first, or null
+  float* grad_bias;          // (V,), zeros at first, or null
+};
+
+struct NllArguments {
+  const void* latent;      // (N, K, D) operand
+  const float* log_prior;  // (N, K)
+  const int64_t* target;   // (N,)
+  const bool* valid;       // (N,): counted in the loss
+  int64_t n_tokens;
+  int64_t n_experts;
+  int64_t tokens_of_block;  // whose exponentials over all classes are held at once
+  float filter_eps;
+  float* nll;           // (N,)
+  float* maximum;       // (N, K)
+  float* log_total;     // (N, K)
+  float* target_logit;  // (N, K)
+  void* grad_latent;    // (N, K, D) operand, zeros at first, or null
+  float* grad_prior;    // (N, K) or null
+  void* grad_weight;    // (V, D) operand, zeros at first, or null
+  float* grad_bias;     // (V,), zeros at first, or null
+};
+
+struct MixtureArguments {
+  const void* latent;      // (N, K, D) operand
+  const float* log_prior;  // (N, K)
+  const float* maximum;    // (N, K)
+  const float* log_total;  // (N, K)
+  int64_t n_tokens;
+  int64_t n_experts;
+  float* log_prob;     // (N, V), or null where only `best` is wanted
+  int64_t* best;       // (N,), the most probable class, or null
+  const float* grad;   // (N, V), for the backward pass
+  void* grad_latent;   // (N, K, D) operand, or null
+  float* grad_prior;   // (N, K) or null
+  void* grad_weight;   // (V, D) operand, zeros at first, or null
+  float* grad_bias;    // (V,), zeros at first, or null
+};
+
+struct SampleArguments {
+  const void* rows;       // (R, D) operand
+  int64_t n_rows;
+  float inverse_temperature;
+  const double* uniform;  // (R,), in [0, 1)
+  int64_t* sample;        // (R,)
+};
+
+struct Kernels {
+  const char* name;
+  bool bf16_products;  // whether bfloat16 operands are multiplied as they are, else widened to float32 first
+  void (*row_statistics)(const Head&, const StatisticsArguments&);
+  void (*rows_backward)(const Head&, const RowsBackwardArguments&);
+  void (*nll_with_gradients)(const Head&, const NllArguments&);
+  void (*mixture)(const Head&, const MixtureArguments&);
+  void (*mixture_backward)(const Head&, const MixtureArguments&);
+  void (*sample)(const Head&, const SampleArguments&);
+  void (*exponentials)(const float*, float*, int64_t);  // exp of numbers ≤ 0, for tests
+  void (*logarithms)(const float*, float*, int64_t);    // log of positive numbers, for tests
+  double (*peak_gflops)(int n_threads, bool bf16);      // of a loop of register-only multiply-adds, for benchmarks
+};
+
+}  // namespace fused_mos

@@ -1,0 +1,240 @@
+// Operands in the layouts that the products read: which of them are copied, and how.
+//
+//   logits   Sᵀ (V, rows) = E (V, D) · zᵀ (D, rows)   classes broadcast from E as it lies; rows in lanes, so that
+//                                                      maxima and sums over the classes need no shuffles
+//   dE (V, D) = dlᵀ (V, rows) · z (rows, D)            both as they lie in the tiles of dl and in a padded copy of z
+//   dz (rows, D) = dl (rows, V) · E (V, D)             the same tiles, E as it lies but for a tail of columns
+//
+// With pairs of bfloat16 each operand is interleaved along the dimension that is summed over.
+#pragma once
+
+#include <math.h>
+#include <omp.h>
+
+#include "kernels.h"
+#include "product.h"
+#include "workspace.h"
+
+namespace {
+
+using fused_mos::Buffer;
+using fused_mos::Head;
+
+// In: as the caller stores operands. Op: as they are multiplied. Stored: as tiles of exponentials are kept.
+struct Float32 {
+  using In = float;
+  using Op = float;
+  using Stored = float;
+};
+struct WidenedBfloat16 {
+  using In = Bfloat16;
+  using Op = float;
+  using Stored = float;
+};
+struct PairedBfloat16 {
+  using In = Bfloat16;
+  using Op = Pair;
+  using Stored = Bfloat16;
+};
+
+template <class F>
+ALWAYS_INLINE auto with_types(const Head& head, F f) {
+  if (!head.bf16) return f(Float32{});
+#ifdef __AVX512BF16__
+  return f(PairedBfloat16{});
+#else
+  return f(WidenedBfloat16{});
+#endif
+}
+
+template <class Op>
+Index steps_of(Index depth) {
+  return ceil_div(depth, Element<Op>::kDepth);
+}
+
+// An even number of lines apart, rows would share few sets of the cache.
+inline Index padded_features(const Head& head) {
+  const Index lines = ceil_div(head.n_features, kLanes);
+  return (lines + (lines % 2 == 0)) * kLanes;
+}
+
+inline Index panels_of(const Head& head) { return ceil_div(head.n_classes, kPanel); }
+
+inline Index classes_in(const Head& head, Index panel) { return smaller(kPanel, head.n_classes - panel * kPanel); }
+
+// Rows (n, k) grouped in blocks of kBlock lanes; only the last lanes of a block may be empty.
+struct RowBlocks {
+  Index n_blocks;
+  const Index* source;  // (n_blocks · kBlock), the row that a lane holds
+  const Index* filled;  // (n_blocks), its number of rows
+
+  Index vectors(Index block) const { return ceil_div(filled[block], kLanes); }
+};
+
+// ------------------------------------------------------------------------------------------- z as the logits' right side
+
+inline void pack_lane(const float* row, Index features, int lane, float* to) {
+  for (Index d = 0; d < features; ++d) to[d * kBlock + lane] = row[d];
+}
+
+inline void pack_lane(const Bfloat16* row, Index features, int lane, float* to) {
+  for (Index d = 0; d < features; ++d) to[d * kBlock + lane] = widen(row[d]);
+}
+
+inline Pair pair(Bfloat16 low, Bfloat16 high) { return Pair{uint32_t{low.bits} | uint32_t{high.bits} << 16}; }
+
+inline void pack_lane(const Bfloat16* row, Index features, int lane, Pair* to) {
+  for (Index d = 0; d < features; d += 2) {
+    to[d / 2 * kBlock + lane] = pair(row[d], d + 1 < features ? row[d + 1] : Bfloat16{0});
+  }
+}
+
+// zᵀ of one block, (steps, kBlock); empty lanes are zero.
+template <class T>
+void pack_block(const Head& head, const typename T::In* rows, const RowBlocks& blocks, Index block, typename T::Op* to) {
+  const Index filled = blocks.filled[block];
+  for (Index lane = 0; lane < filled; ++lane) {
+    pack_lane(rows + blocks.source[block * kBlock + lane] * head.n_features, head.n_features, int(lane), to);
+  }
+  if (filled == kBlock) return;
+  for (Index s = 0; s < steps_of<typename T::Op>(head.n_features); ++s) {
+    memset((void*)(to + s * kBlock + filled), 0, sizeof(*to) * (kBlock - filled));
+  }
+}
+
+// ------------------------------------------------------------------------------------------- E as the logits' left side
+
+template <class Op>
+struct LogitsOperand {
+  const Op* rows;  // a multiple of kTileRows
+  Index stride;
+  const float* bias;
+  Index n_classes;
+};
+
+template <class T>
+Index logits_scratch_bytes(const Head& head) {
+  return kPanel * (sizeof(typename T::Op) * steps_of<typename T::Op>(head.n_features) + sizeof(float));
+}
+
+inline void copy_row(const float* from, Index n, float* to) { memcpy(to, from, sizeof(float) * n); }
+
+inline void copy_row(const Bfloat16* from, Index n, float* to) {
+  for (Index i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
+inline void copy_row(const Bfloat16* from, Index n, Pair* to) {
+  for (Index i = 0; i < n; i += 2) to[i / 2] = pair(from[i], i + 1 < n ? from[i + 1] : Bfloat16{0});
+}
+
+// A panel of E: where it lies if it can be read there, else a copy. Classes that fill up the last rows of a tile
+// have a bias of −inf, so that they change neither maxima nor sums.
+template <class T>
+LogitsOperand<typename T::Op> logits_operand(const Head& head, Index panel, void* scratch) {
+  using Op = typename T::Op;
+  const Index features = head.n_features, n = classes_in(head, panel), steps = steps_of<Op>(features);
+  const auto* rows = (const typename T::In*)head.weight + panel * kPanel * features;
+  const float* bias = head.bias ? head.bias + panel * kPanel : nullptr;
+  const bool in_place = sizeof(Op) * steps == sizeof(*rows) * features && n % kTileRows == 0;
+  if (in_place) return {(const Op*)rows, steps, bias, n};
+  Op* copy = (Op*)scratch;
+  float* padded_bias = (float*)(copy + kPanel * steps);
+  for (Index v = 0; v < n; ++v) {
+    copy_row(rows + v * features, features, copy + v * steps);
+    padded_bias[v] = bias ? bias[v] : 0.0f;
+  }
+  for (Index v = n; v < round_up(n, kTileRows); ++v) {
+    memset((void*)(copy + v * steps), 0, sizeof(Op) * steps);
+    padded_bias[v] = -INFINITY;
+  }
+  return {copy, steps, padded_bias, n};
+}
+
+// tile (kPanel, kBlock) = E·zᵀ + b of one panel and block; largest = the maxima over the classes, of the old ones too.
+template <class Op, int NV>
+ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* tile, Vector (&largest)[NV]) {
+  for (Index v = 0; v < e.n_classes; v += kTileRows) {
+    Vector sum[kTileRows][NV];
+    clear(sum);
+    multiply(e.rows + v * e.stride, e.stride, 1, z, kBlock, e.stride, sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const Vector bias = broadcast(e.bias ? e.bias[v + i] : 0.0f);
+#pragma GCC unroll 3
+      for (int j = 0; j < NV; ++j) {
+        const Vector logit = sum[i][j] + bias;
+        largest[j] = maximum(logit, largest[j]);
+        store(tile + (v + i) * kBlock + j * kLanes, logit);
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------ E and z as right sides of gradients
+
+// Rows of a right side, `step` elements apart; the columns from `tail_start` on are read from a padded copy.
+template <class Op>
+struct GradientOperand {
+  const Op* data;
+  Index step;
+  const Op* tail;
+  Index tail_step;
+  Index tail_start;
+
+  const Op* at(Index column, Index s) const {
+    return column < tail_start ? data + s * step + column : tail + s * tail_step + (column - tail_start);
+  }
+  Index step_at(Index column) const { return column < tail_start ? step : tail_step; }
+};
+
+inline void interleave_row(const float* row, const float*, Index n, float* to) { memcpy(to, row, sizeof(float) * n); }
+
+inline void interleave_row(const Bfloat16* row, const Bfloat16*, Index n, float* to) { copy_row(row, n, to); }
+
+// to[i] = (row[i], next[i]); next may be null, for zeros.
+inline void interleave_row(const Bfloat16* row, const Bfloat16* next, Index n, Pair* to) {
+  if (next) {
+    for (Index i = 0; i < n; ++i) to[i] = pair(row[i], next[i]);
+  } else {
+    for (Index i = 0; i < n; ++i) to[i] = pair(row[i], Bfloat16{0});
+  }
+}
+
+// Rows source[0..n), or 0..n where it is null, columns from `start`, to (ceil(n / depth), step), zero beyond the features.
+template <class T>
+void pack_rows(const typename T::In* rows, const Index* source, Index n, Index features, Index start, Index step,
+               typename T::Op* to) {
+  constexpr int kDepth = Element<typename T::Op>::kDepth;
+  for (Index r = 0; r < n; r += kDepth, to += step) {
+    const auto* row = rows + (source ? source[r] : r) * features + start;
+    const bool has_next = kDepth == 2 && r + 1 < n;
+    const auto* next = has_next ? rows + (source ? source[r + 1] : r + 1) * features + start : nullptr;
+    interleave_row(row, next, features - start, to);
+    memset((void*)(to + features - start), 0, sizeof(*to) * (step - (features - start)));
+  }
+}
+
+// Elements between the rows of such a copy: a tail of columns at most where E is read as it lies.
+template <class T>
+Index gradient_step(const Head& head) {
+  return sizeof(typename T::Op) == sizeof(typename T::In) ? kBlock : padded_features(head);
+}
+
+template <class T>
+Index gradient_scratch_bytes(const Head& head) {
+  return sizeof(typename T::Op) * steps_of<typename T::Op>(kPanel) * gradient_step<T>(head);
+}
+
+// A panel of E for dz = dl·E.
+template <class T>
+GradientOperand<typename T::Op> gradient_operand(const Head& head, Index panel, void* scratch) {
+  using Op = typename T::Op;
+  constexpr bool kInPlace = sizeof(Op) == sizeof(typename T::In);
+  const Index features = head.n_features, n = classes_in(head, panel), step = gradient_step<T>(head);
+  const auto* rows = (const typename T::In*)head.weight + panel * kPanel * features;
+  const Index start = !kInPlace ? 0 : features % kLanes == 0 ? features : features / kBlock * kBlock;
+  if (start < features) pack_rows<T>(rows, nullptr, n, features, start, step, (Op*)scratch);
+  return {(const Op*)rows, features, (const Op*)scratch, step, start};
+}
+
+}  // namespace

@@ -1,0 +1,72 @@
+// The table of one instruction set's kernels, and the measurements that tests and benchmarks make of it.
+#include <omp.h>
+
+#include "family.h"
+#include "product.h"
+
+namespace {
+
+void exponentials(const float* from, float* to, int64_t n) {
+  for (Index i = 0; i < n; i += kLanes) {
+    float lanes[kLanes] = {};
+    memcpy(lanes, from + i, sizeof(float) * smaller(n - i, kLanes));
+    store(lanes, exp_nonpositive(load(lanes)));
+    memcpy(to + i, lanes, sizeof(float) * smaller(n - i, kLanes));
+  }
+}
+
+void logarithms(const float* from, float* to, int64_t n) {
+  for (Index i = 0; i < n; i += kLanes) {
+    float lanes[kLanes];
+    for (float& lane : lanes) lane = 1;
+    memcpy(lanes, from + i, sizeof(float) * smaller(n - i, kLanes));
+    store(lanes, log_positive(load(lanes)));
+    memcpy(to + i, lanes, sizeof(float) * smaller(n - i, kLanes));
+  }
+}
+
+// As many multiply-adds as the registers allow, with no memory in their way.
+template <class T>
+double peak(int n_threads) {
+  constexpr int kSums = kTileRows * kTileVectors;
+  constexpr Index kSteps = 2000000;
+  const double start = omp_get_wtime();
+#pragma omp parallel num_threads(n_threads)
+  {
+    Vector sums[kSums] = {}, a = broadcast(1.0f), b = broadcast(1e-30f);
+    for (Index s = 0; s < kSteps; ++s) {
+#pragma GCC unroll 24
+      for (int i = 0; i < kSums; ++i) {
+        sums[i] = Element<T>::multiply_add(a, b, sums[i]);
+        // each sum must really be made, in a register
+#if defined(__AVX512F__)
+        asm volatile("" : "+v"(sums[i]));
+#else
+        asm volatile("" : "+x"(sums[i]));
+#endif
+      }
+    }
+  }
+  const double seconds = omp_get_wtime() - start;
+  return 2.0 * n_threads * kSteps * kSums * kLanes * Element<T>::kDepth / seconds / 1e9;
+}
+
+#ifdef __AVX512BF16__
+constexpr bool kBf16Products = true;
+double peak_gflops(int n_threads, bool bf16) { return bf16 ? peak<Pair>(n_threads) : peak<float>(n_threads); }
+#else
+constexpr bool kBf16Products = false;
+double peak_gflops(int n_threads, bool) { return peak<float>(n_threads); }
+#endif
+
+}  // namespace
+
+namespace fused_mos::FUSED_MOS_NAMESPACE {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    FUSED_MOS_ISA_NAME, kBf16Products, row_statistics, rows_backward, nll_with_gradients,
+    mixture, mixture_backward, sample, exponentials, logarithms, peak_gflops,
+};
+
+}  // namespace fused_mos::FUSED_MOS_NAMESPACE

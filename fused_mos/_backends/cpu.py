@@ -1,0 +1,197 @@
+"""Native fused MoS for CPU tensors: the functions of `Kernels` over csrc/cpu, for float32 and bfloat16.
+
+The vocabulary is cut into panels of 128 classes. The logits of a panel and a block of rows stay in the L1 cache
+from the product to their sums of exponentials; the backward passes keep them in a workspace of at most 40 MiB. Each sum
+is made by one thread in a fixed order, so results do not depend on the number of threads. The instruction set is chosen at
+run time (generic, avx2, avx512, avx512_bf16); the environment variable FUSED_MOS_ISA overrides the choice.
+
+bfloat16 operands are multiplied as they are where the processor can (avx512_bf16), else widened; sums are float32.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _cpu  # after torch, so that both use the OpenMP runtime that torch loaded
+from .reference import accumulation_dtype
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+WORKSPACE_BYTES = 40 * 2**20
+"""Bytes of exponentials, over the whole vocabulary for a block of tokens where gradients are formed in the forward pass,
+else of all tokens for a span of the vocabulary; and half as much for rows in the layout of the products."""
+
+WEIGHT_SUM_BYTES = 40 * 2**20
+"""Bytes of float32 sums (V, D) at most, which 16-bit gradients need where tokens come in several blocks; the blocks
+have half of the workspace then."""
+
+MIN_GRADIENT_ROWS = 96
+"""Rows of a block below which gradients are not formed in the forward pass: each block reads and writes the whole
+weight gradient, so few rows make it memory-bound."""
+
+PANEL = 128  # kPanel of csrc/cpu/product.h
+
+
+def instruction_set() -> str:
+    """The instruction set that the kernels run with; ValueError where FUSED_MOS_ISA names none of this processor's."""
+    return _cpu.instruction_set()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _head(weight: Tensor, bias: Tensor | None) -> tuple[_cpu.Head, Tensor | None]:
+    """The operands that all kernels share, and the float32 bias, which must outlive them."""
+    bias = None if bias is None else bias.float().contiguous()
+    is_bf16, n_threads = weight.dtype == torch.bfloat16, torch.get_num_threads()
+    return _cpu.Head(_address(weight), _address(bias), *weight.shape, is_bf16, n_threads, WORKSPACE_BYTES), bias
+
+
+def _statistics(like: Tensor, *shape: int, count: int = 3) -> list[Tensor]:
+    return [like.new_empty(shape, dtype=accumulation_dtype(like.dtype)) for _ in range(count)]
+
+
+def row_statistics(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    head, bias = _head(weight, bias)
+    maximum, log_total, target_logit = _statistics(rows, rows.shape[0])
+    _cpu.row_statistics(
+        head, _address(rows), rows.shape[0], _address(target), _address(maximum), _address(log_total), _address(target_logit)
+    )
+    return maximum, log_total, target_logit
+
+
+class _Gradients:
+    """Gradients of (rows, weight, bias) for the kernels to fill; of no elements where not needed."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]):
+        self.dtype = weight.dtype
+        self.rows = torch.zeros_like(rows) if needs[0] else rows.new_empty(0)
+        self.weight = torch.zeros_like(weight) if needs[1] else weight.new_empty(0)
+        self.bias = weight.new_zeros(weight.shape[0] if needs[2] else 0, dtype=torch.float32)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows, self.weight, self.bias.to(self.dtype)
+
+
+def rows_backward(
+    rows: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor | None,  # (R,)
+    maximum: Tensor,  # (R,)
+    log_total: Tensor,  # (R,)
+    grad_lse: Tensor,  # (R,)
+    grad_target: Tensor | None,  # (R,)
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    head, bias = _head(weight, bias)
+    gradients = _Gradients(rows, weight, needs)
+    grad_lse = grad_lse.float().contiguous()
+    grad_target = None if grad_target is None else grad_target.float().contiguous()
+    _cpu.rows_backward(
+        head, _address(rows), rows.shape[0], _address(target), _address(maximum), _address(log_total), _address(grad_lse),
+        _address(grad_target), _address(gradients.rows), _address(gradients.weight), _address(gradients.bias),
+    )  # fmt: skip
+    return gradients.results()
+
+
+@torch.compiler.assume_constant_result
+def _exponential_bytes(dtype: torch.dtype) -> int:
+    return 2 if dtype == torch.bfloat16 and _cpu.bf16_products() else 4
+
+
+def _tokens_of_block(n_tokens: int, n_experts: int, weight: Tensor) -> int:
+    """Tokens whose exponentials over the whole vocabulary are held at once; 0 where the workspace is too small."""
+    n_classes, n_features = weight.shape
+    bytes_of_token = n_experts * _exponential_bytes(weight.dtype) * ((n_classes + PANEL - 1) // PANEL * PANEL)
+    held = WORKSPACE_BYTES // bytes_of_token
+    if held < n_tokens and weight.dtype != torch.float32:
+        held = held // 2 if 4 * n_classes * n_features <= WEIGHT_SUM_BYTES else 0
+    if held == 0:
+        return 0
+    blocks = (n_tokens + held - 1) // held
+    return (n_tokens + blocks - 1) // blocks  # blocks of about one size
+
+
+def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> bool:
+    if n_tokens == 0:
+        return False
+    return _tokens_of_block(n_tokens, n_experts, weight) * n_experts >= min(MIN_GRADIENT_ROWS, n_tokens * n_experts)
+
+
+def nll_with_gradients(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    valid: Tensor,  # (N,) bool
+    filter_eps: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    n, k, _ = latent.shape
+    head, bias = _head(weight, bias)
+    gradients = _Gradients(latent, weight, (needs[0], needs[2], needs[3]))
+    maximum, log_total, target_logit = _statistics(latent, n, k)
+    nll = maximum.new_empty(n)
+    grad_prior = maximum.new_empty((n, k) if needs[1] else (0,))
+    log_prior = torch.log_softmax(prior_logits, -1, dtype=torch.float32)
+    _cpu.nll_with_gradients(
+        head, _address(latent), _address(log_prior), _address(target), _address(valid), n, k,
+        max(_tokens_of_block(n, k, weight), 1) if n else 1, filter_eps, _address(nll), _address(maximum), _address(log_total), _address(target_logit), _address(gradients.rows), _address(grad_prior),
+        _address(gradients.weight), _address(gradients.bias),
+    )  # fmt: skip
+    grad_latent, grad_weight, grad_bias = gradients.results()
+    return nll, maximum, log_total, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
+
+
+def _mixture(latent: Tensor, log_prior: Tensor, maximum: Tensor, log_total: Tensor) -> _cpu.MixtureArguments:
+    return _cpu.MixtureArguments(
+        _address(latent), _address(log_prior), _address(maximum), _address(log_total), latent.shape[0], latent.shape[1]
+    )
+
+
+def log_prob(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+    head, bias = _head(weight, bias)
+    result = maximum.new_empty(latent.shape[0], weight.shape[0])
+    _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), _address(result), 0)
+    return result
+
+
+def predict(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+    head, bias = _head(weight, bias)
+    result = torch.empty(latent.shape[0], dtype=torch.int64)
+    _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), 0, _address(result))
+    return result
+
+
+def log_prob_backward(
+    grad: Tensor,  # (N, V)
+    latent: Tensor,  # (N, K, D)
+    log_prior: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head, bias = _head(weight, bias)
+    gradients = _Gradients(latent, weight, (needs[0], needs[2], needs[3]))
+    grad_prior = torch.zeros_like(maximum) if needs[1] else maximum.new_empty(0)
+    grad = grad.float().contiguous()
+    _cpu.mixture_backward(
+        head, _mixture(latent, log_prior, maximum, log_total), _address(grad), _address(gradients.rows), _address(grad_prior),
+        _address(gradients.weight), _address(gradients.bias),
+    )  # fmt: skip
+    grad_latent, grad_weight, grad_bias = gradients.results()
+    return grad_latent, grad_prior, grad_weight, grad_bias
+
+
+def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Inverts each row's cumulative distribution: one uniform number a row, not one for each class."""
+    head, bias = _head(weight, bias)
+    rows = rows.contiguous()
+    uniform = torch.rand(rows.shape[0], dtype=torch.float64, generator=generator)
+    result = torch.empty(rows.shape[0], dtype=torch.int64)
+    _cpu.sample(head, _address(rows), rows.shape[0], 1 / temperature, _address(uniform), _address(result))
+    return result
