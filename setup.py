@@ -16,25 +16,33 @@ ROOT = Path(__file__).parent.resolve()
 WANTED = os.environ.get("FUSED_MOS_NATIVE", "")
 
 
+def first_error(log: str) -> str:
+    """The first line of a build's log that speaks of an error, and the lines of its paragraph, as one line."""
+    lines = [line.strip() for line in log.splitlines()]
+    start = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
+    return " ".join(line for line in lines[start : start + 6] if line)
+
+
 class CMakeBuild(build_ext):
     """One run of CMake + Ninja; the modules are installed to where setuptools expects them."""
 
     def run(self) -> None:
-        reason = self.inplace_target() / "_cpu_missing.txt"
-        reason.parent.mkdir(parents=True, exist_ok=True)
-        reason.unlink(missing_ok=True)
+        package = self.package_folder()
+        package.mkdir(parents=True, exist_ok=True)
+        reason = package / "_cpu_missing.txt"
+        for stale in [reason, *package.glob("_cpu.*")]:
+            stale.unlink(missing_ok=True)
         try:
-            self.build(self.inplace_target())
+            self.build(package)
         except (OSError, subprocess.CalledProcessError) as error:
             if WANTED == "1":
                 raise
-            lines = str(getattr(error, "output", "") or error).strip().splitlines()
-            cause = next((line.strip() for line in lines if "error" in line.lower()), lines[0] if lines else "unknown")
+            cause = first_error(str(getattr(error, "output", "") or error))
             reason.write_text(f"the native kernels were not built when the package was installed: {cause}\n")
             print(f"warning: fused_mos installs without its native kernels: {cause}", file=sys.stderr)
             self.extensions = []  # so that setuptools does not look for them
 
-    def inplace_target(self) -> Path:
+    def package_folder(self) -> Path:
         """The package folder that the modules go to: the source tree's for an editable install, else the build's."""
         return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "fused_mos"
 
