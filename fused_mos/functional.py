@@ -98,22 +98,21 @@ def nll_and_loss(
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             nll = reference.nll(latent, prior_logits, weight, bias, target, ignore_index)
-            total = nll.sum()
         else:
             inputs = latent.contiguous(), prior_logits.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
             needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
             kernels = _backends.kernels(backend)
             in_forward = reduction != "none" and any(needs)
             if in_forward and kernels.gradient_in_forward_pays(latent.shape[0], latent.shape[1], weight):
-                total, nll = ops.nll_with_gradients(*inputs, target, ignore_index, grad_filter_eps, needs, backend)[:2]
-            else:
-                nll = ops.nll(*inputs, target, ignore_index, grad_filter_eps, backend)[0]
-                total = nll.sum()
+                mean = reduction == "mean"
+                loss, nll = ops.nll_with_gradients(*inputs, target, ignore_index, grad_filter_eps, mean, needs, backend)[:2]
+                return NLL(nll, loss)
+            nll = ops.nll(*inputs, target, ignore_index, grad_filter_eps, backend)[0]
     if reduction == "none":
         return NLL(nll, nll)
     if reduction == "sum":
-        return NLL(nll, total)
-    return NLL(nll, total / (target != ignore_index).sum())
+        return NLL(nll, nll.sum())
+    return NLL(nll, nll.sum() / (target != ignore_index).sum())
 
 
 def mos_log_prob(

@@ -159,50 +159,63 @@ def nll_with_gradients(
     target: Tensor,  # (N,) int64
     ignore_index: int,
     filter_eps: float,
+    mean: bool,
     needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """total = nll.sum() (), nll (N,), maximum, log_total and target_logit (N, K), and total's gradients for the
-    inputs that `needs` names.
+    """The loss (), which is nll's sum or, over the valid targets, its mean; nll (N,); maximum, log_total and
+    target_logit (N, K); and the loss's gradients for the inputs that `needs` names.
 
-    Backward through `total` only scales them. Backward through `nll` is possible too and recomputes.
+    Backward through the loss only scales them. Backward through `nll` is possible too and recomputes.
     """
     valid, target = _valid_target(target, ignore_index)
+    scale = torch.ones((), dtype=accumulation_dtype(latent.dtype), device=latent.device)
+    if mean:
+        scale = scale / valid.sum()
     losses, *rest = _backends.kernels(backend).nll_with_gradients(
-        latent, prior_logits, weight, bias, target, valid, filter_eps, tuple(needs)
+        latent, prior_logits, weight, bias, target, valid, scale, filter_eps, tuple(needs)
     )
     losses = torch.where(valid, losses, 0)
-    return losses.sum(), losses, *rest
+    return losses.sum() * scale, losses, *rest
 
 
 @nll_with_gradients.register_fake
-def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, needs, backend):
+def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, mean, needs, backend):
     statistics = _empty_statistics(latent, 3)
     losses = statistics[0].new_empty(latent.shape[0])
     return losses.new_empty(()), losses, *statistics, *_empty_gradients((latent, prior_logits, weight, bias), needs)
 
 
 def _nll_with_gradients_setup(ctx, inputs, output):
-    latent, prior_logits, weight, bias, target, ignore_index, filter_eps, needs, backend = inputs
+    latent, prior_logits, weight, bias, target, ignore_index, filter_eps, mean, needs, backend = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # an unused output must not cost a recomputing backward pass
     ctx.save_for_backward(latent, prior_logits, weight, bias, target, *output[2:])
     ctx.options = ignore_index, filter_eps, backend
 
 
-def _nll_with_gradients_backward(ctx, grad_total, grad_nll, *_):
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient·factor; on a CPU, where looking costs nothing, the gradient itself when the factor is 1, as it is for
+    loss.backward(): a copy of the weight's gradient takes 2 % of the step. (While a graph is traced, tensors are of a
+    subclass and have no value.)"""
+    if type(factor) is Tensor and factor.device.type == "cpu" and factor == 1:
+        return gradient
+    return (gradient * factor).to(gradient.dtype)
+
+
+def _nll_with_gradients_backward(ctx, grad_loss, grad_nll, *_):
     _refuse_double_backward()
     ignore_index, filter_eps, backend = ctx.options
     needs = list(ctx.needs_input_grad[:4])
     inputs, gradients = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
     result: tuple[Tensor | None, ...] = (None,) * 4
-    if grad_total is not None:
-        result = tuple((gradient * grad_total).to(gradient.dtype) if need else None for gradient, need in zip(gradients, needs))
+    if grad_loss is not None:
+        result = tuple(_scaled(gradient, grad_loss) if need else None for gradient, need in zip(gradients, needs))
     if grad_nll is not None:
         recomputed = nll_backward(grad_nll.contiguous(), *inputs, ignore_index, filter_eps, needs, backend)
         recomputed = _as_gradients(recomputed, needs)
-        result = recomputed if grad_total is None else tuple(a + b if need else None for a, b, need in zip(result, recomputed, needs))
-    return *result, None, None, None, None, None
+        result = recomputed if grad_loss is None else tuple(a + b if need else None for a, b, need in zip(result, recomputed, needs))
+    return *result, None, None, None, None, None, None
 
 
 nll_with_gradients.register_autograd(_nll_with_gradients_backward, setup_context=_nll_with_gradients_setup)

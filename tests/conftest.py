@@ -12,6 +12,9 @@ except ImportError:  # installed without a compiler: the tests of the native ker
 INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16"]
 
 
+CPU = pytest.param("cpu", marks=pytest.mark.skipif(_cpu is None, reason="the native kernels are not installed"))
+
+
 def use_instruction_set(name: str, monkeypatch) -> None:
     if _cpu is None:
         pytest.skip("the native kernels are not installed")

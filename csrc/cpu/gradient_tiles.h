@@ -163,15 +163,9 @@ class GradientTiles {
 
   // (classes, kBlock) of bfloat16 -> (classes / 2, kBlock) of pairs of classes
   static const Op* pair_classes(const Stored* from, Index n, Index vectors, Op* to) {
+    const Bfloat16 none[kBlock] = {};
     for (Index v = 0; v < n; v += 2) {
-      const bool has_next = v + 1 < n;
-      for (Index j = 0; j < vectors; ++j) {
-        Halves low, high{};
-        memcpy(&low, from + v * kBlock + j * kLanes, sizeof low);
-        if (has_next) memcpy(&high, from + (v + 1) * kBlock + j * kLanes, sizeof high);
-        const Integers pairs = __builtin_convertvector(low, Integers) | __builtin_convertvector(high, Integers) << 16;
-        memcpy((void*)(to + v / 2 * kBlock + j * kLanes), &pairs, sizeof pairs);
-      }
+      interleave(from + v * kBlock, v + 1 < n ? from + (v + 1) * kBlock : none, vectors * kLanes, to + v / 2 * kBlock);
     }
     return to;
   }

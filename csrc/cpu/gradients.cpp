@@ -187,7 +187,7 @@ inline void mix_token(const NllArguments& a, Index token, float* responsibility)
   a.nll[token] = float(-(shift + log(total)));
   for (Index e = 0; e < k; ++e) {
     responsibility[e] = !a.valid[token] || total == 0 ? 0.0f : float(exp(responsibility[e] - shift) / total);
-    if (a.grad_prior) a.grad_prior[first + e] = a.valid[token] ? float(exp(double(a.log_prior[first + e]))) - responsibility[e] : 0.0f;
+    if (a.grad_prior) a.grad_prior[first + e] = a.valid[token] ? a.scale * (float(exp(double(a.log_prior[first + e]))) - responsibility[e]) : 0.0f;
   }
 }
 
@@ -224,7 +224,7 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
     for (Index i = 0; i < n; ++i) {
       const float r = responsibility[i];
       if (r == 0 || r < a.filter_eps) continue;
-      kept.add(i, first + i, target[first + i], a.maximum[first + i], a.log_total[first + i], r, r);
+      kept.add(i, first + i, target[first + i], a.maximum[first + i], a.log_total[first + i], a.scale * r, a.scale * r);
     }
     if (kept.n_rows == 0) continue;
     const RowBlocks blocks = kept.blocks();

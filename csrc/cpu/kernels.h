@@ -51,6 +51,7 @@ struct NllArguments {
   int64_t n_tokens;
   int64_t n_experts;
   int64_t tokens_of_block;  // whose exponentials over all classes are held at once
+  float scale;              // the loss is scale·Σ nll over the valid tokens
   float filter_eps;
   float* nll;           // (N,)
   float* maximum;       // (N, K)

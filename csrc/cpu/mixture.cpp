@@ -151,9 +151,10 @@ struct Tile {
       for (int j = 0; j < NV; ++j) {
         const Index at = v * kBlock + j * kLanes, lane = first_lane + j * kLanes;
         if (!in_logarithms) {
-          const Vector inverse = 1.0f / load(mixture + at);
+          // divided, not multiplied by an inverse: where one expert has it all, q must be exactly 1
+          const Vector p = load(mixture + at);
           for (Index k = 0; k < n_experts; ++k) {
-            store(share + k * kTile + at, load(lanes.prior + lane + k * kBlock) * load(softmax + k * kTile + at) * inverse);
+            store(share + k * kTile + at, load(lanes.prior + lane + k * kBlock) * load(softmax + k * kTile + at) / p);
           }
           continue;
         }

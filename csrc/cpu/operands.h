@@ -83,6 +83,19 @@ inline void pack_lane(const Bfloat16* row, Index features, int lane, float* to) 
 
 inline Pair pair(Bfloat16 low, Bfloat16 high) { return Pair{uint32_t{low.bits} | uint32_t{high.bits} << 16}; }
 
+// to[i] = (low[i], high[i])
+inline void interleave(const Bfloat16* low, const Bfloat16* high, Index n, Pair* to) {
+  Index i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Halves a, b;
+    memcpy(&a, low + i, sizeof a);
+    memcpy(&b, high + i, sizeof b);
+    const Integers pairs = __builtin_convertvector(a, Integers) | __builtin_convertvector(b, Integers) << 16;
+    memcpy((void*)(to + i), &pairs, sizeof pairs);
+  }
+  for (; i < n; ++i) to[i] = pair(low[i], high[i]);
+}
+
 inline void pack_lane(const Bfloat16* row, Index features, int lane, Pair* to) {
   for (Index d = 0; d < features; d += 2) {
     to[d / 2 * kBlock + lane] = pair(row[d], d + 1 < features ? row[d + 1] : Bfloat16{0});
@@ -120,7 +133,9 @@ Index logits_scratch_bytes(const Head& head) {
 inline void copy_row(const float* from, Index n, float* to) { memcpy(to, from, sizeof(float) * n); }
 
 inline void copy_row(const Bfloat16* from, Index n, float* to) {
-  for (Index i = 0; i < n; ++i) to[i] = widen(from[i]);
+  Index i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = widen(from[i]);
 }
 
 inline void copy_row(const Bfloat16* from, Index n, Pair* to) {
@@ -187,17 +202,14 @@ struct GradientOperand {
   Index step_at(Index column) const { return column < tail_start ? step : tail_step; }
 };
 
-inline void interleave_row(const float* row, const float*, Index n, float* to) { memcpy(to, row, sizeof(float) * n); }
+inline void merge_rows(const float* row, const float*, Index n, float* to) { copy_row(row, n, to); }
 
-inline void interleave_row(const Bfloat16* row, const Bfloat16*, Index n, float* to) { copy_row(row, n, to); }
+inline void merge_rows(const Bfloat16* row, const Bfloat16*, Index n, float* to) { copy_row(row, n, to); }
 
 // to[i] = (row[i], next[i]); next may be null, for zeros.
-inline void interleave_row(const Bfloat16* row, const Bfloat16* next, Index n, Pair* to) {
-  if (next) {
-    for (Index i = 0; i < n; ++i) to[i] = pair(row[i], next[i]);
-  } else {
-    for (Index i = 0; i < n; ++i) to[i] = pair(row[i], Bfloat16{0});
-  }
+inline void merge_rows(const Bfloat16* row, const Bfloat16* next, Index n, Pair* to) {
+  if (next) return interleave(row, next, n, to);
+  for (Index i = 0; i < n; ++i) to[i] = pair(row[i], Bfloat16{0});
 }
 
 // Rows source[0..n), or 0..n where it is null, columns from `start`, to (ceil(n / depth), step), zero beyond the features.
@@ -209,7 +221,7 @@ void pack_rows(const typename T::In* rows, const Index* source, Index n, Index f
     const auto* row = rows + (source ? source[r] : r) * features + start;
     const bool has_next = kDepth == 2 && r + 1 < n;
     const auto* next = has_next ? rows + (source ? source[r + 1] : r + 1) * features + start : nullptr;
-    interleave_row(row, next, features - start, to);
+    merge_rows(row, next, features - start, to);
     memset((void*)(to + features - start), 0, sizeof(*to) * (step - (features - start)));
   }
 }

@@ -122,7 +122,7 @@ struct Element<Pair> {
 };
 #endif
 
-// exp(x) for x ≤ 0, within 1 ulp; 0 where the result would be below 2⁻¹²⁶, NaN stays NaN.
+// exp(x) for x ≤ 0, within 1.02 ulp; 0 where the result would be below 2⁻¹²⁶, NaN stays NaN.
 // x = n ln 2 + r with |r| ≤ ln 2 / 2: a polynomial in r (Remez, relative error 2⁻²⁷), and n added to the exponent.
 ALWAYS_INLINE Vector exp_nonpositive(Vector x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;

@@ -62,7 +62,7 @@ void partial_statistics(const Head& head, const typename T::In* rows, const RowB
 }
 
 inline Index rows_of_chunk(const Head& head) {
-  return round_up(head.workspace_bytes / 2 / (Index(sizeof(float)) * (head.n_features + 1)), kBlock);
+  return larger(head.workspace_bytes / 2 / (Index(sizeof(float)) * (head.n_features + 1)) / kBlock, 1) * kBlock;
 }
 
 template <class T>

@@ -34,8 +34,8 @@ class Kernels(Protocol):
     def gradient_in_forward_pays(self, n_tokens: int, n_experts: int, weight: Tensor) -> bool:
         """Whether `nll_with_gradients` is cheaper than `row_statistics` and `rows_backward`."""
 
-    def nll_with_gradients(self, latent, prior_logits, weight, bias, target, valid, filter_eps: float, needs):
-        """nll (N,), maximum, log_total and target_logit (N, K), and the gradients of nll[valid].sum()."""
+    def nll_with_gradients(self, latent, prior_logits, weight, bias, target, valid, scale: Tensor, filter_eps: float, needs):
+        """nll (N,), maximum, log_total and target_logit (N, K), and the gradients of scale·nll[valid].sum()."""
 
     def log_prob(self, latent, log_prior, weight, bias, maximum, log_total) -> Tensor:
         """(N, K, D), (N, K), … -> log-probabilities (N, V)."""

@@ -126,6 +126,7 @@ def nll_with_gradients(
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
     valid: Tensor,  # (N,) bool
+    scale: Tensor,  # ()
     filter_eps: float,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
@@ -138,7 +139,7 @@ def nll_with_gradients(
     log_prior = torch.log_softmax(prior_logits, -1, dtype=torch.float32)
     _cpu.nll_with_gradients(
         head, _address(latent), _address(log_prior), _address(target), _address(valid), n, k,
-        max(_tokens_of_block(n, k, weight), 1) if n else 1, filter_eps, _address(nll), _address(maximum), _address(log_total), _address(target_logit), _address(gradients.rows), _address(grad_prior),
+        max(_tokens_of_block(n, k, weight), 1) if n else 1, scale.item(), filter_eps, _address(nll), _address(maximum), _address(log_total), _address(target_logit), _address(gradients.rows), _address(grad_prior),
         _address(gradients.weight), _address(gradients.bias),
     )  # fmt: skip
     grad_latent, grad_weight, grad_bias = gradients.results()

@@ -175,6 +175,7 @@ def nll_with_gradients(
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
     valid: Tensor,  # (N,) bool
+    scale: Tensor,  # ()
     filter_eps: float,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
@@ -206,8 +207,8 @@ def nll_with_gradients(
         nll[t], responsibility = mix_target(log_prior[t], maximum[t], log_total[t], target_logit[t])
         responsibility = torch.where(valid[t, None], responsibility, 0)
         if needs[1]:
-            grad_prior[t] = log_prior[t].exp() * valid[t, None] - responsibility
-        row_weight = responsibility.view(-1, 1)
+            grad_prior[t] = torch.where(valid[t, None], log_prior[t].exp() - responsibility, 0) * scale
+        row_weight = torch.where(responsibility != 0, responsibility * scale, 0).view(-1, 1)
         tile.mul_(row_weight / total).scatter_add_(1, local, torch.where(inside, -row_weight, 0))
         kept = kept_rows(responsibility.view(-1), responsibility.view(-1), filter_eps)
         gradients = (grad_rows[rows] if needs[0] else None, grad_weight, grad_bias)

@@ -1,0 +1,193 @@
+"""What only the native CPU kernels have: instruction sets, threads, their exp and log, and memory of their own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problem import EXACT, INPUTS, check_forward_and_gradients, problem
+
+_cpu = pytest.importorskip("fused_mos._cpu")
+
+import fused_mos  # noqa: E402
+from fused_mos import functional as F  # noqa: E402
+from fused_mos._backends import cpu  # noqa: E402
+
+
+def _map(function, x: torch.Tensor) -> torch.Tensor:
+    result = torch.full_like(x, torch.nan)
+    function(x.data_ptr(), result.data_ptr(), x.numel())
+    return result
+
+
+def _ulps(ours: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """The error in units of the last place of the float32 nearest to the exact value."""
+    mantissa, exponent = torch.frexp(exact.float())
+    return (ours.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - 24)
+
+
+def test_exp_is_within_1_02_ulp(instruction_set):
+    x = torch.cat([-torch.logspace(-30, 1.94, 200_001), torch.linspace(-87.3, 0, 1_000_001), torch.tensor([0.0, -0.0])])
+    assert _ulps(_map(_cpu.exponentials, x), x.double().exp()).max() <= 1.02
+
+
+def test_exp_of_extreme_numbers(instruction_set):
+    x = torch.tensor([-87.4, -1e4, -3.4e38, -torch.inf, torch.nan, 0.0])
+    assert _map(_cpu.exponentials, x)[:4].eq(0).all()
+    assert _map(_cpu.exponentials, x)[4].isnan() and _map(_cpu.exponentials, x)[5] == 1
+
+
+def test_log_is_within_1_ulp(instruction_set):
+    x = torch.cat([torch.logspace(-37.9, 38.5, 500_001), torch.linspace(0.5, 2, 1_000_001), torch.tensor([1.0])])
+    assert _ulps(_map(_cpu.logarithms, x), x.double().log()).max() <= 1
+
+
+def _everything(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Losses, gradients of both kinds, log-probabilities and their gradients, of several blocks and panels."""
+    case = problem(70, 3, 37, 900).to(dtype)
+    results = []
+    for compute in (
+        lambda p: p.nll(backend="cpu"),
+        lambda p: p.nll(backend="cpu", grad_filter_eps=0.1),
+        lambda p: p.nll(backend="cpu", reduction="none"),
+        lambda p: F.mos_log_prob(*p.inputs(), backend="cpu"),
+    ):
+        p = case.to(dtype)
+        output = compute(p)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output) if output.dim() else output).sum().backward()
+        results += [output.detach(), *p.gradients().values()]
+    results.append(F.mos_predict(*case.inputs(), backend="cpu"))
+    results.append(F.mos_sample(*case.inputs(), generator=torch.Generator().manual_seed(0), backend="cpu"))
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_changes_no_bit(dtype, instruction_set, workspace):
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for n_threads in (1, 2, 2, 5):
+            torch.set_num_threads(n_threads)
+            runs.append(_everything(dtype))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(1, 70), k=st.integers(1, 6), d=st.integers(1, 70), v=st.integers(1, 600),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]), seed=st.integers(0, 1000),
+    workspace_bytes=st.sampled_from([1, 2**14, 2**18, 2**25]), isa=st.sampled_from(_cpu.instruction_sets()),
+    reduction=st.sampled_from(["mean", "none"]), strided=st.booleans(),
+)  # fmt: skip
+def test_any_shape(dtype, n, k, d, v, scale, seed, workspace_bytes, isa, reduction, strided):
+    """Random shapes, strides, magnitudes, workspaces and instruction sets against the float64 reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_MOS_ISA", isa)
+        patch.setattr(cpu, "WORKSPACE_BYTES", workspace_bytes)
+        patch.setattr(cpu, "MIN_GRADIENT_ROWS", 1 if seed % 2 else 96)
+        case = problem(n, k, d, v, scale=scale, seed=seed, bias=seed % 3 > 0)
+
+        def nll(p, backend):
+            latent, weight = p.latent, p.weight
+            if strided:
+                latent, weight = latent.transpose(0, 2).contiguous().transpose(0, 2), weight.repeat_interleave(2, 1)[:, ::2]
+            return F.mos_nll_loss(latent, p.prior_logits, weight, p.target, p.bias, reduction=reduction, backend=backend)
+
+        # by chance the unfused computation may be much more exact than its dtype is, so a floor in its rounding is added
+        floor = 32 * torch.finfo(dtype).eps if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        check_forward_and_gradients(case, nll, dtype, "cpu", relative_floor=floor)
+        check_forward_and_gradients(case, lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend), dtype, "cpu", relative_floor=floor)
+
+
+def test_many_rows_of_several_panels(instruction_set, workspace):
+    """More blocks of rows than one product of the weight's gradient takes at once, and a filter that drops most rows."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = problem(300, 4, 20, 700, scale=2.0)
+        case.prior_logits.mul_(4)
+        check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), dtype, "cpu")
+        check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend, reduction="none"), dtype, "cpu")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_filter_agrees_with_tiled(reduction, instruction_set, workspace):
+    """The same rows are dropped, and what moves up in the tiles is the right rows."""
+    gradients = {}
+    for backend in ("cpu", "tiled"):
+        case = problem(64, 8, 12, 300)
+        case.prior_logits.mul_(4)
+        p = case.to(torch.float32)
+        p.nll(reduction=reduction, grad_filter_eps=0.02, backend=backend).sum().backward()
+        gradients[backend] = p.gradients()
+    assert gradients["tiled"]["latent"].eq(0).all(-1).float().mean() > 0.3
+    for name in INPUTS:
+        assert torch.allclose(gradients["cpu"][name], gradients["tiled"][name], rtol=0, atol=EXACT["cpu"][1]), name
+    assert torch.equal(gradients["cpu"]["latent"].eq(0), gradients["tiled"]["latent"].eq(0))
+
+
+def test_no_features(instruction_set):
+    """D = 0: every logit is its bias."""
+    case = problem(5, 2, 0, 30, ignored=False).to(torch.float32)
+    assert torch.allclose(case.nll(backend="cpu"), torch.nn.functional.cross_entropy(case.bias.expand(5, -1), case.target))
+    case.nll(backend="cpu").backward()
+    case.nll(backend="cpu", reduction="none").sum().backward()
+    F.mos_log_prob(*case.inputs(), backend="cpu").sum().backward()
+
+
+def test_samples_never_have_probability_zero(instruction_set):
+    """Classes masked by a bias of −inf are not drawn, at either end of the unit interval."""
+    rows, weight, bias = torch.randn(40, 8), torch.randn(900, 8), torch.zeros(900)
+    bias[:500], bias[700:] = -torch.inf, -torch.inf
+    drawn = torch.cat([F.mos_sample(rows[:, None], torch.zeros(40, 1), weight, bias, backend="cpu") for _ in range(20)])
+    assert drawn.min() >= 500 and drawn.max() < 700
+    head, bias = cpu._head(weight, bias)
+    for u in (0.0, 1 - 2**-53):
+        uniform, result = torch.full((40,), u, dtype=torch.float64), torch.empty(40, dtype=torch.int64)
+        _cpu.sample(head, rows.data_ptr(), 40, 1.0, uniform.data_ptr(), result.data_ptr())
+        assert result.min() >= 500 and result.max() < 700
+
+
+def test_extra_memory_at_a_large_vocabulary():
+    """Forward + backward at V = 100,000: at most 64 MiB of the kernels' own, in both dtypes."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = problem(20, 7, 32, 100_000).to(dtype)
+        _cpu.reset_peak_bytes()
+        case.nll(backend="cpu").backward()
+        case.nll(backend="cpu", reduction="none").sum().backward()
+        F.mos_log_prob(*case.inputs(), backend="cpu").sum().backward()
+        assert 0 < _cpu.peak_bytes() <= 64 * 2**20
+
+
+def test_auto_chooses_by_device_and_dtype():
+    case = problem(5, 2, 4, 30)
+    single = case.to(torch.float32)
+    assert torch.equal(single.nll(), single.nll(backend="cpu"))
+    double = case.to(torch.float64)
+    assert torch.equal(double.nll(), double.nll(backend="tiled"))
+    with pytest.raises(TypeError, match="'cpu' computes torch.float32 and torch.bfloat16, got torch.float64"):
+        double.nll(backend="cpu")
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("FUSED_MOS_ISA", "sse9")
+    with pytest.raises(ValueError, match="FUSED_MOS_ISA must be one of generic.* got 'sse9'"):
+        problem(5, 2, 4, 30).to(torch.float32).nll(backend="cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime_is_loaded():
+    """With two, their threads compete for the cores and small operations slow down a hundredfold."""
+    code = "import fused_mos; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.rsplit('/', 1)[-1]})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ).stdout.split()
+    runtimes = [path for path in loaded if "gomp" in path or "iomp" in path]
+    assert len(runtimes) == 1, runtimes
+
+
+def test_backends_tells_the_instruction_set(instruction_set):
+    assert fused_mos.backends()["cpu"] == f"available ({instruction_set})"
