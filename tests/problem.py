@@ -61,22 +61,24 @@ def problem(n: int, k: int, d: int, v: int, bias: bool = True, scale: float = 1.
     )
 
 
-def assert_meets_criterion(ours: Tensor, unfused: Tensor, oracle: Tensor, factor: float, dtype: torch.dtype, what: str, relative_floor: float = 0.0) -> None:
-    """max error ≤ factor × the error of the unfused same-dtype computation + the dtype's floor + the largest number
-    times `relative_floor`."""
+def assert_meets_criterion(ours: Tensor, unfused: Tensor, oracle: Tensor, factor: float, dtype: torch.dtype, what: str, slack: float = 0.0) -> None:
+    """max error ≤ factor × the error of the unfused same-dtype computation + the dtype's floor + `slack`."""
     assert ours.shape == oracle.shape
     assert torch.equal(ours.isfinite(), oracle.isfinite()), f"{what}: not finite where the oracle is, or the reverse"
     finite = oracle.isfinite()
     if not finite.any():
         return
     error = (ours.double() - oracle)[finite].abs().max().item()
-    allowed = factor * (unfused.double() - oracle)[finite].abs().max().item() + FLOOR[dtype]
-    allowed += relative_floor * oracle[finite].abs().max().item()
+    allowed = factor * (unfused.double() - oracle)[finite].abs().max().item() + FLOOR[dtype] + slack
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def check_forward_and_gradients(case: Problem, compute, dtype: torch.dtype, backend: str = "tiled", requires_grad=INPUTS, relative_floor: float = 0.0) -> None:
-    """`compute(problem, backend)` -> tensor; backpropagates a fixed random gradient and checks everything."""
+def check_forward_and_gradients(case: Problem, compute, dtype: torch.dtype, backend: str = "tiled", requires_grad=INPUTS, relative_slack: float = 0.0) -> None:
+    """`compute(problem, backend)` -> tensor; backpropagates a fixed random gradient and checks everything.
+
+    `relative_slack` adds to the criterion: relative to the largest number of a result, and, in float32's rounding, to that of
+    the weights that gradients are sums of. It is for random problems, where the unfused error is small by chance.
+    """
     results = []
     for d, b in ((dtype, backend), (dtype, "reference"), (torch.float64, "reference")):
         p = case.to(d, requires_grad)
@@ -89,8 +91,15 @@ def check_forward_and_gradients(case: Problem, compute, dtype: torch.dtype, back
             torch.where(output.isfinite(), output * weights.to(output.dtype), 0).sum().backward()
         results.append((output.detach(), p.gradients()))
     (ours, our_grads), (unfused, unfused_grads), (oracle, oracle_grads) = results
-    assert_meets_criterion(ours, unfused, oracle, 2, dtype, "forward", relative_floor)
+
+    def slack(exact: Tensor) -> float:
+        if not relative_slack or not exact.isfinite().any():
+            return 0.0
+        largest, weights = exact[exact.isfinite()].abs().max().item(), case.weight.abs().max().item()
+        return relative_slack * largest + 32 * torch.finfo(torch.float32).eps * weights
+
+    assert_meets_criterion(ours, unfused, oracle, 2, dtype, "forward", slack(oracle))
     assert our_grads.keys() == oracle_grads.keys()
     for name, gradient in our_grads.items():
         assert gradient.dtype == (dtype if name in INPUTS else None)
-        assert_meets_criterion(gradient, unfused_grads[name], oracle_grads[name], 3, dtype, f"gradient of {name}", relative_floor)
+        assert_meets_criterion(gradient, unfused_grads[name], oracle_grads[name], 3, dtype, f"gradient of {name}", slack(oracle_grads[name]))
