@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH_OPTIONS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 0)
 
-.PHONY: demo test benchmark clean
+.PHONY: demo test benchmark sanitize clean
 
 demo: $(VENV)/installed
 	$(PY) -m fused_mos.demo
@@ -19,6 +19,13 @@ test: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(PY) -m pytest benchmarks --benchmark-only
+
+# the native kernels under AddressSanitizer and UBSan: a copy of the package of its own, compiled so
+sanitize: $(VENV)/installed
+	FUSED_MOS_NATIVE=1 FUSED_MOS_SANITIZE=ON $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/sanitize .
+	PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(VENV)/bin/pytest -s -p no:cacheprovider tests/test_cpu.py tests/test_functional.py
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f) constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)

@@ -10,6 +10,7 @@
 namespace {
 
 constexpr Index kTile = kPanel * kBlock;
+constexpr Index kLine = 64;              // bytes of a cache line
 constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their tiles of a panel stay in the L2 cache
 
 // Where the gradients go; null where they are not needed.
@@ -38,7 +39,8 @@ class GradientTiles {
         width_(padded_features(head)),
         tiles_(n_blocks * span * kTile),
         packed_(n_blocks * kBlock * steps_of<Op>(head.n_features)),
-        right_(gradients.of_weight() ? n_blocks * kBlock / kDepth * width_ : 0),
+        right_block_(n_blocks * kBlock / kDepth * kBlock),
+        right_(gradients.of_weight() ? ceil_div(head.n_features, kBlock) * right_block_ : 0),
         row_sums_(gradients.rows ? n_blocks * kBlock * width_ : 0),
         scratch_bytes_(round_up(larger(logits_scratch_bytes<T>(head), gradient_scratch_bytes<T>(head)), 64)),
         scratch_(scratch_bytes_ * head.n_threads),
@@ -62,7 +64,11 @@ class GradientTiles {
 #pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
     for (Index b = 0; b < kept.n_blocks; ++b) {
       if (right_) {
-        pack_rows<T>(rows_, kept.source + b * kBlock, kept.filled[b], head_.n_features, 0, width_, right_ + b * kBlock / kDepth * width_);
+        // by blocks of columns, each of which a product reads from end to end
+        for (Index d = 0; d < head_.n_features; d += kBlock) {
+          pack_rows<T>(rows_, kept.source + b * kBlock, kept.filled[b], head_.n_features, d, kBlock,
+                       right_ + d / kBlock * right_block_ + b * kBlock / kDepth * kBlock);
+        }
       }
       if (row_sums_) memset(row_sums_ + b * kBlock * width_, 0, sizeof(float) * kBlock * width_);
     }
@@ -93,7 +99,8 @@ class GradientTiles {
             clear(sum);
             for (Index b = first; b < last; ++b) {
               multiply((const Op*)(tile(panel_of_span, b) + v * kBlock), kBlock / kDepth, 1,
-                       (const Op*)right_ + b * kBlock / kDepth * width_ + d, width_, ceil_div(kept.filled[b], kDepth), sum);
+                       (const Op*)right_ + d / kBlock * right_block_ + b * kBlock / kDepth * kBlock, kBlock,
+                       ceil_div(kept.filled[b], kDepth), sum);
             }
             add_to(out + v * stride + d, stride, n - v, (padded ? width_ : features) - d, sum);
           }
@@ -123,7 +130,14 @@ class GradientTiles {
       for (Index p = 0; p < n_panels; ++p) {
         const auto e = gradient_operand<T>(head_, first_panel + p, scratch(thread));
         const Index steps = ceil_div(classes_in(head_, first_panel + p), kDepth);
-        for (Index b = first / (kBlock / kTileRows); b * (kBlock / kTileRows) < last; ++b) {
+        const Index first_block = first / (kBlock / kTileRows), panel_lines = kPanel * head_.n_features * Index(sizeof(In)) / kLine;
+        const char* next_panel = (const char*)((const In*)head_.weight + smaller(first_panel + p + 1, panels_of(head_) - 1) * kPanel * head_.n_features);
+        const bool whole = (first_panel + p + 2) * kPanel <= head_.n_classes;
+        const Index part_blocks = ceil_div(last, kBlock / kTileRows) - first_block;
+        for (Index b = first_block; b < first_block + part_blocks; ++b) {
+          for (Index line = panel_lines * (b - first_block) / part_blocks; whole && line < panel_lines * (b - first_block + 1) / part_blocks; ++line) {
+            prefetch(next_panel + line * kLine);
+          }
           const Op* left;
           if constexpr (kDepth == 2) {
             left = pair_classes(tile(p, b), classes_in(head_, first_panel + p), kept.vectors(b), paired + kTile / 2 * thread);
@@ -133,9 +147,15 @@ class GradientTiles {
           const Index block_start = b * (kBlock / kTileRows);
           const Index from = larger(first - block_start, 0) * kTileRows;
           const Index to = smaller((last - block_start) * kTileRows, kept.filled[b]);
+          // what is read next lies far apart: without prefetching, each line's latency would be seen
+          const char* next_tile = (const char*)(b + 1 < kept.n_blocks ? tile(p, b + 1) : tile(smaller(p + 1, n_panels - 1), first_block));
+          const Index lines = kTile * Index(sizeof(Stored)) / kLine;
+          const Index calls = larger(ceil_div(last_column - first_column, kBlock) * ceil_div(to - from, kTileRows), 1);
+          Index call = 0;
           for (Index d = first_column; d < last_column; d += kBlock) {
             with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
-              for (Index r = from; r < to; r += kTileRows) {
+              for (Index r = from; r < to; r += kTileRows, ++call) {
+                for (Index line = lines * call / calls; line < lines * (call + 1) / calls; ++line) prefetch(next_tile + line * kLine);
                 Vector sum[kTileRows][decltype(vectors)::value];
                 clear(sum);
                 multiply(left + r, 1, kBlock, e.at(d, 0), e.step_at(d), steps, sum);
@@ -177,6 +197,7 @@ class GradientTiles {
   Index n_blocks_ = 0;
   Buffer<Stored> tiles_;
   Buffer<Op> packed_;
+  Index right_block_;  // elements of a block of columns of `right_`
   Buffer<Op> right_;
   Buffer<float> row_sums_;
   Index scratch_bytes_;

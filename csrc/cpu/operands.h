@@ -212,17 +212,18 @@ inline void merge_rows(const Bfloat16* row, const Bfloat16* next, Index n, Pair*
   for (Index i = 0; i < n; ++i) to[i] = pair(row[i], Bfloat16{0});
 }
 
-// Rows source[0..n), or 0..n where it is null, columns from `start`, to (ceil(n / depth), step), zero beyond the features.
+// Rows source[0..n), or 0..n where it is null, `step` columns from `start`, to (ceil(n / depth), step), zero beyond the features.
 template <class T>
 void pack_rows(const typename T::In* rows, const Index* source, Index n, Index features, Index start, Index step,
                typename T::Op* to) {
   constexpr int kDepth = Element<typename T::Op>::kDepth;
+  const Index width = smaller(features - start, step);
   for (Index r = 0; r < n; r += kDepth, to += step) {
     const auto* row = rows + (source ? source[r] : r) * features + start;
     const bool has_next = kDepth == 2 && r + 1 < n;
     const auto* next = has_next ? rows + (source ? source[r + 1] : r + 1) * features + start : nullptr;
-    merge_rows(row, next, features - start, to);
-    memset((void*)(to + features - start), 0, sizeof(*to) * (step - (features - start)));
+    merge_rows(row, next, width, to);
+    memset((void*)(to + width), 0, sizeof(*to) * (step - width));
   }
 }
 

@@ -35,6 +35,8 @@ struct __attribute__((packed, aligned(2))) Pair {
 
 #define ALWAYS_INLINE __attribute__((always_inline)) inline
 
+ALWAYS_INLINE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 ALWAYS_INLINE Vector load(const float* from) {
   Vector v;
   memcpy(&v, from, sizeof v);
