@@ -90,7 +90,7 @@ inline void interleave(const Bfloat16* low, const Bfloat16* high, Index n, Pair*
     Halves a, b;
     memcpy(&a, low + i, sizeof a);
     memcpy(&b, high + i, sizeof b);
-    const Integers pairs = __builtin_convertvector(a, Integers) | __builtin_convertvector(b, Integers) << 16;
+    const Bits pairs = __builtin_convertvector(a, Bits) | __builtin_convertvector(b, Bits) << 16;
     memcpy((void*)(to + i), &pairs, sizeof pairs);
   }
   for (; i < n; ++i) to[i] = pair(low[i], high[i]);

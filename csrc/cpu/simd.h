@@ -22,6 +22,7 @@ constexpr int kTileVectors = 3;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));  // unsigned: it may overflow
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 struct Bfloat16 {
@@ -69,14 +70,14 @@ ALWAYS_INLINE float widen(float x) { return x; }
 ALWAYS_INLINE Vector load(const Bfloat16* from) {
   Halves halves;
   memcpy(&halves, from, sizeof halves);
-  return (Vector)(__builtin_convertvector(halves, Integers) << 16);
+  return (Vector)(__builtin_convertvector(halves, Bits) << 16);
 }
 
 // Rounds to nearest, ties to even; a NaN stays one.
 ALWAYS_INLINE Halves round_to_bf16(Vector v) {
-  const Integers bits = (Integers)v;
-  const Integers rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Integers quiet = (bits >> 16) | 0x40;
+  const Bits bits = (Bits)v;
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits quiet = (bits >> 16) | 0x40;
   return __builtin_convertvector(v == v ? rounded : quiet, Halves);
 }
 
@@ -139,7 +140,7 @@ ALWAYS_INLINE Vector exp_nonpositive(Vector x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const Vector scaled = (Vector)((Integers)p + ((Integers)shifted << 23));
+  const Vector scaled = (Vector)((Bits)p + ((Bits)shifted << 23));
   return x < -87.33f ? Vector{} : scaled;
 }
 
