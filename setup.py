@@ -52,7 +52,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
+            # afresh: an older cache names the ninja of an isolated build environment that is gone
+            "cmake", "--fresh", "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DFUSED_MOS_SANITIZE={os.environ.get('FUSED_MOS_SANITIZE', 'OFF')}",
         ]  # fmt: skip
