@@ -199,7 +199,7 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
   const Index max_blocks = ceil_div(tokens_of_block * k, kBlock);
   const bool sums = sizeof(In) != sizeof(float) && a.grad_weight && tokens_of_block < a.n_tokens;
   Buffer<float> weight_sums(sums ? head.n_classes * head.n_features : 0);
-  if (sums) memset(weight_sums, 0, sizeof(float) * head.n_classes * head.n_features);
+  if (sums && head.n_features) memset(weight_sums, 0, sizeof(float) * head.n_classes * head.n_features);
   const Gradients<T> gradients{(In*)a.grad_latent, sums ? nullptr : (In*)a.grad_weight, weight_sums, a.grad_bias};
   GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, panels);
   KeptRows kept(max_blocks * kBlock);

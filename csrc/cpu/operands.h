@@ -130,7 +130,9 @@ Index logits_scratch_bytes(const Head& head) {
   return kPanel * (sizeof(typename T::Op) * steps_of<typename T::Op>(head.n_features) + sizeof(float));
 }
 
-inline void copy_row(const float* from, Index n, float* to) { memcpy(to, from, sizeof(float) * n); }
+inline void copy_row(const float* from, Index n, float* to) {
+  if (n) memcpy(to, from, sizeof(float) * n);  // memcpy must not be given null, which an empty tensor has
+}
 
 inline void copy_row(const Bfloat16* from, Index n, float* to) {
   Index i = 0;

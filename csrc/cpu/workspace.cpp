@@ -1,6 +1,7 @@
 #include "workspace.h"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -17,20 +18,31 @@ struct alignas(64) Block {  // what precedes the memory, on a cache line of its 
 };
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
-constexpr std::size_t kLarge = 2 * kHugePage, kLargestKept = std::size_t{64} << 20;
+constexpr std::size_t kLargestKept = std::size_t{64} << 20;
+#ifdef __SANITIZE_ADDRESS__
+constexpr std::size_t kLarge = SIZE_MAX;  // each block ends where it was asked to, so that reads beyond it are seen
+#else
+constexpr std::size_t kLarge = 2 * kHugePage;
+#endif
 std::atomic<std::size_t> live{0}, peak{0};
 
 // The last large block that was released: the kernel zeroes fresh pages, which would be 4 % of a training step.
 std::atomic<Block*> kept{nullptr};
 
+// posix_memalign, since aligned_alloc takes multiples of the alignment only.
+Block* aligned(std::size_t alignment, std::size_t bytes) {
+  void* memory = nullptr;
+  return posix_memalign(&memory, alignment, bytes) ? nullptr : static_cast<Block*>(memory);
+}
+
 Block* take(std::size_t total) {
-  if (total < kLarge) return static_cast<Block*>(std::aligned_alloc(alignof(Block), (total + 63) / 64 * 64));
+  if (total < kLarge) return aligned(alignof(Block), total);
   if (Block* block = kept.exchange(nullptr)) {
     if (block->capacity >= total) return block;
     std::free(block);
   }
   total = (total + kHugePage - 1) / kHugePage * kHugePage;
-  auto* block = static_cast<Block*>(std::aligned_alloc(kHugePage, total));
+  Block* block = aligned(kHugePage, total);
   if (!block) return nullptr;
 #ifdef __linux__
   madvise(block, total, MADV_HUGEPAGE);  // a fault for every 2 MiB, not for every 4 KiB; advice may be ignored
