@@ -45,6 +45,7 @@ def workspace(request, monkeypatch):
         monkeypatch.setattr(tiled, "MIN_GRADIENT_ROWS", 1)  # also where its blocks are of one token
         if cpu:
             monkeypatch.setattr(cpu, "WORKSPACE_BYTES", 16 * 1024)
+            monkeypatch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", 32 * 1024)
             monkeypatch.setattr(cpu, "MIN_GRADIENT_ROWS", 1)
     return request.param
 

@@ -91,6 +91,7 @@ def test_any_shape(dtype, n, k, d, v, scale, seed, workspace_bytes, isa, reducti
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_MOS_ISA", isa)
         patch.setattr(cpu, "WORKSPACE_BYTES", workspace_bytes)
+        patch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", workspace_bytes + 4 * v * d)  # so that 16-bit gradients come in blocks too
         patch.setattr(cpu, "MIN_GRADIENT_ROWS", 1 if seed % 2 else 96)
         case = problem(n, k, d, v, scale=scale, seed=seed, bias=seed % 3 > 0)
 

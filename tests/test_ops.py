@@ -150,6 +150,7 @@ def test_extra_memory_does_not_grow_with_nkv(what, eps, backend, monkeypatch):
     monkeypatch.setitem(tiled.WORKSPACE_BYTES, "cpu", 2**20)
     if backend == "cpu":
         monkeypatch.setattr(cpu, "WORKSPACE_BYTES", 2**20)
+        monkeypatch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", 2**20)
     peaks = {}
     for v in (8_000, 24_000):
         case = problem(n, k, d, v).to(torch.float32, () if what in ("evaluate", "predict", "sample") else INPUTS)

@@ -17,18 +17,18 @@ from .reference import accumulation_dtype
 DTYPES = (torch.float32, torch.bfloat16)
 
 WORKSPACE_BYTES = 40 * 2**20
-"""Bytes of exponentials, over the whole vocabulary for a block of tokens where gradients are formed in the forward pass,
-else of all tokens for a span of the vocabulary; and half as much for rows in the layout of the products."""
+"""Bytes of exponentials of all rows for a span of the vocabulary; and half as much for rows in the layout of the products."""
 
-WEIGHT_SUM_BYTES = 40 * 2**20
-"""Bytes of float32 sums (V, D) at most, which 16-bit gradients need where tokens come in several blocks; the blocks
-have half of the workspace then."""
+FORWARD_WORKSPACE_BYTES = 58 * 2**20
+"""Where gradients are formed in the forward pass: bytes of exponentials of a block of tokens over the whole vocabulary
+and, for 16-bit gradients of several blocks, of their float32 sums (V, D)."""
 
 MIN_GRADIENT_ROWS = 96
 """Rows of a block below which gradients are not formed in the forward pass: each block reads and writes the whole
 weight gradient, so few rows make it memory-bound."""
 
 PANEL = 128  # kPanel of csrc/cpu/product.h
+BLOCK = 48  # the largest kBlock of csrc/cpu/product.h: rows come in blocks, of which the last is filled up
 
 
 def instruction_set() -> str:
@@ -103,10 +103,15 @@ def _exponential_bytes(dtype: torch.dtype) -> int:
 def _tokens_of_block(n_tokens: int, n_experts: int, weight: Tensor) -> int:
     """Tokens whose exponentials over the whole vocabulary are held at once; 0 where the workspace is too small."""
     n_classes, n_features = weight.shape
-    bytes_of_token = n_experts * _exponential_bytes(weight.dtype) * ((n_classes + PANEL - 1) // PANEL * PANEL)
-    held = WORKSPACE_BYTES // bytes_of_token
+    bytes_of_row = _exponential_bytes(weight.dtype) * ((n_classes + PANEL - 1) // PANEL * PANEL)
+
+    def tokens_in(n_bytes: int) -> int:
+        rows = max(n_bytes, 0) // bytes_of_row
+        return (rows - rows % BLOCK if rows > BLOCK else rows) // n_experts
+
+    held = tokens_in(FORWARD_WORKSPACE_BYTES)
     if held < n_tokens and weight.dtype != torch.float32:
-        held = held // 2 if 4 * n_classes * n_features <= WEIGHT_SUM_BYTES else 0
+        held = tokens_in(FORWARD_WORKSPACE_BYTES - 4 * n_classes * n_features)
     if held == 0:
         return 0
     blocks = (n_tokens + held - 1) // held
