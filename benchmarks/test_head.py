@@ -6,15 +6,12 @@ the ratio to `reference` and the time over the floor: three products at the best
 
 import pytest
 import torch
-from harness import five_lines, inputs, medians, seconds, step
-from harness import interleaved as interleaved_times
+from harness import five_lines, inputs, interleaved, medians, seconds, step
 
 from fused_mos import functional as F
 
 SHAPES = {"ptb": (210, 15, 280, 10_000), "softmax": (3150, 1, 280, 10_000)}  # N, K, D, V
 ROUNDS = 5
-
-
 CONTENDERS = {
     "reference": lambda *args: F.mos_nll_loss(*args, backend="reference"),
     "auto": F.mos_nll_loss,
@@ -31,13 +28,13 @@ def _floor(n, k, d, v) -> float:
 
 
 @pytest.fixture(scope="module")
-def interleaved():
+def median_seconds():
     """Median seconds by shape and contender, measured once: all contenders in turns, ROUNDS times after a warm-up."""
     result = {}
     for shape, sizes in SHAPES.items():
         arguments = inputs(*sizes)
         calls = {name: lambda call=call: step(call, arguments) for name, call in CONTENDERS.items() if _unavailable(name) is None}
-        result[shape] = medians(interleaved_times(calls, ROUNDS)) | {"floor": _floor(*sizes)}
+        result[shape] = medians(interleaved(calls, ROUNDS)) | {"floor": _floor(*sizes)}
     return result
 
 
@@ -49,10 +46,10 @@ def _unavailable(name: str) -> str | None:
 
 @pytest.mark.parametrize("name", CONTENDERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_backward(benchmark, interleaved, shape, name):
+def test_forward_backward(benchmark, median_seconds, shape, name):
     if reason := _unavailable(name):
         pytest.skip(reason)
-    median = interleaved[shape]
+    median = median_seconds[shape]
     benchmark.group = f"{shape}: N, K, D, V = {SHAPES[shape]}, float32, forward + backward"
     benchmark.extra_info |= {
         "speed over reference": round(median["reference"] / median[name], 2),
@@ -60,5 +57,5 @@ def test_forward_backward(benchmark, interleaved, shape, name):
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    print(f"\n{shape:8} {name:22} {medians['reference'] / medians[name]:5.2f} x reference's speed, {medians[name] / medians['floor']:5.2f} x floor")
+    print(f"\n{shape:8} {name:22} {median['reference'] / median[name]:5.2f} x reference's speed, {median[name] / median['floor']:5.2f} x floor")
     benchmark.pedantic(step, (CONTENDERS[name], inputs(*SHAPES[shape])), rounds=ROUNDS, warmup_rounds=1)

@@ -19,9 +19,9 @@ ROUNDS = 10
 
 def _published_head(head: torch.nn.Module, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The mixture as the paper's published code computes it: K distributions over the vocabulary, then their mean."""
-    latent = torch.tanh(head.latent[0](hidden)).view(-1, head.n_experts, head.latent_features)
+    latent, prior_logits = (x.flatten(0, 1) for x in head.mixture(hidden))
     logits = torch.nn.functional.linear(latent, head.decoder.weight, head.decoder.bias)
-    prior = torch.softmax(head.prior(hidden).view(-1, head.n_experts), -1)
+    prior = torch.softmax(prior_logits, -1)
     probability = (torch.softmax(logits, -1) * prior[..., None]).sum(1)
     return torch.nn.functional.nll_loss(torch.log(probability + 1e-8), target.flatten())
 
