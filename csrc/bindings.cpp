@@ -36,12 +36,12 @@ void rows_backward(const Head& head, Address rows, int64_t n_rows, Address targe
 }
 
 void nll_with_gradients(const Head& head, Address latent, Address log_prior, Address target, Address valid, int64_t n_tokens,
-                        int64_t n_experts, int64_t tokens_of_block, float scale, float filter_eps, Address nll, Address maximum, Address log_total, Address target_logit,
-                        Address grad_latent, Address grad_prior, Address grad_weight, Address grad_bias) {
+                        int64_t n_experts, int64_t tokens_of_block, float scale, float filter_eps, Address nll, Address maximum,
+                        Address log_total, Address target_logit, Address grad_latent, Address grad_prior, Address grad_weight, Address grad_bias) {
   chosen_kernels().nll_with_gradients(
       head, {at<const void>(latent), at<const float>(log_prior), at<const int64_t>(target), at<const bool>(valid), n_tokens, n_experts,
-             tokens_of_block, scale, filter_eps, at<float>(nll), at<float>(maximum), at<float>(log_total), at<float>(target_logit), at<void>(grad_latent),
-             at<float>(grad_prior), at<void>(grad_weight), at<float>(grad_bias)});
+             tokens_of_block, scale, filter_eps, at<float>(nll), at<float>(maximum), at<float>(log_total), at<float>(target_logit),
+             at<void>(grad_latent), at<float>(grad_prior), at<void>(grad_weight), at<float>(grad_bias)});
 }
 
 MixtureArguments mixture_arguments(Address latent, Address log_prior, Address maximum, Address log_total, int64_t n_tokens,

@@ -164,6 +164,14 @@ def test_extra_memory_at_a_large_vocabulary():
         assert 0 < _cpu.peak_bytes() <= 64 * 2**20
 
 
+def test_extra_memory_of_many_rows():
+    """Rows whose copies outweigh the exponentials of a small vocabulary are cut into blocks, too."""
+    case = problem(20_000, 2, 256, 200).to(torch.float32)
+    _cpu.reset_peak_bytes()
+    case.nll(backend="cpu").backward()
+    assert 0 < _cpu.peak_bytes() <= 64 * 2**20
+
+
 def test_auto_chooses_by_device_and_dtype():
     case = problem(5, 2, 4, 30)
     single = case.to(torch.float32)

@@ -335,7 +335,8 @@ void mixture_backward_of(const Head& head, const MixtureArguments& a) {
             for (Index e = 0; e < k; ++e) {
               for (int j = 0; j < NV; ++j) {
                 const Index at = v * kBlock + j * kLanes;
-                const Vector dl = load(g + j * kLanes) * load(share + e * kTile + at) - load(s + (b * k + e) * kBlock + j * kLanes) * load(softmax + e * kTile + at);
+                const Vector total = load(s + (b * k + e) * kBlock + j * kLanes);
+                const Vector dl = load(g + j * kLanes) * load(share + e * kTile + at) - total * load(softmax + e * kTile + at);
                 store(tiles.tile(p, b * k + e) + at, dl);
               }
             }

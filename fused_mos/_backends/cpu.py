@@ -20,8 +20,8 @@ WORKSPACE_BYTES = 40 * 2**20
 """Bytes of exponentials of all rows for a span of the vocabulary; and half as much for rows in the layout of the products."""
 
 FORWARD_WORKSPACE_BYTES = 58 * 2**20
-"""Where gradients are formed in the forward pass: bytes of exponentials of a block of tokens over the whole vocabulary
-and, for 16-bit gradients of several blocks, of their float32 sums (V, D)."""
+"""Where gradients are formed in the forward pass: bytes of a block of tokens and of their exponentials over the whole
+vocabulary and, for 16-bit gradients of several blocks, of their float32 sums (V, D)."""
 
 MIN_GRADIENT_ROWS = 96
 """Rows of a block below which gradients are not formed in the forward pass: each block reads and writes the whole
@@ -103,7 +103,8 @@ def _exponential_bytes(dtype: torch.dtype) -> int:
 def _tokens_of_block(n_tokens: int, n_experts: int, weight: Tensor) -> int:
     """Tokens whose exponentials over the whole vocabulary are held at once; 0 where the workspace is too small."""
     n_classes, n_features = weight.shape
-    bytes_of_row = _exponential_bytes(weight.dtype) * ((n_classes + PANEL - 1) // PANEL * PANEL)
+    # its exponentials; and itself as operand of the logits and of dE, and the sums of its gradient, float32 at most
+    bytes_of_row = _exponential_bytes(weight.dtype) * ((n_classes + PANEL - 1) // PANEL * PANEL) + 3 * 4 * n_features
 
     def tokens_in(n_bytes: int) -> int:
         rows = max(n_bytes, 0) // bytes_of_row
@@ -144,8 +145,8 @@ def nll_with_gradients(
     log_prior = torch.log_softmax(prior_logits, -1, dtype=torch.float32)
     _cpu.nll_with_gradients(
         head, _address(latent), _address(log_prior), _address(target), _address(valid), n, k,
-        max(_tokens_of_block(n, k, weight), 1) if n else 1, scale.item(), filter_eps, _address(nll), _address(maximum), _address(log_total), _address(target_logit), _address(gradients.rows), _address(grad_prior),
-        _address(gradients.weight), _address(gradients.bias),
+        max(_tokens_of_block(n, k, weight), 1) if n else 1, scale.item(), filter_eps, _address(nll), _address(maximum), _address(log_total),
+        _address(target_logit), _address(gradients.rows), _address(grad_prior), _address(gradients.weight), _address(gradients.bias),
     )  # fmt: skip
     grad_latent, grad_weight, grad_bias = gradients.results()
     return nll, maximum, log_total, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
