@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 from harness import seconds, step
-from safetensors.torch import load_model
 
 from fused_mos import functional as F
 from fused_mos.data import Corpus, batchify
 from fused_mos.lm import AWDLSTM
+from fused_mos.training.checkpoint import load_checkpoint, load_parameters
 
 
-def _errors(wanted: torch.Tensor, got: torch.Tensor) -> float:
+def _relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
     """‖got − wanted‖ / ‖wanted‖."""
     return ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
 
@@ -42,8 +42,8 @@ def measure(model: AWDLSTM, text: torch.Tensor, bptt: int, n_segments: int, dtyp
             {
                 "share of rows dropped": (gradients[eps][0] == 0).all(-1).float().mean().item(),
                 "times faster": times[0.0] / times[eps],
-                "relative error of dz": _errors(gradients[0.0][0], gradients[eps][0]),
-                "relative error of dE": _errors(gradients[0.0][1], gradients[eps][1]),
+                "relative error of dz": _relative_error(gradients[0.0][0], gradients[eps][0]),
+                "relative error of dE": _relative_error(gradients[0.0][1], gradients[eps][1]),
             }
         )
     return {"eps": eps} | {key: float(f"{statistics.median(row[key] for row in rows):.3g}") for key in rows[0]}
@@ -60,10 +60,10 @@ def main() -> None:
     text = batchify(corpus.train, config["optim"]["batch_size"])
     torch.manual_seed(0)
     model = AWDLSTM(len(corpus.vocabulary), **config["model"])
-    table = {}
+    table, best = {}, options.run / "best.safetensors"
     for when in ("fresh", "trained"):
         if when == "trained":
-            load_model(model, options.run / "best.safetensors")
+            load_parameters(model, load_checkpoint(best)[0], best)
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{when} {str(dtype).removeprefix('torch.')}"
             table[name] = measure(model, text, config["optim"]["bptt"], options.segments, dtype)

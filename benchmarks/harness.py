@@ -1,5 +1,6 @@
 """What the benchmarks share: the problem, what a user would write instead of the head, and timing in turns."""
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +33,15 @@ def five_lines(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
     n, k, d = z.shape
     nll = torch.nn.functional.linear_cross_entropy(z.view(n * k, d), w, y.repeat_interleave(k), linear_bias=b, reduction="none")
     return -torch.logsumexp(torch.log_softmax(a, 1) - nll.view(n, k), 1).mean()
+
+
+def unavailable(name: str) -> str | None:
+    """Why a contender of this name cannot run here; None where it can."""
+    if name == "five lines" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
+    if name == "cut-cross-entropy" and importlib.util.find_spec("cut_cross_entropy") is None:
+        return "not installed (pip install --no-deps cut-cross-entropy)"
+    return None
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -6,7 +6,7 @@ the ratio to `reference` and the time over the floor: three products at the best
 
 import pytest
 import torch
-from harness import five_lines, inputs, interleaved, medians, seconds, step
+from harness import five_lines, inputs, interleaved, medians, seconds, step, unavailable
 
 from fused_mos import functional as F
 
@@ -17,7 +17,7 @@ CONTENDERS = {
     "auto": F.mos_nll_loss,
     "tiled": lambda *args: F.mos_nll_loss(*args, backend="tiled"),
     "tiled, recomputing": lambda *args: F.mos_nll_loss(*args, backend="tiled", reduction="none").mean(),
-    "linear_cross_entropy": five_lines,
+    "five lines": five_lines,
 }
 
 
@@ -33,21 +33,15 @@ def median_seconds():
     result = {}
     for shape, sizes in SHAPES.items():
         arguments = inputs(*sizes)
-        calls = {name: lambda call=call: step(call, arguments) for name, call in CONTENDERS.items() if _unavailable(name) is None}
+        calls = {name: lambda call=call: step(call, arguments) for name, call in CONTENDERS.items() if unavailable(name) is None}
         result[shape] = medians(interleaved(calls, ROUNDS)) | {"floor": _floor(*sizes)}
     return result
-
-
-def _unavailable(name: str) -> str | None:
-    if name == "linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
-    return None
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_backward(benchmark, median_seconds, shape, name):
-    if reason := _unavailable(name):
+    if reason := unavailable(name):
         pytest.skip(reason)
     median = median_seconds[shape]
     benchmark.group = f"{shape}: N, K, D, V = {SHAPES[shape]}, float32, forward + backward"
