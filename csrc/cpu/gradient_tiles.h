@@ -10,8 +10,14 @@
 namespace {
 
 constexpr Index kTile = kPanel * kBlock;
-constexpr Index kLine = 64;              // bytes of a cache line
+constexpr Index kLine = 64;  // bytes of a cache line
 constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their tiles of a panel stay in the L2 cache
+
+// Prefetches the part-th of `parts` shares: what is read next lies far apart, and each line's latency would be seen.
+ALWAYS_INLINE void prefetch_share(const void* from, Index bytes, Index part, Index parts) {
+  const Index lines = bytes / kLine;
+  for (Index line = lines * part / parts; line < lines * (part + 1) / parts; ++line) prefetch((const char*)from + line * kLine);
+}
 
 // Where the gradients go; null where they are not needed.
 template <class T>
@@ -130,13 +136,13 @@ class GradientTiles {
       for (Index p = 0; p < n_panels; ++p) {
         const auto e = gradient_operand<T>(head_, first_panel + p, scratch(thread));
         const Index steps = ceil_div(classes_in(head_, first_panel + p), kDepth);
-        const Index first_block = first / (kBlock / kTileRows), panel_lines = kPanel * head_.n_features * Index(sizeof(In)) / kLine;
-        const char* next_panel = (const char*)((const In*)head_.weight + smaller(first_panel + p + 1, panels_of(head_) - 1) * kPanel * head_.n_features);
-        const bool whole = (first_panel + p + 2) * kPanel <= head_.n_classes;
-        const Index part_blocks = ceil_div(last, kBlock / kTileRows) - first_block;
-        for (Index b = first_block; b < first_block + part_blocks; ++b) {
-          for (Index line = panel_lines * (b - first_block) / part_blocks; whole && line < panel_lines * (b - first_block + 1) / part_blocks; ++line) {
-            prefetch(next_panel + line * kLine);
+        const Index first_block = first / (kBlock / kTileRows), end_block = ceil_div(last, kBlock / kTileRows);
+        const Index next_start = (first_panel + p + 1) * kPanel, panel_elements = kPanel * head_.n_features;
+        const bool next_is_whole = next_start + kPanel <= head_.n_classes;
+        for (Index b = first_block; b < end_block; ++b) {
+          if (next_is_whole) {
+            prefetch_share((const In*)head_.weight + next_start * head_.n_features, panel_elements * Index(sizeof(In)), b - first_block,
+                           end_block - first_block);
           }
           const Op* left;
           if constexpr (kDepth == 2) {
@@ -147,15 +153,13 @@ class GradientTiles {
           const Index block_start = b * (kBlock / kTileRows);
           const Index from = larger(first - block_start, 0) * kTileRows;
           const Index to = smaller((last - block_start) * kTileRows, kept.filled[b]);
-          // what is read next lies far apart: without prefetching, each line's latency would be seen
-          const char* next_tile = (const char*)(b + 1 < kept.n_blocks ? tile(p, b + 1) : tile(smaller(p + 1, n_panels - 1), first_block));
-          const Index lines = kTile * Index(sizeof(Stored)) / kLine;
+          const Stored* next_tile = b + 1 < kept.n_blocks ? tile(p, b + 1) : tile(smaller(p + 1, n_panels - 1), first_block);
           const Index calls = larger(ceil_div(last_column - first_column, kBlock) * ceil_div(to - from, kTileRows), 1);
           Index call = 0;
           for (Index d = first_column; d < last_column; d += kBlock) {
             with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
               for (Index r = from; r < to; r += kTileRows, ++call) {
-                for (Index line = lines * call / calls; line < lines * (call + 1) / calls; ++line) prefetch(next_tile + line * kLine);
+                prefetch_share(next_tile, kTile * Index(sizeof(Stored)), call, calls);
                 Vector sum[kTileRows][decltype(vectors)::value];
                 clear(sum);
                 multiply(left + r, 1, kBlock, e.at(d, 0), e.step_at(d), steps, sum);
