@@ -23,6 +23,9 @@ from ._backends.reference import log_softmax_prior
 
 REDUCTIONS = ("mean", "sum", "none")
 
+TOPK_BYTES = 32 * 2**20
+"""Bytes of the log-probabilities that `mos_topk` holds at once."""
+
 
 def mos_nll_loss(
     latent: Tensor,
@@ -99,7 +102,7 @@ def nll_and_loss(
         if backend == "reference":
             nll = reference.nll(latent, prior_logits, weight, bias, target, ignore_index)
         else:
-            inputs = latent.contiguous(), prior_logits.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+            inputs = _contiguous(latent, prior_logits, weight, bias)
             needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
             kernels = _backends.kernels(backend)
             in_forward = reduction != "none" and any(needs)
@@ -129,7 +132,7 @@ def mos_log_prob(
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias)
-        return ops.log_prob(latent.contiguous(), prior_logits.contiguous(), weight.contiguous(), bias, backend)[0]
+        return ops.log_prob(*_contiguous(latent, prior_logits, weight, bias), backend)[0]
 
 
 def mos_logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -143,7 +146,7 @@ def mos_logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             return reference.logsumexp(latent, weight, bias)
-        return ops.logsumexp(latent.contiguous(), weight.contiguous(), bias, backend)[0]
+        return ops.logsumexp(*_contiguous(latent, weight, bias), backend)[0]
 
 
 @torch.no_grad()
@@ -160,10 +163,53 @@ def mos_predict(
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias).argmax(-1)
-        latent, weight = latent.contiguous(), weight.contiguous()
+        latent, weight, bias = _contiguous(latent, weight, bias)
         _, maximum, log_total = ops.logsumexp(latent, weight, bias, backend)
         log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
         return _backends.kernels(backend).predict(latent, log_prior, weight, bias, maximum, log_total)
+
+
+class TopK(NamedTuple):
+    values: Tensor  # (N, k) log-probabilities, descending
+    indices: Tensor  # (N, k) int64 classes
+
+
+@torch.no_grad()
+def mos_topk(
+    latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, k: int, backend: str = "auto"
+) -> TopK:
+    """The k most probable classes of the mixture and their log-probabilities, (N, k) each, the most probable first.
+
+    They are selected from spans of the vocabulary, so no (N, V) tensor is written; among equal ones the order
+    is that of torch.topk, which promises none. Args and errors as in `mos_nll_loss`; 1 ≤ k ≤ V.
+    """
+    _check_inputs(latent, prior_logits, weight, bias)
+    n, n_classes = latent.shape[0], weight.shape[0]
+    if not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= n_classes:
+        raise ValueError(f"k must be in [1, V = {n_classes}], got {k}")
+    latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
+    backend = _backends.resolve(backend, latent.device, latent.dtype)
+    with torch.autocast(latent.device.type, enabled=False):
+        if backend == "reference":
+            return TopK(*reference.log_prob(latent, prior_logits, weight, bias).topk(k))
+        latent, weight, bias = _contiguous(latent, weight, bias)
+        _, maximum, log_total = ops.logsumexp(latent, weight, bias, backend)
+        log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
+        values, indices = maximum.new_empty(n, 0), torch.empty(n, 0, dtype=torch.int64, device=latent.device)
+        columns = max(TOPK_BYTES // (maximum.itemsize * max(n, 1)), 2 * k, 256)
+        for start in range(0, n_classes, columns):
+            span = slice(start, start + columns)
+            log_p = _backends.kernels(backend).log_prob(
+                latent, log_prior, weight[span], bias if bias is None else bias[span], maximum, log_total
+            )
+            candidates = log_p.topk(min(k, log_p.shape[1]))
+            candidates_of_all = torch.cat([indices, candidates.indices + start], 1)
+            values = torch.cat([values, candidates.values], 1)
+            values, chosen = values.topk(min(k, values.shape[1]))
+            indices = candidates_of_all.gather(1, chosen)
+        return TopK(values, indices)
 
 
 @torch.no_grad()
@@ -198,7 +244,12 @@ def mos_sample(
             return torch.empty(0, dtype=torch.int64, device=latent.device)
         expert = torch.multinomial(log_softmax_prior(prior_logits).exp(), 1, generator=generator).squeeze(1)
         chosen = latent[torch.arange(n, device=latent.device), expert]
-        return _backends.kernels(backend).sample(chosen, weight.contiguous(), bias, temperature, generator)
+        return _backends.kernels(backend).sample(chosen, *_contiguous(weight, bias), temperature, generator)
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What the backends take (see `_backends.Kernels`)."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def _autocast(

@@ -97,6 +97,13 @@ class Head(nn.Module):
         index = F.mos_predict(latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend)
         return index.view(input.shape[:-1])
 
+    def topk(self, input: Tensor, k: int) -> F.TopK:
+        """The k most probable classes, most probable first: (…, in_features) -> values (…, k), log-probabilities, and
+        indices (…, k) int64."""
+        latent, prior_logits = self._flat_mixture(input)
+        values, indices = F.mos_topk(latent, prior_logits, self.decoder.weight, self.decoder.bias, k=k, backend=self.backend)
+        return F.TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
+
     def sample(self, input: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """One class per position: (…, in_features) -> (…) int64; `temperature` as in `functional.mos_sample`."""
         latent, prior_logits = self._flat_mixture(input)

@@ -1,7 +1,12 @@
 """Fixtures shared by all tests."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # then the Triton kernels are interpreted; triton looks at this when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 try:
     from fused_mos import _cpu
@@ -9,9 +14,19 @@ try:
 except ImportError:  # installed without a compiler: the tests of the native kernels are skipped
     _cpu = cpu = None
 
+from fused_mos import _backends
+
+triton = _backends._KERNELS.get("triton")
+configurations = triton and triton.configurations
+if triton and triton.INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.repair()
+
 INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16"]
 
 
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not triton or not triton.INTERPRETED, reason="triton is not installed, or not interpreting"))
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(_cpu is None, reason="the native kernels are not installed"))
 
 
@@ -40,6 +55,11 @@ def workspace(request, monkeypatch):
     from fused_mos._backends import tiled
 
     if request.param == "many tiles":
+        if triton:
+            monkeypatch.setattr(triton, "WORKSPACE_BYTES", 128 * 1024)
+            monkeypatch.setattr(triton, "MAX_ROWS", 64)
+            monkeypatch.setattr(triton, "MIN_GRADIENT_ROWS", 1)
+            monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(16, 256, 32, 4, 1))
         monkeypatch.setitem(tiled.WORKSPACE_BYTES, "cpu", 16 * 1024)
         monkeypatch.setattr(tiled, "MAX_ROWS", 32)
         monkeypatch.setattr(tiled, "MIN_GRADIENT_ROWS", 1)  # also where its blocks are of one token
@@ -57,10 +77,10 @@ def instruction_set(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["tiled", *INSTRUCTION_SETS])
+@pytest.fixture(params=["tiled", TRITON, *INSTRUCTION_SETS])
 def backend(request, monkeypatch):
     """Each fused backend by its name, `cpu` once with each instruction set."""
-    if request.param == "tiled":
-        return "tiled"
+    if request.param in ("tiled", "triton"):
+        return request.param
     use_instruction_set(request.param, monkeypatch)
     return "cpu"

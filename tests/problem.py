@@ -11,7 +11,7 @@ INPUTS = ("latent", "prior_logits", "weight", "bias")
 FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 
 
-EXACT = {"tiled": (torch.float64, 1e-12), "cpu": (torch.float32, 2e-5)}
+EXACT = {"tiled": (torch.float64, 1e-12), "cpu": (torch.float32, 2e-5), "triton": (torch.float32, 2e-5)}
 """The most precise dtype of a backend, and the tolerance of identities in it, for numbers of order 10."""
 
 

@@ -1,6 +1,7 @@
 """Bad input gets an error that names the argument and both values, before anything is computed."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_tensors(name, value, error, message, backend):
     inputs = {**_inputs(), name: value}
     target, prior_logits = inputs.pop("target"), inputs["prior_logits"]
     if name != "target":
-        for function in (F.mos_log_prob, F.mos_predict, F.mos_sample):
+        for function in (F.mos_log_prob, F.mos_predict, F.mos_sample, partial(F.mos_topk, k=1)):
             with pytest.raises(error, match=message):
                 function(**inputs, backend=backend)
         if name != "prior_logits":
@@ -86,6 +87,17 @@ def test_temperature(temperature):
     del inputs["target"]
     with pytest.raises(ValueError, match="temperature must be positive, got"):
         F.mos_sample(**inputs, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("k", "error", "message"),
+    [(0, ValueError, r"k must be in \[1, V = 11\], got 0"), (12, ValueError, "got 12"), (2.0, TypeError, "k must be an int, got float")],
+)
+def test_topk(k, error, message):
+    inputs = _inputs()
+    del inputs["target"]
+    with pytest.raises(error, match=message):
+        F.mos_topk(**inputs, k=k)
 
 
 @pytest.mark.parametrize("head", [fused_mos.MoS, fused_mos.MoC, fused_mos.Softmax])

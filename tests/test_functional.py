@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS, use_instruction_set
+from conftest import INSTRUCTION_SETS, TRITON, configurations, use_instruction_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import EXACT, INPUTS, Problem, assert_meets_criterion, check_forward_and_gradients, problem
@@ -42,12 +42,16 @@ def logsumexp(p, backend):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nll(shape, dtype, reduction, workspace, backend):
-    check_forward_and_gradients(problem(*shape), nll(reduction), dtype, backend)
+    # of three numbers, such as the bias's gradient of three classes, all can be rounded luckily in the unfused computation
+    lucky = shape[3] == 3 and dtype == torch.bfloat16
+    check_forward_and_gradients(problem(*shape), nll(reduction), dtype, backend, relative_slack=2**-9 if lucky else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_log_prob(shape, dtype, workspace, backend):
+    if backend == "triton" and workspace == "many tiles" and shape[3] > 1000:
+        pytest.skip("takes a minute in Triton's interpreter; several tiles of a large vocabulary also exist in the other workspace")
     check_forward_and_gradients(problem(*shape), log_prob, dtype, backend)
 
 
@@ -152,6 +156,7 @@ def test_no_tokens(workspace, backend):
     assert F.mos_log_prob(*case.inputs(), backend=backend).shape == (0, 11)
     assert F.mos_logsumexp(case.latent, case.weight, case.bias, backend=backend).shape == (0, 3)
     assert F.mos_predict(*case.inputs(), backend=backend).shape == (0,)
+    assert F.mos_topk(*case.inputs(), k=4, backend=backend).indices.shape == (0, 4)
     assert F.mos_sample(*case.inputs(), backend=backend).shape == (0,)
     total = case.nll(reduction="sum", backend=backend)
     total.backward()
@@ -309,20 +314,35 @@ def test_predict(workspace, backend):
     assert F.mos_predict(*tie.inputs(), backend=backend).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("sampler", ["reference", "tiled", *INSTRUCTION_SETS])
+@pytest.mark.parametrize("k", [1, 5, 507])
+def test_topk(k, workspace, backend, monkeypatch):
+    """The values of the most probable classes, and classes that have them, from one span of the vocabulary and from several."""
+    if workspace == "many tiles":
+        monkeypatch.setattr(F, "TOPK_BYTES", 1)
+    case = problem(37, 3, 33, 507).to(torch.float32, ())
+    log_p = reference.log_prob(*case.inputs())
+    values, indices = F.mos_topk(*case.inputs(), k=k, backend=backend)
+    assert torch.allclose(values, log_p.topk(k).values, rtol=0, atol=2e-5)
+    assert torch.allclose(values, log_p.gather(1, indices), rtol=0, atol=2e-5)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("sampler", ["reference", "tiled", TRITON, *INSTRUCTION_SETS])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sample_follows_the_distribution(sampler, temperature, monkeypatch, workspace):
     """A chi-square statistic of 20,000 draws of a 150-class mixture (two tiles and more), within 5 standard deviations."""
-    backend = sampler if sampler in ("reference", "tiled") else "cpu"
+    backend = sampler if sampler in ("reference", "tiled", "triton") else "cpu"
     if backend == "cpu":
         use_instruction_set(sampler, monkeypatch)
+    if backend == "triton":  # few programs, since the interpreter's time goes with their number
+        monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(1024, 64, 16, 4, 1))
     draws, v = 20_000, 150
     case = problem(1, 3, 6, v)
     probability = (
         torch.softmax(case.prior_logits, -1)[..., None] * torch.softmax((case.latent @ case.weight.t() + case.bias) / temperature, -1)
     ).sum(1)[0]
     repeated = case.latent.expand(draws, -1, -1), case.prior_logits.expand(draws, -1), case.weight, case.bias
-    if backend == "cpu":
+    if backend in ("cpu", "triton"):
         repeated = tuple(tensor.float() for tensor in repeated)
     generator = torch.Generator().manual_seed(3)
     samples = F.mos_sample(*repeated, temperature=temperature, generator=generator, backend=backend)

@@ -68,6 +68,9 @@ def test_any_leading_shape(head, shape):
     assert module(h, target, reduction="sum").loss.shape == ()
     assert module.log_prob(h).shape == (*shape, V)
     assert module.predict(h).shape == module.sample(h).shape == shape
+    values, indices = module.topk(h, 3)
+    assert values.shape == indices.shape == (*shape, 3)
+    assert torch.equal(indices[..., 0], module.predict(h))
     assert torch.allclose(module.log_prob(h).gather(-1, target[..., None])[..., 0], output, atol=1e-5)
 
 

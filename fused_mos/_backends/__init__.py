@@ -6,6 +6,7 @@ module with the functions of `Kernels` below: it computes values and gradients, 
 (The package has an underscore because `fused_mos.backends` is the public function.)
 """
 
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -56,16 +57,22 @@ def _why_cpu_is_missing(error: ImportError) -> str:
 
 
 _KERNELS = {"tiled": tiled}
-_ABSENT = {
-    "triton": "the Triton kernels are not part of this version",
-    "cuda": "the CUDA kernels are not part of this version",
-}
+_ABSENT = {"cuda": "the CUDA kernels are not part of this version"}
 try:
     from . import cpu
 
     _KERNELS["cpu"] = cpu
 except ImportError as error:
     _ABSENT["cpu"] = _why_cpu_is_missing(error)
+if torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    try:
+        from . import triton
+
+        _KERNELS["triton"] = triton
+    except ImportError as error:
+        _ABSENT["triton"] = f"triton cannot be loaded: {error} (pip install triton)"
+else:
+    _ABSENT["triton"] = f"it is for NVIDIA GPUs, and this torch ({torch.__version__}) is built without CUDA"
 NAMES = ("auto", "reference", "tiled", "cpu", "triton", "cuda")
 
 
@@ -74,6 +81,8 @@ def backends() -> dict[str, str]:
     available = {"reference": "available"} | {name: "available" for name in _KERNELS}
     if "cpu" in _KERNELS:
         available["cpu"] = f"available ({cpu.instruction_set()})"
+    if "triton" in _KERNELS:
+        available["triton"] = triton.availability()
     return available | _ABSENT
 
 
@@ -84,15 +93,20 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     does not compute, RuntimeError for a backend that is not available here.
     """
     if name == "auto":
-        return "cpu" if "cpu" in _KERNELS and device.type == "cpu" and dtype in cpu.DTYPES else "tiled"
+        if device.type == "cpu":
+            return "cpu" if "cpu" in _KERNELS and dtype in cpu.DTYPES else "tiled"
+        usable = "triton" in _KERNELS and dtype in triton.DTYPES and triton.unsupported(device) is None
+        return "triton" if usable else "tiled"
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
     if name in _ABSENT:
         raise RuntimeError(f"backend {name!r} is not available: {_ABSENT[name]}; fused_mos.backends() lists those that are")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' is for tensors on the CPU, but latent is on {device}")
-    if name == "cpu" and dtype not in cpu.DTYPES:
-        raise TypeError(f"backend 'cpu' computes {' and '.join(map(str, cpu.DTYPES))}, got {dtype}")
+    if name == "triton" and (reason := triton.unsupported(device)):
+        raise ValueError(f"backend 'triton' cannot be used: {reason}")
+    if name in ("cpu", "triton") and dtype not in kernels(name).DTYPES:
+        raise TypeError(f"backend {name!r} computes {', '.join(map(str, kernels(name).DTYPES))}, got {dtype}")
     return name
 
 

@@ -15,7 +15,12 @@ def kept_rows(responsibility: Tensor, row_weight: Tensor, filter_eps: float) -> 
     Dropped are rows of weight 0 (ignored targets, responsibilities that underflow), which is exact, and rows
     of responsibility below `filter_eps`, which changes each token's gradient by at most K·eps of its own
     scale. A NaN weight is kept, so that it is seen in the gradient.
+
+    How many rows are kept is a number that the host must wait for. Where waiting would stall a device, nothing is
+    dropped unless `filter_eps` asks for it, nor while a CUDA graph is captured, which cannot wait.
     """
+    if responsibility.device.type != "cpu" and (filter_eps == 0 or torch.cuda.is_current_stream_capturing()):
+        return None
     dropped = (row_weight == 0) | (responsibility < filter_eps)
     kept = torch.nonzero(~dropped).squeeze(1)
     return None if kept.numel() == dropped.numel() else kept

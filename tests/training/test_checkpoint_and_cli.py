@@ -107,7 +107,7 @@ def test_an_occupied_folder_is_not_overwritten(finished, small_flags, capsys):
         (["--lr", "nan"], ("lr must be positive, got nan",)),
         (["--small-batch-size", "4"], ("small_batch_size must divide batch_size = 6, got 4",)),
         (["--backend", "fast"], ("backend must be one of", "'fast'")),
-        (["--backend", "triton"], ("backend 'triton' is not available",)),
+        (["--backend", "cuda"], ("backend 'cuda' is not available",)),
         (["--device", "abacus"], ("device 'abacus' cannot be used",)),
         (["--data", "/no/such/folder"], ("/no/such/folder does not exist", "train.txt")),
         (["--batch-size", "1200"], ("too short", "1200")),

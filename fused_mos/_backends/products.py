@@ -1,0 +1,15 @@
+"""Matrix products whose 16-bit operands are accumulated in float32."""
+
+import torch
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+    """out = a·b or, with `accumulate`, out += a·b; `out` has the operands' dtype, or float32."""
+    if a.dtype != out.dtype and a.device.type == "cpu":  # torch has no 16-bit product with a float32 result there
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+    if accumulate:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)

@@ -1,0 +1,447 @@
+"""Fused MoS in Triton for CUDA tensors: the functions of `Kernels` for bfloat16, float16 and float32.
+
+Tiles of logits never leave the chip in the forward pass. The backward passes write dl, a span of the vocabulary or a
+block of tokens at a time, in the operands' dtype to a bounded workspace, from which two matrix products of the vendor's
+library make dz and dE, accumulated in float32. No atomics: equal calls give equal bits.
+
+float32 products follow `torch.set_float32_matmul_precision`: full precision, or TF32.
+
+With TRITON_INTERPRET=1 in the environment before triton is imported, the kernels run on CPU tensors, slowly: for tests.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from .products import product
+from .row_filter import kept_rows
+from .triton_kernels import configurations, gradients, mixture, rows
+from .triton_kernels.configurations import INTERPRETED, Tile
+from .triton_kernels.launch import architecture_of, choose_tile, launch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+WORKSPACE_BYTES = 248 * 2**20
+"""Bytes beyond inputs, outputs and gradients, of which the largest part is a block of dl."""
+
+MIN_GRADIENT_ROWS = 1024
+"""Rows of one token block below which gradients are not formed in the forward pass: each block reads and writes the whole
+weight gradient."""
+
+MAX_ROWS = 32_768
+"""Rows of dl held at once when it is recomputed: more would leave too few classes for efficient products."""
+
+MIN_COLUMNS = 256
+"""Classes of dl held at once at least."""
+
+PROGRAMS_PER_MULTIPROCESSOR = 4
+"""Programs to aim at when the vocabulary is split because rows are few."""
+
+
+def availability() -> str:
+    """What `fused_mos.backends()` says of this backend: "available …", or why not."""
+    if INTERPRETED:
+        return "available (interpreted: TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    return unsupported(torch.device("cuda", torch.cuda.current_device())) or f"available ({torch.cuda.get_device_name()})"
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why tensors on this device cannot be computed here; None where they can."""
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"it is for CUDA tensors, but latent is on {device} (TRITON_INTERPRET=1 in the environment interprets the kernels on the CPU)"
+    return too_old(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def too_old(gpu: str, capability: tuple[int, int]) -> str | None:
+    """Why the kernels cannot run on a GPU; None where they can."""
+    if capability >= configurations.OLDEST:
+        return None
+    oldest, its = (".".join(map(str, numbers)) for numbers in (configurations.OLDEST, capability))
+    return f"it needs a GPU of compute capability {oldest} or newer, and {gpu} has {its}; use backend='tiled'"
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Rows of a multiple of 16 bytes, from a 16-byte boundary on, filled up with zeros: what vector loads need."""
+    multiple = 16 // tensor.itemsize
+    width = max(math.ceil(tensor.shape[-1] / multiple) * multiple, multiple)
+    if width != tensor.shape[-1]:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
+    return tensor if tensor.storage_offset() * tensor.itemsize % 16 == 0 else tensor.clone()
+
+
+def _splits(n_rows: int, n_classes: int, tile: Tile, device: torch.device) -> tuple[int, int]:
+    """How many splits of the vocabulary occupy the device, and the tiles of each."""
+    tiles = triton.cdiv(n_classes, tile.classes)
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * architecture_of(device).multiprocessors, triton.cdiv(n_rows, tile.rows))
+    tiles_of_split = triton.cdiv(tiles, min(wanted, tiles))
+    return triton.cdiv(tiles, tiles_of_split), tiles_of_split
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _not_a_class(like: Tensor, n_rows: int) -> Tensor:
+    """The target logits before any is written: NaN."""
+    return like.new_full((n_rows,), math.nan, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------- single rows
+
+
+def row_statistics(rows_: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows_, weight = _aligned(rows_), _aligned(weight)
+    maximum, log_total = (_float32(rows_, rows_.shape[0]) for _ in range(2))
+    target_logit = _not_a_class(rows_, rows_.shape[0])
+    _statistics(rows_, weight, bias, target, maximum, log_total, target_logit)
+    return maximum, log_total, target_logit
+
+
+def _statistics(
+    rows_: Tensor,  # (R, D), aligned
+    weight: Tensor,  # (V, D), aligned
+    bias: Tensor | None,  # (V,)
+    target: Tensor | None,  # (R,)
+    maximum: Tensor,  # (R,) out
+    log_total: Tensor,  # (R,) out
+    target_logit: Tensor | None,  # (R,) out
+) -> None:
+    n, n_classes = rows_.shape[0], weight.shape[0]
+    if n == 0:
+        return
+    tile, constants = choose_tile("statistics", rows_, n)
+    splits, tiles_of_split = _splits(n, n_classes, tile, rows_.device)
+    maxima, totals = _float32(rows_, splits, n), _float32(rows_, splits, n)
+    launch(
+        rows.statistics_kernel, (triton.cdiv(n, tile.rows), splits),
+        rows_, weight, bias, target, maxima, totals, target_logit, n, n_classes, tiles_of_split,
+        D=weight.shape[1], EXPERTS=1, HAS_BIAS=bias is not None, HAS_TARGET=target is not None, ROWS=tile.rows,
+        RESIDENT=tile.resident, **constants,
+    )  # fmt: skip
+    launch(
+        rows.combine_kernel, (triton.cdiv(n, 32),), maxima, totals, maximum, log_total, n, splits, BLOCK=32, SPLITS=32
+    )
+
+
+def sample(rows_: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Gumbel-max, with random numbers that depend on the seed, the row and the class alone."""
+    rows_, weight = _aligned(rows_.contiguous()), _aligned(weight)
+    n, n_classes = rows_.shape[0], weight.shape[0]
+    tile, constants = choose_tile("sample", rows_, n)
+    splits, tiles_of_split = _splits(n, n_classes, tile, rows_.device)
+    seed = torch.randint(2**62, (1,), generator=generator, device=rows_.device)
+    best, index = _float32(rows_, splits, n), seed.new_empty(splits, n)
+    launch(
+        rows.sample_kernel, (triton.cdiv(n, tile.rows), splits),
+        rows_, weight, bias, seed, best, index, 1 / temperature, n, n_classes, tiles_of_split,
+        D=weight.shape[1], HAS_BIAS=bias is not None, ROWS=tile.rows, RESIDENT=tile.resident, **constants,
+    )  # fmt: skip
+    return _first_of_best(best, index)
+
+
+def _first_of_best(best: Tensor, index: Tensor) -> Tensor:  # (splits, N), (splits, N) -> (N,)
+    return torch.where(best == best.amax(0), index, torch.iinfo(torch.int64).max).amin(0)
+
+
+# --------------------------------------------------------------------------------------------- gradients, recomputed
+
+
+def _recomputed_gradients(
+    write_dl: Callable[[Tensor, slice, slice], None],  # (dl out, its rows, its classes)
+    rows_: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    needs: tuple[bool, bool, bool],
+    group: int,
+    unscale: Tensor | None,  # ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """unscale times the gradients of (rows, weight, bias), from spans of the vocabulary of dl: a span's dE is complete
+    once all its rows are summed. Blocks hold a multiple of `group` rows."""
+    (n, d), n_classes = rows_.shape, weight.shape[0]
+    z, e = _aligned(rows_), _aligned(weight)
+    grad_rows = z.new_zeros(z.shape if needs[0] else 0, dtype=torch.float32)
+    grad_weight = weight.new_zeros(weight.shape if needs[1] else 0)
+    grad_bias = weight.new_zeros(n_classes if needs[2] else 0)
+    if n and any(needs):
+        augmented = _with_column(z, d, None) if needs[2] else z
+        height = max(min(n, MAX_ROWS) // group, 1) * group
+        n_bytes = WORKSPACE_BYTES - grad_rows.nbytes - (augmented.nbytes if needs[2] else 0)
+        columns = max(n_bytes, WORKSPACE_BYTES // 4) // (height * z.itemsize) // 128 * 128
+        columns = min(max(columns, MIN_COLUMNS), _row_length(n_classes, z))
+        dl = z.new_empty(height, columns)
+        rounded_once = n <= height and unscale is None
+        for c in _spans(n_classes, columns):
+            sums = z.new_empty((c.stop - c.start, augmented.shape[1]), dtype=z.dtype if rounded_once else torch.float32)
+            for r in _spans(n, height):
+                block = dl[: r.stop - r.start, : c.stop - c.start]
+                write_dl(block, r, c)
+                if needs[0]:
+                    product(block, e[c], grad_rows[r], accumulate=True)
+                if needs[1] or needs[2]:
+                    product(block.t(), augmented[r], sums, accumulate=r.start > 0)
+            sums = sums if unscale is None else sums.mul_(unscale)
+            if needs[1]:
+                grad_weight[c] = sums[:, :d]
+            if needs[2]:
+                grad_bias[c] = sums[:, d]
+    grad_rows = grad_rows if unscale is None else grad_rows.mul_(unscale)
+    return (grad_rows[:, :d] if needs[0] else grad_rows).to(z.dtype).contiguous(), grad_weight, grad_bias
+
+
+def _spans(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def _row_length(width: int, like: Tensor) -> int:
+    """`width` rounded up so that rows of `like`'s dtype are a multiple of 16 bytes."""
+    multiple = 16 // like.itemsize
+    return math.ceil(width / multiple) * multiple
+
+
+def _with_column(z: Tensor, d: int, factor: Tensor | None) -> Tensor:
+    """[factor·z, factor], aligned; 1 stands for a factor of None. (R, ≥ D), (R,) -> (R, ≥ D + 2); the factor has two
+    columns, to be added, so that rounding it to 16 bits costs the bias's gradient nothing."""
+    width = _row_length(d + 2, z)
+    result = z.new_empty(z.shape[0], width)
+    if factor is None:
+        factor = z.new_ones(z.shape[0], dtype=torch.float32)
+    features = min(triton.next_power_of_2(width), 128)
+    launch(
+        gradients.scaled_rows_kernel, (triton.cdiv(z.shape[0], 16), triton.cdiv(width, features)),
+        z, factor, result, z.shape[0], STRIDE=z.shape[1], D=d, WIDTH=width, ROWS=16, FEATURES=features,
+    )  # fmt: skip
+    return result
+
+
+def rows_backward(
+    rows_: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor | None,  # (R,)
+    maximum: Tensor,  # (R,)
+    log_total: Tensor,  # (R,)
+    grad_lse: Tensor,  # (R,)
+    grad_target: Tensor | None,  # (R,)
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, e = _aligned(rows_), _aligned(weight)
+    grad_target = grad_lse if grad_target is None else grad_target
+    grad_lse, grad_target, unscale = _in_range(rows_.dtype, grad_lse.float(), grad_target.float())
+
+    def write_dl(dl: Tensor, r: slice, c: slice) -> None:
+        tile, constants = choose_tile("gradient", z, dl.shape[0])
+        launch(
+            gradients.gradient_kernel, (triton.cdiv(dl.shape[0], tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
+            z[r], e, bias, None if target is None else target[r], maximum[r], log_total[r], grad_lse[r], grad_target[r],
+            dl, dl.shape[0], weight.shape[0], c.start, dl.shape[1], dl.stride(0),
+            D=e.shape[1], HAS_BIAS=bias is not None, HAS_TARGET=target is not None, ROWS=tile.rows, **constants,
+        )  # fmt: skip
+
+    return _recomputed_gradients(write_dl, rows_, weight, needs, 1, unscale)
+
+
+def _in_range(dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor | None, ...]:
+    """The weights of dl, and the factor () that results then need, or None. float16 has a small range, of which the
+    weights of a mean would lose most: there the largest becomes 2¹⁴."""
+    if dtype != torch.float16 or weights[0].numel() == 0:
+        return *weights, None
+    largest = torch.stack([weight.abs().amax() for weight in weights]).amax()
+    unscale = torch.where((largest > 0) & largest.isfinite(), largest, 1) * 2.0**-14
+    return *(weight / unscale for weight in weights), unscale
+
+
+# --------------------------------------------------------------------------------------- gradients in the forward pass
+
+
+def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor) -> int:
+    """Rows, of whole tokens, whose exponentials over the whole vocabulary are held at once; 0 where none are."""
+    n_classes, n_features = weight.shape
+    # beside them two numbers for each tile of at least 64 classes, the rows with their column, their gradient's sums; and
+    # once the sums of dE
+    bytes_of_row = (weight.itemsize + 8 / 64) * n_classes + (weight.itemsize + 4) * (n_features + 8)
+    held = int((WORKSPACE_BYTES - 4 * n_classes * (n_features + 8)) / bytes_of_row)
+    if held < n_experts:
+        return 0
+    blocks = math.ceil(n_rows / held)
+    return min(math.ceil(n_rows / blocks / n_experts), held // n_experts) * n_experts  # blocks of about one size
+
+
+def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> bool:
+    if n_tokens == 0 or weight.dtype == torch.float16:  # float16 has no room for exponentials beside a guessed maximum
+        return False
+    return _rows_of_block(n_tokens * n_experts, n_experts, weight) >= min(MIN_GRADIENT_ROWS, n_tokens * n_experts)
+
+
+def nll_with_gradients(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    valid: Tensor,  # (N,) bool
+    scale: Tensor,  # ()
+    filter_eps: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    """Three products instead of four: see triton_kernels/gradients.py."""
+    (n, k, d), n_classes = latent.shape, weight.shape[0]
+    z, e = _aligned(latent.view(n * k, d)), _aligned(weight)
+    reference, log_total, responsibility, factor = (_float32(latent, n * k) for _ in range(4))
+    nll, grad_prior, target_logit = _float32(latent, n), _float32(latent, n, k), _not_a_class(latent, n * k)
+    grad_rows = latent.new_empty((n * k, d) if needs[0] else 0)
+    height = _rows_of_block(n * k, k, weight) or k
+    exponentials = z.new_empty(height, _row_length(n_classes, z))
+    needs_sums = needs[2] or needs[3]
+    sums = _float32(z, n_classes, _row_length(d + 2, z)) if needs_sums else None
+    for r in _spans(n * k, height):
+        t = slice(r.start // k, r.stop // k)
+        a = exponentials[: r.stop - r.start]
+        totals = _exponentials(z[r], e, bias, target[t], reference[r], a, target_logit[r], k)
+        launch(
+            gradients.mix_kernel, (triton.cdiv(t.stop - t.start, 2),),
+            reference[r], totals, target_logit[r], prior_logits[t], target[t], valid[t], scale, nll[t], log_total[r],
+            responsibility[r], factor[r], grad_prior[t], a, t.stop - t.start, n_classes, totals.shape[0], a.stride(0),
+            K=k, TOKENS=2, EXPERTS=triton.next_power_of_2(k), TILES=32,
+        )  # fmt: skip
+        block, z_block, f_block, kept = a[:, :n_classes], z[r], factor[r], slice(None)
+        survivors = kept_rows(responsibility[r], responsibility[r], filter_eps)
+        if survivors is not None:
+            kept = _move_up(a, survivors)
+            block, z_block, f_block = block[: kept.numel()], z_block[kept], f_block[kept]
+        if needs[0]:
+            if survivors is not None:
+                grad_rows[r] = 0
+            gradient = product(block, e, _float32(a, block.shape[0], e.shape[1]))[:, :d].mul_(f_block[:, None])
+            grad_rows[r][kept] = gradient.to(grad_rows.dtype)
+        if needs_sums:
+            product(block.t(), _with_column(z_block, d, f_block), sums, accumulate=r.start > 0)
+    grad_weight = sums[:, :d].to(weight.dtype).contiguous() if needs[2] else weight.new_empty(0)
+    grad_bias = sums[:, d : d + 2].sum(1).to(weight.dtype) if needs[3] else weight.new_empty(0)
+    grad_prior = grad_prior.to(prior_logits.dtype) if needs[1] else prior_logits.new_empty(0)
+    statistics = reference.view(n, k), log_total.view(n, k), target_logit.view(n, k)
+    return nll, *statistics, grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
+
+
+def _exponentials(
+    z: Tensor,  # (R, D), aligned
+    e: Tensor,  # (V, D), aligned
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (R / n_experts,)
+    reference: Tensor,  # (R,) out
+    a: Tensor,  # (R, ≥ V) out: exp(l − reference), 0 at the target
+    target_logit: Tensor,  # (R,) out
+    n_experts: int,
+) -> Tensor:  # (tiles, R): sums of a
+    n, n_classes = z.shape[0], e.shape[0]
+    tile, constants = choose_tile("gradient", z, n)
+    first_classes = min(tile.classes, n_classes)
+    _statistics(z, e[:first_classes], None if bias is None else bias[:first_classes], None, reference, torch.empty_like(reference), None)
+    n_tiles = triton.cdiv(n_classes, tile.classes)
+    maxima, totals = _float32(z, n_tiles, n), _float32(z, n_tiles, n)
+    arguments = z, e, bias, target, reference, a, maxima, totals, target_logit, n, n_classes, a.stride(0)
+    constants |= {"D": e.shape[1], "EXPERTS": n_experts, "HAS_BIAS": bias is not None}
+    launch(gradients.exponentials_kernel, (triton.cdiv(n, tile.rows), n_tiles), *arguments, ROWS=tile.rows, **constants)
+    # half the rows and more warps, since it holds more in registers
+    constants |= {"ROWS": max(tile.rows // 2, 16), "warps": 8}
+    launch(gradients.recheck_kernel, (triton.cdiv(n, constants["ROWS"]),), *arguments, **constants)
+    return totals
+
+
+def _move_up(a: Tensor, survivors: Tensor) -> Tensor:
+    """Moves rows of `a` so that the survivors are the first ones; returns the original index of each."""
+    n = survivors.numel()
+    order = torch.arange(n, device=a.device)
+    source = survivors[survivors >= n]
+    hole = torch.ones(n, dtype=torch.bool, device=a.device)
+    hole[survivors[survivors < n]] = False
+    destination = hole.nonzero().squeeze(1)
+    order[destination] = source
+    launch(
+        gradients.move_rows_kernel, (source.numel(), triton.cdiv(a.shape[1], 4096)),
+        a, source, destination, a.shape[1], a.stride(0), COLUMNS=4096,
+    )  # fmt: skip
+    return order
+
+
+# ------------------------------------------------------------------------------------------------------- the mixture
+
+
+def _mixture_constants(latent: Tensor, z: Tensor, bias: Tensor | None) -> tuple[Tile, dict]:
+    tile, constants = choose_tile("mixture", z, latent.shape[0])
+    return tile, constants | {
+        "K": latent.shape[1], "D": z.shape[1], "HAS_BIAS": bias is not None, "TOKENS": tile.rows, "RESIDENT": tile.resident,
+    }  # fmt: skip
+
+
+def log_prob(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+    n, n_classes = latent.shape[0], weight.shape[0]
+    z, e = _aligned(latent.view(-1, latent.shape[-1])), _aligned(weight)
+    tile, constants = _mixture_constants(latent, z, bias)
+    result = _float32(latent, n, n_classes)
+    launch(
+        mixture.log_prob_kernel, (triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.classes)),
+        z, e, bias, log_prior, maximum, log_total, result, n, n_classes, **constants,
+    )  # fmt: skip
+    return result
+
+
+def predict(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+    n, n_classes = latent.shape[0], weight.shape[0]
+    if n == 0:
+        return torch.empty(0, dtype=torch.int64, device=latent.device)
+    z, e = _aligned(latent.view(-1, latent.shape[-1])), _aligned(weight)
+    tile, constants = _mixture_constants(latent, z, bias)
+    splits, tiles_of_split = _splits(n, n_classes, tile, latent.device)
+    best, index = _float32(latent, splits, n), torch.empty((splits, n), dtype=torch.int64, device=latent.device)
+    launch(
+        mixture.predict_kernel, (triton.cdiv(n, tile.rows), splits),
+        z, e, bias, log_prior, maximum, log_total, best, index, n, n_classes, tiles_of_split, **constants,
+    )  # fmt: skip
+    return _first_of_best(best, index)
+
+
+def log_prob_backward(
+    grad: Tensor,  # (N, V)
+    latent: Tensor,  # (N, K, D)
+    log_prior: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two sweeps of two products, the first for s = Σ_v G q, and the two products with dl."""
+    (n, k, d), n_classes = latent.shape, weight.shape[0]
+    z, e = _aligned(latent.view(n * k, d)), _aligned(weight)
+    grad = grad.float().contiguous()
+    tile, constants = _mixture_constants(latent, z, bias)
+    blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.classes)
+    partial = _float32(latent, tiles, n, k)
+    inputs = z, e, bias, log_prior, maximum, log_total
+    launch(
+        mixture.mixture_gradient_kernel, (blocks, tiles), *inputs, grad, partial, None, n, n_classes, 0, n_classes, 0,
+        SECOND_SWEEP=False, **constants,
+    )  # fmt: skip
+    s = partial.sum(0)
+    product_needs = (needs[0], needs[2], needs[3])
+    scaled_grad, scaled_s, unscale = _in_range(latent.dtype, grad, s)
+
+    def write_dl(dl: Tensor, r: slice, c: slice) -> None:
+        t = slice(r.start // k, r.stop // k)
+        tile, constants = _mixture_constants(latent[t], z, bias)
+        launch(
+            mixture.mixture_gradient_kernel, (triton.cdiv(t.stop - t.start, tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
+            z[r], e, bias, log_prior[t], maximum[t], log_total[t], scaled_grad[t], scaled_s[t], dl,
+            t.stop - t.start, n_classes, c.start, dl.shape[1], dl.stride(0), SECOND_SWEEP=True, **constants,
+        )  # fmt: skip
+
+    grad_rows, grad_weight, grad_bias = _recomputed_gradients(write_dl, latent.view(n * k, d), weight, product_needs, k, unscale)
+    grad_prior = s - log_prior.exp() * s.sum(-1, keepdim=True) if needs[1] else s.new_empty(0)
+    return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias

@@ -1,0 +1,10 @@
+"""The Triton kernels of `_backends/triton.py`, their launch configurations and the proof that they compile.
+
+tiles.py           one tile of logits, and what all kernels do with it
+rows.py            log-sum-exp and samples of single rows
+gradients.py       dl of the NLL: in the forward pass, or recomputed
+mixture.py         log-probabilities of the mixture and their dl
+configurations.py  tile sizes by architecture and shape class
+launch.py          how kernels are called, and how calls are recorded instead
+proof.py           compiles what the backend would call, without a GPU
+"""

@@ -1,0 +1,158 @@
+"""Tile sizes of the kernels: a table by architecture, precision and shape class, and a user's own, tuned on the machine.
+
+Nothing is tuned while a program runs: a step takes the table's tile, or the one that `python -m fused_mos.tune` left in
+the user's cache for this GPU.
+"""
+
+import functools
+import json
+import os
+import re
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run on the CPU, and take CPU tensors."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's tile: rows (or tokens), classes, features of one step of its product; its warps and pipeline stages;
+    and whether the operand that its loop over tiles does not change stays in shared memory, unrolled, with all D
+    features: the latent rows while the vocabulary passes by, the embedding tile while the experts do."""
+
+    rows: int
+    classes: int
+    features: int
+    warps: int
+    stages: int
+    resident: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    multiprocessors: int
+    shared_memory: int  # bytes that one program can have
+    tiles: dict[str, Tile]  # "family precision rows width" -> Tile
+
+
+FAMILIES = ("statistics", "sample", "gradient", "mixture")
+"""statistics and sample: a running result over a split of the vocabulary. gradient: one tile, written. mixture: a tile
+for each expert, summed; its rows are tokens."""
+
+PRECISIONS = ("16-bit", "tf32", "ieee")
+ROW_CLASSES = {"few": 16, "some": 64, "many": 2**31}
+WIDTH_CLASSES = {"narrow": 320, "wide": 2**31}
+"""Shape classes by the largest number of rows, and of features, in them."""
+
+
+def _table(changes: dict[str, Tile]) -> dict[str, Tile]:
+    """The tile of every key: that of the longest prefix of `key` in the defaults and `changes`, which come last."""
+    defaults = {
+        "few 16-bit": Tile(16, 128, 64, 4, 4),
+        "few tf32": Tile(16, 128, 32, 4, 3),
+        "few ieee": Tile(16, 128, 16, 4, 2),
+        "some 16-bit": Tile(64, 128, 64, 8, 3),
+        "some tf32": Tile(64, 128, 32, 8, 3),
+        "some ieee": Tile(64, 64, 16, 8, 2),
+        "many 16-bit": Tile(128, 128, 64, 8, 3),
+        "many tf32": Tile(128, 128, 32, 8, 3),
+        "many ieee": Tile(64, 64, 16, 8, 2),
+        "some 16-bit sample": Tile(64, 64, 64, 8, 3),
+        "many 16-bit sample": Tile(64, 64, 64, 8, 3),
+        "some tf32 sample": Tile(64, 64, 32, 8, 3),
+        "many tf32 sample": Tile(64, 64, 32, 8, 3),
+        "many 16-bit mixture": Tile(64, 128, 64, 8, 3),
+        "many tf32 mixture": Tile(64, 128, 32, 8, 3),
+    }
+    rules = defaults | changes
+    return {
+        f"{rows} {precision} {family} {width}": max(
+            ((rule, tile) for rule, tile in rules.items() if f"{rows} {precision} {family} {width}".startswith(rule)),
+            key=lambda item: len(item[0]),
+        )[1]
+        for rows in ROW_CLASSES for precision in PRECISIONS for family in FAMILIES for width in WIDTH_CLASSES
+    }  # fmt: skip
+
+
+_RESIDENT = {
+    "many 16-bit statistics narrow": Tile(128, 64, 64, 8, 2, True),
+    "many 16-bit sample narrow": Tile(64, 64, 64, 8, 2, True),
+    "many 16-bit mixture narrow": Tile(64, 64, 64, 8, 2, True),
+}
+_WGMMA = _RESIDENT | {
+    "many 16-bit gradient narrow": Tile(128, 128, 64, 4, 3),
+    "many 16-bit statistics wide": Tile(128, 256, 64, 8, 3),
+    "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),
+}
+ARCHITECTURES = {
+    "sm_80": Architecture(108, 166_912, _table(_RESIDENT | {"many 16-bit mixture wide": Tile(64, 64, 64, 8, 3)})),
+    "sm_86": Architecture(84, 101_376, _table({})),  # also sm_89
+    "sm_90": Architecture(132, 232_448, _table(_WGMMA)),
+    "sm_100": Architecture(148, 232_448, _table(_WGMMA)),
+    "sm_120": Architecture(170, 101_376, _table({})),
+}
+INTERPRETER = Architecture(4, 2**30, {})
+INTERPRETER_TILE = Tile(32, 2048, 128, 4, 1, True)
+"""The interpreter's cost is per operation, not per number."""
+
+OLDEST = (8, 0)
+
+
+def architecture_name(capability: tuple[int, int]) -> str:
+    """The newest architecture of the table that is not newer than a GPU's compute capability."""
+    known = {tuple(divmod(int(name.removeprefix("sm_")), 10)): name for name in ARCHITECTURES}
+    return known[max(known_capability for known_capability in known if known_capability <= capability)]
+
+
+def cache_file(gpu: str) -> Path:
+    """Where `python -m fused_mos.tune` keeps the tiles that it found for a GPU."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "fused_mos" / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-triton-{triton.__version__}.json"
+
+
+def save_tuned(gpu: str, tiles: dict[str, Tile]) -> Path:
+    path = cache_file(gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({key: astuple(tile) for key, tile in tiles.items()}, indent=1) + "\n")
+    unfinished.replace(path)
+    return path
+
+
+def load_tuned(gpu: str) -> dict[str, Tile]:
+    """The tuned tiles of a GPU; none where nothing was tuned. ValueError where the file is not what `tune` writes."""
+    path = cache_file(gpu)
+    if not path.exists():
+        return {}
+    try:
+        tiles = {key: Tile(*map(int, sizes[:5]), resident=bool(sizes[5])) for key, sizes in json.loads(path.read_text()).items()}
+        assert set(tiles) <= set(_table({}))
+    except Exception as error:
+        raise ValueError(f"{path} is not a table of tiles ({error}); delete it, or run `python -m fused_mos.tune` again") from error
+    return tiles
+
+
+@functools.cache
+def of_device(index: int) -> Architecture:
+    """The architecture of a CUDA device, with the user's tuned tiles over those of the table."""
+    properties = torch.cuda.get_device_properties(index)
+    base = ARCHITECTURES[architecture_name((properties.major, properties.minor))]
+    tiles = base.tiles | load_tuned(properties.name)
+    return Architecture(properties.multi_processor_count, base.shared_memory, tiles)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of this dtype are made; float32 follows torch's own setting (`torch.set_float32_matmul_precision`)."""
+    if dtype != torch.float32:
+        return "16-bit"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def tile_key(family: str, precision: str, n_rows: int, n_features: int) -> str:
+    rows = next(name for name, largest in ROW_CLASSES.items() if n_rows <= largest)
+    width = next(name for name, largest in WIDTH_CLASSES.items() if n_features <= largest)
+    return f"{rows} {precision} {family} {width}"

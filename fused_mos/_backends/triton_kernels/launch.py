@@ -1,0 +1,82 @@
+"""How kernels are called: on the tensors' device, with the tile of its architecture; or not called but recorded.
+
+A recording runs the backend's own code on tensors of the meta device and notes the calls that it would make, for the
+proof by compilation (proof.py) and for the tuner's candidates.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configurations
+from .configurations import Architecture, Tile
+
+
+@dataclass
+class Call:
+    """One launch: the kernel, its arguments in order, its constants, and the tile."""
+
+    kernel: triton.runtime.JITFunction
+    key: str  # of the tile's configuration; "" for kernels that have none
+    arguments: tuple
+    constants: dict
+    warps: int
+    stages: int
+
+
+@dataclass
+class _Override:
+    """What replaces the device's own architecture: while recording, tuning and testing."""
+
+    architecture: Architecture
+    calls: list[Call] | None = None
+    tiles: dict[str, Tile] = field(default_factory=dict)
+
+
+_override: _Override | None = None
+
+
+@contextlib.contextmanager
+def overridden(architecture: Architecture, tiles: dict[str, Tile] | None = None, record: bool = False) -> Iterator[list[Call]]:
+    """Takes tiles from `tiles`, then from `architecture`; yields the recorded calls."""
+    global _override
+    before, _override = _override, _Override(architecture, [] if record else None, tiles or {})
+    try:
+        yield _override.calls
+    finally:
+        _override = before
+
+
+def architecture_of(device: torch.device) -> Architecture:
+    if _override is not None:
+        return _override.architecture
+    if device.type != "cuda":
+        return configurations.INTERPRETER
+    return configurations.of_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def choose_tile(family: str, like: Tensor, n_rows: int) -> tuple[Tile, dict]:
+    """The tile for `n_rows` rows of `like`'s width and dtype, and what `launch` takes of it but for the tile's shape."""
+    precision = configurations.precision(like.dtype)
+    key = configurations.tile_key(family, precision, n_rows, like.shape[-1])
+    tiles = architecture_of(like.device).tiles | (_override.tiles if _override is not None else {})
+    tile = tiles.get(key, configurations.INTERPRETER_TILE)
+    tile = replace(tile, features=min(tile.features, max(triton.next_power_of_2(like.shape[-1]), 16)))
+    dot = "ieee" if precision == "ieee" else "tf32"
+    return tile, {"key": key, "warps": tile.warps, "stages": tile.stages, "CLASSES": tile.classes, "FEATURES": tile.features, "PRECISION": dot}
+
+
+def launch(kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *arguments, key: str = "", warps: int = 4, stages: int = 1, **constants) -> None:
+    if 0 in grid:
+        return
+    if _override is not None and _override.calls is not None:
+        _override.calls.append(Call(kernel, key, arguments, constants, warps, stages))
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    # the launch goes to the current device's current stream
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)

@@ -1,0 +1,192 @@
+"""Compiles every kernel that the backend would launch for an architecture, without a GPU, and reads what came out.
+
+The backend's own code runs on meta tensors and its launches are recorded, so that each kernel is compiled with the constants
+and the divisibility that a real call has. Run it in a process of its own: triton must not be interpreting.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .. import triton as backend
+from . import configurations
+from .configurations import ARCHITECTURES, Architecture, Tile
+from .launch import Call, overridden
+
+SHAPES = {  # N, K, D, V
+    "ptb": (840, 15, 280, 10_000),
+    "wikitext2": (1_050, 15, 300, 33_278),
+    "lm1b": (2_560, 7, 1_024, 100_000),
+    "lm1b-all-words": (2_560, 7, 1_024, 793_471),
+    "softmax": (12_600, 1, 280, 10_000),
+    "some-rows": (48, 1, 280, 10_000),
+    "some-wide-rows": (48, 1, 1_024, 100_000),
+    "few-rows": (8, 1, 280, 10_000),
+    "few-wide-rows": (8, 1, 1_024, 100_000),
+}
+"""The shapes whose calls are proven: those of the paper and of the benchmarks, and short inputs, as in generation."""
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.bool: "u1"}
+INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mma.sync": r"\bmma\.sync",
+    "cp.async": r"\bcp\.async\.(?:ca|cg)",
+    "ex2": r"\bex2\.approx",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as compiled: bytes and registers of a thread, bytes of shared memory, instructions of its PTX."""
+
+    kernel: str
+    shapes: tuple[str, ...]
+    dtype: str
+    key: str
+    tile: tuple[int, ...]  # rows, classes, features, warps, stages
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: dict[str, int]
+
+    def faults(self, architecture: str) -> list[str]:
+        found = []
+        if self.stack or self.local:
+            found.append(f"spills (stack {self.stack}, local {self.local})")
+        limit = ARCHITECTURES[architecture].shared_memory
+        if self.shared > limit:
+            found.append(f"needs {self.shared} bytes of shared memory, {architecture} has {limit}")
+        # wgmma multiplies 64 rows by four warps at least
+        if architecture == "sm_90" and self.key and "16-bit" in self.key and self.tile[0] >= 64 and not self.instructions["wgmma"]:
+            found.append("has no wgmma")
+        return found
+
+
+def operations(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> dict[str, Callable[[], object]]:
+    """All that the backend does at (N, K, D, V), by name, on random tensors."""
+    n, k, d, v = shape
+    kind = {"dtype": dtype, "device": device}
+    latent, weight, bias = torch.randn(n, k, d, **kind), torch.randn(v, d, **kind) * d**-0.5, torch.randn(v, **kind)
+    prior_logits, log_total, scale = (torch.randn(size, device=device) for size in ((n, k), (n, k), ()))
+    target, valid = torch.randint(v, (n,), device=device), torch.ones(n, dtype=torch.bool, device=device)
+    rows, row_target, statistic = latent.view(n * k, d), target.repeat_interleave(k), log_total.view(-1)
+    mixture = latent, prior_logits, weight, bias, log_total, log_total
+    found = {
+        "statistics": lambda: backend.row_statistics(rows, weight, bias, row_target),
+        "statistics without targets": lambda: backend.row_statistics(rows, weight, bias, None),
+        "gradient, recomputed": lambda: backend.rows_backward(rows, weight, bias, row_target, *[statistic] * 4, (True,) * 3),
+        "log_prob": lambda: backend.log_prob(*mixture),
+        "predict": lambda: backend.predict(*mixture),
+        "log_prob backward": lambda: backend.log_prob_backward(torch.randn(n, v, device=device), *mixture, (True,) * 4),
+        "sample": lambda: backend.sample(latent[:, 0], weight, bias, 1.5, None),
+    }
+    if backend.gradient_in_forward_pays(n, k, weight):
+        found["gradient, in the forward pass"] = lambda: backend.nll_with_gradients(
+            latent, prior_logits, weight, bias, target, valid, scale, 0.0, (True,) * 4
+        )
+    return found
+
+
+def recorded_calls(architecture: Architecture, shape: tuple[int, int, int, int], dtype: torch.dtype, tiles: dict[str, Tile]) -> list[Call]:
+    """What the backend would launch at (N, K, D, V) for all of its functions."""
+    with overridden(architecture, tiles, record=True) as calls:
+        for operation in operations(shape, dtype, "meta").values():
+            operation()
+    return calls
+
+
+def _specialisation(argument) -> tuple[str, object, bool]:
+    """An argument's type, its value where that is a constant, and whether it is a multiple of 16: as Triton's launcher does it."""
+    if argument is None:
+        return "constexpr", None, False
+    if isinstance(argument, Tensor):
+        return "*" + TYPES[argument.dtype], None, argument.storage_offset() * argument.itemsize % 16 == 0
+    if isinstance(argument, float):
+        return "fp32", None, False
+    if argument == 1:
+        return "constexpr", 1, False
+    return ("i32" if -(2**31) <= argument < 2**31 else "i64"), None, argument % 16 == 0
+
+
+def _source(call: Call) -> tuple[ASTSource, dict]:
+    names = call.kernel.arg_names
+    arguments = [_specialisation(argument) for argument in call.arguments]
+    signature = {name: kind for name, (kind, _, _) in zip(names, arguments)} | dict.fromkeys(call.constants, "constexpr")
+    constants = {(i,): value for i, (kind, value, _) in enumerate(arguments) if kind == "constexpr"}
+    constants |= {(names.index(name),): value for name, value in call.constants.items()}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, (_, _, aligned) in enumerate(arguments) if aligned}
+    return ASTSource(call.kernel, signature, constants, attributes), {"num_warps": call.warps, "num_stages": call.stages, "enable_fp_fusion": True}
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of the one kernel in a cubin."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        output = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
+
+
+def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Compiled:
+    source, options = _source(call)
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options=options)
+    resources, ptx = _resources(compiled.asm["cubin"]), compiled.asm["ptx"]
+    constants = call.constants
+    tile = (constants.get("ROWS", constants.get("TOKENS", 0)), constants.get("CLASSES", 0), constants.get("FEATURES", 0), call.warps, call.stages)
+    dtype = next((TYPES[a.dtype] for a in call.arguments if isinstance(a, Tensor)), "")
+    return Compiled(
+        call.kernel.__name__, shapes, dtype, call.key, tile, resources["REG"], resources["STACK"], resources["LOCAL"],
+        compiled.metadata.shared, {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
+    )  # fmt: skip
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
+"""By the name of the products that are made."""
+
+
+@contextlib.contextmanager
+def float32_products(name: str) -> Iterator[torch.dtype]:
+    """torch's setting for the products of `DTYPES[name]`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        yield DTYPES[name]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def distinct_calls(architecture: str, shapes: Iterable[str] = SHAPES, dtypes: Iterable[str] = DTYPES, brief: bool = False) -> list[tuple[Call, tuple[str, ...]]]:
+    """Each different kernel once, or with `brief` each configuration of each kernel once, with the shapes that launch it."""
+    found: dict[tuple, tuple[Call, list[str]]] = {}
+    for dtype_name in dtypes:
+        with float32_products(dtype_name) as dtype:
+            for shape in shapes:
+                for call in recorded_calls(ARCHITECTURES[architecture], SHAPES[shape], dtype, {}):
+                    specialised = repr(([_specialisation(argument) for argument in call.arguments], call.constants))
+                    same = call.kernel.__name__, call.key, call.warps, call.stages, "" if brief else specialised
+                    names = found.setdefault(same, (call, []))[1]
+                    if shape not in names:
+                        names.append(shape)
+    return [(call, tuple(names)) for call, names in found.values()]
+
+
+def compile_all(calls: list[tuple[Call, tuple[str, ...]]], architecture: str) -> Iterator[Compiled]:
+    """In parallel: most of the time goes to passes that release Python's lock, and to ptxas."""
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        yield from executor.map(lambda item: compile_call(item[0], architecture, item[1]), calls)
