@@ -1,12 +1,12 @@
-"""Makes Triton's interpreter compute what a GPU does, where it does not: bfloat16.
+"""Makes Triton's interpreter compute what a GPU does, where it does not: bfloat16. The package needs no repair on a GPU.
 
-As of triton 3.6 its `tl.dot` multiplies the bit patterns of bfloat16 operands, and casts from float32 truncate. The
-package needs neither repair on a GPU.
+As of triton 3.6 its `tl.dot` multiplies the bit patterns of bfloat16 operands, and casts from float32 truncate. It also
+copies every argument onto itself after a call, since it expects tensors on a GPU.
 """
 
 import numpy as np
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
 
 
 def _widened(data: np.ndarray) -> np.ndarray:
@@ -42,3 +42,14 @@ _original_cast = InterpreterBuilder.cast_impl
 def repair() -> None:
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_dot = _dot
+    GridExecutor._restore_args_dev = lambda *_: None
+
+
+def run_program(kernel, program: tuple[int, int], *arguments, **constants) -> None:
+    """Runs a single program of a grid."""
+    original = interpreter_builder.set_grid_idx
+    interpreter_builder.set_grid_idx = lambda *_: setattr(interpreter_builder, "grid_idx", (*program, 0))
+    try:
+        kernel[(1,)](*arguments, **constants)
+    finally:
+        interpreter_builder.set_grid_idx = original

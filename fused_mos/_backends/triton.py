@@ -373,8 +373,8 @@ def _move_up(a: Tensor, survivors: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- the mixture
 
 
-def _mixture_constants(latent: Tensor, z: Tensor, bias: Tensor | None) -> tuple[Tile, dict]:
-    tile, constants = choose_tile("mixture", z, latent.shape[0])
+def _mixture_constants(latent: Tensor, z: Tensor, bias: Tensor | None, family: str = "mixture") -> tuple[Tile, dict]:
+    tile, constants = choose_tile(family, z, latent.shape[0])
     return tile, constants | {
         "K": latent.shape[1], "D": z.shape[1], "HAS_BIAS": bias is not None, "TOKENS": tile.rows, "RESIDENT": tile.resident,
     }  # fmt: skip
@@ -421,7 +421,7 @@ def log_prob_backward(
     (n, k, d), n_classes = latent.shape, weight.shape[0]
     z, e = _aligned(latent.view(n * k, d)), _aligned(weight)
     grad = grad.float().contiguous()
-    tile, constants = _mixture_constants(latent, z, bias)
+    tile, constants = _mixture_constants(latent, z, bias, "mixture-gradient")
     blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.classes)
     partial = _float32(latent, tiles, n, k)
     inputs = z, e, bias, log_prior, maximum, log_total
@@ -435,7 +435,7 @@ def log_prob_backward(
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         t = slice(r.start // k, r.stop // k)
-        tile, constants = _mixture_constants(latent[t], z, bias)
+        tile, constants = _mixture_constants(latent[t], z, bias, "mixture-gradient")
         launch(
             mixture.mixture_gradient_kernel, (triton.cdiv(t.stop - t.start, tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
             z[r], e, bias, log_prior[t], maximum[t], log_total[t], scaled_grad[t], scaled_s[t], dl,

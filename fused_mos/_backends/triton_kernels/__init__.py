@@ -7,4 +7,5 @@ mixture.py         log-probabilities of the mixture and their dl
 configurations.py  tile sizes by architecture and shape class
 launch.py          how kernels are called, and how calls are recorded instead
 proof.py           compiles what the backend would call, without a GPU
+tuning.py          measures tiles on a GPU
 """

@@ -39,9 +39,9 @@ class Architecture:
     tiles: dict[str, Tile]  # "family precision rows width" -> Tile
 
 
-FAMILIES = ("statistics", "sample", "gradient", "mixture")
+FAMILIES = ("statistics", "sample", "gradient", "mixture", "mixture-gradient")
 """statistics and sample: a running result over a split of the vocabulary. gradient: one tile, written. mixture: a tile
-for each expert, summed; its rows are tokens."""
+for each expert, summed; its rows are tokens. mixture-gradient: that, and then each expert's tile again."""
 
 PRECISIONS = ("16-bit", "tf32", "ieee")
 ROW_CLASSES = {"few": 16, "some": 64, "many": 2**31}
@@ -65,8 +65,15 @@ def _table(changes: dict[str, Tile]) -> dict[str, Tile]:
         "many 16-bit sample": Tile(64, 64, 64, 8, 3),
         "some tf32 sample": Tile(64, 64, 32, 8, 3),
         "many tf32 sample": Tile(64, 64, 32, 8, 3),
+        "some tf32 mixture": Tile(64, 64, 32, 8, 3),
+        "some ieee mixture": Tile(16, 64, 16, 4, 2),
+        "some 16-bit mixture-gradient": Tile(64, 64, 64, 8, 3),
+        "some ieee mixture-gradient": Tile(32, 32, 16, 4, 2),
         "many 16-bit mixture": Tile(64, 128, 64, 8, 3),
-        "many tf32 mixture": Tile(64, 128, 32, 8, 3),
+        "many tf32 mixture": Tile(64, 64, 32, 8, 3),
+        "many ieee mixture": Tile(16, 64, 16, 4, 2),
+        "many 16-bit mixture-gradient": Tile(64, 64, 64, 8, 3),
+        "many ieee mixture-gradient": Tile(32, 32, 16, 4, 2),
     }
     rules = defaults | changes
     return {
@@ -82,18 +89,29 @@ _RESIDENT = {
     "many 16-bit statistics narrow": Tile(128, 64, 64, 8, 2, True),
     "many 16-bit sample narrow": Tile(64, 64, 64, 8, 2, True),
     "many 16-bit mixture narrow": Tile(64, 64, 64, 8, 2, True),
+    "many 16-bit mixture-gradient narrow": Tile(64, 64, 64, 8, 2, True),
 }
-_WGMMA = _RESIDENT | {
+_LARGE = {
     "many 16-bit gradient narrow": Tile(128, 128, 64, 4, 3),
     "many 16-bit statistics wide": Tile(128, 256, 64, 8, 3),
     "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),
 }
+_SMALL_MIXTURE = {"some 16-bit mixture": Tile(64, 64, 64, 8, 3), "many 16-bit mixture": Tile(64, 64, 64, 8, 3)}
+_SHALLOW_MIXTURE = {
+    "few tf32 mixture": Tile(16, 128, 32, 8, 3),
+    "some 16-bit mixture": Tile(64, 64, 32, 8, 3),
+    "some tf32 mixture": Tile(64, 64, 16, 8, 3),
+    "many 16-bit mixture": Tile(64, 64, 32, 8, 3),
+    "many tf32 mixture": Tile(64, 64, 16, 8, 3),
+    "many tf32 mixture-gradient": Tile(64, 32, 32, 8, 3),
+    "many ieee mixture-gradient": Tile(32, 32, 16, 8, 2),
+}
 ARCHITECTURES = {
-    "sm_80": Architecture(108, 166_912, _table(_RESIDENT | {"many 16-bit mixture wide": Tile(64, 64, 64, 8, 3)})),
-    "sm_86": Architecture(84, 101_376, _table({})),  # also sm_89
-    "sm_90": Architecture(132, 232_448, _table(_WGMMA)),
-    "sm_100": Architecture(148, 232_448, _table(_WGMMA)),
-    "sm_120": Architecture(170, 101_376, _table({})),
+    "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT)),
+    "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE)),  # also sm_89
+    "sm_90": Architecture(132, 232_448, _table(_RESIDENT | _LARGE)),
+    "sm_100": Architecture(148, 232_448, _table(_LARGE)),  # tcgen05's unrolled products keep too much of their operands at once
+    "sm_120": Architecture(170, 101_376, _table(_SHALLOW_MIXTURE)),
 }
 INTERPRETER = Architecture(4, 2**30, {})
 INTERPRETER_TILE = Tile(32, 2048, 128, 4, 1, True)

@@ -76,7 +76,7 @@ def log_prob_tile(
         mixture += tl.exp(log_softmax + log_prior[:, None])
     log_p = tl.log(mixture)
     beyond = (tl.arange(0, CLASSES) >= n_classes - first_class)[None, :]
-    if tl.min(tl.min(tl.where(beyond, 1.0, mixture), 1), 0) < TINY:
+    if tl.min(tl.where(beyond, 1.0, mixture)) < TINY:
         # all exponents are ≤ 0, so only underflow can do harm, and it is rare: once more with running maxima
         peak = tl.full((TOKENS, CLASSES), LOWEST, tl.float32)
         mixture = tl.zeros((TOKENS, CLASSES), tl.float32)

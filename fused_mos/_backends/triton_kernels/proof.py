@@ -62,8 +62,11 @@ class Compiled:
     local: int
     shared: int
     instructions: dict[str, int]
+    error: str = ""  # of a compiler that gave up; the numbers are then 0
 
     def faults(self, architecture: str) -> list[str]:
+        if self.error:
+            return [f"does not compile: {self.error}"]
         found = []
         if self.stack or self.local:
             found.append(f"spills (stack {self.stack}, local {self.local})")
@@ -145,15 +148,17 @@ def _resources(cubin: bytes) -> dict[str, int]:
 def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Compiled:
     source, options = _source(call)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=options)
-    resources, ptx = _resources(compiled.asm["cubin"]), compiled.asm["ptx"]
     constants = call.constants
     tile = (constants.get("ROWS", constants.get("TOKENS", 0)), constants.get("CLASSES", 0), constants.get("FEATURES", 0), call.warps, call.stages)
     dtype = next((TYPES[a.dtype] for a in call.arguments if isinstance(a, Tensor)), "")
-    return Compiled(
-        call.kernel.__name__, shapes, dtype, call.key, tile, resources["REG"], resources["STACK"], resources["LOCAL"],
-        compiled.metadata.shared, {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
-    )  # fmt: skip
+    about = call.kernel.__name__, shapes, dtype, call.key, tile
+    try:
+        compiled = triton.compile(source, target=target, options=options)
+    except Exception as error:  # the compiler gives up in many ways, each of which is this kernel's alone
+        return Compiled(*about, 0, 0, 0, 0, {}, error=f"{type(error).__name__}: {str(error).strip() or 'no message'}")
+    resources, ptx = _resources(compiled.asm["cubin"]), compiled.asm["ptx"]
+    instructions = {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
+    return Compiled(*about, resources["REG"], resources["STACK"], resources["LOCAL"], compiled.metadata.shared, instructions)
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}

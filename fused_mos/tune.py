@@ -1,0 +1,131 @@
+"""python -m fused_mos.tune [--shapes NAME …] [--shape N K D V]: tunes the Triton kernels' tiles for the GPU at hand.
+python -m fused_mos.tune --compile-only --arch sm_90 [--json FILE]: compiles every kernel, without a GPU, and shows its resources.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+try:
+    import triton
+except ImportError as error:
+    sys.exit(f"error: {error}; pip install triton")
+
+from ._backends import triton as backend
+from ._backends.triton_kernels import configurations, proof, tuning
+
+Shape = Literal[tuple(proof.SHAPES)]
+DType = Literal[tuple(proof.DTYPES)]
+Architecture = Literal[tuple(configurations.ARCHITECTURES)]
+
+
+class TuneError(Exception):
+    """What the user can mend."""
+
+
+@dataclass
+class TuneConfig:
+    shapes: tuple[Shape, ...] = tuple(proof.SHAPES)
+    """Shapes by name: those of the paper and of the benchmarks, and short inputs, as in generation."""
+
+    shape: tuple[int, int, int, int] | None = None
+    """N tokens, K experts, D latent features, V classes of your own model, instead of `shapes`."""
+
+    dtypes: tuple[DType, ...] = tuple(proof.DTYPES)
+    """Products to tune: of 16-bit tensors, and of float32 tensors with TF32 or in full precision."""
+
+    again: bool = False
+    """Tune what the cache has, too."""
+
+    compile_only: bool = False
+    """Measure nothing: compile every kernel with every tile of the table and show registers, shared memory and
+    instructions. Exit status 1 where one spills or needs more than the architecture has."""
+
+    arch: Architecture = "sm_90"
+    """Architecture to compile for."""
+
+    json: Path | None = None
+    """A file for what was compiled."""
+
+    brief: bool = False
+    """Compile each configuration of a kernel once, not once for each shape and dtype."""
+
+
+def compile_only(config: TuneConfig) -> int:
+    """Returns the number of faults."""
+    if config.shape:
+        raise TuneError("--compile-only is for --shapes, got --shape")
+    calls = proof.distinct_calls(config.arch, config.shapes, config.dtypes, config.brief)
+    compiled = []
+    for kernel in tqdm(proof.compile_all(calls, config.arch), total=len(calls), desc=config.arch, unit="kernel", mininterval=0.5, dynamic_ncols=True):
+        compiled.append(kernel)
+        for fault in kernel.faults(config.arch):
+            tqdm.write(f"FAULT {kernel.kernel} {kernel.dtype} ({kernel.key}) {kernel.tile}: {fault}", file=sys.stderr)
+    compiled.sort(key=lambda kernel: (kernel.kernel, kernel.key, kernel.dtype, kernel.shapes))
+    print(f"{'kernel':24} {'configuration':30} {'dtype':5} {'tile, warps, stages':20} {'registers':>9} {'stack':>5} {'shared':>7}  instructions")
+    for kernel in compiled:
+        tile = "x".join(map(str, kernel.tile))
+        found = ", ".join(f"{count} {name}" for name, count in kernel.instructions.items() if count)
+        print(f"{kernel.kernel:24} {kernel.key:30} {kernel.dtype:5} {tile:20} {kernel.registers:9} {kernel.stack:5} {kernel.shared:7}  {found}")
+    n_faults = sum(len(kernel.faults(config.arch)) for kernel in compiled)
+    print(f"{len(compiled)} kernels compiled for {config.arch} with triton {triton.__version__}, {n_faults} faults")
+    if config.json:
+        kernels = [asdict(kernel) | {"faults": kernel.faults(config.arch)} for kernel in compiled]
+        text = json.dumps({"architecture": config.arch, "triton": triton.__version__, "kernels": kernels}, indent=1)
+        config.json.write_text(text + "\n")
+    return n_faults
+
+
+def tune(config: TuneConfig) -> None:
+    """Saves after each configuration, so that what was found is not lost with the process."""
+    if not configurations.INTERPRETED and not torch.cuda.is_available():
+        raise TuneError("torch finds no CUDA GPU to tune for; --compile-only needs none")
+    device = torch.device("cpu" if configurations.INTERPRETED else f"cuda:{torch.cuda.current_device()}")
+    if reason := backend.unsupported(device):
+        raise TuneError(reason)
+    gpu, compile_for = "interpreter", None
+    if device.type == "cuda":
+        gpu, compile_for = torch.cuda.get_device_name(), configurations.architecture_name(torch.cuda.get_device_capability())
+    shapes = {"your shape": config.shape} if config.shape else {name: proof.SHAPES[name] for name in config.shapes}
+    tuned = configurations.load_tuned(gpu)
+    done = set() if config.again or config.shape else set(tuned)
+    for dtype_name in config.dtypes:
+        for name, shape in shapes.items():
+            with proof.float32_products(dtype_name) as dtype, tqdm(desc=f"{name} {dtype_name}", unit="tile", dynamic_ncols=True) as bar:
+                for progress in tuning.tune(shape, dtype, device, done, compile_for):
+                    bar.n, bar.total = progress.done, progress.total
+                    bar.set_postfix_str(f"{progress.key}: {progress.seconds_before / progress.seconds:.2f}x")
+                    if progress.done == progress.total:
+                        done.add(progress.key)
+                        tuned[progress.key] = progress.best
+                        configurations.save_tuned(gpu, tuned)
+                        times = f"{progress.seconds * 1e3:.3f} ms, before {progress.seconds_before * 1e3:.3f} ms"
+                        tqdm.write(f"{progress.key}: {progress.best}, {times}")
+    print(f"{len(tuned)} configurations in {configurations.cache_file(gpu)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    config = tyro.cli(TuneConfig, prog="python -m fused_mos.tune", description=__doc__, args=arguments)
+    try:
+        if config.compile_only:
+            if configurations.INTERPRETED:
+                raise TuneError("--compile-only cannot compile while triton interprets; unset TRITON_INTERPRET")
+            return 1 if compile_only(config) else 0
+        tune(config)
+    except (TuneError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the configurations found so far are kept, and skipped next time", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

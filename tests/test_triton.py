@@ -1,0 +1,324 @@
+"""The Triton kernels beyond what every backend is tested for: far addresses, rare paths, launch configurations, and the proof
+that they compile."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import configurations, triton
+from problem import Problem, assert_meets_criterion, check_forward_and_gradients, problem
+
+from fused_mos import _backends
+from fused_mos import functional as F
+from fused_mos._backends import reference
+
+if not triton or not triton.INTERPRETED:
+    pytest.skip("triton is not installed, or not interpreting", allow_module_level=True)
+
+from triton_interpreter import run_program  # noqa: E402
+
+from fused_mos import tune  # noqa: E402
+from fused_mos._backends.triton_kernels import gradients, launch, mixture, proof, rows, tuning  # noqa: E402
+
+TILE = {"CLASSES": 64, "FEATURES": 64, "PRECISION": "ieee"}
+
+
+def _untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take memory only where they are written or read."""
+    bits = {2: np.int16, 4: np.int32}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, bits)).view(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- far addresses
+
+
+@pytest.mark.parametrize("what", ["rows", "classes"])
+def test_rows_and_classes_beyond_two_billion_numbers(what):
+    """R·D or V·D passes 2³¹: the last tile, from the statistics' and the gradient's kernel."""
+    n, d = 2**21 + 64, 1024
+    far, near = _untouched(n, d, dtype=torch.bfloat16), (torch.randn(64, d) / 8).bfloat16()
+    assert far.numel() > 2**31
+    far[-64:] = torch.randn(64, d) / 8
+    z, e = (far, near) if what == "rows" else (near, far)
+    row_block, class_tile = z.shape[0] // 64 - 1, e.shape[0] // 64 - 1
+    logits = z[-64:].float() @ e[-64:].float().t()
+    constants = {"D": d, "HAS_BIAS": False, "HAS_TARGET": False, "ROWS": 64} | TILE
+    maximum, total = (torch.full((class_tile + 1, z.shape[0]), math.nan) for _ in range(2))
+    run_program(
+        rows.statistics_kernel, (row_block, class_tile), z, e, None, None, maximum, total, None, z.shape[0], e.shape[0], 1,
+        EXPERTS=1, RESIDENT=False, **constants,
+    )  # fmt: skip
+    assert torch.allclose(maximum[class_tile, -64:], logits.amax(1), atol=1e-4)
+    assert torch.allclose(total[class_tile, -64:], (logits - logits.amax(1, keepdim=True)).exp().sum(1), rtol=1e-4)
+    dl, zero, two = _untouched(z.shape[0], 64, dtype=torch.bfloat16), torch.zeros(z.shape[0]), torch.full((z.shape[0],), 2.0)
+    run_program(
+        gradients.gradient_kernel, (row_block, 0), z, e, None, None, zero, zero, two, two, dl, z.shape[0], e.shape[0],
+        e.shape[0] - 64, 64, 64, **constants,
+    )  # fmt: skip
+    assert torch.allclose(dl[-64:].float(), 2 * logits.exp(), rtol=1e-2)
+
+
+def test_log_probabilities_beyond_two_billion_numbers():
+    """N·V passes 2³¹: the last tile of (2,880, 793,471) log-probabilities, and its gradient."""
+    n, v, d, k = 2_880, 793_471, 16, 2
+    case = problem(32, k, d, 64, ignored=False).to(torch.float32, ())
+    z, log_prior = torch.zeros(n, k, d), torch.zeros(n, k)
+    maximum, log_total = torch.zeros(n, k), torch.zeros(n, k)
+    e, tokens, classes = torch.zeros(v, d), slice(n - 32, n), slice(v - 63, v)
+    z[tokens], log_prior[tokens], e[classes] = case.latent, case.prior_logits.log_softmax(-1), case.weight[:63]
+    out = _untouched(n, v, dtype=torch.float32)
+    assert out.numel() > 2**31
+    program = (n // 32 - 1, v // 64)
+    constants = {"K": k, "D": d, "HAS_BIAS": False, "TOKENS": 32, "RESIDENT": False} | TILE | {"FEATURES": 16}
+    inputs = z, e, None, log_prior, maximum, log_total
+    run_program(mixture.log_prob_kernel, program, *inputs, out, n, v, **constants)
+    expected = torch.logsumexp(z[tokens] @ e[classes].t() + log_prior[tokens][..., None], 1)
+    first = v // 64 * 64  # of the last tile
+    assert torch.allclose(out[tokens, first:], expected[:, first - classes.start :], atol=1e-5)
+    assert out[tokens, first - 64 : first].eq(0).all()
+
+    out[tokens, first:] = torch.randn(32, v - first)
+    s = torch.full((v // 64 + 1, n, k), math.nan)
+    run_program(mixture.mixture_gradient_kernel, program, *inputs, out, s, None, n, v, 0, v, 0, SECOND_SWEEP=False, **constants)
+    logits = z[tokens] @ e[first:].t()
+    posterior = (log_prior[tokens][..., None] + logits - expected[:, None, first - classes.start :]).exp()
+    assert torch.allclose(s[v // 64, tokens], (posterior * out[tokens, None, first:]).sum(-1), atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- rare paths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["far above", "masked"])
+def test_a_first_tile_that_says_nothing_about_the_maximum(masked, dtype, monkeypatch):
+    """The forward pass takes exponentials relative to the first tile's maximum; here the others pass it by more than
+    float32 has room for, in the rows of some tokens, or the whole first tile is masked."""
+    monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(32, 128, 16, 4, 1))
+    case = problem(40, 3, 8, 700, ignored=False)
+    case.latent[::3] *= 60
+    case.weight[300:] *= 20
+    case.target[:] = torch.arange(40) * 17
+    if masked:
+        case.bias[:128] = -1e38
+        case.target[case.target < 128] = 500
+    assert triton.gradient_in_forward_pays(40, 3, case.weight.to(dtype))
+    logits = case.latent @ case.weight.t() + case.bias
+    assert ((logits.amax(-1) - logits[..., :128].amax(-1)) > 90).any()
+    check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), dtype, "triton", relative_slack=2**-7 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("compute", [
+    lambda p, backend: p.nll(backend=backend),
+    lambda p, backend: p.nll(backend=backend, reduction="none"),
+    lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend),
+    lambda p, backend: F.mos_logsumexp(p.latent, p.weight, p.bias, backend=backend),
+], ids=["mean", "none", "log_prob", "logsumexp"])  # fmt: skip
+def test_float16(compute, workspace):
+    """Weights of a mean are scaled into float16's range; a mean over many tokens would underflow."""
+    requires_grad = ("latent", "prior_logits", "weight", "bias")
+    case = problem(61, 3, 19, 333)
+    names = requires_grad if compute(case, "reference").dim() < 2 or compute(case, "reference").shape[-1] != 3 else ("latent", "weight", "bias")
+    check_forward_and_gradients(case, compute, torch.float16, "triton", requires_grad=names)
+
+
+def test_float16_gradients_of_a_mean_do_not_underflow():
+    case = problem(64, 2, 8, 50).to(torch.float16)
+    (case.nll(backend="triton") * 1e-3).backward()
+    oracle = case.to(torch.float64)
+    (oracle.nll(backend="reference") * 1e-3).backward()
+    error = (case.weight.grad.double() - oracle.weight.grad).abs().max() / oracle.weight.grad.abs().max()
+    assert error < 1e-2
+
+
+def test_the_vocabulary_is_split_where_rows_are_few(monkeypatch):
+    """One split or many: the same statistics, classes and samples but for rounding."""
+    monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(16, 64, 16, 4, 1))
+    case = problem(3, 2, 8, 2_000).to(torch.float32, ())
+    tile, _ = launch.choose_tile("statistics", case.latent, 6)
+    results = []
+    monkeypatch.setattr(triton, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+    for multiprocessors in (5, 1):
+        monkeypatch.setattr(configurations, "INTERPRETER", configurations.Architecture(multiprocessors, 2**30, {}))
+        assert triton._splits(6, 2_000, tile, case.latent.device)[0] == multiprocessors
+        generator = torch.Generator().manual_seed(0)
+        results.append([
+            F.mos_logsumexp(case.latent, case.weight, case.bias, backend="triton"), F.mos_predict(*case.inputs(), backend="triton"),
+            F.mos_sample(*case.inputs(), generator=generator, backend="triton"),
+        ])  # fmt: skip
+    for split, whole in zip(*results):
+        assert torch.allclose(split.double(), whole.double(), rtol=1e-6)
+
+
+def test_equal_calls_give_equal_bits():
+    runs = []
+    for _ in range(2):
+        case = problem(50, 3, 17, 900).to(torch.bfloat16)
+        case.nll(backend="triton", grad_filter_eps=0.05).backward()
+        runs.append(case.gradients())
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+# ----------------------------------------------------------------------------------------------------- choice of the backend
+
+
+def test_gpus_that_are_too_old_are_named():
+    assert configurations.OLDEST == (8, 0)
+    assert triton.too_old("NVIDIA A100", (8, 0)) is None
+    message = "it needs a GPU of compute capability 8.0 or newer, and Tesla T4 has 7.5; use backend='tiled'"
+    assert triton.too_old("Tesla T4", (7, 5)) == message
+    with pytest.raises(ValueError, match="backend 'triton' cannot be used: it is for CUDA tensors, but latent is on meta"):
+        _backends.resolve("triton", torch.device("meta"), torch.float32)
+    with pytest.raises(TypeError, match="'triton' computes torch.float32, torch.bfloat16, torch.float16, got torch.float64"):
+        _backends.resolve("triton", torch.device("cpu"), torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((12, 1), "sm_120")],
+)
+def test_every_supported_gpu_has_tiles(capability, name):
+    assert configurations.architecture_name(capability) == name
+    for precision, rows_, features in itertools.product(configurations.PRECISIONS, (1, 17, 10_000), (8, 280, 1_024)):
+        for family in configurations.FAMILIES:
+            assert configurations.tile_key(family, precision, rows_, features) in configurations.ARCHITECTURES[name].tiles
+
+
+def test_float32_products_follow_torch():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert configurations.precision(torch.float32) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert configurations.precision(torch.bfloat16) == "16-bit"
+
+
+# --------------------------------------------------------------------------------------------------------------- the tuner
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    configurations.of_device.cache_clear()
+    yield tmp_path
+    configurations.of_device.cache_clear()
+
+
+def test_tuned_tiles_are_used(cache, monkeypatch):
+    gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    tile, key = configurations.Tile(64, 64, 32, 4, 2, True), "many 16-bit statistics narrow"
+    path = configurations.save_tuned(gpu.name, {key: tile})
+    assert cache in path.parents and "H100" in path.name
+    architecture = configurations.of_device(0)
+    assert architecture.tiles == configurations.ARCHITECTURES["sm_90"].tiles | {key: tile}
+    for content in ("{", '{"unknown key": [1, 2, 3, 4, 5, false]}', f'{{"{key}": [64]}}'):
+        path.write_text(content)
+        configurations.of_device.cache_clear()
+        with pytest.raises(ValueError, match=r"H100.*is not a table of tiles .*; delete it, or run `python -m fused_mos.tune` again"):
+            configurations.of_device(0)
+
+
+def test_candidates_fit():
+    for family, precision, rows_ in itertools.product(configurations.FAMILIES, configurations.PRECISIONS, configurations.ROW_CLASSES):
+        found = list(tuning.candidates(family, precision, rows_, 280, 101_376))
+        assert len(found) == len(set(found)) > 10
+        assert all(tile.rows * tile.classes <= 128 * 32 * tile.warps for tile in found)
+
+
+def test_tuning_saves_the_fastest_and_goes_on_where_it_stopped(cache, monkeypatch, capsys):
+    """The tuner with the interpreter's kernels, real times, and few candidates."""
+    every = tuning.candidates
+    monkeypatch.setattr(tuning, "candidates", lambda *arguments: itertools.islice(every(*arguments), 2))
+    monkeypatch.setattr(proof, "SHAPES", {"few-rows": (4, 2, 8, 300)})
+    arguments = ["--shapes", "few-rows", "--dtypes", "float32"]
+    assert tune.main(arguments) == 0
+    tuned = configurations.load_tuned("interpreter")
+    assert set(tuned) == {f"few ieee {family} narrow" for family in configurations.FAMILIES}
+    assert f"{len(configurations.FAMILIES)} configurations in {configurations.cache_file('interpreter')}" in capsys.readouterr().out
+    monkeypatch.setattr(tuning, "_seconds", lambda operation: pytest.fail("measured what the cache has"))
+    assert tune.main(arguments) == 0
+    assert configurations.load_tuned("interpreter") == tuned
+
+
+def test_the_tuner_says_what_it_needs():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-m", "fused_mos.tune"], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, "error: torch finds no CUDA GPU to tune for; --compile-only needs none\n")
+    assert tune.main(["--compile-only"]) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ proof by compilation
+
+
+def _compile(architecture: str, path: Path, *flags: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fused_mos.tune", "--compile-only", "--arch", architecture, "--json", str(path), *flags]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return result, json.loads(path.read_text())["kernels"]
+
+
+def _assert_sound(result, kernels) -> None:
+    assert result.returncode == 0, "\n".join(line for line in result.stderr.splitlines() if "FAULT" in line) or result.stderr[-2000:]
+    assert "0 faults" in result.stdout
+    products = [kernel for kernel in kernels if kernel["key"]]
+    every = {f"{rows_} {p} {f} {w}" for rows_ in configurations.ROW_CLASSES for p in configurations.PRECISIONS for f in configurations.FAMILIES for w in configurations.WIDTH_CLASSES}  # fmt: skip
+    assert {kernel["key"] for kernel in products} == every, "a configuration of the table was not compiled"
+    for kernel in products:
+        multiplies = "ieee" in kernel["key"] or any(kernel["instructions"][name] for name in ("wgmma", "tcgen05", "mma.sync"))
+        assert multiplies, f"{kernel} has no tensor-core product"
+        assert kernel["instructions"]["cp.async"], f"{kernel} has no asynchronous copy"
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_every_configuration_compiles_without_spills(architecture, tmp_path):
+    _assert_sound(*_compile(architecture, tmp_path / "kernels.json", "--brief"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+def test_every_kernel_compiles_without_spills_for_every_shape_and_dtype(architecture, tmp_path):
+    _assert_sound(*_compile(architecture, tmp_path / "kernels.json"))
+
+
+def test_a_kernel_that_spills_is_found(tmp_path):
+    """The proof is able to fail: a tile of 256 × 256 needs more registers than 4 warps have, and too much shared memory."""
+    script = """
+import fused_mos.tune
+from fused_mos._backends.triton_kernels import configurations, proof
+table = configurations.ARCHITECTURES["sm_90"].tiles
+table["many 16-bit statistics narrow"] = configurations.Tile(256, 256, 64, 4, 2)
+table["many 16-bit gradient narrow"] = configurations.Tile(64, 128, 128, 4, 8)
+raise SystemExit(fused_mos.tune.main(["--compile-only", "--brief", "--shapes", "softmax", "--dtypes", "bfloat16"]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "FAULT statistics_kernel bf16 (many 16-bit statistics narrow) (256, 256, 64, 4, 2): spills" in result.stderr
+    assert "bytes of shared memory, sm_90 has 232448" in result.stderr
+
+
+def test_the_proof_compiles_what_a_launch_would():
+    """Types, constants and divisibility are those of Triton's own launcher."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    arguments = [0, 1, 2, 16, 280, 2**31, -5, 1.5, None]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool):
+        whole = torch.zeros(64, dtype=dtype)
+        assert whole.data_ptr() % 16 == 0
+        arguments += [whole, whole[1:], whole[16:]]
+    for argument in arguments:
+        kind, value, aligned = proof._specialisation(argument)
+        theirs_kind, theirs = native_specialize_impl(CUDABackend, argument, False, True, True)
+        assert kind == theirs_kind, argument
+        assert (value if kind == "constexpr" else "D" if aligned else "") == (theirs or (None if kind == "constexpr" else "")), argument
