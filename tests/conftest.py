@@ -5,7 +5,10 @@ import os
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # then the Triton kernels are interpreted; triton looks at this when it is imported
+ON_GPU = torch.cuda.is_available()
+if ON_GPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's deterministic algorithms ask for
+else:  # the Triton kernels are interpreted; triton looks at this when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 try:
@@ -26,7 +29,7 @@ if triton and triton.INTERPRETED:
 INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16"]
 
 
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(not triton or not triton.INTERPRETED, reason="triton is not installed, or not interpreting"))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not triton, reason="triton is not installed"))
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(_cpu is None, reason="the native kernels are not installed"))
 
 
@@ -46,6 +49,16 @@ def seeded_and_strict():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request):
+    """The tests of the Triton backend make their tensors on the GPU where there is one."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    on_gpu = ON_GPU and any(isinstance(value, str) and value == "triton" for value in parameters.values())
+    torch.set_default_device("cuda" if on_gpu else None)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=["one tile", "many tiles"])

@@ -43,13 +43,13 @@ class Problem:
 
 def problem(n: int, k: int, d: int, v: int, bias: bool = True, scale: float = 1.0, seed: int = 0, ignored: bool = True) -> Problem:
     """float64, values exact in bfloat16, so that every dtype gets the same problem; biases of order 1;
-    logits of order `scale`."""
+    logits of order `scale`. On torch's default device; the same numbers on each."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=generator).bfloat16().double()
+        return torch.randn(*shape, generator=generator, device="cpu").bfloat16().double().to(torch.get_default_device())
 
-    target = torch.randint(0, v, (n,), generator=generator)
+    target = torch.randint(0, v, (n,), generator=generator, device="cpu").to(torch.get_default_device())
     if ignored and n > 2:
         target[n // 2] = -100
     return Problem(
@@ -84,7 +84,7 @@ def check_forward_and_gradients(case: Problem, compute, dtype: torch.dtype, back
         p = case.to(d, requires_grad)
         output = compute(p, b)
         if requires_grad:
-            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu").to(output.device)
             if output.dim() == 0:
                 weights = torch.ones_like(weights)
             # −inf outputs (masked classes) take no gradient

@@ -68,12 +68,12 @@ def _table(changes: dict[str, Tile]) -> dict[str, Tile]:
         "some tf32 mixture": Tile(64, 64, 32, 8, 3),
         "some ieee mixture": Tile(16, 64, 16, 4, 2),
         "some 16-bit mixture-gradient": Tile(64, 64, 64, 8, 3),
-        "some ieee mixture-gradient": Tile(32, 32, 16, 4, 2),
+        "some ieee mixture-gradient": Tile(16, 64, 16, 8, 2),
         "many 16-bit mixture": Tile(64, 128, 64, 8, 3),
         "many tf32 mixture": Tile(64, 64, 32, 8, 3),
         "many ieee mixture": Tile(16, 64, 16, 4, 2),
         "many 16-bit mixture-gradient": Tile(64, 64, 64, 8, 3),
-        "many ieee mixture-gradient": Tile(32, 32, 16, 4, 2),
+        "many ieee mixture-gradient": Tile(16, 64, 16, 8, 2),
     }
     rules = defaults | changes
     return {
@@ -101,16 +101,15 @@ _SHALLOW_MIXTURE = {
     "few tf32 mixture": Tile(16, 128, 32, 8, 3),
     "some 16-bit mixture": Tile(64, 64, 32, 8, 3),
     "some tf32 mixture": Tile(64, 64, 16, 8, 3),
-    "many 16-bit mixture": Tile(64, 64, 32, 8, 3),
+    "many 16-bit mixture": Tile(64, 32, 64, 8, 3),
     "many tf32 mixture": Tile(64, 64, 16, 8, 3),
     "many tf32 mixture-gradient": Tile(64, 32, 32, 8, 3),
-    "many ieee mixture-gradient": Tile(32, 32, 16, 8, 2),
 }
 ARCHITECTURES = {
     "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT)),
     "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE)),  # also sm_89
     "sm_90": Architecture(132, 232_448, _table(_RESIDENT | _LARGE)),
-    "sm_100": Architecture(148, 232_448, _table(_LARGE)),  # tcgen05's unrolled products keep too much of their operands at once
+    "sm_100": Architecture(148, 232_448, _table({"many 16-bit gradient wide": Tile(128, 256, 64, 8, 3)})),  # larger or resident tiles spill
     "sm_120": Architecture(170, 101_376, _table(_SHALLOW_MIXTURE)),
 }
 INTERPRETER = Architecture(4, 2**30, {})
