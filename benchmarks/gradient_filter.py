@@ -1,6 +1,6 @@
 """What `grad_filter_eps` at the dtype's rounding drops, saves and costs on a real model, before and after training:
 
-    python benchmarks/gradient_filter.py RUN [--segments 10] [--out FILE.json]
+    python benchmarks/gradient_filter.py RUN [--segments 10] [--device cuda] [--data FOLDER] [--out FILE.json]
 
 RUN is a folder that `python -m fused_mos.train` left. Segments are of its training text, with dropout as in training.
 """
@@ -36,11 +36,13 @@ def measure(model: AWDLSTM, text: torch.Tensor, bptt: int, n_segments: int, dtyp
         z, a, w, b = (x.detach().to(dtype, copy=True).requires_grad_() for x in tensors)
         arguments, gradients, times = [z, a, w, target.flatten(), b], {}, {}
         for value in (0.0, eps, 0.0, eps):  # the first of each warms up
-            times[value] = seconds(lambda: step(lambda *x: F.mos_nll_loss(*x, grad_filter_eps=value), arguments))
+            times[value] = seconds(lambda: step(lambda *x: F.mos_nll_loss(*x, grad_filter_eps=value), arguments), text.is_cuda)
             gradients[value] = (z.grad, w.grad)
         rows.append(
             {
                 "share of rows dropped": (gradients[eps][0] == 0).all(-1).float().mean().item(),
+                "seconds, exact": times[0.0],
+                "seconds, filtered": times[eps],
                 "times faster": times[0.0] / times[eps],
                 "relative error of dz": _relative_error(gradients[0.0][0], gradients[eps][0]),
                 "relative error of dE": _relative_error(gradients[0.0][1], gradients[eps][1]),
@@ -49,27 +51,36 @@ def measure(model: AWDLSTM, text: torch.Tensor, bptt: int, n_segments: int, dtyp
     return {"eps": eps} | {key: float(f"{statistics.median(row[key] for row in rows):.3g}") for key in rows[0]}
 
 
+def measure_run(run: Path, data: Path | None, n_segments: int, device: str, dtypes: dict[str, torch.dtype]) -> dict:
+    """`measure` by "fresh" or "trained" and dtype, beside the head's shape N, K, D, V."""
+    config = json.loads((run / "config.json").read_text())
+    corpus = Corpus(data or config["data"])
+    text = batchify(corpus.train, config["optim"]["batch_size"]).to(device)
+    torch.manual_seed(0)
+    model = AWDLSTM(len(corpus.vocabulary), **config["model"]).to(device)
+    bptt, table, best = config["optim"]["bptt"], {}, run / "best.safetensors"
+    for when in ("fresh", "trained"):
+        if when == "trained":
+            load_parameters(model, load_checkpoint(best)[0], best)
+        for name, dtype in dtypes.items():
+            row = table[f"{when} {name}"] = measure(model, text, bptt, n_segments, dtype)
+            print(f"{when} {name}", *(f"{key} {value:g}" for key, value in row.items()), sep="  ", flush=True)
+    v, d = model.head.decoder.weight.shape
+    return {"recipe": config.get("recipe"), "shape": (bptt * text.shape[1], config["model"]["n_experts"], d, v), "rows": table}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--segments", type=int, default=10)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, help="where the corpus is now; else where it was in training")
     parser.add_argument("--out", type=Path, help="where to write the table as JSON")
     options = parser.parse_args()
-    config = json.loads((options.run / "config.json").read_text())
-    corpus = Corpus(config["data"])
-    text = batchify(corpus.train, config["optim"]["batch_size"])
-    torch.manual_seed(0)
-    model = AWDLSTM(len(corpus.vocabulary), **config["model"])
-    table, best = {}, options.run / "best.safetensors"
-    for when in ("fresh", "trained"):
-        if when == "trained":
-            load_parameters(model, load_checkpoint(best)[0], best)
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"{when} {str(dtype).removeprefix('torch.')}"
-            table[name] = measure(model, text, config["optim"]["bptt"], options.segments, dtype)
-            print(name, *(f"{key} {value:g}" for key, value in table[name].items()), sep="  ", flush=True)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    result = measure_run(options.run, options.data, options.segments, options.device, dtypes)
     if options.out:
-        options.out.write_text(json.dumps({"recipe": config.get("recipe"), "torch": torch.__version__, "rows": table}, indent=1) + "\n")
+        options.out.write_text(json.dumps(result | {"torch": torch.__version__}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

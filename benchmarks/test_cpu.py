@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from harness import eager, five_lines, inputs, interleaved, medians, step, unavailable
+from harness import cut_cross_entropy, eager, five_lines, inputs, interleaved, medians, softmax_cross_entropy, step, unavailable
 
 from fused_mos import functional as F
 
@@ -101,20 +101,10 @@ def test_against_the_peak(benchmark, against_peak, what):
     benchmark.pedantic(_our_calls(arguments)[what], rounds=1)
 
 
-def _cut_cross_entropy(z, a, w, y, b):
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(z[:, 0], w, y, impl="torch_compile")  # it has no bias: less work than ours
-
-
-def _softmax_cross_entropy(z, a, w, y, b):
-    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(z[:, 0], w, b), y)
-
-
 def _peers(shape: str) -> dict:
     ours = {"cpu": lambda *x: F.mos_nll_loss(*x, backend="cpu")}
     if SHAPES[shape][1] == 1:
-        return ours | {"F.linear + F.cross_entropy": _softmax_cross_entropy, "cut-cross-entropy": _cut_cross_entropy, "five lines": five_lines}
+        return ours | {"F.linear + F.cross_entropy": softmax_cross_entropy, "cut-cross-entropy": cut_cross_entropy, "five lines": five_lines}
     tiled = {"tiled": lambda *x: F.mos_nll_loss(*x, backend="tiled")}
     compiled = {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}
     return ours | tiled | compiled | {"five lines": five_lines}

@@ -4,6 +4,11 @@ there, too, with tensors on the GPU: `pytest tests -k "triton or gpu"`.)
 Without a GPU the numerical tests run in Triton's interpreter, at one small shape.
 """
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ON_GPU, triton
@@ -80,6 +85,22 @@ def test_classes_of_all_functions_agree():
     assert torch.allclose(F.mos_topk(*case.inputs(), k=5, backend="triton").values, log_p.topk(5).values, atol=1e-4)
     single = case.latent[:, :1], case.prior_logits[:, :1], case.weight, case.bias
     assert torch.equal(F.mos_sample(*single, temperature=1e-6, backend="triton"), F.mos_predict(*single, backend="triton"))
+
+
+@pytest.mark.skipif(ON_GPU, reason="on a GPU the script itself is to be run")
+def test_the_benchmark_script_is_rehearsed(tmp_path):
+    """benchmarks/gpu.py on the CPU, all but the device's own lines; a second call repeats nothing."""
+    path = tmp_path / "gpu.json"
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--dry-run", "--steps", "memcheck", "times", "--shapes", "ptb", "--dtypes", "bfloat16", "--out", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    result = json.loads(path.read_text())
+    rows = result["times"]["ptb bfloat16"]["rows"]
+    assert all(len(row["ms"]) == 3 for name, row in rows.items() if "needs products" in row)
+    assert {"forward", "forward + backward", "eager"} <= {name for name, row in rows.items() if "ms" in row}
+    assert result["goals"] and path.with_suffix(".png").stat().st_size > 0
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads(path.read_text())["times"] == result["times"]
 
 
 # ------------------------------------------------------------------------------------------------------- what only CUDA has

@@ -105,11 +105,12 @@ _SHALLOW_MIXTURE = {
     "many tf32 mixture": Tile(64, 64, 16, 8, 3),
     "many tf32 mixture-gradient": Tile(64, 32, 32, 8, 3),
 }
+_NOT_RESIDENT = {"many 16-bit gradient wide": Tile(128, 256, 64, 8, 3), "many ieee mixture-gradient": Tile(32, 32, 16, 4, 2)}
 ARCHITECTURES = {
     "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT)),
     "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE)),  # also sm_89
     "sm_90": Architecture(132, 232_448, _table(_RESIDENT | _LARGE)),
-    "sm_100": Architecture(148, 232_448, _table({"many 16-bit gradient wide": Tile(128, 256, 64, 8, 3)})),  # larger or resident tiles spill
+    "sm_100": Architecture(148, 232_448, _table(_NOT_RESIDENT)),
     "sm_120": Architecture(170, 101_376, _table(_SHALLOW_MIXTURE)),
 }
 INTERPRETER = Architecture(4, 2**30, {})

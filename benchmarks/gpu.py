@@ -1,0 +1,307 @@
+"""Checks and times the Triton kernels on a GPU, and writes all that it finds as JSON, with a plot made from it:
+
+    python benchmarks/gpu.py [--run RUN] [--out FILE.json]
+
+The file is written after each step, and a step that it already has is not repeated (`--again` repeats it): a run that was
+cut off goes on where it stopped. RUN is a folder that `python -m fused_mos.train` left, for the filter on a trained model.
+`--dry-run` walks through the same code on a CPU, with Triton's interpreter and tiny shapes; its times mean nothing.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+DRY_RUN = "--dry-run" in sys.argv
+if DRY_RUN:  # triton looks at this when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+import tyro  # noqa: E402
+from gpu_report import goals, plot  # noqa: E402
+from harness import cut_cross_entropy, eager, five_lines, inputs, interleaved, liger, seconds, softmax_cross_entropy, step, unavailable  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from fused_mos import functional as F  # noqa: E402
+from fused_mos._backends import triton as backend  # noqa: E402
+from fused_mos._backends.triton_kernels.proof import DTYPES, SHAPES, float32_products  # noqa: E402
+
+HERE = Path(__file__).parent
+DEVICE = "cpu" if DRY_RUN else "cuda"
+ROUNDS = 2 if DRY_RUN else 20
+NAMES = ("ptb", "wikitext2", "lm1b", "lm1b-all-words", "softmax")
+if DRY_RUN:
+    SHAPES = {"ptb": (6, 3, 24, 300), "softmax": (18, 1, 24, 300)}
+    NAMES = tuple(SHAPES)
+    sys.path.append(str(HERE.parent / "tests"))
+    import triton_interpreter
+
+    triton_interpreter.repair()
+
+
+@dataclasses.dataclass
+class Config:
+    run: Path | None = None
+    """A folder that `python -m fused_mos.train` left, for the filter on a trained model."""
+
+    data: Path | None = None
+    """Where RUN's corpus is; by default where it was in training."""
+
+    out: Path | None = None
+    """The JSON file; by default benchmarks/results/gpu-NAME.json. The plot lies beside it."""
+
+    steps: tuple[str, ...] = ("tests", "memcheck", "times", "filter")
+    """What to do: all tests on the GPU, some under compute-sanitizer's memcheck, times and memory, the filter."""
+
+    shapes: tuple[str, ...] = NAMES
+    """Shapes to time."""
+
+    dtypes: tuple[str, ...] = ("bfloat16", "tf32")
+    """Products to time: bfloat16, float16, tf32, float32."""
+
+    again: bool = False
+    """Repeat what the file has."""
+
+    commit: str = ""
+    """The commit that is measured, where git cannot tell."""
+
+    dry_run: bool = False
+    """On a CPU: exercise the code, at tiny shapes."""
+
+
+# ------------------------------------------------------------------------------------------------------------------- tests
+
+
+def run_tests(selection: list[str], wrapper: tuple[str, ...] = (), **environment: str) -> dict:
+    """Runs pytest in a process of its own; its last lines tell what failed."""
+    command = [*wrapper, sys.executable, "-m", "pytest", *selection]
+    result = subprocess.run(command, cwd=HERE.parent, env=os.environ | environment, capture_output=True, text=True)
+    lines = (result.stdout + result.stderr).strip().splitlines()
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR", "========="))]
+    return {"passed": result.returncode == 0, "summary": lines[-1] if lines else "", "failures": failures[:40]}
+
+
+def tests() -> dict:
+    if DRY_RUN:
+        return run_tests(["tests/test_gpu.py", "-k", "classes"])
+    return run_tests(["tests", "-k", "triton or gpu", "--deselect", "tests/test_triton.py"])
+
+
+def memcheck() -> dict:
+    """Without torch's caching allocator, so that the ends of tensors are the ends of allocations."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"passed": None, "summary": "compute-sanitizer was not found"}
+    selection = ["tests/test_functional.py", "-k", "triton and (without_bias or predict or topk or non_contiguous or filter or float16)"]
+    wrapper = (tool, "--tool", "memcheck", "--error-exitcode", "9")
+    return run_tests(selection, wrapper, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+# ------------------------------------------------------------------------------------------------------------------- times
+
+
+def our_calls(arguments: list[torch.Tensor]) -> dict[str, tuple[float, Callable[[], object]]]:
+    """name -> the products that it needs, and the call."""
+    z, a, w, y, b = arguments
+    n, k = a.shape
+    grad = torch.empty(0)
+
+    def without_grad(function, *args, **options):
+        with torch.no_grad():
+            return function(*args, backend="triton", **options)
+
+    def log_prob_step():
+        nonlocal grad
+        log_p = F.mos_log_prob(z, a, w, b, backend="triton")
+        if grad.numel() == 0:
+            grad = torch.randn_like(log_p)
+        clear(arguments)
+        log_p.backward(grad)
+
+    def nll(*x, reduction="mean"):
+        return F.mos_nll_loss(*x, backend="triton", reduction=reduction).mean()
+
+    return {
+        "forward": (1, lambda: without_grad(F.mos_nll_loss, *arguments)),
+        "forward + backward": (3 if backend.gradient_in_forward_pays(n, k, w) else 4, lambda: step(nll, arguments)),
+        "forward + backward, recomputing": (4, lambda: step(lambda *x: nll(*x, reduction="none"), arguments)),
+        "log_prob": (2, lambda: without_grad(F.mos_log_prob, z, a, w, b)),
+        "log_prob, forward + backward": (8, log_prob_step),
+        "predict": (2, lambda: without_grad(F.mos_predict, z, a, w, b)),
+        "topk": (2, lambda: without_grad(F.mos_topk, z, a, w, b, k=5)),
+        "sample": (1 / k, lambda: without_grad(F.mos_sample, z, a, w, b)),
+    }
+
+
+def peer_calls(arguments: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """Forward + backward of what a user would write instead."""
+    single = arguments[1].shape[1] == 1
+    plain = softmax_cross_entropy if single else eager
+    losses = {
+        "eager": plain, "torch.compile": torch.compile(plain, dynamic=False), "five lines": five_lines,
+        "cut-cross-entropy": cut_cross_entropy, "Liger": liger,
+    }  # fmt: skip
+    return {name: lambda loss=loss: step(loss, arguments) for name, loss in losses.items()}
+
+
+def mm_calls(n: int, k: int, d: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """The three products of a training step, on at most 100,000 classes, whose rate is that of all."""
+    z, e, p = (torch.randn(size, device=DEVICE, dtype=dtype) for size in ((n * k, d), (v, d), (n * k, v)))
+    return {"mm z·Eᵀ": lambda: torch.mm(z, e.t()), "mm P·E": lambda: torch.mm(p, e), "mm Pᵀ·z": lambda: torch.mm(p.t(), z)}
+
+
+def clear(arguments: list[torch.Tensor]) -> None:
+    for tensor in arguments:
+        tensor.grad = None
+
+
+def attempt(call: Callable[[], object]) -> str | None:
+    """Warms up; why the call cannot be measured, or None."""
+    try:
+        call()
+        return None
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    except Exception as error:  # of a peer, whose limits are not ours to know
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
+
+
+def extra_mebibytes(call: Callable[[], object], arguments: list[torch.Tensor]) -> float | None:
+    """The most memory beside inputs, gradients and the result; None on a CPU."""
+    if DRY_RUN:
+        return None
+    clear(arguments)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    peak = torch.cuda.max_memory_allocated() - before
+    results = (result,) if isinstance(result, torch.Tensor) else result or ()
+    kept = sum(tensor.nbytes for tensor in (*(t.grad for t in arguments if t.grad is not None), *results))
+    return round((peak - kept) / 2**20, 1)
+
+
+def spread(values: list[float], digits: int = 4) -> list[float]:
+    return [round(f(values), digits) for f in (statistics.median, min, max)]
+
+
+def products_per_second(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[float, dict[str, list[float]]]:
+    """The best median rate of `mm_calls`, as products of this shape a second; and its times in ms (median, min, max)."""
+    n, k, d, v = shape
+    part = min(v, 100_000)
+    times = interleaved(mm_calls(n, k, d, part, dtype), ROUNDS, on_gpu=not DRY_RUN)
+    rate = part / v / min(statistics.median(values) for values in times.values())
+    return rate, {name: spread([1e3 * value for value in values]) for name, values in times.items()}
+
+
+def time_shape(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
+    """All contenders in turns; the log-probabilities' backward pass after them, since it needs their gradient beside."""
+    torch._dynamo.reset()
+    rate, mm = products_per_second(shape, dtype)
+    arguments = inputs(*shape, dtype, device=DEVICE)
+    ours = our_calls(arguments)
+    alone = {"log_prob, forward + backward": ours["log_prob, forward + backward"][1]}
+    calls = {name: call for name, (_, call) in ours.items() if name not in alone} | peer_calls(arguments)
+    rows: dict[str, dict] = {}
+    for group in (calls, alone):
+        measurable = {}
+        for name, call in tqdm(group.items(), desc="warming up", leave=False):
+            failure = unavailable(name) or attempt(call)
+            clear(arguments)
+            gc.collect()
+            if not DRY_RUN:
+                torch.cuda.empty_cache()
+            rows[name] = {"failed": failure} if failure else {"extra MiB": extra_mebibytes(call, arguments)}
+            if failure is None:
+                measurable[name] = call
+        for name, values in interleaved(measurable, ROUNDS, on_gpu=not DRY_RUN).items():
+            rows[name] |= {"ms": spread([1e3 * value for value in values]), "products": round(statistics.median(values) * rate, 3)}
+            if name in ours:
+                rows[name]["needs products"] = round(ours[name][0], 3)
+    return {"shape": shape, "product ms": round(1e3 / rate, 4), "torch.mm ms": mm, "rows": rows}
+
+
+def filtered(config: Config) -> dict:
+    from gradient_filter import measure_run
+
+    result = measure_run(config.run, config.data, 2 if DRY_RUN else 20, DEVICE, {"bfloat16": torch.bfloat16})
+    rate, mm = products_per_second(result["shape"], torch.bfloat16)
+    for row in result["rows"].values():
+        row["products, exact"], row["products, filtered"] = (round(row[f"seconds, {what}"] * rate, 3) for what in ("exact", "filtered"))
+    return result | {"torch.mm ms": mm}
+
+
+# -------------------------------------------------------------------------------------------------------------------- main
+
+
+def about(config: Config) -> dict:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return {
+        "gpu": f"none ({platform.machine()})" if DRY_RUN else torch.cuda.get_device_name(),
+        "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
+        "date": date.today().isoformat(), "commit": config.commit or git.stdout.strip() or "unknown",
+        "units": "ms: median, minimum, maximum; products: median time over that of one product at torch.mm's best rate",
+    }  # fmt: skip
+
+
+def main() -> int:
+    config = tyro.cli(Config, description=__doc__)
+    if not DRY_RUN and (reason := backend.unsupported(torch.device(DEVICE))):
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    if config.run and not config.data:
+        config.data = Path(json.loads((config.run / "config.json").read_text())["data"])
+    if config.data and not config.data.is_dir():
+        print(f"error: --run's corpus {config.data} does not exist; --data tells where it is", file=sys.stderr)
+        return 2
+    facts = about(config)
+    name = f"gpu-{facts['gpu'].lower().replace(' ', '-')}.json"
+    path = config.out or (Path(tempfile.gettempdir()) / "gpu-dry-run.json" if DRY_RUN else HERE / "results" / name)
+    result = (json.loads(path.read_text()) if path.exists() else {}) | facts
+
+    def save() -> None:
+        result["goals"] = goals(result)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        unfinished.replace(path)
+
+    for name, check in (("tests", tests), ("memcheck", memcheck)):
+        if name in config.steps and (config.again or name not in result):
+            result[name] = check()
+            print(f"{name}: {result[name]['summary']}", flush=True)
+            save()
+    for shape in config.shapes if "times" in config.steps else ():
+        for dtype_name in config.dtypes:
+            times = result.setdefault("times", {})
+            key = f"{shape} {dtype_name}"
+            if key in times and not config.again:
+                continue
+            with float32_products(dtype_name) as dtype:
+                times[key] = time_shape(SHAPES[shape], dtype)
+            for name, row in times[key]["rows"].items():
+                figures = f"{row['ms'][0]:9.3f} ms {row['products']:7.2f} products  {row['extra MiB']} MiB" if "ms" in row else row["failed"]
+                print(f"{key:24} {name:32} {figures}", flush=True)
+            save()
+    if "filter" in config.steps and config.run and (config.again or "filter" not in result):
+        result["filter"] = filtered(config)
+    save()
+    for goal in result["goals"]:
+        print(f"{'met ' if goal['met'] else 'OPEN'}  {goal['goal']}: {goal['value']} (wanted {goal['wanted']})")
+    if result.get("times"):
+        plot(result, path.with_suffix(".png"))
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What the figures of `gpu.py` say: which goals are met, and a plot."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+STEP = "forward + backward"
+PEERS = {"eager": 5, "torch.compile": 2, "five lines": 2, "cut-cross-entropy": 2, "Liger": 2}
+"""How many times faster a step is to be than a peer's, at the shapes of the paper's training."""
+
+
+def goals(result: dict) -> list[dict]:
+    """Each goal with what was measured; those of steps that were not run are absent."""
+    return [{"goal": goal, "value": value, "wanted": wanted, "met": met} for goal, value, wanted, met in _goals(result)]
+
+
+def _goals(result: dict) -> Iterator[tuple[str, object, str, bool]]:
+    for check in ("tests", "memcheck"):
+        if check in result:
+            yield check, result[check]["summary"], "all pass", result[check]["passed"] is True
+    for key, times in result.get("times", {}).items():
+        rows = times["rows"]
+        single = times["shape"][1] == 1
+        for name, most in (("forward", 1.25), (STEP, 4.5)):
+            if "products" in rows[name]:
+                value = rows[name]["products"]
+                yield f"{key}: {name}, in products", value, f"at most {most}", value <= most
+        for name, row in rows.items():
+            if "needs products" in row and row["extra MiB"] is not None and name in ("forward", STEP, f"{STEP}, recomputing"):
+                yield f"{key}: {name}, MiB beside inputs and gradients", row["extra MiB"], "at most 256", row["extra MiB"] <= 256
+        if "ms" not in rows[STEP]:
+            yield f"{key}: {STEP}", rows[STEP]["failed"], "runs", False
+            continue
+        for peer, times_faster in PEERS.items():
+            row = rows[peer]
+            if row.get("failed") == "out of memory":
+                yield f"{key}: runs where {peer} is out of memory", "runs", "runs", True
+            elif "ms" in row and (single or key.split()[0] in ("ptb", "wikitext2")):
+                wanted = 1 if single else times_faster
+                value = round(row["ms"][0] / rows[STEP]["ms"][0], 2)
+                yield f"{key}: times as fast as {peer}", value, f"at least {wanted}", value >= wanted
+    if "filter" in result:
+        row = result["filter"]["rows"]["trained bfloat16"]
+        value = row["products, filtered"]
+        yield f"trained model, bfloat16: {STEP} with the filter, in products", value, "at most 3", value <= 3
+
+
+def plot(result: dict, path: Path) -> None:
+    """Forward + backward of every contender, in products at torch.mm's best rate, by shape and dtype."""
+    groups = result["times"]
+    names = [STEP, *PEERS]
+    figure, axes = plt.subplots(figsize=(1.5 + 2.2 * len(groups), 4.5), layout="constrained")
+    for i, name in enumerate(names):
+        places = [group + (i - (len(names) - 1) / 2) * 0.13 for group in range(len(groups))]
+        rows = [times["rows"][name] for times in groups.values()]
+        axes.bar(places, [row.get("products", 0) for row in rows], 0.12, label="fused_mos" if name == STEP else name, zorder=2)
+        for place, row in zip(places, rows):
+            if "failed" in row:
+                reason = "out of memory" if row["failed"] == "out of memory" else "not run"
+                axes.text(place, axes.get_ylim()[0] + 0.2, reason, rotation=90, ha="center", va="bottom", fontsize=7, color=f"C{i}")
+    axes.axhline(3, color="black", linewidth=1, linestyle="--", zorder=3)
+    axes.text(len(groups) - 0.5, 3, " floor", va="bottom", ha="right", fontsize=8)
+    shapes = [f"{key}\n" + "×".join(f"{size:,}" for size in times["shape"]) for key, times in groups.items()]
+    axes.set_xticks(range(len(groups)), shapes, fontsize=8)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.set_ylabel("time ÷ one product at torch.mm's best rate")
+    axes.set_title(f"forward + backward on {result['gpu']}, torch {result['torch']}, triton {result['triton']}", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
