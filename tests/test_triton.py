@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import configurations, triton
-from problem import Problem, assert_meets_criterion, check_forward_and_gradients, problem
+from problem import check_forward_and_gradients, problem
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fused_mos import _backends
 from fused_mos import functional as F
-from fused_mos._backends import reference
 
 if not triton or not triton.INTERPRETED:
     pytest.skip("triton is not installed, or not interpreting", allow_module_level=True)
@@ -164,6 +166,51 @@ def test_equal_calls_give_equal_bits():
         case.nll(backend="triton", grad_filter_eps=0.05).backward()
         runs.append(case.gradients())
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------- memory
+
+
+class _PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = self.peak = 0
+        self.storages = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before | self.storages.keys():
+                storage = tensor.untyped_storage()
+                key, n_bytes = storage._cdata, storage.nbytes()
+                self.storages[key] = weakref.ref(storage, lambda _, key=key, n_bytes=n_bytes: self._freed(key, n_bytes))
+                self.held += n_bytes
+                self.peak = max(self.peak, self.held)
+        return result
+
+    def _freed(self, key: int, n_bytes: int) -> None:
+        self.held -= n_bytes
+        del self.storages[key]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("shape", proof.SHAPES)
+def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
+    """At most 256 MiB beside inputs and results, at the paper's shapes and with an H100's tiles: all of the backend but its
+    launches, on tensors that have sizes and no numbers."""
+    monkeypatch.setattr(triton, "launch", lambda *arguments, **constants: None)
+    n, _, _, v = proof.SHAPES[shape]
+    with proof.float32_products(dtype) as torch_dtype, launch.overridden(configurations.ARCHITECTURES["sm_90"]):
+        for name, operation in proof.operations(proof.SHAPES[shape], torch_dtype, "meta").items():
+            with _PeakBytes() as memory:
+                result = operation()
+            assert memory.peak > 0
+            kept = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tree_leaves(result)}
+            extra = memory.peak - sum(kept.values()) - (4 * n * v if name == "log_prob backward" else 0)  # it makes a gradient
+            assert extra <= 256 * 2**20, f"{name}: {extra / 2**20:.1f} MiB"
 
 
 # ----------------------------------------------------------------------------------------------------- choice of the backend

@@ -76,6 +76,13 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.storage_offset() * tensor.itemsize % 16 == 0 else tensor.clone()
 
 
+def _bytes_of_padded(n_rows: int, weight: Tensor) -> int:
+    """Bytes of what `_aligned` makes of the rows and the weight; 0 where D needs no padding."""
+    n_classes, n_features = weight.shape
+    width = _row_length(n_features, weight)
+    return 0 if width == n_features else (n_rows + n_classes) * width * weight.itemsize
+
+
 def _splits(n_rows: int, n_classes: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """How many splits of the vocabulary occupy the device, and the tiles of each."""
     tiles = triton.cdiv(n_classes, tile.classes)
@@ -155,7 +162,8 @@ def _first_of_best(best: Tensor, index: Tensor) -> Tensor:  # (splits, N), (spli
 
 def _recomputed_gradients(
     write_dl: Callable[[Tensor, slice, slice], None],  # (dl out, its rows, its classes)
-    rows_: Tensor,  # (R, D)
+    z: Tensor,  # (R, ≥ D), the rows aligned
+    e: Tensor,  # (V, ≥ D), the weight aligned
     weight: Tensor,  # (V, D)
     needs: tuple[bool, bool, bool],
     group: int,
@@ -163,21 +171,22 @@ def _recomputed_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """unscale times the gradients of (rows, weight, bias), from spans of the vocabulary of dl: a span's dE is complete
     once all its rows are summed. Blocks hold a multiple of `group` rows."""
-    (n, d), n_classes = rows_.shape, weight.shape[0]
-    z, e = _aligned(rows_), _aligned(weight)
+    n, (n_classes, d) = z.shape[0], weight.shape
     grad_rows = z.new_zeros(z.shape if needs[0] else 0, dtype=torch.float32)
     grad_weight = weight.new_zeros(weight.shape if needs[1] else 0)
     grad_bias = weight.new_zeros(n_classes if needs[2] else 0)
     if n and any(needs):
         augmented = _with_column(z, d, None) if needs[2] else z
         height = max(min(n, MAX_ROWS) // group, 1) * group
-        n_bytes = WORKSPACE_BYTES - grad_rows.nbytes - (augmented.nbytes if needs[2] else 0)
-        columns = max(n_bytes, WORKSPACE_BYTES // 4) // (height * z.itemsize) // 128 * 128
+        n_bytes = WORKSPACE_BYTES - grad_rows.nbytes - (augmented.nbytes if needs[2] else 0) - _bytes_of_padded(n, weight)
+        bytes_of_column = height * z.itemsize + 4 * augmented.shape[1]  # of dl, and the sums of dE
+        columns = max(n_bytes, WORKSPACE_BYTES // 4) // bytes_of_column // 128 * 128
         columns = min(max(columns, MIN_COLUMNS), _row_length(n_classes, z))
         dl = z.new_empty(height, columns)
         rounded_once = n <= height and unscale is None
+        all_sums = z.new_empty((columns, augmented.shape[1]), dtype=z.dtype if rounded_once else torch.float32)
         for c in _spans(n_classes, columns):
-            sums = z.new_empty((c.stop - c.start, augmented.shape[1]), dtype=z.dtype if rounded_once else torch.float32)
+            sums = all_sums[: c.stop - c.start]
             for r in _spans(n, height):
                 block = dl[: r.stop - r.start, : c.stop - c.start]
                 write_dl(block, r, c)
@@ -185,7 +194,8 @@ def _recomputed_gradients(
                     product(block, e[c], grad_rows[r], accumulate=True)
                 if needs[1] or needs[2]:
                     product(block.t(), augmented[r], sums, accumulate=r.start > 0)
-            sums = sums if unscale is None else sums.mul_(unscale)
+            if unscale is not None:
+                sums.mul_(unscale)
             if needs[1]:
                 grad_weight[c] = sums[:, :d]
             if needs[2]:
@@ -244,7 +254,7 @@ def rows_backward(
             D=e.shape[1], HAS_BIAS=bias is not None, HAS_TARGET=target is not None, ROWS=tile.rows, **constants,
         )  # fmt: skip
 
-    return _recomputed_gradients(write_dl, rows_, weight, needs, 1, unscale)
+    return _recomputed_gradients(write_dl, z, e, weight, needs, 1, unscale)
 
 
 def _in_range(dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor | None, ...]:
@@ -266,7 +276,7 @@ def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor) -> int:
     # beside them two numbers for each tile of at least 64 classes, the rows with their column, their gradient's sums; and
     # once the sums of dE
     bytes_of_row = (weight.itemsize + 8 / 64) * n_classes + (weight.itemsize + 4) * (n_features + 8)
-    held = int((WORKSPACE_BYTES - 4 * n_classes * (n_features + 8)) / bytes_of_row)
+    held = int((WORKSPACE_BYTES - 4 * n_classes * (n_features + 8) - _bytes_of_padded(n_rows, weight)) / bytes_of_row)
     if held < n_experts:
         return 0
     blocks = math.ceil(n_rows / held)
@@ -421,15 +431,8 @@ def log_prob_backward(
     (n, k, d), n_classes = latent.shape, weight.shape[0]
     z, e = _aligned(latent.view(n * k, d)), _aligned(weight)
     grad = grad.float().contiguous()
-    tile, constants = _mixture_constants(latent, z, bias, "mixture-gradient")
-    blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.classes)
-    partial = _float32(latent, tiles, n, k)
     inputs = z, e, bias, log_prior, maximum, log_total
-    launch(
-        mixture.mixture_gradient_kernel, (blocks, tiles), *inputs, grad, partial, None, n, n_classes, 0, n_classes, 0,
-        SECOND_SWEEP=False, **constants,
-    )  # fmt: skip
-    s = partial.sum(0)
+    s = _sums_of_weighted_posteriors(grad, latent, inputs)
     product_needs = (needs[0], needs[2], needs[3])
     scaled_grad, scaled_s, unscale = _in_range(latent.dtype, grad, s)
 
@@ -442,6 +445,25 @@ def log_prob_backward(
             t.stop - t.start, n_classes, c.start, dl.shape[1], dl.stride(0), SECOND_SWEEP=True, **constants,
         )  # fmt: skip
 
-    grad_rows, grad_weight, grad_bias = _recomputed_gradients(write_dl, latent.view(n * k, d), weight, product_needs, k, unscale)
+    grad_rows, grad_weight, grad_bias = _recomputed_gradients(write_dl, z, e, weight, product_needs, k, unscale)
     grad_prior = s - log_prior.exp() * s.sum(-1, keepdim=True) if needs[1] else s.new_empty(0)
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
+
+
+def _sums_of_weighted_posteriors(grad: Tensor, latent: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:
+    """s = Σ_v G q, (N, K), from spans of the vocabulary whose tiles' terms fit into a small part of the workspace."""
+    (n, k, _), (z, e, bias, *_) = latent.shape, inputs
+    n_classes = e.shape[0]
+    s = _float32(latent, n, k).zero_()
+    tile, constants = _mixture_constants(latent, z, bias, "mixture-gradient")
+    tiles = max(WORKSPACE_BYTES // 16 // max(s.nbytes, 1), 1)
+    partial = _float32(latent, min(tiles, triton.cdiv(n_classes, tile.classes)), n, k)
+    for c in _spans(n_classes, tiles * tile.classes):
+        span = c.stop - c.start
+        terms = partial[: triton.cdiv(span, tile.classes)]
+        launch(
+            mixture.mixture_gradient_kernel, (triton.cdiv(n, tile.rows), terms.shape[0]),
+            *inputs, grad, terms, None, n, n_classes, c.start, span, 0, SECOND_SWEEP=False, **constants,
+        )  # fmt: skip
+        s += terms.sum(0)
+    return s
