@@ -28,7 +28,7 @@ if not triton or not triton.INTERPRETED:
 from triton_interpreter import run_program  # noqa: E402
 
 from fused_mos import tune  # noqa: E402
-from fused_mos._backends.triton_kernels import gradients, launch, mixture, proof, rows, tuning  # noqa: E402
+from fused_mos._backends.triton_kernels import gradients, launch, mixture, operands, proof, rows, tuning  # noqa: E402
 
 TILE = {"CLASSES": 64, "FEATURES": 64, "PRECISION": "ieee"}
 
@@ -201,7 +201,8 @@ class _PeakBytes(TorchDispatchMode):
 def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
     """At most 256 MiB beside inputs and results, at the paper's shapes and with an H100's tiles: all of the backend but its
     launches, on tensors that have sizes and no numbers."""
-    monkeypatch.setattr(triton, "launch", lambda *arguments, **constants: None)
+    for module in (triton, operands):
+        monkeypatch.setattr(module, "launch", lambda *arguments, **constants: None)
     n, _, _, v = proof.SHAPES[shape]
     with proof.float32_products(dtype) as torch_dtype, launch.overridden(configurations.ARCHITECTURES["sm_90"]):
         for name, operation in proof.operations(proof.SHAPES[shape], torch_dtype, "meta").items():

@@ -1,4 +1,6 @@
-"""Matrix products whose 16-bit operands are accumulated in float32."""
+"""Matrix products whose 16-bit operands are accumulated in float32, and the spans that they are made in."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,3 +15,8 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tens
     if accumulate:
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def spans(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))

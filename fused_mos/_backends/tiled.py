@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .products import product, spans
 from .reference import accumulation_dtype, log_softmax_prior, mix_target
 from .row_filter import kept_rows
 
@@ -62,37 +63,17 @@ def _operands(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None or t.is_cuda else t.to(accumulation_dtype(t.dtype)) for t in tensors)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a·b, accumulated and delivered in `out`'s dtype."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    return out.copy_(torch.mm(a, b, out_dtype=out.dtype))
-
-
-def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a·b, with a 16-bit product's operands in b's dtype."""
-    if b.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        out.add_(torch.mm(a.to(b.dtype), b, out_dtype=out.dtype))
-
-
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    _product(rows, weight.t(), out)
+    product(rows, weight.t(), out)
     return out if bias is None else out.add_(bias)
-
-
-def _spans(n: int, size: int) -> Iterator[slice]:
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
 
 
 def _tiles(workspace: Workspace, n_rows: int, n_classes: int, group: int = 1) -> Iterator[tuple[slice, slice]]:
     """All (rows, columns) tiles, the vocabulary innermost."""
     height = workspace.rows(n_rows, group)
     width = workspace.columns(height, n_classes)
-    for rows in _spans(n_rows, height):
-        for columns in _spans(n_classes, width):
+    for rows in spans(n_rows, height):
+        for columns in spans(n_classes, width):
             yield rows, columns
 
 
@@ -195,7 +176,7 @@ def nll_with_gradients(
     nll = maximum.new_empty(n)
     log_prior = log_softmax_prior(prior_logits).to(accumulation)
     grad_prior = torch.empty_like(log_prior) if needs[1] else log_prior.new_empty(0)
-    for t in _spans(n, block):
+    for t in spans(n, block):
         rows = slice(t.start * k, t.stop * k)
         z = latent.view(n * k, d)[rows]
         tile = _logits(z, weight, bias, workspace.tile(rows.stop - rows.start, n_classes))
@@ -218,7 +199,7 @@ def nll_with_gradients(
             z_kept = z[kept]
             kept_gradient = torch.zeros_like(z_kept, dtype=accumulation)
             # a copy of the kept rows in slices, so that it stays small beside the workspace
-            for c in _spans(n_classes, max(n_classes // 8, 1)):
+            for c in spans(n_classes, max(n_classes // 8, 1)):
                 _add_gradients(tile[:, c][kept], z_kept, weight, c, (kept_gradient, grad_weight, grad_bias), product_needs)
             if needs[0]:
                 grad_rows[rows][kept] = kept_gradient
@@ -343,9 +324,9 @@ def _add_gradients(tile: Tensor, rows: Tensor, weight: Tensor, columns: slice, g
     """Adds one tile of dl to (dz of these rows, dE, db)."""
     grad_rows, grad_weight, grad_bias = gradients
     if needs[0]:
-        _accumulate(grad_rows, tile, weight[columns])
+        product(tile.to(weight.dtype), weight[columns], grad_rows, accumulate=True)
     if needs[1]:
-        _accumulate(grad_weight[columns], tile.t(), rows)
+        product(tile.t().to(rows.dtype), rows, grad_weight[columns], accumulate=True)
     if needs[2]:
         grad_bias[columns] += tile.sum(0)
 

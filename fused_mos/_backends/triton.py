@@ -10,17 +10,18 @@ With TRITON_INTERPRET=1 in the environment before triton is imported, the kernel
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import triton
 from torch import Tensor
 
-from .products import product
+from .products import product, spans
 from .row_filter import kept_rows
 from .triton_kernels import configurations, gradients, mixture, rows
 from .triton_kernels.configurations import INTERPRETED, Tile
 from .triton_kernels.launch import architecture_of, choose_tile, launch
+from .triton_kernels.operands import aligned, bytes_of_padded, in_range, move_up, row_length, with_column
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,22 +68,6 @@ def too_old(gpu: str, capability: tuple[int, int]) -> str | None:
     return f"it needs a GPU of compute capability {oldest} or newer, and {gpu} has {its}; use backend='tiled'"
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Rows of a multiple of 16 bytes, from a 16-byte boundary on, filled up with zeros: what vector loads need."""
-    multiple = 16 // tensor.itemsize
-    width = max(math.ceil(tensor.shape[-1] / multiple) * multiple, multiple)
-    if width != tensor.shape[-1]:
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
-    return tensor if tensor.storage_offset() * tensor.itemsize % 16 == 0 else tensor.clone()
-
-
-def _bytes_of_padded(n_rows: int, weight: Tensor) -> int:
-    """Bytes of what `_aligned` makes of the rows and the weight; 0 where D needs no padding."""
-    n_classes, n_features = weight.shape
-    width = _row_length(n_features, weight)
-    return 0 if width == n_features else (n_rows + n_classes) * width * weight.itemsize
-
-
 def _splits(n_rows: int, n_classes: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """How many splits of the vocabulary occupy the device, and the tiles of each."""
     tiles = triton.cdiv(n_classes, tile.classes)
@@ -104,7 +89,7 @@ def _not_a_class(like: Tensor, n_rows: int) -> Tensor:
 
 
 def row_statistics(rows_: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    rows_, weight = _aligned(rows_), _aligned(weight)
+    rows_, weight = aligned(rows_), aligned(weight)
     maximum, log_total = (_float32(rows_, rows_.shape[0]) for _ in range(2))
     target_logit = _not_a_class(rows_, rows_.shape[0])
     _statistics(rows_, weight, bias, target, maximum, log_total, target_logit)
@@ -139,7 +124,7 @@ def _statistics(
 
 def sample(rows_: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None) -> Tensor:
     """Gumbel-max, with random numbers that depend on the seed, the row and the class alone."""
-    rows_, weight = _aligned(rows_.contiguous()), _aligned(weight)
+    rows_, weight = aligned(rows_.contiguous()), aligned(weight)
     n, n_classes = rows_.shape[0], weight.shape[0]
     tile, constants = choose_tile("sample", rows_, n)
     splits, tiles_of_split = _splits(n, n_classes, tile, rows_.device)
@@ -176,18 +161,18 @@ def _recomputed_gradients(
     grad_weight = weight.new_zeros(weight.shape if needs[1] else 0)
     grad_bias = weight.new_zeros(n_classes if needs[2] else 0)
     if n and any(needs):
-        augmented = _with_column(z, d, None) if needs[2] else z
+        augmented = with_column(z, d, None) if needs[2] else z
         height = max(min(n, MAX_ROWS) // group, 1) * group
-        n_bytes = WORKSPACE_BYTES - grad_rows.nbytes - (augmented.nbytes if needs[2] else 0) - _bytes_of_padded(n, weight)
+        n_bytes = WORKSPACE_BYTES - grad_rows.nbytes - (augmented.nbytes if needs[2] else 0) - bytes_of_padded(n, weight)
         bytes_of_column = height * z.itemsize + 4 * augmented.shape[1]  # of dl, and the sums of dE
         columns = max(n_bytes, WORKSPACE_BYTES // 4) // bytes_of_column // 128 * 128
-        columns = min(max(columns, MIN_COLUMNS), _row_length(n_classes, z))
+        columns = min(max(columns, MIN_COLUMNS), row_length(n_classes, z))
         dl = z.new_empty(height, columns)
         rounded_once = n <= height and unscale is None
         all_sums = z.new_empty((columns, augmented.shape[1]), dtype=z.dtype if rounded_once else torch.float32)
-        for c in _spans(n_classes, columns):
+        for c in spans(n_classes, columns):
             sums = all_sums[: c.stop - c.start]
-            for r in _spans(n, height):
+            for r in spans(n, height):
                 block = dl[: r.stop - r.start, : c.stop - c.start]
                 write_dl(block, r, c)
                 if needs[0]:
@@ -204,32 +189,6 @@ def _recomputed_gradients(
     return (grad_rows[:, :d] if needs[0] else grad_rows).to(z.dtype).contiguous(), grad_weight, grad_bias
 
 
-def _spans(n: int, size: int) -> Iterator[slice]:
-    for start in range(0, n, size):
-        yield slice(start, min(start + size, n))
-
-
-def _row_length(width: int, like: Tensor) -> int:
-    """`width` rounded up so that rows of `like`'s dtype are a multiple of 16 bytes."""
-    multiple = 16 // like.itemsize
-    return math.ceil(width / multiple) * multiple
-
-
-def _with_column(z: Tensor, d: int, factor: Tensor | None) -> Tensor:
-    """[factor·z, factor], aligned; 1 stands for a factor of None. (R, ≥ D), (R,) -> (R, ≥ D + 2); the factor has two
-    columns, to be added, so that rounding it to 16 bits costs the bias's gradient nothing."""
-    width = _row_length(d + 2, z)
-    result = z.new_empty(z.shape[0], width)
-    if factor is None:
-        factor = z.new_ones(z.shape[0], dtype=torch.float32)
-    features = min(triton.next_power_of_2(width), 128)
-    launch(
-        gradients.scaled_rows_kernel, (triton.cdiv(z.shape[0], 16), triton.cdiv(width, features)),
-        z, factor, result, z.shape[0], STRIDE=z.shape[1], D=d, WIDTH=width, ROWS=16, FEATURES=features,
-    )  # fmt: skip
-    return result
-
-
 def rows_backward(
     rows_: Tensor,  # (R, D)
     weight: Tensor,  # (V, D)
@@ -241,9 +200,9 @@ def rows_backward(
     grad_target: Tensor | None,  # (R,)
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z, e = _aligned(rows_), _aligned(weight)
+    z, e = aligned(rows_), aligned(weight)
     grad_target = grad_lse if grad_target is None else grad_target
-    grad_lse, grad_target, unscale = _in_range(rows_.dtype, grad_lse.float(), grad_target.float())
+    grad_lse, grad_target, unscale = in_range(rows_.dtype, grad_lse.float(), grad_target.float())
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         tile, constants = choose_tile("gradient", z, dl.shape[0])
@@ -257,16 +216,6 @@ def rows_backward(
     return _recomputed_gradients(write_dl, z, e, weight, needs, 1, unscale)
 
 
-def _in_range(dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor | None, ...]:
-    """The weights of dl, and the factor () that results then need, or None. float16 has a small range, of which the
-    weights of a mean would lose most: there the largest becomes 2¹⁴."""
-    if dtype != torch.float16 or weights[0].numel() == 0:
-        return *weights, None
-    largest = torch.stack([weight.abs().amax() for weight in weights]).amax()
-    unscale = torch.where((largest > 0) & largest.isfinite(), largest, 1) * 2.0**-14
-    return *(weight / unscale for weight in weights), unscale
-
-
 # --------------------------------------------------------------------------------------- gradients in the forward pass
 
 
@@ -276,7 +225,7 @@ def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor) -> int:
     # beside them two numbers for each tile of at least 64 classes, the rows with their column, their gradient's sums; and
     # once the sums of dE
     bytes_of_row = (weight.itemsize + 8 / 64) * n_classes + (weight.itemsize + 4) * (n_features + 8)
-    held = int((WORKSPACE_BYTES - 4 * n_classes * (n_features + 8) - _bytes_of_padded(n_rows, weight)) / bytes_of_row)
+    held = int((WORKSPACE_BYTES - 4 * n_classes * (n_features + 8) - bytes_of_padded(n_rows, weight)) / bytes_of_row)
     if held < n_experts:
         return 0
     blocks = math.ceil(n_rows / held)
@@ -302,15 +251,15 @@ def nll_with_gradients(
 ) -> tuple[Tensor, ...]:
     """Three products instead of four: see triton_kernels/gradients.py."""
     (n, k, d), n_classes = latent.shape, weight.shape[0]
-    z, e = _aligned(latent.view(n * k, d)), _aligned(weight)
+    z, e = aligned(latent.view(n * k, d)), aligned(weight)
     reference, log_total, responsibility, factor = (_float32(latent, n * k) for _ in range(4))
     nll, grad_prior, target_logit = _float32(latent, n), _float32(latent, n, k), _not_a_class(latent, n * k)
     grad_rows = latent.new_empty((n * k, d) if needs[0] else 0)
     height = _rows_of_block(n * k, k, weight) or k
-    exponentials = z.new_empty(height, _row_length(n_classes, z))
+    exponentials = z.new_empty(height, row_length(n_classes, z))
     needs_sums = needs[2] or needs[3]
-    sums = _float32(z, n_classes, _row_length(d + 2, z)) if needs_sums else None
-    for r in _spans(n * k, height):
+    sums = _float32(z, n_classes, row_length(d + 2, z)) if needs_sums else None
+    for r in spans(n * k, height):
         t = slice(r.start // k, r.stop // k)
         a = exponentials[: r.stop - r.start]
         totals = _exponentials(z[r], e, bias, target[t], reference[r], a, target_logit[r], k)
@@ -323,7 +272,7 @@ def nll_with_gradients(
         block, z_block, f_block, kept = a[:, :n_classes], z[r], factor[r], slice(None)
         survivors = kept_rows(responsibility[r], responsibility[r], filter_eps)
         if survivors is not None:
-            kept = _move_up(a, survivors)
+            kept = move_up(a, survivors)
             block, z_block, f_block = block[: kept.numel()], z_block[kept], f_block[kept]
         if needs[0]:
             if survivors is not None:
@@ -331,7 +280,7 @@ def nll_with_gradients(
             gradient = product(block, e, _float32(a, block.shape[0], e.shape[1]))[:, :d].mul_(f_block[:, None])
             grad_rows[r][kept] = gradient.to(grad_rows.dtype)
         if needs_sums:
-            product(block.t(), _with_column(z_block, d, f_block), sums, accumulate=r.start > 0)
+            product(block.t(), with_column(z_block, d, f_block), sums, accumulate=r.start > 0)
     grad_weight = sums[:, :d].to(weight.dtype).contiguous() if needs[2] else weight.new_empty(0)
     grad_bias = sums[:, d : d + 2].sum(1).to(weight.dtype) if needs[3] else weight.new_empty(0)
     grad_prior = grad_prior.to(prior_logits.dtype) if needs[1] else prior_logits.new_empty(0)
@@ -364,22 +313,6 @@ def _exponentials(
     return totals
 
 
-def _move_up(a: Tensor, survivors: Tensor) -> Tensor:
-    """Moves rows of `a` so that the survivors are the first ones; returns the original index of each."""
-    n = survivors.numel()
-    order = torch.arange(n, device=a.device)
-    source = survivors[survivors >= n]
-    hole = torch.ones(n, dtype=torch.bool, device=a.device)
-    hole[survivors[survivors < n]] = False
-    destination = hole.nonzero().squeeze(1)
-    order[destination] = source
-    launch(
-        gradients.move_rows_kernel, (source.numel(), triton.cdiv(a.shape[1], 4096)),
-        a, source, destination, a.shape[1], a.stride(0), COLUMNS=4096,
-    )  # fmt: skip
-    return order
-
-
 # ------------------------------------------------------------------------------------------------------- the mixture
 
 
@@ -392,7 +325,7 @@ def _mixture_constants(latent: Tensor, z: Tensor, bias: Tensor | None, family: s
 
 def log_prob(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
     n, n_classes = latent.shape[0], weight.shape[0]
-    z, e = _aligned(latent.view(-1, latent.shape[-1])), _aligned(weight)
+    z, e = aligned(latent.view(-1, latent.shape[-1])), aligned(weight)
     tile, constants = _mixture_constants(latent, z, bias)
     result = _float32(latent, n, n_classes)
     launch(
@@ -406,7 +339,7 @@ def predict(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | No
     n, n_classes = latent.shape[0], weight.shape[0]
     if n == 0:
         return torch.empty(0, dtype=torch.int64, device=latent.device)
-    z, e = _aligned(latent.view(-1, latent.shape[-1])), _aligned(weight)
+    z, e = aligned(latent.view(-1, latent.shape[-1])), aligned(weight)
     tile, constants = _mixture_constants(latent, z, bias)
     splits, tiles_of_split = _splits(n, n_classes, tile, latent.device)
     best, index = _float32(latent, splits, n), torch.empty((splits, n), dtype=torch.int64, device=latent.device)
@@ -429,12 +362,12 @@ def log_prob_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two sweeps of two products, the first for s = Σ_v G q, and the two products with dl."""
     (n, k, d), n_classes = latent.shape, weight.shape[0]
-    z, e = _aligned(latent.view(n * k, d)), _aligned(weight)
+    z, e = aligned(latent.view(n * k, d)), aligned(weight)
     grad = grad.float().contiguous()
     inputs = z, e, bias, log_prior, maximum, log_total
     s = _sums_of_weighted_posteriors(grad, latent, inputs)
     product_needs = (needs[0], needs[2], needs[3])
-    scaled_grad, scaled_s, unscale = _in_range(latent.dtype, grad, s)
+    scaled_grad, scaled_s, unscale = in_range(latent.dtype, grad, s)
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         t = slice(r.start // k, r.stop // k)
@@ -458,7 +391,7 @@ def _sums_of_weighted_posteriors(grad: Tensor, latent: Tensor, inputs: tuple[Ten
     tile, constants = _mixture_constants(latent, z, bias, "mixture-gradient")
     tiles = max(WORKSPACE_BYTES // 16 // max(s.nbytes, 1), 1)
     partial = _float32(latent, min(tiles, triton.cdiv(n_classes, tile.classes)), n, k)
-    for c in _spans(n_classes, tiles * tile.classes):
+    for c in spans(n_classes, tiles * tile.classes):
         span = c.stop - c.start
         terms = partial[: triton.cdiv(span, tile.classes)]
         launch(

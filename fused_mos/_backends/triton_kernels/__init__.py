@@ -5,6 +5,7 @@ rows.py            log-sum-exp and samples of single rows
 gradients.py       dl of the NLL: in the forward pass, or recomputed
 mixture.py         log-probabilities of the mixture and their dl
 configurations.py  tile sizes by architecture and shape class
+operands.py        operands as the kernels want them
 launch.py          how kernels are called, and how calls are recorded instead
 proof.py           compiles what the backend would call, without a GPU
 tuning.py          measures tiles on a GPU
