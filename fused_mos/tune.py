@@ -76,9 +76,9 @@ def compile_only(config: TuneConfig) -> int:
     n_faults = sum(len(kernel.faults(config.arch)) for kernel in compiled)
     print(f"{len(compiled)} kernels compiled for {config.arch} with triton {triton.__version__}, {n_faults} faults")
     if config.json:
-        kernels = [asdict(kernel) | {"faults": kernel.faults(config.arch)} for kernel in compiled]
-        text = json.dumps({"architecture": config.arch, "triton": triton.__version__, "kernels": kernels}, indent=1)
-        config.json.write_text(text + "\n")
+        kernels = [json.dumps(asdict(kernel) | {"faults": kernel.faults(config.arch)}) for kernel in compiled]
+        about = json.dumps({"architecture": config.arch, "triton": triton.__version__, "kernels": []}, indent=1)
+        config.json.write_text(about.replace("[]", "[\n" + ",\n".join(kernels) + "\n]") + "\n")  # a line for each
     return n_faults
 
 
