@@ -279,7 +279,7 @@ def test_tuned_tiles_are_used(cache, monkeypatch):
 def test_candidates_fit():
     for family, precision, rows_ in itertools.product(configurations.FAMILIES, configurations.PRECISIONS, configurations.ROW_CLASSES):
         found = list(tuning.candidates(family, precision, rows_, 280, 101_376))
-        assert len(found) == len(set(found)) > 10
+        assert len(found) == len(set(found)) > 5
         assert all(tile.rows * tile.classes <= 128 * 32 * tile.warps for tile in found)
 
 
