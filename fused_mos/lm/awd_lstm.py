@@ -88,6 +88,31 @@ class AWDLSTM(nn.Module):
             )
         self.register_load_state_dict_pre_hook(_rename_published_keys)
 
+    @classmethod
+    def from_published(cls, state_dict: dict[str, Tensor], **options) -> "AWDLSTM":
+        """A model with the weights of the paper's published code, whose sizes are read off their shapes.
+
+        Args:
+            state_dict: with the published names, such as `rnns.0.module.weight_hh_l0_raw`.
+            options: dropouts (by default the paper's on Penn Treebank), backend, grad_filter_eps.
+
+        Raises ValueError where names are missing, left over or do not fit each other.
+        """
+        names, count = set(state_dict), len({name.split(".")[1] for name in state_dict if name.startswith("rnns.")})
+        recurrent = [next((n for n in names if n.startswith(f"rnns.{i}.") and "weight_hh_l0" in n), None) for i in range(count)]
+        missing = {"encoder.weight", "prior.weight", "latent.0.weight", "decoder.weight"} - names
+        if missing or not recurrent or None in recurrent:
+            raise ValueError(f"state_dict is not of the published code: it lacks {', '.join(sorted(missing)) or 'weight_hh_l0 of an LSTM'}")
+        (n_words, size), (n_experts, _) = state_dict["encoder.weight"].shape, state_dict["prior.weight"].shape
+        tied = torch.equal(state_dict["encoder.weight"], state_dict["decoder.weight"])
+        widths = tuple(state_dict[name].shape[1] for name in recurrent)
+        model = cls(n_words, size, widths, "mos", n_experts, tied=tied, **options)
+        try:
+            model.load_state_dict(state_dict, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"state_dict is not of the published code: {error}") from None
+        return model
+
     def initial_hidden(self, batch_size: int) -> Hidden:
         """Zeros, as at the start of an epoch."""
         weight = self.encoder.weight
@@ -116,10 +141,12 @@ class AWDLSTM(nn.Module):
         output, loss = self.head(dropped, target, grad_filter_eps=self.grad_filter_eps)
         return LMOutput(output, loss, raw, dropped, hidden)
 
-    def log_prob(self, tokens: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Hidden]:
-        """tokens (T, B) -> log-probabilities of each next word (T, B, V), and the new hidden."""
-        _, dropped, hidden = self.features(tokens, hidden)
-        return self.head.log_prob(dropped), hidden
+    def log_prob(self, tokens: Tensor, hidden: Hidden | None = None) -> Tensor:
+        """tokens (T, B) and the hidden of what came before, or None -> log-probabilities of each next word (T, B, V).
+
+        `features` and `head.log_prob` give the same with the new hidden.
+        """
+        return self.head.log_prob(self.features(tokens, hidden)[1])
 
 
 def activation_regularization(dropped: Tensor) -> Tensor:

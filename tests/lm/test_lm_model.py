@@ -56,7 +56,7 @@ def test_restates_the_paper_with_all_gradients(head):
     output = model(tokens, target)
     assert torch.allclose(output.loss, expected, rtol=0, atol=1e-12)
     assert torch.allclose(output.loss, -output.log_likelihood.mean(), rtol=0, atol=1e-12)
-    assert torch.allclose(model.log_prob(tokens)[0], probability.log(), rtol=0, atol=1e-11)
+    assert torch.allclose(model.log_prob(tokens), probability.log(), rtol=0, atol=1e-11)
     names, parameters = zip(*model.named_parameters())
     wanted = torch.autograd.grad(expected, parameters)
     for name, a, b in zip(names, torch.autograd.grad(output.loss, parameters), wanted):
@@ -76,7 +76,7 @@ def test_the_published_codes_names_load():
             "decoder.weight", "decoder.bias"} <= published.keys()  # fmt: skip
     model.load_state_dict(published, strict=True)
     tokens = torch.randint(0, V, (5, 2))
-    assert torch.equal(model.log_prob(tokens)[0], source.log_prob(tokens)[0])
+    assert torch.equal(model.log_prob(tokens), source.log_prob(tokens))
     model.load_state_dict(source.state_dict(), strict=True)
     assert len(published) == len(source.state_dict()), "loading must not change the caller's dictionary"
 
@@ -91,12 +91,13 @@ def test_the_papers_parameter_counts(recipe, words, parameters):
 def test_hidden_states_carry_over_segments():
     model = make(dropouti=0.5, dropout=0.5, wdrop=0.5, dropoute=0.5, dropouth=0.5, dropoutl=0.5).eval()
     tokens = torch.randint(0, V, (7, 3))
-    whole, last = model.log_prob(tokens)
-    first, hidden = model.log_prob(tokens[:3])
-    second, end = model.log_prob(tokens[3:], hidden)
-    assert torch.allclose(torch.cat([first, second]), whole, rtol=0, atol=1e-12)
+    _, _, last = model.features(tokens)
+    _, _, hidden = model.features(tokens[:3])
+    _, _, end = model.features(tokens[3:], hidden)
+    first, second = model.log_prob(tokens[:3]), model.log_prob(tokens[3:], hidden)
+    assert torch.allclose(torch.cat([first, second]), model.log_prob(tokens), rtol=0, atol=1e-12)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for x, y in zip(last, end) for a, b in zip(x, y))
-    assert not torch.allclose(model.log_prob(tokens[3:])[0], second)
+    assert not torch.allclose(model.log_prob(tokens[3:]), second)
 
 
 def test_lstm_is_torchs_without_weight_drop():
