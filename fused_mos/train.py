@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -17,24 +18,26 @@ def parse(arguments: list[str]) -> TrainConfig:
     first.add_argument("--recipe", default="ptb-small")
     first.add_argument("--resume", type=Path)
     chosen, _ = first.parse_known_args(arguments)
-    if chosen.resume:
-        default = resumed_config(chosen.resume)
-    elif chosen.recipe in RECIPES:
-        default = RECIPES[chosen.recipe]()
-    else:
+    if not chosen.resume and chosen.recipe not in RECIPES:
         raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, got {chosen.recipe!r}")
+    default = resumed_config(chosen.resume) if chosen.resume else RECIPES[chosen.recipe]()
+    return override(default, "train", f"Train a language model. Recipes: {', '.join(RECIPES)}.", arguments)
+
+
+def override(default: TrainConfig, command: str, description: str, arguments: list[str]) -> TrainConfig:
+    """`default` with the fields that flags name; of a run to resume only those that may change."""
     config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig], prog="python -m fused_mos.train",
-        description=f"Train a language model. Recipes: {', '.join(RECIPES)}.", args=arguments, default=default,
-    )  # fmt: skip
-    if chosen.resume:
+        tyro.conf.OmitArgPrefixes[TrainConfig], prog=f"python -m fused_mos.{command}", description=description, args=arguments, default=default
+    )
+    if default.resume:
         check_resumable(default, config)
     return config
 
 
-def main(arguments: list[str] | None = None) -> int:
+def run(parse: Callable[[list[str]], TrainConfig], arguments: list[str]) -> int:
+    """What the commands that train do: parse, train, and tell the user what came out or went wrong."""
     try:
-        trainer = Trainer(parse(sys.argv[1:] if arguments is None else arguments))
+        trainer = Trainer(parse(arguments))
         print(f"run folder {trainer.folder}, device {trainer.device}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
         result = trainer.run()
     except (CorpusError, *USER_ERRORS) as error:
@@ -43,8 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; continue with: python -m fused_mos.train --resume {trainer.folder}", file=sys.stderr)
         return 130
-    print(f"{result['head']}: valid ppl {result['valid_ppl']:.2f}, test ppl {result['test_ppl']:.2f}, {result['words_per_second']:,.0f} words/s")
+    speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
+    print(f"{result['head']}: valid ppl {result['valid_ppl']:.2f}, test ppl {result['test_ppl']:.2f}{speed}")
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(parse, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

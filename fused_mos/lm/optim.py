@@ -33,11 +33,14 @@ class NTASGD:
     def start_averaging(self) -> None:
         self.optimizer = torch.optim.ASGD(self.parameters, lr=self.lr, t0=0, lambd=0.0, weight_decay=self.weight_decay)
 
-    def record(self, valid_loss: float) -> None:
+    def record(self, valid_loss: float) -> bool:
+        """Returns whether the trigger fires, which also ends fine-tuning."""
         history = self.history
-        if not self.averaging and len(history) > self.nonmono and valid_loss > min(history[: -self.nonmono or None]):
+        fires = len(history) > self.nonmono and valid_loss > min(history[: -self.nonmono or None])
+        if fires and not self.averaging:
             self.start_averaging()
         history.append(valid_loss)
+        return fires
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -55,6 +55,8 @@ class OptimConfig:
 
     lr: float = 20.0
     """Learning rate of SGD and ASGD (lr)."""
+    finetune_lr: float = 25.0
+    """Learning rate that fine-tuning takes for lr."""
     batch_size: int = 12
     """Parallel columns of text (batch_size)."""
     small_batch_size: int = 0
@@ -87,6 +89,9 @@ class TrainConfig:
     """Folder of the run, new or empty; by default runs/RECIPE-HEAD-seedSEED."""
     resume: Path | None = None
     """Continue the run in this folder exactly where its last checkpoint stands."""
+    start: Path | None = None
+    """Fine-tune: start from the best model of the run in this folder, average from the first step, and stop where averaging
+    would have started."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = 28
@@ -109,7 +114,7 @@ class TrainConfig:
         model, optim = self.model, self.optim
         positive = {
             "embedding_size": model.embedding_size, "n_experts": model.n_experts, "batch_size": optim.batch_size,
-            "bptt": optim.bptt, "lr": optim.lr, "valid_batch_size": self.valid_batch_size,
+            "bptt": optim.bptt, "lr": optim.lr, "finetune_lr": optim.finetune_lr, "valid_batch_size": self.valid_batch_size,
             "test_batch_size": self.test_batch_size, "log_interval": self.log_interval,
         }  # fmt: skip
         for name, value in positive.items():
@@ -146,7 +151,7 @@ class TrainConfig:
         try:
             model, optim = values.pop("model"), OptimConfig(**values.pop("optim"))
             model = ModelConfig(**{**model, "hidden_sizes": tuple(model["hidden_sizes"])})
-            paths = {name: path and Path(path) for name, path in values.items() if name in ("data", "out", "resume")}
+            paths = {name: path and Path(path) for name, path in values.items() if name in ("data", "out", "resume", "start")}
             return cls(**{**values, **paths}, model=model, optim=optim)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the saved configuration does not fit this version: {error}") from None
@@ -163,7 +168,7 @@ def wikitext2() -> TrainConfig:
         recipe="wikitext2",
         seed=1882,
         model=ModelConfig(embedding_size=300, hidden_sizes=(1150, 1150, 650), dropouti=0.55, dropouth=0.2),
-        optim=OptimConfig(lr=15.0, batch_size=15, small_batch_size=5, bptt_delta=20),
+        optim=OptimConfig(lr=15.0, finetune_lr=20.0, batch_size=15, small_batch_size=5, bptt_delta=20),
     )
 
 
@@ -188,7 +193,7 @@ def demo() -> TrainConfig:
             n_experts=5, embedding_size=32, hidden_sizes=(192, 128),
             dropoute=0.1, dropouti=0.1, dropouth=0.1, dropout=0.2, dropoutl=0.0, wdrop=0.2,
         ),
-        optim=OptimConfig(lr=10.0, batch_size=10, bptt=35, bptt_delta=20, epochs=10, nonmono=2),
+        optim=OptimConfig(lr=10.0, finetune_lr=12.5, batch_size=10, bptt=35, bptt_delta=20, epochs=10, nonmono=2),
         log_interval=20,
     )  # fmt: skip
 

@@ -35,6 +35,7 @@ class Progress:
     """Where a run stands; with the parameters, optimizer, hidden and random states this is all of its state."""
 
     epoch: int = 0  # epochs finished
+    stopped: bool = False  # by the rule that ends fine-tuning
     row: int = 0  # rows of the training text done in the current epoch
     step: int = 0
     words: int = 0
@@ -63,6 +64,7 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             raise ConfigError(str(error)) from None
         saved = load_checkpoint(self.folder / "last.safetensors") if config.resume else None
+        start = load_checkpoint(config.start / "best.safetensors")[0] if config.start and not saved else None
         if not config.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(f"out: {self.folder} is not empty; continue that run with --resume {self.folder}, or name another --out")
 
@@ -82,10 +84,15 @@ class Trainer:
         if saved:
             self._restore(*saved)
         else:
+            if start is not None:
+                _check_vocabulary(self.corpus, config.start / "vocabulary.txt")
+                load_parameters(self.model, start, config.start / "best.safetensors")
             self.folder.mkdir(parents=True, exist_ok=True)
             self.corpus.vocabulary.save(self.folder / "vocabulary.txt")
         _write_json(self.folder / "config.json", dataclasses.replace(config, resume=None).to_json())
         self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
+        if start is not None:
+            self._start_finetuning()
 
     @property
     def _sub_batch(self) -> int:
@@ -98,12 +105,18 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Trains to the last epoch, evaluates the best model, and returns what it writes to result.json."""
         try:
-            while self.progress.epoch < self.config.optim.epochs:
+            while self.progress.epoch < self.config.optim.epochs and not self.progress.stopped:
                 self._train_epoch()
                 self._finish_epoch()
             return self._finish()
         finally:
             self.metrics.close()
+
+    def _start_finetuning(self) -> None:
+        """The model that is fine-tuned is the best until another is better."""
+        self.optimizer.start_averaging()
+        self._keep_if_best(self._validate(), epoch=0)
+        self._save_last()
 
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
@@ -181,20 +194,29 @@ class Trainer:
         self.interval_loss.zero_()
         self.progress.interval_words, self.progress.interval_seconds = 0, 0.0
 
+    def _validate(self) -> float:
+        config = self.config
+        return evaluate(self.model, self.corpus.valid, config.valid_batch_size, config.optim.bptt, "validate")
+
+    def _keep_if_best(self, loss: float, epoch: int) -> bool:
+        better = self.progress.best is None or loss < self.progress.best
+        if better:
+            self.progress.best = loss
+            meta = {"config": self.config.to_json(), "epoch": epoch, "valid_loss": loss}
+            save_checkpoint(self.folder / "best.safetensors", self._parameters(), meta)
+        return better
+
     def _finish_epoch(self) -> None:
-        """Validates with the averages if there are any, keeps the best model, and may start averaging."""
+        """Validates with the averages if there are any, keeps the best model, and may start averaging or end fine-tuning."""
         progress = self.progress
         with self.optimizer.averaged():
-            loss = evaluate(self.model, self.corpus.valid, self.config.valid_batch_size, self.config.optim.bptt, "validate")
+            loss = self._validate()
             if loss != loss:
                 raise self._diverged(f"the validation loss of epoch {progress.epoch + 1} is NaN")
-            better = progress.best is None or loss < progress.best
-            if better:
-                progress.best = loss
-                meta = {"config": self.config.to_json(), "epoch": progress.epoch + 1, "valid_loss": loss}
-                save_checkpoint(self.folder / "best.safetensors", self._parameters(), meta)
+            better = self._keep_if_best(loss, progress.epoch + 1)
         averaging = self.optimizer.averaging
-        self.optimizer.record(loss)
+        fires = self.optimizer.record(loss)
+        progress.stopped = fires and self.config.start is not None
         progress.epoch += 1
         progress.row = 0
         self.hidden = self._initial_hidden()
@@ -205,7 +227,7 @@ class Trainer:
         starts = self.optimizer.averaging and not averaging
         tqdm.write(
             f"epoch {progress.epoch}: valid loss {loss:.4f}, ppl {perplexity(loss):.2f}"
-            + (" (best)" if better else "") + (", averaging starts" if starts else "")
+            + (" (best)" if better else "") + (", averaging starts" if starts else "") + (", fine-tuning ends" if progress.stopped else "")
         )  # fmt: skip
 
     def _finish(self) -> dict[str, Any]:
@@ -252,9 +274,7 @@ class Trainer:
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         path = self.folder / "last.safetensors"
-        vocabulary = self.folder / "vocabulary.txt"
-        if not vocabulary.is_file() or vocabulary.read_text(encoding="utf-8").split("\n")[:-1] != self.corpus.vocabulary.words:
-            raise CheckpointError(f"the vocabulary of {self.config.data} is not the one in {vocabulary}; name the run's own --data")
+        _check_vocabulary(self.corpus, self.folder / "vocabulary.txt")
         load_parameters(self.model, group(tensors, "model"), path)
         try:
             self.progress = Progress(**meta["progress"])
@@ -271,6 +291,12 @@ class Trainer:
                 torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
+
+
+def _check_vocabulary(corpus: Corpus, path: Path) -> None:
+    """Raises CheckpointError unless the corpus has the words of the run's vocabulary.txt. A converted run has none."""
+    if path.is_file() and path.read_text(encoding="utf-8").split("\n")[:-1] != corpus.vocabulary.words:
+        raise CheckpointError(f"the vocabulary of the corpus is not the one in {path}; name the run's own --data")
 
 
 def resumed_config(folder: Path) -> TrainConfig:

@@ -150,7 +150,7 @@ def test_the_papers_recipes():
         dropouth=0.225, dropout=0.4, dropoutl=0.29, wdrop=0.5, tied=True,
     )  # fmt: skip
     assert RECIPES["ptb"]().optim == OptimConfig(
-        lr=20, batch_size=12, small_batch_size=0, epochs=1000, bptt=70, bptt_delta=40, clip=0.25, weight_decay=1.2e-6,
+        lr=20, finetune_lr=25, batch_size=12, small_batch_size=0, epochs=1000, bptt=70, bptt_delta=40, clip=0.25, weight_decay=1.2e-6,
         alpha=2, beta=1, nonmono=5,
     )  # fmt: skip
     assert RECIPES["wikitext2"]().model == ModelConfig(
@@ -158,7 +158,7 @@ def test_the_papers_recipes():
         dropouth=0.2, dropout=0.4, dropoutl=0.29, wdrop=0.5, tied=True,
     )  # fmt: skip
     assert RECIPES["wikitext2"]().optim == OptimConfig(
-        lr=15, batch_size=15, small_batch_size=5, epochs=1000, bptt=70, bptt_delta=20, clip=0.25, weight_decay=1.2e-6,
+        lr=15, finetune_lr=20, batch_size=15, small_batch_size=5, epochs=1000, bptt=70, bptt_delta=20, clip=0.25, weight_decay=1.2e-6,
         alpha=2, beta=1, nonmono=5,
     )  # fmt: skip
     assert (RECIPES["ptb"]().seed, RECIPES["wikitext2"]().seed) == (28, 1882)

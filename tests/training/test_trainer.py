@@ -1,14 +1,10 @@
 """Whole runs: what they leave, that they learn, and that a kill changes nothing."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
+from runs import killed_at, losses
 from safetensors.torch import load_file
 
 from fused_mos.train import parse
@@ -23,10 +19,6 @@ NO_DROPOUT = [f for name in ("dropoute", "dropouti", "dropouth", "dropout", "dro
 def run(flags, out):
     trainer = Trainer(parse([*flags, "--out", str(out)]))
     return trainer.run()
-
-
-def losses(folder):
-    return [(m["kind"], m["step"], m["loss"]) for m in read_metrics(folder)]
 
 
 def test_a_run_leaves_its_folder(small_flags, tmp_path):
@@ -66,19 +58,6 @@ def test_small_batches_accumulate_the_gradient_of_the_whole(small_flags, tmp_pat
         assert abs(a - b) < 1e-4
 
 
-def _killed_at(flags, out, lines):
-    """Starts the run as a user would and kills it, as an out-of-memory killer would, once metrics.jsonl has `lines` lines."""
-    process = subprocess.Popen([sys.executable, "-m", "fused_mos.train", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def test_killed_runs_resume_bit_identically(small_flags, tmp_path):
     """Killed in the middle of an epoch before averaging starts and again after: every loss, and the best model,
     equal those of an unbroken run."""
@@ -90,9 +69,9 @@ def test_killed_runs_resume_bit_identically(small_flags, tmp_path):
     averaging = [i for i, m in enumerate(metrics) if m["kind"] == "valid" and m["averaging"]]
     assert averaging and averaging[0] > steps + 2, "averaging must start in this run, and not at once"
 
-    _killed_at([*flags, "--checkpoint-minutes", "0", "--out", str(broken)], broken, steps // 2)
+    killed_at([*flags, "--checkpoint-minutes", "0", "--out", str(broken)], broken, steps // 2)
     assert losses(broken) != losses(whole)
-    _killed_at(["--resume", str(broken)], broken, averaging[0] + steps // 2)
+    killed_at(["--resume", str(broken)], broken, averaging[0] + steps // 2)
     _, meta = load_checkpoint(broken / "last.safetensors")
     assert meta["optimizer"]["averaging"] and 0 < meta["progress"]["row"]
     resumed = Trainer(parse(["--resume", str(broken)]))

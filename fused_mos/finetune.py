@@ -1,0 +1,48 @@
+"""python -m fused_mos.finetune RUN [--lr VALUE …] [--out DIR] | --resume DIR
+
+Fine-tunes the best model of the run in the folder RUN, which `fused_mos.train` or `fused_mos.convert` left, by ASGD from the first
+step, into RUN/finetune (Merity et al. 2017, section 5; Yang et al. 2018, section 3.1).
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from .train import override, run
+from .training import CheckpointError, TrainConfig
+from .training.trainer import resumed_config
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The run's own configuration gives the defaults, with finetune_lr for lr."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--resume", type=Path)
+    if arguments and not arguments[0].startswith("-"):
+        folder, *flags = arguments
+        default = finetuning_config(Path(folder))
+    else:
+        chosen, flags = first.parse_known_args(arguments)[0], arguments
+        default = resumed_config(chosen.resume) if chosen.resume else TrainConfig()
+        if not chosen.resume and not {"-h", "--help"} & set(arguments):
+            raise CheckpointError("name the folder of the run to fine-tune: python -m fused_mos.finetune RUN")
+    return override(default, "finetune", "Fine-tune the best model of a run: finetune RUN [flags] | --resume RUN/finetune", flags)
+
+
+def finetuning_config(folder: Path) -> TrainConfig:
+    """The configuration that fine-tunes the run in `folder`. Raises CheckpointError or ConfigError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not the folder of a run: it has no config.json")
+    config = TrainConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
+    optim = dataclasses.replace(config.optim, lr=config.optim.finetune_lr)
+    return dataclasses.replace(config, start=folder, out=folder / "finetune", resume=None, optim=optim)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(parse, sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Fine-tuning: from the best model, averaging from the first step, to the rule that ends it."""
+
+import json
+
+import pytest
+import torch
+from runs import killed_at, losses
+from safetensors.torch import load_file
+
+from fused_mos import finetune, train
+from fused_mos.training import CheckpointError, Trainer
+from fused_mos.training.checkpoint import load_checkpoint
+from fused_mos.training.logging import read_metrics
+
+
+@pytest.fixture
+def trained(small_flags, tmp_path):
+    """A run of one epoch."""
+    folder = tmp_path / "run"
+    Trainer(train.parse([*small_flags, "--epochs", "1", "--out", str(folder)])).run()
+    return folder
+
+
+def test_continues_from_the_best_model(trained, capsys):
+    before = load_file(trained / "best.safetensors")
+    trainer = Trainer(finetune.parse([str(trained), "--epochs", "1"]))
+    assert trainer.optimizer.averaging and trainer.optimizer.lr == 12.5
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+    tensors, meta = load_checkpoint(trained / "finetune" / "best.safetensors")
+    assert meta["epoch"] == 0 and all(torch.equal(tensors[name], before[name]) for name in before)
+    assert meta["valid_loss"] == pytest.approx(load_checkpoint(trained / "best.safetensors")[1]["valid_loss"], abs=1e-12)
+    steps = []
+    for _ in range(4):
+        trainer._train_step()
+        steps.append({name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()})
+    with trainer.optimizer.averaged():
+        for name, parameter in trainer.model.named_parameters():  # torch.optim.ASGD's average begins with the second step
+            assert torch.allclose(parameter, sum(step[name] for step in steps[1:]) / 3, atol=1e-6), name
+
+
+def test_stops_where_averaging_would_have_started(trained):
+    """Validation text is random words, so that it soon gets worse; nonmono is 0."""
+    assert finetune.main([str(trained), "--epochs", "30"]) == 0
+    folder = trained / "finetune"
+    valid = [m["loss"] for m in read_metrics(folder) if m["kind"] == "valid"]
+    assert len(valid) < 30
+    assert valid[-1] > min(valid[:-1])
+    assert all(loss <= min(valid[:i]) for i, loss in enumerate(valid[:-1]) if i)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["epochs"] == len(valid)
+    assert result["valid_ppl"] <= json.loads((trained / "result.json").read_text())["valid_ppl"]
+    assert finetune.main(["--resume", str(folder)]) == 0  # nothing left to train
+    assert json.loads((folder / "result.json").read_text())["epochs"] == len(valid)
+
+
+def test_killed_runs_resume_bit_identically(trained, tmp_path):
+    flags = [str(trained), "--epochs", "2", "--nonmono", "9"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    Trainer(finetune.parse([*flags, "--out", str(whole)])).run()
+    steps = sum(m["kind"] == "train" for m in read_metrics(whole))
+    killed_at([*flags, "--checkpoint-minutes", "0", "--out", str(broken)], broken, steps // 3, "finetune")
+    Trainer(finetune.parse(["--resume", str(broken)])).run()
+    assert losses(broken) == losses(whole)
+    a, b = load_file(whole / "best.safetensors"), load_file(broken / "best.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_errors_name_what_is_missing(tmp_path, trained, capsys):
+    for arguments, message in (
+        ([], "name the folder of the run to fine-tune"),
+        ([str(tmp_path / "none")], "is not the folder of a run: it has no config.json"),
+        ([str(trained), "--lr", "-1"], "lr must be positive, got -1.0"),
+        ([str(trained), "--embedding-size", "9"], "does not fit the model"),
+    ):
+        assert finetune.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    (trained / "best.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="there is no checkpoint .*best.safetensors"):
+        Trainer(finetune.parse([str(trained)]))
