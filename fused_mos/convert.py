@@ -5,7 +5,6 @@ best.safetensors and config.json, for `fused_mos.evaluate`, `fused_mos.finetune`
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,7 @@ from .lm import AWDLSTM
 from .lm.published import PublishedError, read_published
 from .training import ConfigError, ModelConfig, TrainConfig
 from .training.checkpoint import save_checkpoint
+from .training.run import write_json
 
 
 def convert(old: Path, new: Path, data: Path = Path("data")) -> AWDLSTM:
@@ -33,7 +33,7 @@ def convert(old: Path, new: Path, data: Path = Path("data")) -> AWDLSTM:
     )  # fmt: skip
     new.mkdir(parents=True, exist_ok=True)
     save_checkpoint(new / "best.safetensors", dict(model.named_parameters()), {"config": config.to_json(), "epoch": 0, "valid_loss": None})
-    (new / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
+    write_json(new / "config.json", config.to_json())
     return model
 
 

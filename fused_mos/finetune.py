@@ -6,12 +6,12 @@ step, into RUN/finetune (Merity et al. 2017, section 5; Yang et al. 2018, sectio
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 from .train import override, run
 from .training import CheckpointError, TrainConfig
+from .training.run import read_config
 from .training.trainer import resumed_config
 
 
@@ -32,10 +32,7 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 def finetuning_config(folder: Path) -> TrainConfig:
     """The configuration that fine-tunes the run in `folder`. Raises CheckpointError or ConfigError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is not the folder of a run: it has no config.json")
-    config = TrainConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
+    config = read_config(folder)
     optim = dataclasses.replace(config.optim, lr=config.optim.finetune_lr)
     return dataclasses.replace(config, start=folder, out=folder / "finetune", resume=None, optim=optim)
 

@@ -1,8 +1,6 @@
 """The training loop of AWD-LSTM-MoS: SGD → NT-ASGD over randomised BPTT segments, resumable at any moment."""
 
 import dataclasses
-import json
-import os
 import resource
 import sys
 import time
@@ -21,6 +19,7 @@ from .checkpoint import CheckpointError, group, load_checkpoint, load_parameters
 from .config import ConfigError, TrainConfig
 from .evaluation import evaluate
 from .logging import MetricsLog, perplexity, plot_learning_curves
+from .run import check_vocabulary, device_named, write_json
 
 RESUMABLE_FLAGS = ("epochs", "log_interval", "checkpoint_minutes", "data", "device", "backend")
 """What may be changed when a run is resumed; anything else would make it another run."""
@@ -58,7 +57,7 @@ class Trainer:
         config.check()
         self.config = config
         self.folder = config.run_folder
-        self.device = _device(config.device)
+        self.device = device_named(config.device)
         try:
             resolve(config.model.backend, self.device, torch.float32)
         except (RuntimeError, ValueError) as error:
@@ -85,11 +84,11 @@ class Trainer:
             self._restore(*saved)
         else:
             if start is not None:
-                _check_vocabulary(self.corpus, config.start / "vocabulary.txt")
+                check_vocabulary(self.corpus, config.start / "vocabulary.txt")
                 load_parameters(self.model, start, config.start / "best.safetensors")
             self.folder.mkdir(parents=True, exist_ok=True)
             self.corpus.vocabulary.save(self.folder / "vocabulary.txt")
-        _write_json(self.folder / "config.json", dataclasses.replace(config, resume=None).to_json())
+        write_json(self.folder / "config.json", dataclasses.replace(config, resume=None).to_json())
         self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
         if start is not None:
             self._start_finetuning()
@@ -249,7 +248,7 @@ class Trainer:
             "epochs": progress.epoch,
             "training_seconds": progress.seconds,
         }
-        _write_json(self.folder / "result.json", result)
+        write_json(self.folder / "result.json", result)
         return result
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -274,7 +273,7 @@ class Trainer:
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         path = self.folder / "last.safetensors"
-        _check_vocabulary(self.corpus, self.folder / "vocabulary.txt")
+        check_vocabulary(self.corpus, self.folder / "vocabulary.txt")
         load_parameters(self.model, group(tensors, "model"), path)
         try:
             self.progress = Progress(**meta["progress"])
@@ -293,12 +292,6 @@ class Trainer:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
 
 
-def _check_vocabulary(corpus: Corpus, path: Path) -> None:
-    """Raises CheckpointError unless the corpus has the words of the run's vocabulary.txt. A converted run has none."""
-    if path.is_file() and path.read_text(encoding="utf-8").split("\n")[:-1] != corpus.vocabulary.words:
-        raise CheckpointError(f"the vocabulary of the corpus is not the one in {path}; name the run's own --data")
-
-
 def resumed_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`, ready to continue it. Raises CheckpointError."""
     _, meta = load_checkpoint(folder / "last.safetensors")
@@ -314,26 +307,9 @@ def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
                 raise ConfigError(f"{field.name} cannot change when a run is resumed: it was {before}, got {now}")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def _peak_memory_mib(device: torch.device) -> float:
     """The most memory this process has held: of the GPU if it trains on one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
