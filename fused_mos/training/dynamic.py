@@ -1,0 +1,170 @@
+"""Dynamic evaluation of a run: with progress, checkpoints beside the run, and the search for its rule."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import batchify
+from ..lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
+from .checkpoint import load_checkpoint, save_checkpoint
+from .logging import perplexity
+from .run import Run, write_json
+
+STATISTICS_BATCH_SIZE = 100
+STATISTICS_BPTT = 5
+"""Columns and segment length over which the training set's gradients are measured, as in the published runs."""
+
+SCREENING_SHARE = 0.1
+"""Of the validation text that the search reads first."""
+
+FINALISTS = 3
+"""Rules that the search then tries on the whole validation text."""
+
+
+class DynamicRun:
+    """Dynamic evaluation of the best model of a run. Its files lie in RUN/dynamic, and belong to that model alone."""
+
+    def __init__(self, run: Run, checkpoint_minutes: float = 5.0):
+        self.run, self.checkpoint_seconds = run, checkpoint_minutes * 60
+        self.folder = run.folder / "dynamic"
+        self.folder.mkdir(exist_ok=True)
+        self.trained = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        self.model_digest = hashlib.sha256((run.folder / "best.safetensors").read_bytes()).hexdigest()
+
+    def statistics(self) -> list[Tensor]:
+        """Root mean squares of the training set's gradients, kept for later evaluations."""
+        path = self.folder / "gradient-statistics.safetensors"
+        source = batchify(self.run.corpus.train, STATISTICS_BATCH_SIZE).to(self.run.device)
+        self._reset()
+        statistics = GradientStatistics(self.run.model, source, STATISTICS_BPTT)
+        if (saved := self._saved(path, {})) is not None:
+            tensors, meta = saved
+            statistics.row = meta["row"]
+            statistics.sums = [tensors[f"sum.{i}"] for i in range(len(statistics.sums))]
+            statistics.hidden = _hidden(tensors)
+
+        def save() -> None:
+            tensors = {f"sum.{i}": total for i, total in enumerate(statistics.sums)} | _named(statistics.hidden)
+            self._save(path, tensors, {"row": statistics.row})
+
+        self._work(statistics, source, "gradient statistics", save)
+        return statistics.root_mean_squares()
+
+    def evaluate(self, tokens: Tensor, rule: DynamicRule, name: str) -> float:
+        """Mean NLL in nats of `tokens` (n,) under a model that learns them as it reads; `name` is that of the text."""
+        key = hashlib.sha256(json.dumps([name, tokens.numel(), dataclasses.astuple(rule)]).encode()).hexdigest()[:12]
+        path = self.folder / f"{name}-{key}.safetensors"
+        root_mean_squares = self.statistics()
+        self._reset()
+        source = batchify(tokens, 1).to(self.run.device)
+        evaluation = DynamicEvaluation(self.run.model, source, root_mean_squares, rule)
+        if (saved := self._saved(path, {"rule": dataclasses.asdict(rule)})) is not None:
+            tensors, meta = saved
+            evaluation.row, evaluation.total, evaluation.hidden = meta["row"], meta["total"], _hidden(tensors)
+            with torch.no_grad():
+                for parameter_name, p in self.run.model.named_parameters():
+                    p.copy_(tensors[f"model.{parameter_name}"])
+
+        def save() -> None:
+            tensors = {f"model.{n}": p for n, p in self.run.model.named_parameters()} | _named(evaluation.hidden)
+            self._save(path, tensors, {"row": evaluation.row, "total": evaluation.total, "rule": dataclasses.asdict(rule)})
+
+        try:
+            self._work(evaluation, source, f"dynamic, {name}", save, lambda: f"ppl {perplexity(evaluation.loss):.2f}")
+        finally:
+            self._reset()
+        path.unlink(missing_ok=True)  # the result is what counts now
+        return evaluation.loss
+
+    def tune(self, start: DynamicRule) -> DynamicRule:
+        """The rule with the lowest loss on the validation text: a climb from `start` on its first part, by halves and doubles of
+        one field at a time, then the best few on all of it. What was tried is kept in dynamic/tuning.json."""
+        valid = self.run.corpus.valid
+        first = valid[: max(int(valid.numel() * SCREENING_SHARE), 2)]
+        path = self.folder / "tuning.json"
+        tried = self._tried(path)
+
+        def loss(rule: DynamicRule, tokens: Tensor, name: str) -> float:
+            record = {"rule": dataclasses.asdict(rule), "text": name}
+            known = next((row["loss"] for row in tried if {k: row[k] for k in record} == record), None)
+            if known is None:
+                known = self.evaluate(tokens, rule, name)
+                tried.append(record | {"loss": known})
+                write_json(path, {"model": self.model_digest, "tried": tried})
+                tqdm.write(f"{name}: ppl {perplexity(known):.2f} with {rule}")
+            return known
+
+        screened = {start: loss(start, first, "valid, first part")}
+        while True:
+            best = min(screened, key=screened.get)
+            for rule in _neighbours(best):
+                if rule not in screened:
+                    screened[rule] = loss(rule, first, "valid, first part")
+            if min(screened, key=screened.get) == best:
+                break
+        finalists = sorted(screened, key=screened.get)[:FINALISTS]
+        return min(finalists, key=lambda rule: loss(rule, valid, "valid"))
+
+    def _tried(self, path: Path) -> list[dict]:
+        if not path.is_file():
+            return []
+        content = json.loads(path.read_text())
+        return content["tried"] if content["model"] == self.model_digest else []
+
+    def _work(self, work: GradientStatistics | DynamicEvaluation, source: Tensor, description: str, save, postfix=None) -> None:
+        """Runs to the end, saving at intervals and once at the end."""
+        saved = time.monotonic()
+        rows = source.shape[0] - 1
+        if work.row == rows:
+            return
+        with tqdm(total=rows, initial=work.row, desc=description, unit="rows", mininterval=0.5, dynamic_ncols=True, leave=False) as bar:
+            for n in work:
+                bar.update(n)
+                if postfix:
+                    bar.set_postfix_str(postfix(), refresh=False)
+                if time.monotonic() - saved >= self.checkpoint_seconds:
+                    save()
+                    saved = time.monotonic()
+        save()
+
+    def _reset(self) -> None:
+        with torch.no_grad():
+            for name, p in self.run.model.named_parameters():
+                p.copy_(self.trained[name])
+
+    def _save(self, path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+        save_checkpoint(path, tensors, meta | {"model": self.model_digest})
+
+    def _saved(self, path: Path, expected: dict) -> tuple[dict[str, Tensor], dict] | None:
+        """The checkpoint, if it is of this model and as expected."""
+        if not path.is_file():
+            return None
+        tensors, meta = load_checkpoint(path)
+        if meta.get("model") != self.model_digest or any(meta.get(key) != value for key, value in expected.items()):
+            return None
+        return {name: tensor.to(self.run.device) for name, tensor in tensors.items()}, meta
+
+
+def _neighbours(rule: DynamicRule) -> Iterator[DynamicRule]:
+    for name in ("lr", "lamb", "epsilon", "bptt"):
+        for factor in (2.0, 0.5):
+            value = getattr(rule, name) * factor
+            value = max(round(value), 2) if name == "bptt" else value
+            if value != getattr(rule, name):
+                yield dataclasses.replace(rule, **{name: value})
+
+
+def _named(hidden) -> dict[str, Tensor]:
+    return {f"hidden.{i}.{name}": tensor for i, layer in enumerate(hidden) for name, tensor in zip("hc", layer)}
+
+
+def _hidden(tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    layers = sum(name.startswith("hidden.") for name in tensors) // 2
+    return [(tensors[f"hidden.{i}.h"], tensors[f"hidden.{i}.c"]) for i in range(layers)]

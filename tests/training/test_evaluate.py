@@ -1,0 +1,109 @@
+"""The command that evaluates: static and dynamic, interrupted, tuned, and its errors."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fused_mos import evaluate, train
+from fused_mos.lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
+from fused_mos.training import Trainer
+from fused_mos.training import dynamic as dynamic_module
+from fused_mos.training.dynamic import DynamicRun
+from fused_mos.training.run import load_run
+
+
+@pytest.fixture
+def trained(small_flags, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    Trainer(train.parse([*small_flags, "--epochs", "2", "--out", str(folder)])).run()
+    monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
+    return folder
+
+
+def results(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_static_is_what_training_reported(trained, capsys):
+    assert evaluate.main([str(trained)]) == 0
+    assert evaluate.main([str(trained), "--split", "valid", "--eval-context", "3"]) == 0
+    reported = json.loads((trained / "result.json").read_text())
+    test, valid = results(trained)
+    assert test["ppl"] == pytest.approx(reported["test_ppl"], abs=1e-9)
+    assert valid["ppl"] == pytest.approx(reported["valid_ppl"], abs=1e-3)  # the hidden state is carried over any segments
+    assert test["ppl_published"] < test["ppl"]
+    assert "as the published code counts" in capsys.readouterr().out
+
+
+def test_dynamic_learns_and_leaves_the_model_as_it_was(trained):
+    run = load_run(trained)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    repeated = run.corpus.valid[:60].repeat(8)
+    dynamic = DynamicRun(run)
+    losses = [dynamic.evaluate(repeated, DynamicRule(lr=lr), "repeated") for lr in (1e-9, 0.004)]
+    assert losses[1] < losses[0] - 0.01
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), before))
+
+
+@pytest.mark.parametrize("interrupted", [GradientStatistics, DynamicEvaluation])
+def test_interrupted_evaluations_continue_bit_identically(interrupted, trained, monkeypatch):
+    tokens, rule = load_run(trained).corpus.valid, DynamicRule(lr=0.01)
+    whole = DynamicRun(load_run(trained)).evaluate(tokens, rule, "valid")
+    for path in (trained / "dynamic").iterdir():
+        path.unlink()
+    rows, original = [], interrupted.__iter__
+
+    def until_interrupted(self):
+        for i, n in enumerate(original(self)):
+            rows.append(self.row)
+            yield n
+            if i == 2:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupted, "__iter__", until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            DynamicRun(load_run(trained), checkpoint_minutes=0).evaluate(tokens, rule, "valid")
+    reached = rows[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupted, "__iter__", lambda self: rows.append(self.row) or original(self))
+        assert DynamicRun(load_run(trained)).evaluate(tokens, rule, "valid") == whole
+    assert rows[-1] == reached, "it began again instead of continuing"
+
+
+def test_statistics_of_another_model_are_not_used(trained):
+    run = load_run(trained)
+    first = DynamicRun(run).statistics()
+    tensors = {name: p * 1.5 for name, p in run.model.named_parameters()}
+    dynamic_module.save_checkpoint(trained / "best.safetensors", tensors, {"valid_loss": 1.0})
+    second = DynamicRun(load_run(trained)).statistics()
+    assert not all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_tuning_finds_a_better_rule_and_keeps_what_it_tried(trained, monkeypatch, capsys):
+    monkeypatch.setattr(dynamic_module, "SCREENING_SHARE", 0.3)
+    flags = [str(trained), "--dynamic", "--tune", "--lr", "0.02", "--split", "valid"]
+    assert evaluate.main(flags) == 0
+    tried = json.loads((trained / "dynamic" / "tuning.json").read_text())["tried"]
+    finals = [row for row in tried if row["text"] == "valid"]
+    result = results(trained)[-1]
+    assert result["loss"] == min(row["loss"] for row in finals) and result["rule"] != dataclasses.asdict(DynamicRule(lr=0.02))
+    assert len(finals) == 3 < len(tried)
+    with monkeypatch.context() as patch:
+        calls = []
+        original = DynamicRun.evaluate
+        patch.setattr(DynamicRun, "evaluate", lambda self, *arguments: calls.append(arguments) or original(self, *arguments))
+        assert evaluate.main(flags) == 0
+    assert len(calls) == 1, "only the split that was asked for is evaluated again"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--tune"], "give both"), (["--dynamic", "--lamb", "0"], "lamb must be positive, got 0.0"), (["--data", "nowhere"], "data folder nowhere does not exist"),
+     (["--eval-context", "-1"], "eval_context must not be negative"), (["--device", "tpu9"], "device 'tpu9' cannot be used")],
+)  # fmt: skip
+def test_errors_name_the_flag(flags, message, trained, capsys):
+    assert evaluate.main([str(trained), *flags]) == 2
+    assert message in capsys.readouterr().err
