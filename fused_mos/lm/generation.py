@@ -1,0 +1,48 @@
+"""Text from a language model, one word at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .awd_lstm import AWDLSTM
+
+
+def next_word(
+    model: AWDLSTM,
+    features: Tensor,  # (B, width), the last layer's output
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # (B,)
+    """A word for each row.
+
+    Without truncation an expert is drawn from the prior and then a word from that expert alone, at the cost of one softmax;
+    `temperature` divides that expert's logits. With `top_k` or `top_p` it divides the mixture's log-probabilities, of which
+    the `top_k` largest are kept, and then the fewest whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2020).
+    """
+    if not top_k and top_p >= 1:
+        return model.head.sample(features, temperature=temperature, generator=generator)
+    if top_k:
+        log_p, words = model.head.topk(features, min(top_k, model.encoder.num_embeddings))
+    else:
+        log_p, words = model.head.log_prob(features).sort(-1, descending=True)
+    probability = torch.softmax(log_p / temperature, -1)
+    if top_p < 1:
+        before = probability.cumsum(-1) - probability  # of the words that are more probable
+        probability = torch.where(before < top_p, probability, 0)
+    drawn = torch.multinomial(probability, 1, generator=generator)
+    return words.gather(-1, drawn).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(model: AWDLSTM, prompt: Tensor, n_words: int, generator: torch.Generator | None = None, **options) -> Iterator[Tensor]:
+    """prompt (T, B), T ≥ 1 -> n_words times the next word of each column, (B,). `options` are those of `next_word`."""
+    model.eval()
+    tokens, hidden = prompt, None
+    for _ in range(n_words):
+        _, features, hidden = model.features(tokens, hidden)
+        word = next_word(model, features[-1], generator=generator, **options)
+        yield word
+        tokens = word[None]
