@@ -13,7 +13,8 @@ import tyro
 
 from .data import CorpusError
 from .lm.dynamic_eval import DynamicRule
-from .training import USER_ERRORS, ConfigError
+from .training import USER_ERRORS, ConfigError, TimeLimitReached
+from .training.checkpoint import CheckpointClock
 from .training.dynamic import DynamicRun
 from .training.evaluation import evaluate
 from .training.logging import perplexity
@@ -41,13 +42,15 @@ class Config:
     """Of the head; by default the run's."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints of a dynamic evaluation; 0 writes one after every segment."""
+    time_limit: float = 0.0
+    """Seconds after which a dynamic evaluation saves and exits; the same command continues it. 0: none."""
 
 
 def run_evaluation(config: Config, run: Run) -> dict[str, Any]:
     """What is appended to evaluation.json."""
     tokens, result = getattr(run.corpus, config.split), {"split": config.split, "dynamic": config.dynamic}
     if config.dynamic:
-        dynamic = DynamicRun(run, config.checkpoint_minutes)
+        dynamic = DynamicRun(run, CheckpointClock(config.checkpoint_minutes, config.time_limit))
         rule = dynamic.tune(config.rule) if config.tune else config.rule
         batch_size, loss = 1, dynamic.evaluate(tokens, rule, config.split)
         result |= {"rule": dataclasses.asdict(rule), "tuned": config.tune}
@@ -65,8 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if config.tune and not config.dynamic:
             raise ConfigError("--tune searches the rule of --dynamic; give both")
-        if config.eval_context < 0:
-            raise ConfigError(f"eval_context must not be negative, got {config.eval_context}")
+        for name in ("eval_context", "checkpoint_minutes", "time_limit"):
+            if not getattr(config, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
         try:
             config.rule.check()
         except ValueError as error:
@@ -76,6 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (CorpusError, *USER_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TimeLimitReached:
+        print("time limit reached; the same command continues the dynamic evaluation")
+        return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command continues a dynamic evaluation at its last checkpoint", file=sys.stderr)
         return 130

@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from .data import CorpusError
-from .training import RECIPES, USER_ERRORS, ConfigError, TrainConfig, Trainer
+from .training import RECIPES, USER_ERRORS, ConfigError, TimeLimitReached, TrainConfig, Trainer
 from .training.trainer import check_resumable, resumed_config
 
 
@@ -43,6 +43,9 @@ def run(parse: Callable[[list[str]], TrainConfig], arguments: list[str]) -> int:
     except (CorpusError, *USER_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TimeLimitReached:
+        print(f"time limit reached; continue with: python -m fused_mos.train --resume {trainer.folder}")
+        return 0
     except KeyboardInterrupt:
         print(f"\nstopped; continue with: python -m fused_mos.train --resume {trainer.folder}", file=sys.stderr)
         return 130

@@ -1,6 +1,6 @@
 """Training of language models: configuration and recipes, the loop, checkpoints and logs."""
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, TimeLimitReached
 from .config import RECIPES, ConfigError, ModelConfig, OptimConfig, TrainConfig
 from .trainer import Trainer, TrainingDiverged
 
@@ -14,6 +14,7 @@ __all__ = [
     "ConfigError",
     "ModelConfig",
     "OptimConfig",
+    "TimeLimitReached",
     "TrainConfig",
     "Trainer",
     "TrainingDiverged",

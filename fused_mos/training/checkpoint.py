@@ -1,11 +1,14 @@
-"""Checkpoints: one safetensors file of tensors and JSON, written atomically; loading one executes no code."""
+"""Checkpoints: safetensors and JSON, written atomically; loading one executes no code."""
 
+import hashlib
 import json
+import math
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -14,13 +17,53 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged, or of another model, with its path."""
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Writes to a file beside `path` and renames it, so that a kill at any moment leaves the old or the new one whole."""
-    partial = path.with_name(path.name + ".partial")
-    safetensors.torch.save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, {"fused_mos": json.dumps(meta)})
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+class TimeLimitReached(Exception):
+    """Long work has saved its state and stopped; it can be continued."""
+
+
+class CheckpointClock:
+    """Says when long work saves its state, and when it stops.
+
+    Args:
+        minutes: between checkpoints; 0 saves at every tick.
+        time_limit: seconds from now on after which to stop; 0: never.
+    """
+
+    def __init__(self, minutes: float, time_limit: float = 0.0):
+        self._seconds = minutes * 60
+        self._saved = time.monotonic()
+        self._deadline = self._saved + time_limit if time_limit else math.inf
+
+    def tick(self, save: Callable[[], None]) -> None:
+        """Saves if it is time. Raises TimeLimitReached, after saving."""
+        stop = time.monotonic() >= self._deadline
+        if stop or time.monotonic() - self._saved >= self._seconds:
+            save()
+            self._saved = time.monotonic()
+        if stop:
+            raise TimeLimitReached
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], max_mib: int = 0) -> None:
+    """Writes to a file beside `path` and renames it, so that a kill at any moment leaves the old or the new one whole.
+
+    With `max_mib`, a larger checkpoint is cut into files of that size, PATH.DIGEST.000 …, which joined in order are the plain one; PATH
+    then is a safetensors file without tensors that names them.
+    """
+    tensors, metadata = {name: t.detach().contiguous() for name, t in tensors.items()}, {"fused_mos": json.dumps(meta)}
+    parts: list[str] = []
+    if max_mib and sum(t.nbytes for t in tensors.values()) > max_mib << 20:
+        content = memoryview(safetensors.torch.save(tensors, metadata))
+        digest = hashlib.sha256(content).hexdigest()
+        size = max_mib << 20
+        for start in range(0, len(content), size):
+            part = path.with_name(f"{path.name}.{digest[:12]}.{start // size:03}")
+            _write(part, lambda partial: partial.write_bytes(content[start : start + size]))
+            parts.append(part.name)
+        tensors, metadata = {}, {"parts": json.dumps(parts), "sha256": digest}
+    _write(path, lambda partial: safetensors.torch.save_file(tensors, partial, metadata))
+    for old in set(path.parent.glob(f"{path.name}.*.[0-9][0-9][0-9]")) - {path.with_name(name) for name in parts}:
+        old.unlink()
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -29,10 +72,26 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            meta = json.loads(file.metadata()["fused_mos"])
-            return {name: file.get_tensor(name) for name in file.keys()}, meta
+            metadata = file.metadata()
+            if "parts" not in metadata:
+                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["fused_mos"])
+        content = b"".join(path.with_name(Path(name).name).read_bytes() for name in json.loads(metadata["parts"]))
+        if hashlib.sha256(content).hexdigest() != metadata["sha256"]:
+            raise ValueError("its parts are not those that it was saved with")
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return safetensors.torch.load(content), json.loads(header["__metadata__"]["fused_mos"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path} lacks its part {error.filename}; nothing was changed") from None
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error}); nothing was changed") from None
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -108,6 +108,10 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl (log-interval)."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints within an epoch; 0 writes one after every step."""
+    checkpoint_max_mib: int = 0
+    """Split checkpoints into files of at most this size; 0: one file."""
+    time_limit: float = 0.0
+    """Seconds after which the run saves and exits, to be continued with --resume; 0: none. Looked at after every step."""
 
     def check(self) -> None:
         """Raises ConfigError for a value that no run can have."""
@@ -123,6 +127,9 @@ class TrainConfig:
         for name in ("small_batch_size", "epochs", "bptt_delta", "clip", "weight_decay", "alpha", "beta", "nonmono"):
             if getattr(optim, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(optim, name)}")
+        for name in ("checkpoint_minutes", "checkpoint_max_mib", "time_limit"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop", "grad_filter_eps"):
             if not 0 <= getattr(model, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(model, name)}")
@@ -184,6 +191,19 @@ def ptb_small() -> TrainConfig:
     )  # fmt: skip
 
 
+def wikitext2_small() -> TrainConfig:
+    """A WikiText-2 model for a CPU: some three epochs in an hour on two cores."""
+    return TrainConfig(
+        recipe="wikitext2-small",
+        seed=1882,
+        model=ModelConfig(
+            n_experts=4, embedding_size=100, hidden_sizes=(400, 256),
+            dropoute=0.02, dropouti=0.1, dropouth=0.1, dropout=0.1, dropoutl=0.05, wdrop=0.1,
+        ),
+        optim=OptimConfig(batch_size=20, bptt=35, bptt_delta=20, epochs=10, nonmono=1, finetune_lr=20.0),
+    )  # fmt: skip
+
+
 def demo() -> TrainConfig:
     """A minute on two cores, for a text of some 100,000 words; the embedding is small, so that the softmax
     bottleneck binds."""
@@ -198,4 +218,6 @@ def demo() -> TrainConfig:
     )  # fmt: skip
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"ptb": ptb, "wikitext2": wikitext2, "ptb-small": ptb_small, "demo": demo}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "ptb": ptb, "wikitext2": wikitext2, "ptb-small": ptb_small, "wikitext2-small": wikitext2_small, "demo": demo,
+}  # fmt: skip

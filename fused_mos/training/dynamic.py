@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from ..data import batchify
 from ..lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointClock, load_checkpoint, save_checkpoint
 from .logging import perplexity
 from .run import Run, write_json
 
@@ -31,8 +30,8 @@ FINALISTS = 3
 class DynamicRun:
     """Dynamic evaluation of the best model of a run. Its files lie in RUN/dynamic, and belong to that model alone."""
 
-    def __init__(self, run: Run, checkpoint_minutes: float = 5.0):
-        self.run, self.checkpoint_seconds = run, checkpoint_minutes * 60
+    def __init__(self, run: Run, clock: CheckpointClock):
+        self.run, self.clock = run, clock
         self.folder = run.folder / "dynamic"
         self.folder.mkdir(exist_ok=True)
         self.trained = {name: p.detach().clone() for name, p in run.model.named_parameters()}
@@ -120,7 +119,6 @@ class DynamicRun:
 
     def _work(self, work: GradientStatistics | DynamicEvaluation, source: Tensor, description: str, save, postfix=None) -> None:
         """Runs to the end, saving at intervals and once at the end."""
-        saved = time.monotonic()
         rows = source.shape[0] - 1
         if work.row == rows:
             return
@@ -129,9 +127,7 @@ class DynamicRun:
                 bar.update(n)
                 if postfix:
                     bar.set_postfix_str(postfix(), refresh=False)
-                if time.monotonic() - saved >= self.checkpoint_seconds:
-                    save()
-                    saved = time.monotonic()
+                self.clock.tick(save)
         save()
 
     def _reset(self) -> None:
@@ -140,7 +136,7 @@ class DynamicRun:
                 p.copy_(self.trained[name])
 
     def _save(self, path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
-        save_checkpoint(path, tensors, meta | {"model": self.model_digest})
+        save_checkpoint(path, tensors, meta | {"model": self.model_digest}, self.run.config.checkpoint_max_mib)
 
     def _saved(self, path: Path, expected: dict) -> tuple[dict[str, Tensor], dict] | None:
         """The checkpoint, if it is of this model and as expected."""

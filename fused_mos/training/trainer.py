@@ -15,13 +15,13 @@ from .._backends import resolve
 from ..data import Corpus, batchify, random_bptt_length, segment
 from ..lm import AWDLSTM, NTASGD
 from ..lm.awd_lstm import activation_regularization, detach, temporal_activation_regularization
-from .checkpoint import CheckpointError, group, load_checkpoint, load_parameters, save_checkpoint
+from .checkpoint import CheckpointClock, CheckpointError, group, load_checkpoint, load_parameters, save_checkpoint
 from .config import ConfigError, TrainConfig
 from .evaluation import evaluate
 from .logging import MetricsLog, perplexity, plot_learning_curves
 from .run import check_vocabulary, device_named, write_json
 
-RESUMABLE_FLAGS = ("epochs", "log_interval", "checkpoint_minutes", "data", "device", "backend")
+RESUMABLE_FLAGS = ("epochs", "log_interval", "checkpoint_minutes", "checkpoint_max_mib", "time_limit", "data", "device", "backend")
 """What may be changed when a run is resumed; anything else would make it another run."""
 
 
@@ -55,6 +55,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         config.check()
+        self.clock = CheckpointClock(config.checkpoint_minutes, config.time_limit)
         self.config = config
         self.folder = config.run_folder
         self.device = device_named(config.device)
@@ -102,7 +103,10 @@ class Trainer:
         return [self.model.initial_hidden(self._sub_batch) for _ in range(0, self.config.optim.batch_size, self._sub_batch)]
 
     def run(self) -> dict[str, Any]:
-        """Trains to the last epoch, evaluates the best model, and returns what it writes to result.json."""
+        """Trains to the last epoch, evaluates the best model, and returns what it writes to result.json.
+
+        Raises TimeLimitReached, with everything saved, TrainingDiverged, or CheckpointError where the best model is gone.
+        """
         try:
             while self.progress.epoch < self.config.optim.epochs and not self.progress.stopped:
                 self._train_epoch()
@@ -122,7 +126,6 @@ class Trainer:
         rows = self.source.shape[0]
         self.model.train()
         description = f"epoch {progress.epoch + 1}/{config.optim.epochs}"
-        checkpointed = time.monotonic()
         # where no person watches, a line every half minute is enough
         interval = 0.5 if sys.stderr.isatty() else 30.0
         with tqdm(total=rows - 1, initial=progress.row, desc=description, unit="rows", mininterval=interval, dynamic_ncols=True) as bar:
@@ -134,9 +137,7 @@ class Trainer:
                 if progress.step % config.log_interval == 0:
                     bar.set_postfix_str(self._log_interval(), refresh=False)
                 bar.update(length)
-                if time.monotonic() - checkpointed >= config.checkpoint_minutes * 60:
-                    self._save_last()
-                    checkpointed = time.monotonic()
+                self.clock.tick(self._save_last)
 
     def _train_step(self) -> int:
         """One segment of all columns: forward, backward, clip, step. Returns the segment's rows."""
@@ -202,7 +203,7 @@ class Trainer:
         if better:
             self.progress.best = loss
             meta = {"config": self.config.to_json(), "epoch": epoch, "valid_loss": loss}
-            save_checkpoint(self.folder / "best.safetensors", self._parameters(), meta)
+            save_checkpoint(self.folder / "best.safetensors", self._parameters(), meta, self.config.checkpoint_max_mib)
         return better
 
     def _finish_epoch(self) -> None:
@@ -269,7 +270,7 @@ class Trainer:
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         tensors["interval_loss"] = self.interval_loss
         meta = {"config": self.config.to_json(), "progress": dataclasses.asdict(progress), "optimizer": optimizer_meta}
-        save_checkpoint(self.folder / "last.safetensors", tensors, meta)
+        save_checkpoint(self.folder / "last.safetensors", tensors, meta, self.config.checkpoint_max_mib)
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         path = self.folder / "last.safetensors"
@@ -295,7 +296,7 @@ class Trainer:
 def resumed_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`, ready to continue it. Raises CheckpointError."""
     _, meta = load_checkpoint(folder / "last.safetensors")
-    return dataclasses.replace(TrainConfig.from_json(meta["config"]), out=folder, resume=folder)
+    return dataclasses.replace(TrainConfig.from_json(meta["config"]), out=folder, resume=folder, time_limit=0.0)
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:

@@ -40,6 +40,30 @@ def test_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+def test_parts_are_the_plain_checkpoint(tmp_path):
+    """Split files are of the size asked for, give the same, joined are the plain file, and leave nothing behind."""
+    tensors, path = {"a": torch.randn(900, 1000), "b": torch.tensor(4)}, tmp_path / "x.safetensors"
+    save_checkpoint(tmp_path / "plain", tensors, {"n": 1})
+    save_checkpoint(path, {"a": torch.zeros(400, 1000)}, {"n": 0}, max_mib=1)
+    save_checkpoint(path, tensors, {"n": 1}, max_mib=1)
+    parts = sorted(tmp_path.glob("x.safetensors.*"))
+    assert len(parts) == 4 and max(part.stat().st_size for part in parts) == 1 << 20 and path.stat().st_size < 1000
+    assert b"".join(part.read_bytes() for part in parts) == (tmp_path / "plain").read_bytes()
+    loaded, meta = load_checkpoint(path)
+    assert meta == {"n": 1} and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    save_checkpoint(path, {"b": tensors["b"]}, {"n": 2}, max_mib=1)
+    assert {file.name for file in tmp_path.iterdir()} == {"plain", "x.safetensors"}
+
+
+@pytest.mark.parametrize("damage", [lambda part: part.unlink(), lambda part: part.write_bytes(bytes(part.stat().st_size))])
+def test_damaged_parts_are_refused(damage, tmp_path):
+    path = tmp_path / "x"
+    save_checkpoint(path, {"a": torch.randn(900, 1000)}, {}, max_mib=1)
+    damage(sorted(tmp_path.glob("x.*"))[1])
+    with pytest.raises(CheckpointError, match="lacks its part|its parts are not those"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize("length", [0, 4, 100, -10])
 def test_truncated_checkpoint(length, finished, capsys):
     path = finished / "last.safetensors"
@@ -106,6 +130,7 @@ def test_an_occupied_folder_is_not_overwritten(finished, small_flags, capsys):
         (["--batch-size", "0"], ("batch_size must be positive, got 0",)),
         (["--lr", "nan"], ("lr must be positive, got nan",)),
         (["--small-batch-size", "4"], ("small_batch_size must divide batch_size = 6, got 4",)),
+        (["--time-limit", "-1"], ("time_limit must not be negative, got -1",)),
         (["--backend", "fast"], ("backend must be one of", "'fast'")),
         (["--backend", "cuda"], ("backend 'cuda' is not available",)),
         (["--device", "abacus"], ("device 'abacus' cannot be used",)),

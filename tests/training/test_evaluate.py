@@ -10,6 +10,7 @@ from fused_mos import evaluate, train
 from fused_mos.lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
 from fused_mos.training import Trainer
 from fused_mos.training import dynamic as dynamic_module
+from fused_mos.training.checkpoint import CheckpointClock
 from fused_mos.training.dynamic import DynamicRun
 from fused_mos.training.run import load_run
 
@@ -41,7 +42,7 @@ def test_dynamic_learns_and_leaves_the_model_as_it_was(trained):
     run = load_run(trained)
     before = [p.detach().clone() for p in run.model.parameters()]
     repeated = run.corpus.valid[:60].repeat(8)
-    dynamic = DynamicRun(run)
+    dynamic = DynamicRun(run, CheckpointClock(5))
     losses = [dynamic.evaluate(repeated, DynamicRule(lr=lr), "repeated") for lr in (1e-9, 0.004)]
     assert losses[1] < losses[0] - 0.01
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), before))
@@ -50,7 +51,7 @@ def test_dynamic_learns_and_leaves_the_model_as_it_was(trained):
 @pytest.mark.parametrize("interrupted", [GradientStatistics, DynamicEvaluation])
 def test_interrupted_evaluations_continue_bit_identically(interrupted, trained, monkeypatch):
     tokens, rule = load_run(trained).corpus.valid, DynamicRule(lr=0.01)
-    whole = DynamicRun(load_run(trained)).evaluate(tokens, rule, "valid")
+    whole = DynamicRun(load_run(trained), CheckpointClock(5)).evaluate(tokens, rule, "valid")
     for path in (trained / "dynamic").iterdir():
         path.unlink()
     rows, original = [], interrupted.__iter__
@@ -65,20 +66,34 @@ def test_interrupted_evaluations_continue_bit_identically(interrupted, trained, 
     with monkeypatch.context() as patch:
         patch.setattr(interrupted, "__iter__", until_interrupted)
         with pytest.raises(KeyboardInterrupt):
-            DynamicRun(load_run(trained), checkpoint_minutes=0).evaluate(tokens, rule, "valid")
+            DynamicRun(load_run(trained), CheckpointClock(0)).evaluate(tokens, rule, "valid")
     reached = rows[-1]
     with monkeypatch.context() as patch:
         patch.setattr(interrupted, "__iter__", lambda self: rows.append(self.row) or original(self))
-        assert DynamicRun(load_run(trained)).evaluate(tokens, rule, "valid") == whole
+        assert DynamicRun(load_run(trained), CheckpointClock(5)).evaluate(tokens, rule, "valid") == whole
     assert rows[-1] == reached, "it began again instead of continuing"
+
+
+def test_a_time_limit_cuts_a_dynamic_evaluation_into_pieces(trained, capsys):
+    flags = [str(trained), "--dynamic", "--split", "valid"]
+    assert evaluate.main(flags) == 0
+    whole = results(trained)
+    for path in (trained / "dynamic").iterdir():
+        path.unlink()
+    pieces = 0
+    while len(results(trained)) == 1:
+        assert evaluate.main([*flags, "--time-limit", "0.02"]) == 0
+        pieces += 1
+    assert pieces > 2 and results(trained) == whole * 2
+    assert "the same command continues" in capsys.readouterr().out
 
 
 def test_statistics_of_another_model_are_not_used(trained):
     run = load_run(trained)
-    first = DynamicRun(run).statistics()
+    first = DynamicRun(run, CheckpointClock(5)).statistics()
     tensors = {name: p * 1.5 for name, p in run.model.named_parameters()}
     dynamic_module.save_checkpoint(trained / "best.safetensors", tensors, {"valid_loss": 1.0})
-    second = DynamicRun(load_run(trained)).statistics()
+    second = DynamicRun(load_run(trained), CheckpointClock(5)).statistics()
     assert not all(torch.equal(a, b) for a, b in zip(first, second))
 
 

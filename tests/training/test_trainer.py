@@ -7,7 +7,7 @@ import torch
 from runs import killed_at, losses
 from safetensors.torch import load_file
 
-from fused_mos.train import parse
+from fused_mos.train import main, parse
 from fused_mos.training import Trainer, TrainingDiverged
 from fused_mos.training.checkpoint import load_checkpoint
 from fused_mos.training.logging import read_metrics
@@ -79,6 +79,21 @@ def test_killed_runs_resume_bit_identically(small_flags, tmp_path):
     assert losses(broken) == losses(whole)
     a, b = load_file(whole / "best.safetensors"), load_file(broken / "best.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_in_pieces_is_the_whole_run(small_flags, tmp_path, capsys):
+    """Each piece ends by the time limit, after a step at least, and leaves its checkpoint in small files."""
+    whole, pieces, flags = tmp_path / "whole", tmp_path / "pieces", [*small_flags, "--hidden-sizes", "300", "10"]
+    run(flags, whole)
+    assert main([*flags, "--out", str(pieces), "--time-limit", "1e-9", "--checkpoint-max-mib", "1"]) == 0
+    assert f"time limit reached; continue with: python -m fused_mos.train --resume {pieces}" in capsys.readouterr().out
+    assert len(losses(pieces)) == 1 and len(list(pieces.glob("last.safetensors.*"))) > 1
+    count = 1
+    while not (pieces / "result.json").exists():
+        assert main(["--resume", str(pieces), "--time-limit", "0.1"]) == 0
+        count += 1
+    assert count > 2 and losses(pieces) == losses(whole)
+    assert json.loads((pieces / "result.json").read_text())["test_ppl"] == json.loads((whole / "result.json").read_text())["test_ppl"]
 
 
 def test_a_finished_run_resumes_to_more_epochs(small_flags, tmp_path):
