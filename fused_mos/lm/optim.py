@@ -8,30 +8,33 @@ from torch import Tensor, nn
 
 
 class NTASGD:
-    """SGD until the non-monotone trigger, then ASGD (torch.optim, t0 = 0, lambd = 0) to the end.
+    """SGD until the non-monotone trigger, then SGD with the average of its iterates to the end (ASGD with t0 = 0, lambd = 0).
 
     Call `record(valid_loss)` after each epoch: once more than `nonmono` values are recorded and the newest is
     worse than the best of all but the last `nonmono`, averaging starts. `averaged()` puts the averages in
     place for validation and checkpoints.
 
-    torch.optim.ASGD takes each step with the learning rate that was set before the previous step. The rescaling
-    by BPTT length is meant for its own segment, as under SGD, so `step` gives ASGD its rate without the lag.
+    The average is that of torch.optim.ASGD: over all iterates but the first since averaging started. Its steps are not: torch takes each
+    with the learning rate that was set before the previous one. The rescaling by BPTT length is meant for its own segment, as under SGD.
+    It also reads its rate back from the device at every step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, nonmono: int = 5):
         self.parameters = list(parameters)
         self.lr = lr
-        self.weight_decay = weight_decay
         self.nonmono = nonmono
         self.history: list[float] = []
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.parameters, lr=lr, weight_decay=weight_decay)
+        self.averages: list[Tensor] | None = None
+        self.averaged_steps = 0
+        self.sgd = torch.optim.SGD(self.parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
     @property
     def averaging(self) -> bool:
-        return isinstance(self.optimizer, torch.optim.ASGD)
+        return self.averages is not None
 
     def start_averaging(self) -> None:
-        self.optimizer = torch.optim.ASGD(self.parameters, lr=self.lr, t0=0, lambd=0.0, weight_decay=self.weight_decay)
+        self.averages = [p.detach().clone() for p in self.parameters]
+        self.averaged_steps = 0
 
     def record(self, valid_loss: float) -> bool:
         """Returns whether the trigger fires, which also ends fine-tuning."""
@@ -43,45 +46,41 @@ class NTASGD:
         return fires
 
     def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.sgd.zero_grad(set_to_none=True)
 
+    @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:
         """One step at the learning rate lr·scale."""
-        for group in self.optimizer.param_groups:
+        for group in self.sgd.param_groups:
             group["lr"] = self.lr * scale
-        if self.averaging:
-            for state in self.optimizer.state.values():
-                state["eta"].fill_(self.lr * scale)
-        self.optimizer.step()
+        self.sgd.step()
+        if self.averages is not None:
+            self.averaged_steps += 1
+            torch._foreach_lerp_(self.averages, self.parameters, 1 / max(1, self.averaged_steps - 1))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the block the parameters hold their averages, if averaging has begun."""
-        states = [self.optimizer.state.get(p, {}) for p in self.parameters] if self.averaging else []
-        swapped = [(p, state["ax"]) for p, state in zip(self.parameters, states) if "ax" in state]
-        current = [p.detach().clone() for p, _ in swapped]
+        if self.averages is None:
+            yield
+            return
+        current = [p.detach().clone() for p in self.parameters]
         with torch.no_grad():
-            for p, average in swapped:
-                p.copy_(average)
+            torch._foreach_copy_(self.parameters, self.averages)
         try:
             yield
         finally:
             with torch.no_grad():
-                for (p, _), value in zip(swapped, current):
-                    p.copy_(value)
+                torch._foreach_copy_(self.parameters, current)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
         """Tensors, by name, and what JSON can hold: together they resume the optimizer exactly."""
-        tensors = {}
-        for index, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{index}.{name}"] = value
-        return tensors, {"averaging": self.averaging, "history": self.history}
+        tensors = {f"average.{i}": average for i, average in enumerate(self.averages or ())}
+        return tensors, {"averaging": self.averaging, "averaged_steps": self.averaged_steps, "history": self.history}
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict) -> None:
-        self.history = list(meta["history"])
+        """Raises KeyError where a tensor or a number is missing."""
+        self.history, self.averaged_steps = list(meta["history"]), meta["averaged_steps"]
+        self.averages = None
         if meta["averaging"]:
-            self.start_averaging()
-        for key, value in tensors.items():
-            index, name = key.split(".")
-            self.optimizer.state[self.parameters[int(index)]][name] = value
+            self.averages = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]

@@ -278,8 +278,7 @@ class Trainer:
         load_parameters(self.model, group(tensors, "model"), path)
         try:
             self.progress = Progress(**meta["progress"])
-            optimizer_tensors = {name: t if name.endswith("step") else t.to(self.device) for name, t in group(tensors, "optimizer").items()}
-            self.optimizer.load_state_dict(optimizer_tensors, meta["optimizer"])
+            self.optimizer.load_state_dict(group(tensors, "optimizer"), meta["optimizer"])
             self.hidden = [
                 [(tensors[f"hidden.{i}.{layer}.h"].to(self.device), tensors[f"hidden.{i}.{layer}.c"].to(self.device)) for layer in range(len(layers))]
                 for i, layers in enumerate(self.hidden)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from restated import Masks, restated
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_mos
 from fused_mos.dropout import LockedDropout, embedding_dropout, locked_dropout
@@ -109,3 +111,77 @@ def test_bad_probabilities(p):
         LockedDropout(p)
     with pytest.raises(ValueError, match="weight_dropout must be in"):
         WeightDropLSTM(2, 2, p)
+
+
+class DrawnMasks(TorchDispatchMode):
+    """Keeps every tensor of random bits that is drawn while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name == "bernoulli_":
+            self.drawn.append(result.clone())
+        elif name == "native_dropout":
+            self.drawn.append(result[1].to(result[0].dtype))
+        return result
+
+
+RATES = {"dropoute": 0.1, "dropouti": 0.2, "dropouth": 0.3, "dropout": 0.4, "dropoutl": 0.5, "wdrop": 0.6}
+V, D, K, WIDTHS = 150, 16, 5, (60, 50, 40)
+
+
+def masked_model(head="mos"):
+    return AWDLSTM(V, D, WIDTHS, head, K, **RATES).double()
+
+
+def draw(model, tokens):
+    with DrawnMasks() as masks:
+        output = model(tokens, tokens.roll(-1, 0))
+    return output, masks.drawn
+
+
+def in_order(drawn):
+    """The masks in the order of the model's equations, with the rate of each."""
+    e, i, w0, h0, w1, h1, w2, o, latent = drawn
+    return Masks(e, i, [w0, w1, w2], [h0, h1], o, latent), [
+        (RATES[name], mask) for name, mask in zip(("dropoute", "dropouti", *("wdrop", "dropouth") * 2, "wdrop", "dropout", "dropoutl"), drawn)
+    ]
+
+
+def test_every_mask_of_the_model_has_its_shape_rate_and_is_fresh():
+    """Nine masks a forward pass: the shapes say which axes share one, the rates which dropout it is."""
+    model, tokens = masked_model(), torch.randint(0, V, (7, 12))
+    _, first = draw(model, tokens)
+    _, second = draw(model, tokens)
+    assert [tuple(mask.squeeze(0).shape) for mask in first] == [
+        (V, 1), (12, D), (240, 60), (12, 60), (200, 50), (12, 50), (160, 40), (12, 40), (12, K * D),
+    ]  # fmt: skip
+    for (p, mask), again in zip(in_order(first)[1], second):
+        assert ((mask == 0) | (mask == 1)).all()
+        both = torch.stack([mask, again])
+        assert abs(both.mean() - (1 - p)) < 5 * (p * (1 - p) / both.numel()) ** 0.5
+        agreement = p**2 + (1 - p) ** 2
+        assert abs((mask == again).double().mean() - agreement) < 5 * (agreement * (1 - agreement) / mask.numel()) ** 0.5, "drawn afresh"
+
+
+@pytest.mark.parametrize("head", ["mos", "moc"])
+def test_every_mask_falls_on_its_tensor_and_is_rescaled(head):
+    """The plain equations with the model's own masks, scaled by 1/(1 − p), give its loss, regularised outputs and gradients."""
+    model, tokens = masked_model(head), torch.randint(0, V, (7, 4))
+    output, drawn = draw(model, tokens)
+    for p, mask in in_order(drawn)[1]:
+        mask /= 1 - p
+    expected = restated(model, head, tokens, K, in_order(drawn)[0])
+    loss = -expected.probability.gather(2, tokens.roll(-1, 0)[..., None]).log().mean()
+    assert torch.allclose(output.loss, loss, rtol=0, atol=1e-12)
+    assert torch.allclose(output.raw, expected.raw, rtol=0, atol=1e-12) and torch.allclose(output.dropped, expected.dropped, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(output.loss, list(model.parameters())), torch.autograd.grad(loss, list(model.parameters()))):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_evaluation_draws_nothing():
+    assert not draw(masked_model().eval(), torch.randint(0, V, (7, 4)))[1]

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from restated import restated
 from torch import nn
 
 from fused_mos.lm import AWDLSTM, WeightDropLSTM
@@ -20,38 +21,11 @@ def make(head="mos", **options):
     return model
 
 
-def restated(model, head, tokens):
-    """Probabilities (T, B, V), one time step and gate at a time."""
-    p = dict(model.named_parameters())
-    state = [(h[0], c[0]) for h, c in model.initial_hidden(tokens.shape[1])]
-    rows = []
-    for token in tokens:
-        x = p["encoder.weight"][token]
-        for layer, (h, c) in enumerate(state):
-            name = f"rnns.{layer}."
-            gates = x @ p[name + "weight_ih_l0"].T + p[name + "bias_ih_l0"] + h @ p[name + "weight_hh_l0"].T + p[name + "bias_hh_l0"]
-            i, f, g, o = gates.chunk(4, 1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(c)
-            state[layer], x = (h, c), h
-        decode = lambda z: torch.softmax(z @ p["encoder.weight"].T + p["head.decoder.bias"], -1)  # noqa: E731
-        if head == "softmax":
-            rows.append(decode(x))
-            continue
-        prior = torch.softmax(x @ p["head.prior.weight"].T, -1)
-        latent = torch.tanh(x @ p["head.latent.0.weight"].T + p["head.latent.0.bias"]).view(-1, K, D)
-        if head == "mos":
-            rows.append((prior[..., None] * decode(latent)).sum(1))
-        else:
-            rows.append(decode((prior[..., None] * latent).sum(1)))
-    return torch.stack(rows)
-
-
 @pytest.mark.parametrize("head", ["mos", "moc", "softmax"])
 def test_restates_the_paper_with_all_gradients(head):
     model = make(head)
     tokens, target = torch.randint(0, V, (5, 4)), torch.randint(0, V, (5, 4))
-    probability = restated(model, head, tokens)
+    probability = restated(model, head, tokens, K).probability
     expected = -probability.gather(2, target[..., None]).log().mean()
     output = model(tokens, target)
     assert torch.allclose(output.loss, expected, rtol=0, atol=1e-12)

@@ -39,8 +39,7 @@ def test_averaging_starts_when_validation_is_worse_than_all_but_the_last_values(
 
 
 def test_asgd_steps_with_its_own_scale_and_averages():
-    """torch's ASGD, left alone, would take each step with the previous step's scale. Its average restarts once:
-    mu is 1 in the first two steps."""
+    """The average restarts once: its weight is 1 in the first two steps."""
     parameter, optimizer = make()
     optimizer.start_averaging()
     trail, value = [], torch.tensor([1.0, -2.0], dtype=torch.float64)
@@ -48,14 +47,28 @@ def test_asgd_steps_with_its_own_scale_and_averages():
         step(parameter, optimizer, gradient, scale)
         value = value - 0.5 * scale * torch.tensor(gradient, dtype=torch.float64)
         trail.append(value)
-        assert torch.allclose(parameter.detach(), value, rtol=0, atol=1e-7)  # torch keeps the rate in float32
+        assert torch.allclose(parameter.detach(), value, rtol=0, atol=1e-15)
     current = parameter.detach().clone()
     with optimizer.averaged():
-        assert torch.allclose(parameter.detach(), torch.stack(trail[1:]).mean(0), rtol=0, atol=1e-6)
+        assert torch.allclose(parameter.detach(), torch.stack(trail[1:]).mean(0), rtol=0, atol=1e-15)
     assert torch.equal(parameter.detach(), current)
     with pytest.raises(KeyError), optimizer.averaged():
         raise KeyError
     assert torch.equal(parameter.detach(), current), "an error in validation must not lose the parameters"
+
+
+def test_equals_torchs_asgd_where_the_rate_is_constant():
+    parameter, optimizer = make(weight_decay=0.1)
+    theirs = parameter.detach().clone().requires_grad_()
+    asgd = torch.optim.ASGD([theirs], lr=0.5, t0=0, lambd=0.0, weight_decay=0.1)
+    optimizer.start_averaging()
+    for gradient in torch.randn(9, 2, dtype=torch.float64):
+        step(parameter, optimizer, gradient.tolist())
+        theirs.grad = gradient
+        asgd.step()
+    assert torch.allclose(parameter, theirs, rtol=0, atol=1e-12)
+    with optimizer.averaged():
+        assert torch.allclose(parameter, asgd.state[theirs]["ax"], rtol=0, atol=1e-6)  # torch keeps the weight in float32
 
 
 def test_averaged_changes_nothing_before_averaging():
