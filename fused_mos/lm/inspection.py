@@ -1,0 +1,41 @@
+"""Which expert of a mixture speaks when, and what the embedding holds to be alike."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from ..module import MoC, MoS
+
+
+class ExpertShares(NamedTuple):
+    prior: Tensor  # (T, B, K), π before the word is seen
+    responsibility: Tensor  # (T, B, K), of each expert for the word: π_k p_k(word) / p(word)
+    log_likelihood: Tensor  # (T, B), log p(word) in nats
+
+
+def expert_shares(head: MoS, features: Tensor, target: Tensor) -> ExpertShares:
+    """features (T, B, in_features) and target (T, B) -> the experts' shares in each target's probability (Yang et al. 2018,
+    section 2.3). Dropout is on if the head is in training. Raises ValueError for a head without experts of its own."""
+    if isinstance(head, MoC) or not isinstance(head, MoS):
+        raise ValueError(f"head must be a MoS, whose experts each predict words, got {type(head).__name__}")
+    latent, prior_logits = head.mixture(features)
+    weight, bias = head.decoder.weight, head.decoder.bias
+    logit = (latent * weight[target].unsqueeze(-2)).sum(-1)
+    if bias is not None:
+        logit = logit + bias[target].unsqueeze(-1)
+    normaliser = F.mos_logsumexp(latent.flatten(0, 1), weight, bias, backend=head.backend).view_as(logit)
+    log_prior = torch.log_softmax(prior_logits, -1)
+    joint = log_prior + logit - normaliser
+    log_likelihood = joint.logsumexp(-1)
+    return ExpertShares(log_prior.exp(), (joint - log_likelihood.unsqueeze(-1)).exp(), log_likelihood)
+
+
+def nearest_words(weight: Tensor, words: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The rows of weight (V, D) whose direction is nearest to those of `words` (n,), themselves left out:
+    cosines (n, count), highest first, and indices (n, count)."""
+    unit = torch.nn.functional.normalize(weight, dim=-1)
+    cosine = unit[words] @ unit.T
+    cosine.scatter_(1, words[:, None], -torch.inf)
+    return cosine.topk(min(count, weight.shape[0] - 1), dim=-1)
