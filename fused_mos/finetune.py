@@ -34,7 +34,7 @@ def finetuning_config(folder: Path) -> TrainConfig:
     """The configuration that fine-tunes the run in `folder`. Raises CheckpointError or ConfigError."""
     config = read_config(folder)
     optim = dataclasses.replace(config.optim, lr=config.optim.finetune_lr)
-    return dataclasses.replace(config, start=folder, out=folder / "finetune", resume=None, time_limit=0.0, optim=optim)
+    return dataclasses.replace(config, start=folder, out=folder / "finetune", resume=None, time_limit=0.0, profile=0, optim=optim)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -112,6 +112,9 @@ class TrainConfig:
     """Split checkpoints into files of at most this size; 0: one file."""
     time_limit: float = 0.0
     """Seconds after which the run saves and exits, to be continued with --resume; 0: none. Looked at after every step."""
+    profile: int = 0
+    """Steps whose time to measure stage by stage, into profile.json; training goes on after them. Hooks order sums
+    anew, so the losses' last digits may differ."""
 
     def check(self) -> None:
         """Raises ConfigError for a value that no run can have."""
@@ -127,7 +130,7 @@ class TrainConfig:
         for name in ("small_batch_size", "epochs", "bptt_delta", "clip", "weight_decay", "alpha", "beta", "nonmono"):
             if getattr(optim, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(optim, name)}")
-        for name in ("checkpoint_minutes", "checkpoint_max_mib", "time_limit"):
+        for name in ("checkpoint_minutes", "checkpoint_max_mib", "time_limit", "profile"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop", "grad_filter_eps"):

@@ -19,9 +19,10 @@ from .checkpoint import CheckpointClock, CheckpointError, group, load_checkpoint
 from .config import ConfigError, TrainConfig
 from .evaluation import evaluate
 from .logging import MetricsLog, perplexity, plot_learning_curves
+from .profile import StepProfile, as_table
 from .run import check_vocabulary, device_named, write_json
 
-RESUMABLE_FLAGS = ("epochs", "log_interval", "checkpoint_minutes", "checkpoint_max_mib", "time_limit", "data", "device", "backend")
+RESUMABLE_FLAGS = ("epochs", "log_interval", "checkpoint_minutes", "checkpoint_max_mib", "time_limit", "profile", "data", "device", "backend")
 """What may be changed when a run is resumed; anything else would make it another run."""
 
 
@@ -93,6 +94,7 @@ class Trainer:
         self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
         if start is not None:
             self._start_finetuning()
+        self.profile = StepProfile(self.model, config.profile) if config.profile else None
 
     @property
     def _sub_batch(self) -> int:
@@ -142,9 +144,13 @@ class Trainer:
     def _train_step(self) -> int:
         """One segment of all columns: forward, backward, clip, step. Returns the segment's rows."""
         optim, progress = self.config.optim, self.progress
+        if self.profile:
+            self.profile.start()
         drawn = random_bptt_length(optim.bptt, optim.bptt + optim.bptt_delta, self.bptt_generator)
         inputs, targets = segment(self.source, progress.row, drawn)
         self.optimizer.zero_grad()
+        mark = self._mark
+        mark("data")
         for i, columns in enumerate(range(0, optim.batch_size, self._sub_batch)):
             part = slice(columns, columns + self._sub_batch)
             output = self._forward(inputs[:, part], targets[:, part], self.hidden[i])
@@ -155,16 +161,33 @@ class Trainer:
             if optim.beta:
                 loss = loss + optim.beta * temporal_activation_regularization(output.raw)
             (loss * (self._sub_batch / optim.batch_size)).backward()
+            mark("embedding, backward")
             self.interval_loss += output.loss.detach() * (self._sub_batch * inputs.shape[0])
         if optim.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip)
+        mark("clipping")
         # the rate follows the drawn length, also where the text ends before it, as in the published code
         self.optimizer.step(scale=drawn / optim.bptt)
+        mark("optimizer")
         progress.row += inputs.shape[0]
         progress.step += 1
         progress.words += inputs.numel()
         progress.interval_words += inputs.numel()
+        if self.profile:
+            self._profiled(inputs.numel())
         return inputs.shape[0]
+
+    def _mark(self, stage: str) -> None:
+        if self.profile:
+            self.profile.mark(stage)
+
+    def _profiled(self, words: int) -> None:
+        """Writes the profile once it has seen its steps."""
+        self.profile.stop(words)
+        if self.profile.done:
+            report, self.profile = self.profile.report(), None
+            write_json(self.folder / "profile.json", report)
+            tqdm.write(as_table(report))
 
     def _forward(self, inputs: Tensor, targets: Tensor, hidden):
         try:
@@ -295,7 +318,7 @@ class Trainer:
 def resumed_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`, ready to continue it. Raises CheckpointError."""
     _, meta = load_checkpoint(folder / "last.safetensors")
-    return dataclasses.replace(TrainConfig.from_json(meta["config"]), out=folder, resume=folder, time_limit=0.0)
+    return dataclasses.replace(TrainConfig.from_json(meta["config"]), out=folder, resume=folder, time_limit=0.0, profile=0)
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:

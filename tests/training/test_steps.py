@@ -1,5 +1,7 @@
 """Steps of the trainer against the published equations written out, and the backends against each other over a run."""
 
+import json
+
 import pytest
 import torch
 from runs import losses
@@ -107,6 +109,22 @@ def test_a_step_draws_masks_for_each_part_and_reads_no_number_back(averaging, sm
         trainer._train_step()
     assert calls.names.count("bernoulli_") == 3 * 7, "three parts, seven masks each in a model of two layers"
     assert not {"_local_scalar_dense", "nonzero", "is_nonzero"} & set(calls.names)
+
+
+def test_a_profile_changes_no_more_than_rounding(small_flags, tmp_path, capsys):
+    plain, profiled = tmp_path / "plain", tmp_path / "profiled"
+    Trainer(parse([*small_flags, "--epochs", "1", "--out", str(plain)])).run()
+    Trainer(parse([*small_flags, "--epochs", "1", "--small-batch-size", "6", "--profile", "5", "--out", str(profiled)])).run()
+    for (_, _, a), (_, _, b) in zip(losses(plain), losses(profiled), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    report = json.loads((profiled / "profile.json").read_text())
+    assert list(report["stages"]) == [
+        "data", "embedding, forward", "LSTM 1, forward", "dropout, forward", "LSTM 2, forward", "head, forward", "regularisers", "head, backward",
+        "dropout, backward", "LSTM 2, backward", "LSTM 1, backward", "embedding, backward", "clipping", "optimizer",
+    ]  # fmt: skip
+    assert report["steps"] == 5 and all(stage["ms"] > 0 for stage in report["stages"].values())
+    assert sum(stage["share"] for stage in report["stages"].values()) == pytest.approx(1, abs=0.2), "medians, so not exactly"
+    assert "profile of 5 steps on cpu" in capsys.readouterr().out
 
 
 def test_backends_train_alike(tmp_path):
