@@ -1,6 +1,7 @@
 """One LSTM layer whose hidden-to-hidden weight is dropped (Merity et al. 2017, section 2)."""
 
 import math
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ class WeightDropLSTM(nn.Module):
 
     The mask is element-wise, drawn anew at each forward pass in training, shared by all its time steps, and
     scaled by 1/(1 − weight_dropout). Parameters, gate order and initialisation are those of torch.nn.LSTM.
+
+    It computes in its parameters' dtype, also under torch.autocast: a cell state in 16 bits would lose what it adds up.
     """
 
     def __init__(self, input_size: int, hidden_size: int, weight_dropout: float = 0.0, device=None, dtype=None):
@@ -25,6 +28,7 @@ class WeightDropLSTM(nn.Module):
         self.weight_hh_l0 = nn.Parameter(torch.empty(4 * hidden_size, hidden_size, **options))
         self.bias_ih_l0 = nn.Parameter(torch.empty(4 * hidden_size, **options))
         self.bias_hh_l0 = nn.Parameter(torch.empty(4 * hidden_size, **options))
+        self._flat: _FlatWeights | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -34,11 +38,75 @@ class WeightDropLSTM(nn.Module):
 
     def forward(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(T, B, input_size) and h, c of (1, B, hidden_size) -> (T, B, hidden_size) and the last h, c."""
-        recurrent = nn.functional.dropout(self.weight_hh_l0, self.weight_dropout, self.training)
-        weights = [self.weight_ih_l0, recurrent, self.bias_ih_l0, self.bias_hh_l0]
-        # nn.LSTM's own kernel, called with a weight that is not a Parameter; train only matters to cuDNN
-        output, h, c = torch.lstm(x, hidden, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight_ih_l0.dtype)
+            weights = [self.weight_ih_l0, self._recurrent(), self.bias_ih_l0, self.bias_hh_l0]
+            # nn.LSTM's own kernel, called with a weight that is not a Parameter; train only matters to cuDNN
+            output, h, c = torch.lstm(x, hidden, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
         return output, (h, c)
+
+    def _recurrent(self) -> Tensor:
+        weight, p = self.weight_hh_l0, self.weight_dropout
+        if not _uses_cudnn(weight):
+            return nn.functional.dropout(weight, p, self.training)
+        mask = torch.empty_like(weight).bernoulli_(1 - p).div_(1 - p) if self.training and p else None
+        if self._flat is None or not self._flat.holds(self):
+            self._flat = _FlatWeights(self)
+        return self._flat.write(weight, mask)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_flat": None}  # a copy makes its own
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, weight_dropout={self.weight_dropout}"
+
+
+class _FlatWeights:
+    """The weights in one buffer, as cuDNN wants them; given others, it warns and copies them all at every call.
+
+    All but the recurrent weight become views of the buffer. The recurrent one is written into its place, dropped, at each forward pass.
+    There is one such place, so while a backward pass still needs what it holds, the next dropped weight is a tensor of its own.
+    """
+
+    def __init__(self, lstm: WeightDropLSTM):
+        parameters = [lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0]
+        self.buffer = torch.cat([p.detach().flatten() for p in parameters])
+        views = [view.view_as(p) for view, p in zip(self.buffer.split([p.numel() for p in parameters]), parameters)]
+        for p, view in zip(parameters, views):
+            if p is not lstm.weight_hh_l0:
+                p.data = view
+        self.recurrent = views[1]
+        self.reader: weakref.ref | None = None  # to the node of the graph that `recurrent` is part of
+
+    def holds(self, lstm: WeightDropLSTM) -> bool:
+        """Not after the parameters were moved to another device or dtype."""
+        storage = self.buffer.untyped_storage().data_ptr()
+        return all(p.untyped_storage().data_ptr() == storage for p in (lstm.weight_ih_l0, lstm.bias_ih_l0, lstm.bias_hh_l0))
+
+    def write(self, weight: Tensor, mask: Tensor | None) -> Tensor:
+        """weight·mask, differentiable with respect to weight."""
+        reader = self.reader and self.reader()
+        if reader is not None and not reader.finished:
+            return weight if mask is None else weight * mask
+        recurrent = _Write.apply(weight, mask, self.recurrent.detach())
+        self.reader = weakref.ref(recurrent.grad_fn) if recurrent.grad_fn else None
+        return recurrent
+
+
+class _Write(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, mask: Tensor | None, place: Tensor) -> Tensor:
+        ctx.finished = False
+        ctx.save_for_backward(mask)
+        ctx.mark_dirty(place)
+        return place.copy_(weight) if mask is None else torch.mul(weight, mask, out=place)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.finished = True
+        (mask,) = ctx.saved_tensors
+        return grad if mask is None else grad * mask, None, None
+
+
+def _uses_cudnn(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.backends.cudnn.enabled and not torch.compiler.is_compiling()

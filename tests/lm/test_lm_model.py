@@ -7,7 +7,7 @@ import torch
 from restated import restated
 from torch import nn
 
-from fused_mos.lm import AWDLSTM, WeightDropLSTM
+from fused_mos.lm import AWDLSTM
 from fused_mos.lm.awd_lstm import activation_regularization, temporal_activation_regularization
 from fused_mos.training import RECIPES
 
@@ -72,15 +72,6 @@ def test_hidden_states_carry_over_segments():
     assert torch.allclose(torch.cat([first, second]), model.log_prob(tokens), rtol=0, atol=1e-12)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for x, y in zip(last, end) for a, b in zip(x, y))
     assert not torch.allclose(model.log_prob(tokens[3:]), second)
-
-
-def test_lstm_is_torchs_without_weight_drop():
-    ours, theirs = WeightDropLSTM(5, 7), nn.LSTM(5, 7)
-    theirs.load_state_dict(ours.state_dict())
-    x, h, c = torch.randn(6, 3, 5), torch.randn(1, 3, 7), torch.randn(1, 3, 7)
-    output, (last_h, last_c) = ours(x, (h, c))
-    expected, (expected_h, expected_c) = theirs(x, (h, c))
-    assert torch.equal(output, expected) and torch.equal(last_h, expected_h) and torch.equal(last_c, expected_c)
 
 
 def test_regularisers_are_the_papers():

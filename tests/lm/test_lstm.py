@@ -1,0 +1,106 @@
+"""The LSTM layer: torch's own without weight drop, and its weights in cuDNN's one buffer, whose logic any device can run."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fused_mos.lm import WeightDropLSTM, lstm
+
+T, B, D, H = 6, 3, 5, 7
+
+
+def test_is_torchs_without_weight_drop():
+    ours, theirs = WeightDropLSTM(D, H), nn.LSTM(D, H)
+    theirs.load_state_dict(ours.state_dict())
+    x, h, c = torch.randn(T, B, D), torch.randn(1, B, H), torch.randn(1, B, H)
+    output, (last_h, last_c) = ours(x, (h, c))
+    expected, (expected_h, expected_c) = theirs(x, (h, c))
+    assert torch.equal(output, expected) and torch.equal(last_h, expected_h) and torch.equal(last_c, expected_c)
+
+
+def test_computes_in_the_parameters_dtype_under_autocast():
+    layer, hidden = WeightDropLSTM(D, H), (torch.zeros(1, B, H), torch.zeros(1, B, H))
+    x = torch.randn(T, B, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (_, c) = layer(x.bfloat16(), hidden)
+    assert output.dtype == c.dtype == torch.float32
+    assert torch.equal(output, layer(x.bfloat16().float(), hidden)[0])
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """A plain layer and a copy of it with flat weights."""
+    plain = WeightDropLSTM(D, H, weight_dropout=0.4)
+    flat = copy.deepcopy(plain)
+    monkeypatch.setattr(lstm, "_uses_cudnn", lambda weight: weight is flat.weight_hh_l0)
+    return plain, flat
+
+
+def forward(layer, seed):
+    torch.manual_seed(seed)
+    return layer(torch.randn(T, B, D), (torch.randn(1, B, H), torch.randn(1, B, H)))[0].square().sum()
+
+
+def assert_same(plain, flat):
+    for (name, p), q in zip(plain.named_parameters(), flat.parameters()):
+        assert torch.equal(p, q) and (p.grad is q.grad is None or torch.equal(p.grad, q.grad)), name
+
+
+def test_flat_weights_change_nothing(pair):
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in pair]
+    buffers = set()
+    for seed in range(3):
+        for layer, optimizer in zip(pair, optimizers):
+            optimizer.zero_grad()
+            forward(layer, seed).backward()
+            optimizer.step()
+        assert_same(*pair)
+        buffers.add(pair[1]._flat.buffer.data_ptr())
+    assert len(buffers) == 1, "one buffer for all steps"
+    assert torch.equal(forward(pair[0].eval(), 9), forward(pair[1].eval(), 9))
+
+
+def test_the_weights_are_consecutive_in_one_buffer(pair):
+    _, flat = pair
+    forward(flat, 0)
+    weights = [flat.weight_ih_l0, flat._flat.recurrent, flat.bias_ih_l0, flat.bias_hh_l0]
+    start = flat._flat.buffer.data_ptr()
+    for weight in weights:
+        assert weight.data_ptr() == start and weight.is_contiguous()
+        start += weight.numel() * 4
+
+
+def test_a_second_forward_pass_before_the_first_backward_pass(pair):
+    for layer in pair:
+        first = forward(layer, 1)
+        with torch.no_grad():
+            forward(layer, 2)
+        (first + forward(layer, 3)).backward()
+    assert_same(*pair)
+    for layer in pair:
+        layer.zero_grad()
+        abandoned = forward(layer, 4)
+        del abandoned
+        forward(layer, 5).backward()
+    assert_same(*pair)
+
+
+def test_flat_weights_move_copy_and_save(pair, tmp_path):
+    plain, flat = pair
+    forward(flat, 0).backward()
+    save_file(dict(flat.state_dict()), tmp_path / "x")
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in load_file(tmp_path / "x").items())
+    twin = pickle.loads(pickle.dumps(flat))
+    assert torch.equal(forward(twin, 0), forward(plain, 0)) and twin.bias_hh_l0.data_ptr() != flat.bias_hh_l0.data_ptr()
+    moved = [layer.double().float() for layer in pair]
+    for layer in moved:
+        layer.zero_grad()
+        forward(layer, 1).backward()
+    assert_same(*moved)
+    flat.load_state_dict({name: tensor + 1 for name, tensor in plain.state_dict().items()})
+    plain.load_state_dict({name: tensor + 1 for name, tensor in plain.state_dict().items()})
+    assert torch.equal(forward(plain, 2), forward(flat, 2))
