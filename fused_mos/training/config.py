@@ -98,6 +98,9 @@ class TrainConfig:
     """Seed of initialisation, dropout and segment lengths (seed)."""
     device: str = "auto"
     """Device to train on: cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in the LSTM on a GPU.
+    Parameters, cell states, losses and evaluation are float32."""
     map_unknown: bool = False
     """Count words of valid.txt and test.txt that train.txt lacks as <unk>, instead of refusing them."""
     valid_batch_size: int = 10
@@ -144,6 +147,8 @@ class TrainConfig:
             )
         if model.head not in get_args(ModelConfig.__dataclass_fields__["head"].type):
             raise ConfigError(f"head must be mos, moc or softmax, got {model.head!r}")
+        if self.precision not in get_args(TrainConfig.__dataclass_fields__["precision"].type):
+            raise ConfigError(f"precision must be float32, tf32 or bfloat16, got {self.precision!r}")
         if model.backend not in NAMES:
             raise ConfigError(f"backend must be one of {', '.join(NAMES)}, got {model.backend!r}")
 

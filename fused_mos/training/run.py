@@ -33,6 +33,7 @@ def load_run(folder: Path, data: Path | None = None, device: str = "auto", backe
     check_vocabulary(corpus, folder / "vocabulary.txt")
     options = dataclasses.asdict(config.model) | ({"backend": backend} if backend else {})
     model = AWDLSTM(len(corpus.vocabulary), **options).to(place).eval()
+    allow_tf32(place, False)
     best = folder / "best.safetensors"
     load_parameters(model, load_checkpoint(best)[0], best)
     return Run(folder, config, model, corpus, place)
@@ -64,6 +65,14 @@ def device_named(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
+
+
+def allow_tf32(device: torch.device, allowed: bool) -> None:
+    """Whether float32 products on a GPU may be rounded to TF32; torch keeps this as a setting of the process, and by default
+    allows it in cuDNN's LSTM."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
 
 
 def write_json(path: Path, value: Any) -> None:

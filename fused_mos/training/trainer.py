@@ -20,7 +20,7 @@ from .config import ConfigError, TrainConfig
 from .evaluation import evaluate
 from .logging import MetricsLog, perplexity, plot_learning_curves
 from .profile import StepProfile, as_table
-from .run import check_vocabulary, device_named, write_json
+from .run import allow_tf32, check_vocabulary, device_named, write_json
 
 RESUMABLE_FLAGS = ("epochs", "log_interval", "checkpoint_minutes", "checkpoint_max_mib", "time_limit", "profile", "data", "device", "backend")
 """What may be changed when a run is resumed; anything else would make it another run."""
@@ -60,8 +60,10 @@ class Trainer:
         self.config = config
         self.folder = config.run_folder
         self.device = device_named(config.device)
+        if config.precision == "tf32" and self.device.type != "cuda":
+            raise ConfigError(f"precision tf32 is that of NVIDIA GPUs, got device {self.device}")
         try:
-            resolve(config.model.backend, self.device, torch.float32)
+            resolve(config.model.backend, self.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(str(error)) from None
         saved = load_checkpoint(self.folder / "last.safetensors") if config.resume else None
@@ -127,6 +129,7 @@ class Trainer:
         config, progress = self.config, self.progress
         rows = self.source.shape[0]
         self.model.train()
+        allow_tf32(self.device, config.precision != "float32")
         description = f"epoch {progress.epoch + 1}/{config.optim.epochs}"
         # where no person watches, a line every half minute is enough
         interval = 0.5 if sys.stderr.isatty() else 30.0
@@ -191,7 +194,8 @@ class Trainer:
 
     def _forward(self, inputs: Tensor, targets: Tensor, hidden):
         try:
-            return self.model(inputs, targets, hidden)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+                return self.model(inputs, targets, hidden)
         except ValueError as error:  # the head refuses NaN
             if all(p.isfinite().all() for p in self.model.parameters()):
                 raise
@@ -219,6 +223,7 @@ class Trainer:
 
     def _validate(self) -> float:
         config = self.config
+        allow_tf32(self.device, False)
         return evaluate(self.model, self.corpus.valid, config.valid_batch_size, config.optim.bptt, "validate")
 
     def _keep_if_best(self, loss: float, epoch: int) -> bool:
@@ -258,6 +263,7 @@ class Trainer:
         best = self.folder / "best.safetensors"
         tensors, meta = load_checkpoint(best)
         load_parameters(self.model, tensors, best)
+        allow_tf32(self.device, False)
         test = evaluate(self.model, self.corpus.test, config.test_batch_size, config.optim.bptt, "test")
         result = {
             "valid_ppl": perplexity(meta["valid_loss"]),

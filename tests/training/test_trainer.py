@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from fused_mos.train import main, parse
 from fused_mos.training import Trainer, TrainingDiverged
 from fused_mos.training.checkpoint import load_checkpoint
-from fused_mos.training.logging import read_metrics
+from fused_mos.training.evaluation import evaluate
+from fused_mos.training.logging import perplexity, read_metrics
+from fused_mos.training.run import load_run
 
 
 NO_DROPOUT = [f for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop") for f in (f"--{name}", "0")]
@@ -42,6 +44,18 @@ def test_a_run_leaves_its_folder(small_flags, tmp_path):
 def test_other_heads_train(head, small_flags, tmp_path):
     result = run([*small_flags, "--head", head, "--epochs", "1"], tmp_path / "run")
     assert result["head"] == head and result["test_ppl"] < 60
+
+
+def test_bfloat16_trains_alike_with_float32_parameters_and_evaluation(small_flags, tmp_path):
+    results = {p: run([*small_flags, "--epochs", "2", "--lr", "1", "--precision", p], tmp_path / p) for p in ("float32", "bfloat16")}
+    (_, _, exact), *_ = a = losses(tmp_path / "float32")
+    (_, _, rounded), *_ = b = losses(tmp_path / "bfloat16")
+    assert exact != rounded and [loss for _, _, loss in b] == pytest.approx([loss for _, _, loss in a], rel=5e-3)
+    saved = load_file(tmp_path / "bfloat16" / "last.safetensors")
+    assert all(t.dtype == torch.float32 for name, t in saved.items() if name.startswith(("model.", "hidden.")))
+    best = load_run(tmp_path / "bfloat16")
+    loss = evaluate(best.model, best.corpus.valid, best.config.valid_batch_size, best.config.optim.bptt)
+    assert perplexity(loss) == results["bfloat16"]["valid_ppl"]
 
 
 def test_the_seed_decides_everything(small_flags, tmp_path):
