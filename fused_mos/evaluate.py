@@ -15,10 +15,11 @@ from .data import CorpusError
 from .lm.dynamic_eval import DynamicRule
 from .training import USER_ERRORS, ConfigError, TimeLimitReached
 from .training.checkpoint import CheckpointClock
+from .training.config import dynamic_rule
 from .training.dynamic import DynamicRun
 from .training.evaluation import evaluate
 from .training.logging import perplexity
-from .training.run import Run, load_run, write_json
+from .training.run import Run, load_run, read_config, write_json
 
 
 @dataclasses.dataclass
@@ -63,9 +64,17 @@ def run_evaluation(config: Config, run: Run) -> dict[str, Any]:
     return result | {"loss": loss, "ppl": perplexity(loss), "ppl_published": perplexity(loss * (rows - 1) / rows)}
 
 
+def parse(arguments: list[str]) -> Config:
+    """The recipe of the run gives the defaults of its rule. Raises ConfigError."""
+    folder = next((Path(argument) for argument in arguments if (Path(argument) / "config.json").is_file()), None)
+    rule = dynamic_rule(read_config(folder).recipe) if folder else DynamicRule()
+    options = {"prog": "python -m fused_mos.evaluate", "description": __doc__, "default": Config(run=tyro.MISSING, rule=rule)}
+    return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=arguments, **options)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], prog="python -m fused_mos.evaluate", description=__doc__, args=arguments)
     try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
         if config.tune and not config.dynamic:
             raise ConfigError("--tune searches the rule of --dynamic; give both")
         for name in ("eval_context", "checkpoint_minutes", "time_limit"):

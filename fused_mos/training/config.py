@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .._backends import NAMES
+from ..lm.dynamic_eval import DynamicRule
 
 
 class ConfigError(ValueError):
@@ -229,3 +230,8 @@ def demo() -> TrainConfig:
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "ptb": ptb, "wikitext2": wikitext2, "ptb-small": ptb_small, "wikitext2-small": wikitext2_small, "demo": demo,
 }  # fmt: skip
+
+
+def dynamic_rule(recipe: str) -> DynamicRule:
+    """The numbers of dynamic evaluation that go with a recipe (Krause et al. 2018; the paper's on WikiText-2)."""
+    return DynamicRule(lamb=0.02, epsilon=0.002) if recipe.startswith("wikitext2") else DynamicRule()

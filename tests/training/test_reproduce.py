@@ -1,0 +1,60 @@
+"""All stages in one command, in pieces, and its table."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fused_mos import evaluate, reproduce
+from fused_mos.lm.dynamic_eval import DynamicRule
+from fused_mos.train import parse
+from fused_mos.training import RECIPES
+from fused_mos.training import dynamic as dynamic_module
+
+
+@pytest.fixture
+def small_recipe(small_flags, monkeypatch):
+    """`demo` made as small as the other tests' runs."""
+    config = parse([*small_flags, "--epochs", "2"])
+    monkeypatch.setitem(RECIPES, "demo", lambda: dataclasses.replace(config, resume=None))
+    monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
+
+
+def test_all_stages_in_pieces_are_those_of_one_go(small_recipe, corpus_folder, tmp_path, capsys):
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(whole)]) == 0
+    out = capsys.readouterr().out
+    count = 0
+    while not (pieces / "reproduction.md").exists():
+        assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(pieces), "--time-limit", "0.3"]) == 0
+        count += 1
+    assert count > 3 and "time limit reached; the same command continues" in capsys.readouterr().out
+    results = json.loads((whole / "reproduction.json").read_text())
+    assert json.loads((pieces / "reproduction.json").read_text()) == results
+    table = (whole / "reproduction.md").read_text()
+    assert table in out and table == (pieces / "reproduction.md").read_text()
+    for stage in reproduce.STAGES:
+        valid, test = results[stage]["valid"], results[stage]["test"]
+        assert f"| {stage} | {valid['ppl']:.2f} / {test['ppl']:.2f} | {valid['ppl_published']:.2f} / {test['ppl_published']:.2f} |" in table
+    assert results["fine-tuned"]["valid"]["ppl"] == json.loads((whole / "finetune" / "result.json").read_text())["valid_ppl"]
+    assert not results["trained"]["test"]["dynamic"] and results["dynamic evaluation"]["test"]["dynamic"]
+
+
+def test_the_table_of_the_paper():
+    results = {stage: {split: {"ppl": 50.0, "ppl_published": 49.5} for split in ("valid", "test")} for stage in reproduce.STAGES}
+    assert "| fine-tuned | 50.00 / 50.00 | 49.50 / 49.50 | 56.54 / 54.44 |" in reproduce.table("ptb", results)
+    assert "| dynamic evaluation | 50.00 / 50.00 | 49.50 / 49.50 | 42.41 / 40.68 |" in reproduce.table("wikitext2", results)
+
+
+@pytest.mark.parametrize(("recipe", "rule"), [("ptb", DynamicRule(0.002, 0.075, 0.001, 5)), ("wikitext2", DynamicRule(0.002, 0.02, 0.002, 5))])
+def test_the_recipes_numbers_of_dynamic_evaluation(recipe, rule, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RECIPES[recipe]().to_json()))
+    assert evaluate.parse([str(tmp_path), "--dynamic"]).rule == rule
+    assert evaluate.parse(["--lamb", "0.5", str(tmp_path)]).rule == dataclasses.replace(rule, lamb=0.5)
+
+
+def test_errors(tmp_path, capsys):
+    assert reproduce.main(["demo", "--data", "nowhere", "--out", str(tmp_path / "x")]) == 2
+    assert "data folder nowhere does not exist" in capsys.readouterr().err
+    assert reproduce.main(["demo", "--data", "nowhere", "--time-limit", "-1"]) == 2
+    assert "time_limit must not be negative, got -1.0" in capsys.readouterr().err
