@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -35,6 +36,9 @@ from tqdm import tqdm  # noqa: E402
 from fused_mos import functional as F  # noqa: E402
 from fused_mos._backends import triton as backend  # noqa: E402
 from fused_mos._backends.triton_kernels.proof import DTYPES, SHAPES, float32_products  # noqa: E402
+from fused_mos.training import RECIPES, Trainer  # noqa: E402
+from fused_mos.training.profile import StepProfile  # noqa: E402
+from fused_mos.training.run import allow_tf32  # noqa: E402
 
 HERE = Path(__file__).parent
 DEVICE = "cpu" if DRY_RUN else "cuda"
@@ -60,8 +64,9 @@ class Config:
     out: Path | None = None
     """The JSON file; by default benchmarks/results/gpu-NAME.json. The plot lies beside it."""
 
-    steps: tuple[str, ...] = ("tests", "memcheck", "times", "filter")
-    """What to do: all tests on the GPU, some under compute-sanitizer's memcheck, times and memory, the filter."""
+    steps: tuple[str, ...] = ("tests", "memcheck", "times", "filter", "training")
+    """What to do: all tests on the GPU, some under compute-sanitizer's memcheck, times and memory, the filter, profiles of training
+    steps on a text of random words."""
 
     shapes: tuple[str, ...] = NAMES
     """Shapes to time."""
@@ -241,6 +246,29 @@ def filtered(config: Config) -> dict:
     return result | {"torch.mm ms": mm}
 
 
+# ---------------------------------------------------------------------------------------------------------------- training
+
+
+def profile_training(recipe: str, n_words: int, precision: str) -> dict:
+    """Where the time of a recipe's training steps goes; the words are random, which steps do not feel."""
+    config = dataclasses.replace(RECIPES[recipe](), precision=precision, profile=3 if DRY_RUN else 50, device=DEVICE)
+    rows = (config.profile + StepProfile.WARM_UP + 1) * (config.optim.bptt + config.optim.bptt_delta)
+    draw = random.Random(0)
+    words = [f"w{i}" for i in range(n_words)]
+    with tempfile.TemporaryDirectory() as folder:
+        text = [*words, *draw.choices(words, k=rows * config.optim.batch_size)]
+        for split in ("train", "valid", "test"):
+            Path(folder, f"{split}.txt").write_text(" ".join(text if split == "train" else text[:1000]))
+        trainer = Trainer(dataclasses.replace(config, data=Path(folder), out=Path(folder, "run")))
+        trainer.model.train()
+        allow_tf32(trainer.device, precision != "float32")
+        while trainer.profile:
+            trainer.train_step()
+        report = json.loads(Path(folder, "run", "profile.json").read_text())
+    peak = None if DRY_RUN else torch.cuda.max_memory_allocated() >> 20
+    return report | {"peak MiB": peak}
+
+
 # -------------------------------------------------------------------------------------------------------------------- main
 
 
@@ -294,6 +322,14 @@ def main() -> int:
             save()
     if "filter" in config.steps and config.run and (config.again or "filter" not in result):
         result["filter"] = filtered(config)
+    trainings = {"demo": 500} if DRY_RUN else {"ptb": 10_000, "wikitext2": 33_278}
+    for recipe, n_words in trainings.items() if "training" in config.steps else ():
+        for precision in ("float32",) if DRY_RUN else ("float32", "tf32", "bfloat16"):
+            key, profiles = f"{recipe} {precision}", result.setdefault("training", {})
+            if config.again or key not in profiles:
+                profiles[key] = profile_training(recipe, n_words, precision)
+                print(f"{key}: {profiles[key]['step_ms']['median']:.2f} ms a step, {profiles[key]['words_per_second']:,.0f} words/s", flush=True)
+                save()
     save()
     for goal in result["goals"]:
         print(f"{'met ' if goal['met'] else 'OPEN'}  {goal['goal']}: {goal['value']} (wanted {goal['wanted']})")

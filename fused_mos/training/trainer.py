@@ -136,7 +136,7 @@ class Trainer:
         with tqdm(total=rows - 1, initial=progress.row, desc=description, unit="rows", mininterval=interval, dynamic_ncols=True) as bar:
             while progress.row < rows - 1:
                 start = time.monotonic()
-                length = self._train_step()
+                length = self.train_step()
                 progress.seconds += time.monotonic() - start
                 progress.interval_seconds += time.monotonic() - start
                 if progress.step % config.log_interval == 0:
@@ -144,12 +144,13 @@ class Trainer:
                 bar.update(length)
                 self.clock.tick(self._save_last)
 
-    def _train_step(self) -> int:
-        """One segment of all columns: forward, backward, clip, step. Returns the segment's rows."""
+    def train_step(self, length: int | None = None) -> int:
+        """One segment of all columns, of `length` rows or as many as are drawn: forward, backward, clip, step. Returns the
+        segment's rows, fewer where the text ends."""
         optim, progress = self.config.optim, self.progress
         if self.profile:
             self.profile.start()
-        drawn = random_bptt_length(optim.bptt, optim.bptt + optim.bptt_delta, self.bptt_generator)
+        drawn = length or random_bptt_length(optim.bptt, optim.bptt + optim.bptt_delta, self.bptt_generator)
         inputs, targets = segment(self.source, progress.row, drawn)
         self.optimizer.zero_grad()
         mark = self._mark

@@ -31,7 +31,7 @@ def test_continues_from_the_best_model(trained, capsys):
     assert meta["valid_loss"] == pytest.approx(load_checkpoint(trained / "best.safetensors")[1]["valid_loss"], abs=1e-12)
     steps = []
     for _ in range(4):
-        trainer._train_step()
+        trainer.train_step()
         steps.append({name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()})
     with trainer.optimizer.averaged():
         for name, parameter in trainer.model.named_parameters():  # torch.optim.ASGD's average begins with the second step

@@ -75,7 +75,7 @@ def test_sgd_and_asgd_steps_restated(small_flags, tmp_path, monkeypatch):
             trainer.optimizer.start_averaging()
             plain.averages, plain.trail = [], []
         row = trainer.progress.row
-        trainer._train_step()
+        trainer.train_step()
         stop = row + drawn[-1]
         plain.step(trainer.source[row:stop], trainer.source[row + 1 : stop + 1], drawn[-1])
         for name, value in trainer.model.named_parameters():
@@ -104,9 +104,9 @@ def test_a_step_draws_masks_for_each_part_and_reads_no_number_back(averaging, sm
     trainer = Trainer(parse([*small_flags, "--dropoutl", "0.1", "--small-batch-size", "2", "--backend", "tiled", "--out", str(tmp_path / "run")]))
     if averaging:
         trainer.optimizer.start_averaging()
-        trainer._train_step()
+        trainer.train_step()
     with Calls() as calls:
-        trainer._train_step()
+        trainer.train_step()
     assert calls.names.count("bernoulli_") == 3 * 7, "three parts, seven masks each in a model of two layers"
     assert not {"_local_scalar_dense", "nonzero", "is_nonzero"} & set(calls.names)
 
