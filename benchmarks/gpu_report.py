@@ -22,6 +22,10 @@ def _goals(result: dict) -> Iterator[tuple[str, object, str, bool]]:
     for check in ("tests", "memcheck"):
         if check in result:
             yield check, result[check]["summary"], "all pass", result[check]["passed"] is True
+    steps = {key: profile["step_ms"]["median"] for key, profile in result.get("training", {}).items() if key.startswith("ptb ")}
+    if steps:
+        best = min(steps, key=steps.get)
+        yield f"training step of {best}, ms", round(steps[best], 2), "below 6", steps[best] < 6
     for key, times in result.get("times", {}).items():
         rows = times["rows"]
         single = times["shape"][1] == 1
