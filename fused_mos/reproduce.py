@@ -8,7 +8,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +17,10 @@ from .data import CorpusError
 from .evaluate import Config as Evaluation
 from .evaluate import run_evaluation
 from .finetune import finetuning_config
-from .training import RECIPES, USER_ERRORS, ConfigError, TimeLimitReached, TrainConfig, Trainer
+from .training import RECIPES, USER_ERRORS, ConfigError, TimeLimitReached
 from .training.config import dynamic_rule
 from .training.run import load_run, write_json
-from .training.trainer import resumed_config
+from .training.trainer import train_to_the_end
 
 STAGES = ("trained", "fine-tuned", "dynamic evaluation")
 
@@ -67,9 +66,9 @@ def reproduce(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
         return left if config.time_limit else 0.0
 
     recipe = dataclasses.replace(RECIPES[config.recipe](), data=config.data, precision=config.precision)
-    _train("training", config.folder, lambda: recipe, config, seconds_left)
-    finetuned = config.folder / "finetune"
-    _train("fine-tuning", finetuned, lambda: finetuning_config(config.folder), config, seconds_left)
+    finetuned, flags = config.folder / "finetune", {"device": config.device, "checkpoint_max_mib": config.checkpoint_max_mib}
+    train_to_the_end(config.folder, lambda: recipe, **flags, time_limit=seconds_left())
+    train_to_the_end(finetuned, lambda: finetuning_config(config.folder), **flags, time_limit=seconds_left())
 
     path = config.folder / "reproduction.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
@@ -85,19 +84,6 @@ def reproduce(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
                 results[stage][split] = run_evaluation(evaluation, run)
                 write_json(path, results)
     return results
-
-
-def _train(name: str, folder: Path, new: Callable[[], TrainConfig], config: Config, seconds_left: Callable[[], float]) -> None:
-    """Runs or continues the training in `folder` unless it is finished."""
-    if (folder / "result.json").is_file():
-        return
-    begun = (folder / "last.safetensors").is_file()
-    print(f"{name}: {'continued' if begun else 'begun'} in {folder}", flush=True)
-    default = resumed_config(folder) if begun else dataclasses.replace(new(), out=folder)
-    trainer = Trainer(
-        dataclasses.replace(default, device=config.device, checkpoint_max_mib=config.checkpoint_max_mib, time_limit=seconds_left())
-    )
-    trainer.run()
 
 
 def table(recipe: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:

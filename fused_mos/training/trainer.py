@@ -4,6 +4,7 @@ import dataclasses
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,20 @@ def resumed_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`, ready to continue it. Raises CheckpointError."""
     _, meta = load_checkpoint(folder / "last.safetensors")
     return dataclasses.replace(TrainConfig.from_json(meta["config"]), out=folder, resume=folder, time_limit=0.0, profile=0)
+
+
+def train_to_the_end(folder: Path, new: Callable[[], TrainConfig], **flags: Any) -> None:
+    """Trains in `folder`: from the start with the configuration `new()`, or from its last checkpoint; not at all if it is finished.
+    `flags` replace fields, of a run that is continued only those that may change."""
+    if (folder / "result.json").is_file():
+        return
+    begun = (folder / "last.safetensors").is_file()
+    config = resumed_config(folder) if begun else dataclasses.replace(new(), out=folder)
+    print(f"{folder}: {'continued' if begun else 'fine-tuning' if config.start else 'training'}", flush=True)
+    changed = dataclasses.replace(config, **flags)
+    if begun:
+        check_resumable(config, changed)
+    Trainer(changed).run()
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:

@@ -1,0 +1,179 @@
+"""Softmax, MoC and MoS at equal parameters and equal time, through all stages, with a table and a plot:
+
+    python benchmarks/heads.py --data PTB [--recipe ptb-small] [--minutes 40]
+
+Each head is given as many epochs as fit into the time at the speed that it has on this machine when nothing else runs, measured in
+turns at the start. So what else the machine does later changes no result. Killed at any moment, the same command continues.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import tyro
+from harness import interleaved
+
+from fused_mos.evaluate import Config as Evaluation
+from fused_mos.evaluate import run_evaluation
+from fused_mos.finetune import finetuning_config
+from fused_mos.training import RECIPES, TrainConfig, Trainer
+from fused_mos.training.config import dynamic_rule
+from fused_mos.training.logging import read_metrics
+from fused_mos.training.run import load_run
+from fused_mos.training.trainer import train_to_the_end
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HEADS = ("softmax", "moc", "mos")
+FINETUNING = 0.25
+"""Of the time."""
+
+SOFTMAX = {
+    "ptb-small": {"embedding_size": 160, "hidden_sizes": (416, 160)},
+    "wikitext2-small": {"embedding_size": 110, "hidden_sizes": (448, 110)},
+}
+"""Sizes that give softmax as many parameters as the recipe's mixture; its last layer is as wide as its embedding."""
+
+
+@dataclasses.dataclass
+class Config:
+    data: Path
+    """Folder with train.txt, valid.txt and test.txt."""
+    recipe: str = "ptb-small"
+    """ptb-small or wikitext2-small."""
+    heads: tuple[str, ...] = HEADS
+    """Heads to train."""
+    minutes: float = 40.0
+    """Of training and fine-tuning."""
+    precision: str = "float32"
+    """float32 or bfloat16."""
+    stages: tuple[str, ...] = ("train", "finetune", "dynamic")
+    """What to do with each head; without finetune, training has all the time."""
+    runs: Path = Path("runs/heads")
+    """Where the runs leave their folders."""
+    out: Path | None = None
+    """The JSON file; by default benchmarks/results/heads-RECIPE.json. The plot lies beside it."""
+
+
+def recipe(config: Config, head: str) -> TrainConfig:
+    base = RECIPES[config.recipe]()
+    sizes = SOFTMAX[config.recipe] if head == "softmax" else {}
+    return dataclasses.replace(base, data=config.data, precision=config.precision, model=dataclasses.replace(base.model, head=head, **sizes))
+
+
+def words_per_second(config: Config, rounds: int = 15) -> dict[str, dict[str, float]]:
+    calls = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for head in config.heads:
+            trainer = Trainer(dataclasses.replace(recipe(config, head), out=Path(folder) / head))
+            trainer.model.train()
+            calls[head] = lambda trainer=trainer: trainer.train_step(trainer.config.optim.bptt)
+        times = interleaved(calls, rounds, trainer.device.type == "cuda")
+    words = trainer.config.optim.bptt * trainer.config.optim.batch_size
+    return {head: {name: round(words / f(t)) for name, f in (("median", statistics.median), ("min", max), ("max", min))} for head, t in times.items()}
+
+
+def compare(config: Config, head: str, speed: float) -> dict[str, Any]:
+    """All stages of one head; what is done is not done again."""
+    folder = config.runs / f"{config.recipe}-{head}"
+    base = recipe(config, head)
+    tuned = "finetune" in config.stages
+
+    def epochs(share: float, words: int) -> int:
+        return max(1, round(config.minutes * 60 * share * speed / words))
+
+    n_words = sum(len(line.split()) + 1 for line in (config.data / "train.txt").open(encoding="utf-8"))
+    first, second = epochs(1 - FINETUNING if tuned else 1, n_words), epochs(FINETUNING, n_words)
+    train_to_the_end(folder, lambda: dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=first)))
+    result = json.loads((folder / "result.json").read_text())
+    row = {"parameters": result["parameters"], "seed": result["seed"], "epochs": result["epochs"], "trained": _perplexities(result)}
+    row["curve"] = _curve(folder, 0.0, n_words / speed / 60)
+    if tuned:
+        last = folder / "finetune"
+
+        def finetuning() -> TrainConfig:
+            default = finetuning_config(folder)
+            return dataclasses.replace(default, optim=dataclasses.replace(default.optim, epochs=second))
+
+        train_to_the_end(last, finetuning)
+        result = json.loads((last / "result.json").read_text())
+        row["curve"] += _curve(last, row["epochs"] * n_words / speed / 60, n_words / speed / 60)
+        row |= {"fine-tuning epochs": result["epochs"], "fine-tuned": _perplexities(result)}
+        if "dynamic" in config.stages:
+            row["dynamic"] = _dynamic(config, last)
+    return row
+
+
+def _perplexities(result: dict[str, Any]) -> dict[str, float]:
+    return {split: round(result[f"{split}_ppl"], 2) for split in ("valid", "test")}
+
+
+def _curve(folder: Path, start: float, minutes_per_epoch: float) -> list[tuple[float, float]]:
+    """(minutes, validation perplexity) after each epoch."""
+    return [(round(start + m["epoch"] * minutes_per_epoch, 2), round(m["ppl"], 2)) for m in read_metrics(folder) if m["kind"] == "valid"]
+
+
+def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
+    """With the rule that is best on the validation text."""
+    path = folder / "dynamic" / "result.json"
+    if not path.is_file():
+        evaluation = Evaluation(folder, "test", dynamic=True, tune=True, rule=dynamic_rule(config.recipe))
+        test = run_evaluation(evaluation, load_run(folder))
+        path.write_text(json.dumps({"test": round(test["ppl"], 2), "rule": test["rule"]}))
+    return json.loads(path.read_text())
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.3), layout="constrained")
+    for i, (head, row) in enumerate(result["heads"].items()):
+        axes.plot(*zip(*row["curve"]), color=f"C{i}", marker="o", markersize=3, label=f"{head}, {row['parameters'] / 1e6:.2f} M parameters")
+    axes.set_yscale("log")
+    ticks = [80, 90, 100, 110, 120, 140, 160, 200, 250, 300, 400, 600]
+    lowest = min(ppl for row in result["heads"].values() for _, ppl in row["curve"])
+    highest = max(ppl for row in result["heads"].values() for _, ppl in row["curve"])
+    axes.set_yticks([t for t in ticks if lowest * 0.9 < t < highest * 1.1], minor=False)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes.set_xlabel("minutes of training, at the speed of the idle machine")
+    axes.set_ylabel("validation perplexity")
+    axes.set_title(f"{result['recipe']}, {result['precision']}", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    partial = path.with_name("partial-" + path.name)
+    figure.savefig(partial, dpi=130)
+    os.replace(partial, path)
+
+
+def main() -> int:
+    config = tyro.cli(Config, description=__doc__)
+    path = config.out or Path(__file__).parent / "results" / f"heads-{config.recipe}.json"
+    result = json.loads(path.read_text()) if path.is_file() else {"recipe": config.recipe, "minutes": config.minutes, "precision": config.precision}
+    result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
+
+    def save() -> None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+    if "words per second" not in result:
+        result["words per second"] = words_per_second(config)
+        save()
+    for head in config.heads:
+        result.setdefault("heads", {})[head] = compare(config, head, result["words per second"][head]["median"])
+        save()
+        plot(result, path.with_suffix(".png"))
+    for head, row in result["heads"].items():
+        print(head, {name: value for name, value in row.items() if name != "curve"})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
