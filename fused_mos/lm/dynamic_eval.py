@@ -82,7 +82,7 @@ class DynamicEvaluation:
         self.step_sizes = [rule.lr / (ms + rule.epsilon) for ms in root_mean_squares]
         self.hidden: Hidden = model.initial_hidden(source.shape[1])
         self.row = 0
-        self.total = 0.0  # nats of all words predicted
+        self.total = torch.zeros((), dtype=torch.float64, device=source.device)  # nats of all words predicted
 
     def __iter__(self) -> Iterator[int]:
         """Yields the rows of each segment, once it is predicted and learnt."""
@@ -90,7 +90,7 @@ class DynamicEvaluation:
             inputs, targets = segment(self.source, self.row, self.rule.bptt)
             self.model.zero_grad(set_to_none=True)
             output = self.model(inputs, targets, self.hidden)
-            self.total -= output.log_likelihood.detach().sum(dtype=torch.float64).item()
+            self.total -= output.log_likelihood.detach().sum(dtype=torch.float64)
             output.loss.backward()
             self._update()
             self.hidden = detach(output.hidden)
@@ -106,5 +106,5 @@ class DynamicEvaluation:
 
     @property
     def loss(self) -> float:
-        """Mean NLL in nats of the words predicted so far."""
-        return self.total / max(self.row * self.source.shape[1], 1)
+        """Mean NLL in nats of the words predicted so far, read from the device."""
+        return self.total.item() / max(self.row * self.source.shape[1], 1)

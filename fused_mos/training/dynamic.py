@@ -23,6 +23,9 @@ STATISTICS_BPTT = 5
 SCREENING_SHARE = 0.1
 """Of the validation text that the search reads first."""
 
+POSTFIX_INTERVAL = 100
+"""Segments between looks at the perplexity, for which the host must wait for the device."""
+
 FINALISTS = 3
 """Rules that the search then tries on the whole validation text."""
 
@@ -66,14 +69,14 @@ class DynamicRun:
         evaluation = DynamicEvaluation(self.run.model, source, root_mean_squares, rule)
         if (saved := self._saved(path, {"rule": dataclasses.asdict(rule)})) is not None:
             tensors, meta = saved
-            evaluation.row, evaluation.total, evaluation.hidden = meta["row"], meta["total"], _hidden(tensors)
+            evaluation.row, evaluation.total, evaluation.hidden = meta["row"], tensors["total"], _hidden(tensors)
             with torch.no_grad():
                 for parameter_name, p in self.run.model.named_parameters():
                     p.copy_(tensors[f"model.{parameter_name}"])
 
         def save() -> None:
             tensors = {f"model.{n}": p for n, p in self.run.model.named_parameters()} | _named(evaluation.hidden)
-            self._save(path, tensors, {"row": evaluation.row, "total": evaluation.total, "rule": dataclasses.asdict(rule)})
+            self._save(path, tensors | {"total": evaluation.total}, {"row": evaluation.row, "rule": dataclasses.asdict(rule)})
 
         try:
             self._work(evaluation, source, f"dynamic, {name}", save, lambda: f"ppl {perplexity(evaluation.loss):.2f}")
@@ -123,9 +126,9 @@ class DynamicRun:
         if work.row == rows:
             return
         with tqdm(total=rows, initial=work.row, desc=description, unit="rows", mininterval=0.5, dynamic_ncols=True, leave=False) as bar:
-            for n in work:
+            for i, n in enumerate(work):
                 bar.update(n)
-                if postfix:
+                if postfix and i % POSTFIX_INTERVAL == 0:
                     bar.set_postfix_str(postfix(), refresh=False)
                 self.clock.tick(save)
         save()
