@@ -38,7 +38,7 @@ from fused_mos._backends import triton as backend  # noqa: E402
 from fused_mos._backends.triton_kernels.proof import DTYPES, SHAPES, float32_products  # noqa: E402
 from fused_mos.training import RECIPES, Trainer  # noqa: E402
 from fused_mos.training.profile import StepProfile  # noqa: E402
-from fused_mos.training.run import allow_tf32  # noqa: E402
+from fused_mos.training.device import allow_tf32  # noqa: E402
 
 HERE = Path(__file__).parent
 DEVICE = "cpu" if DRY_RUN else "cuda"

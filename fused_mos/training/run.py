@@ -12,6 +12,7 @@ from ..data import Corpus
 from ..lm import AWDLSTM
 from .checkpoint import CheckpointError, load_checkpoint, load_parameters
 from .config import ConfigError, TrainConfig
+from .device import allow_tf32, device_named
 
 
 @dataclasses.dataclass
@@ -54,25 +55,6 @@ def check_vocabulary(corpus: Corpus, path: Path) -> None:
     """Raises CheckpointError unless the corpus has the words of the run's vocabulary.txt. A converted run has none."""
     if path.is_file() and path.read_text(encoding="utf-8").split("\n")[:-1] != corpus.vocabulary.words:
         raise CheckpointError(f"the vocabulary of the corpus is not the one in {path}; name the run's own --data")
-
-
-def device_named(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def allow_tf32(device: torch.device, allowed: bool) -> None:
-    """Whether float32 products on a GPU may be rounded to TF32; torch keeps this as a setting of the process, and by default
-    allows it in cuDNN's LSTM."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-        torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,7 +1,6 @@
 """The training loop of AWD-LSTM-MoS: SGD → NT-ASGD over randomised BPTT segments, resumable at any moment."""
 
 import dataclasses
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +17,11 @@ from ..lm import AWDLSTM, NTASGD
 from ..lm.awd_lstm import activation_regularization, detach, temporal_activation_regularization
 from .checkpoint import CheckpointClock, CheckpointError, group, load_checkpoint, load_parameters, save_checkpoint
 from .config import ConfigError, TrainConfig
+from .device import allow_tf32, device_named, peak_memory_mib, read_later
 from .evaluation import evaluate
 from .logging import MetricsLog, perplexity, plot_learning_curves
 from .profile import StepProfile, as_table
-from .run import allow_tf32, check_vocabulary, device_named, write_json
+from .run import check_vocabulary, write_json
 
 RESUMABLE_FLAGS = ("epochs", "log_interval", "checkpoint_minutes", "checkpoint_max_mib", "time_limit", "profile", "data", "device", "backend")
 """What may be changed when a run is resumed; anything else would make it another run."""
@@ -84,6 +84,8 @@ class Trainer:
         self.optimizer = NTASGD(self.model.parameters(), optim.lr, optim.weight_decay, optim.nonmono)
         self.progress = Progress()
         self.interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.noted: tuple | None = None  # numbers of an interval whose loss is on its way from the device
+        self.status = ""
         self.hidden = self._initial_hidden()
         if saved:
             self._restore(*saved)
@@ -135,15 +137,30 @@ class Trainer:
         # where no person watches, a line every half minute is enough
         interval = 0.5 if sys.stderr.isatty() else 30.0
         with tqdm(total=rows - 1, initial=progress.row, desc=description, unit="rows", mininterval=interval, dynamic_ncols=True) as bar:
+            self._since = time.monotonic()
             while progress.row < rows - 1:
-                start = time.monotonic()
                 length = self.train_step()
-                progress.seconds += time.monotonic() - start
-                progress.interval_seconds += time.monotonic() - start
+                self._count_time()
                 if progress.step % config.log_interval == 0:
-                    bar.set_postfix_str(self._log_interval(), refresh=False)
+                    self._end_interval()
+                    bar.set_postfix_str(self.status, refresh=False)
                 bar.update(length)
-                self.clock.tick(self._save_last)
+                self.clock.tick(self._checkpoint)
+            self._count_time(wait=True)
+
+    def _count_time(self, wait: bool = False) -> None:
+        """Adds what passed since the last call to the time of training; with `wait`, until the device has done its work."""
+        if wait and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.monotonic()
+        self.progress.seconds += now - self._since
+        self.progress.interval_seconds += now - self._since
+        self._since = now
+
+    def _checkpoint(self) -> None:
+        self._count_time(wait=True)
+        self._save_last()
+        self._since = time.monotonic()
 
     def train_step(self, length: int | None = None) -> int:
         """One segment of all columns, of `length` rows or as many as are drawn: forward, backward, clip, step. Returns the
@@ -206,18 +223,30 @@ class Trainer:
     def _diverged(self, what: str) -> TrainingDiverged:
         return TrainingDiverged(f"training diverged: {what}; the checkpoints in {self.folder} are from before that; try a lower --lr or --clip")
 
-    def _log_interval(self) -> str:
+    def _end_interval(self) -> None:
+        """Notes the interval's numbers. On a GPU its loss is written an interval later, so that the host need not wait for it."""
+        self._write_interval()
         progress = self.progress
-        loss = self.interval_loss.item() / progress.interval_words
-        if loss != loss:
-            raise self._diverged(f"the loss is NaN before step {progress.step}")
         speed = progress.interval_words / progress.interval_seconds
-        self.metrics.write(
-            "train", progress.step, epoch=progress.epoch + 1, loss=loss, ppl=perplexity(loss), words_per_second=speed,
-            lr=self.config.optim.lr, epoch_fraction=progress.epoch + progress.row / (self.source.shape[0] - 1),
-        )  # fmt: skip
+        values = {
+            "epoch": progress.epoch + 1, "words_per_second": speed, "lr": self.config.optim.lr,
+            "epoch_fraction": progress.epoch + progress.row / (self.source.shape[0] - 1),
+        }  # fmt: skip
+        self.noted = progress.step, progress.interval_words, values, read_later(self.interval_loss)
         self._start_interval()
-        return f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {speed:,.0f} words/s"
+        if self.device.type != "cuda":
+            self._write_interval()
+
+    def _write_interval(self) -> None:
+        """Writes what is noted to the logs."""
+        if self.noted is None:
+            return
+        (step, words, values, total), self.noted = self.noted, None
+        loss = total() / words
+        if loss != loss:
+            raise self._diverged(f"the loss is NaN before step {step}")
+        self.metrics.write("train", step, loss=loss, ppl=perplexity(loss), **values)
+        self.status = f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {values['words_per_second']:,.0f} words/s"
 
     def _start_interval(self) -> None:
         self.interval_loss.zero_()
@@ -239,6 +268,7 @@ class Trainer:
     def _finish_epoch(self) -> None:
         """Validates with the averages if there are any, keeps the best model, and may start averaging or end fine-tuning."""
         progress = self.progress
+        self._write_interval()
         with self.optimizer.averaged():
             loss = self._validate()
             if loss != loss:
@@ -272,7 +302,7 @@ class Trainer:
             "test_ppl": perplexity(test),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "words_per_second": progress.words / progress.seconds if progress.seconds else None,
-            "peak_memory_mib": max(progress.peak_memory_mib, _peak_memory_mib(self.device)),
+            "peak_memory_mib": max(progress.peak_memory_mib, peak_memory_mib(self.device)),
             "seed": config.seed,
             "head": config.model.head,
             "recipe": config.recipe,
@@ -287,9 +317,12 @@ class Trainer:
         return dict(self.model.named_parameters())  # a tied weight once
 
     def _save_last(self) -> None:
+        self._write_interval()
         progress = self.progress
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self._diverged(f"parameters are no longer finite at step {progress.step}")
         progress.metrics_bytes = self.metrics.sync()
-        progress.peak_memory_mib = max(progress.peak_memory_mib, _peak_memory_mib(self.device))
+        progress.peak_memory_mib = max(progress.peak_memory_mib, peak_memory_mib(self.device))
         optimizer_tensors, optimizer_meta = self.optimizer.state_dict()
         tensors = {f"model.{name}": t for name, t in self._parameters().items()}
         tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors.items()}
@@ -350,11 +383,3 @@ def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
             before, now = getattr(part_saved, field.name), getattr(part_asked, field.name)
             if before != now and not dataclasses.is_dataclass(before) and field.name not in RESUMABLE_FLAGS:
                 raise ConfigError(f"{field.name} cannot change when a run is resumed: it was {before}, got {now}")
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    """The most memory this process has held: of the GPU if it trains on one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

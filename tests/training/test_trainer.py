@@ -128,6 +128,8 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoints(small_flags, tmp_pat
         trainer.model.rnns[0].bias_ih_l0.fill_(float("nan"))
     with pytest.raises(TrainingDiverged, match="training diverged: .* lower --lr"):
         trainer.run()
+    with pytest.raises(TrainingDiverged, match="parameters are no longer finite"):
+        trainer._save_last()
     assert (out / "best.safetensors").read_bytes() == best
     kept, _ = load_checkpoint(out / "last.safetensors")
     assert all(torch.equal(kept[name], tensors[name]) for name in tensors)

@@ -1,0 +1,54 @@
+"""The device of a run: its name, its float32 products, its memory, and numbers read from it without waiting."""
+
+import resource
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .config import ConfigError
+
+
+def device_named(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def allow_tf32(device: torch.device, allowed: bool) -> None:
+    """Whether float32 products on a GPU may be rounded to TF32; torch keeps this as a setting of the process, and by default
+    allows it in cuDNN's LSTM."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
+
+
+def read_later(number: Tensor) -> Callable[[], float]:
+    """The present value of a tensor (), copied from a GPU while the host goes on; the result waits for that copy alone."""
+    if number.device.type != "cuda":
+        value = number.item()
+        return lambda: value
+    host = torch.empty((), dtype=number.dtype, pin_memory=True)
+    host.copy_(number, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def value() -> float:
+        copied.synchronize()
+        return host.item()
+
+    return value
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory this process has held: of the GPU if it trains on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
