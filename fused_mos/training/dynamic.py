@@ -26,6 +26,9 @@ SCREENING_SHARE = 0.1
 POSTFIX_INTERVAL = 100
 """Segments between looks at the perplexity, for which the host must wait for the device."""
 
+LEAST_GAIN = 1e-3
+"""Nats by which a rule must be better for the climb to go on: a field that no longer matters is not halved forever."""
+
 FINALISTS = 3
 """Rules that the search then tries on the whole validation text."""
 
@@ -109,7 +112,7 @@ class DynamicRun:
             for rule in _neighbours(best):
                 if rule not in screened:
                     screened[rule] = loss(rule, first, "valid, first part")
-            if min(screened, key=screened.get) == best:
+            if min(screened.values()) > screened[best] - LEAST_GAIN:
                 break
         finalists = sorted(screened, key=screened.get)[:FINALISTS]
         return min(finalists, key=lambda rule: loss(rule, valid, "valid"))
