@@ -15,13 +15,13 @@ def locked_dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     return x * _mask(x, shape, p)
 
 
-def embedding_dropout(weight: Tensor, tokens: Tensor, p: float, training: bool = True) -> Tensor:
-    """Looks `tokens` up in `weight` (V, D) with whole words dropped: one Bernoulli per vocabulary row, shared
-    over batch and time, scaled by 1/(1 − p). Returns (*tokens.shape, D)."""
-    embedded = torch.nn.functional.embedding(tokens, weight)
+def embedding_dropout(embedding: nn.Module, tokens: Tensor, p: float, training: bool = True) -> Tensor:
+    """Looks `tokens` up in an nn.Embedding (V, D), or what stands for one, with whole words dropped: one Bernoulli per
+    vocabulary row, shared over batch and time, scaled by 1/(1 − p). Returns (*tokens.shape, D)."""
+    embedded = embedding(tokens)
     if not training or p == 0:
         return embedded
-    mask = _mask(weight, (weight.shape[0], 1), p)
+    mask = _mask(embedded, (embedding.num_embeddings, 1), p)
     return embedded * torch.nn.functional.embedding(tokens, mask)
 
 

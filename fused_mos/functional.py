@@ -93,7 +93,7 @@ def nll_and_loss(
     forward pass, one product cheaper; gradients that arrive through `nll` are then recomputed.
     """
     _check_inputs(latent, prior_logits, weight, bias)
-    _check_target(target, latent, weight, ignore_index)
+    _check_target(target, latent, weight.shape[0], ignore_index)
     if grad_filter_eps < 0 or grad_filter_eps >= 1:
         raise ValueError(f"grad_filter_eps must be in [0, 1), got {grad_filter_eps}")
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
@@ -111,6 +111,11 @@ def nll_and_loss(
                 loss, nll = ops.nll_with_gradients(*inputs, target, ignore_index, grad_filter_eps, mean, needs, backend)[:2]
                 return NLL(nll, loss)
             nll = ops.nll(*inputs, target, ignore_index, grad_filter_eps, backend)[0]
+    return _reduced(nll, target, ignore_index, reduction)
+
+
+def _reduced(nll: Tensor, target: Tensor, ignore_index: int, reduction: str) -> NLL:
+    """The loss of nll (N,), which is 0 where the target is ignored."""
     if reduction == "none":
         return NLL(nll, nll)
     if reduction == "sum":
@@ -184,11 +189,7 @@ def mos_topk(
     is that of torch.topk, which promises none. Args and errors as in `mos_nll_loss`; 1 ≤ k ≤ V.
     """
     _check_inputs(latent, prior_logits, weight, bias)
-    n, n_classes = latent.shape[0], weight.shape[0]
-    if not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if not 1 <= k <= n_classes:
-        raise ValueError(f"k must be in [1, V = {n_classes}], got {k}")
+    _check_k(k, weight.shape[0])
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
     with torch.autocast(latent.device.type, enabled=False):
@@ -196,20 +197,39 @@ def mos_topk(
             return TopK(*reference.log_prob(latent, prior_logits, weight, bias).topk(k))
         latent, weight, bias = _contiguous(latent, weight, bias)
         _, maximum, log_total = ops.logsumexp(latent, weight, bias, backend)
-        log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
-        values, indices = maximum.new_empty(n, 0), torch.empty(n, 0, dtype=torch.int64, device=latent.device)
-        columns = max(TOPK_BYTES // (maximum.itemsize * max(n, 1)), 2 * k, 256)
-        for start in range(0, n_classes, columns):
-            span = slice(start, start + columns)
-            log_p = _backends.kernels(backend).log_prob(
-                latent, log_prior, weight[span], bias if bias is None else bias[span], maximum, log_total
-            )
-            candidates = log_p.topk(min(k, log_p.shape[1]))
-            candidates_of_all = torch.cat([indices, candidates.indices + start], 1)
-            values = torch.cat([values, candidates.values], 1)
-            values, chosen = values.topk(min(k, values.shape[1]))
-            indices = candidates_of_all.gather(1, chosen)
-        return TopK(values, indices)
+        return _topk_of_spans(latent, log_softmax_prior(prior_logits).to(maximum.dtype), weight, bias, maximum, log_total, k, backend)
+
+
+def _topk_of_spans(
+    latent: Tensor,  # (N, K, D)
+    log_prior: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
+    k: int,
+    backend: str,
+) -> TopK:
+    """The k most probable of these classes, all of them where they are fewer; the normalisers are given."""
+    n, n_classes = latent.shape[0], weight.shape[0]
+    values, indices = maximum.new_empty(n, 0), torch.empty(n, 0, dtype=torch.int64, device=latent.device)
+    columns = max(TOPK_BYTES // (maximum.itemsize * max(n, 1)), 2 * k, 256)
+    for start in range(0, n_classes, columns):
+        span = slice(start, start + columns)
+        log_p = _backends.kernels(backend).log_prob(latent, log_prior, weight[span], bias if bias is None else bias[span], maximum, log_total)
+        candidates = log_p.topk(min(k, log_p.shape[1]))
+        candidates_of_all = torch.cat([indices, candidates.indices + start], 1)
+        values = torch.cat([values, candidates.values], 1)
+        values, chosen = values.topk(min(k, values.shape[1]))
+        indices = candidates_of_all.gather(1, chosen)
+    return TopK(values, indices)
+
+
+def _check_k(k: int, n_classes: int) -> None:
+    if not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= n_classes:
+        raise ValueError(f"k must be in [1, V = {n_classes}], got {k}")
 
 
 @torch.no_grad()
@@ -232,8 +252,7 @@ def mos_sample(
     Args and errors as in `mos_nll_loss`.
     """
     _check_inputs(latent, prior_logits, weight, bias)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    _check_temperature(temperature)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
     with torch.autocast(latent.device.type, enabled=False):
@@ -245,6 +264,11 @@ def mos_sample(
         expert = torch.multinomial(log_softmax_prior(prior_logits).exp(), 1, generator=generator).squeeze(1)
         chosen = latent[torch.arange(n, device=latent.device), expert]
         return _backends.kernels(backend).sample(chosen, *_contiguous(weight, bias), temperature, generator)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -298,7 +322,7 @@ def _check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, b
                 raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
 
 
-def _check_target(target: Tensor, latent: Tensor, weight: Tensor, ignore_index: int) -> None:
+def _check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     if target.dtype != torch.int64:
@@ -308,10 +332,10 @@ def _check_target(target: Tensor, latent: Tensor, weight: Tensor, ignore_index: 
     if target.shape != latent.shape[:1]:
         raise ValueError(f"target must be (N,) = {(latent.shape[0],)} to match latent, got {tuple(target.shape)}")
     if _values_can_be_read(target):
-        wrong = target[(target != ignore_index) & ((target < 0) | (target >= weight.shape[0]))]
+        wrong = target[(target != ignore_index) & ((target < 0) | (target >= n_classes))]
         if wrong.numel():
             raise IndexError(
-                f"target must be in [0, V = {weight.shape[0]}) or ignore_index = {ignore_index}, got {int(wrong[0])}"
+                f"target must be in [0, V = {n_classes}) or ignore_index = {ignore_index}, got {int(wrong[0])}"
             )
 
 

@@ -23,6 +23,9 @@ class HeadOutput(NamedTuple):
 class Head(nn.Module):
     """What the heads share: a decoder, and a mixture over it given by `mixture(input)`."""
 
+    functions = F
+    """What computes with the mixture: fused_mos.functional, or the VocabShard that `vocab_parallel.parallelize` puts in its place."""
+
     def __init__(self, latent_features: int, n_classes: int, bias: bool, weight: nn.Parameter | None, backend: str, device, dtype):
         super().__init__()
         for name, value in (("latent_features", latent_features), ("n_classes", n_classes)):
@@ -79,7 +82,7 @@ class Head(nn.Module):
             raise ValueError(f"target must have input's leading shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
         if reduction not in F.REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(F.REDUCTIONS)}, got {reduction!r}")
-        nll, loss = F.nll_and_loss(
+        nll, loss = self.functions.nll_and_loss(
             latent, prior_logits, self.decoder.weight, target.reshape(-1), self.decoder.bias,
             ignore_index=ignore_index, reduction=reduction, backend=self.backend, grad_filter_eps=grad_filter_eps,
         )  # fmt: skip
@@ -88,26 +91,26 @@ class Head(nn.Module):
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes: (…, in_features) -> (…, n_classes)."""
         latent, prior_logits = self._flat_mixture(input)
-        log_prob = F.mos_log_prob(latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend)
+        log_prob = self.functions.mos_log_prob(latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend)
         return log_prob.view(*input.shape[:-1], self.n_classes)
 
     def predict(self, input: Tensor) -> Tensor:
         """The most probable class: (…, in_features) -> (…) int64."""
         latent, prior_logits = self._flat_mixture(input)
-        index = F.mos_predict(latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend)
+        index = self.functions.mos_predict(latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend)
         return index.view(input.shape[:-1])
 
     def topk(self, input: Tensor, k: int) -> F.TopK:
         """The k most probable classes, most probable first: (…, in_features) -> values (…, k), log-probabilities, and
         indices (…, k) int64."""
         latent, prior_logits = self._flat_mixture(input)
-        values, indices = F.mos_topk(latent, prior_logits, self.decoder.weight, self.decoder.bias, k=k, backend=self.backend)
+        values, indices = self.functions.mos_topk(latent, prior_logits, self.decoder.weight, self.decoder.bias, k=k, backend=self.backend)
         return F.TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
 
     def sample(self, input: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """One class per position: (…, in_features) -> (…) int64; `temperature` as in `functional.mos_sample`."""
         latent, prior_logits = self._flat_mixture(input)
-        index = F.mos_sample(
+        index = self.functions.mos_sample(
             latent, prior_logits, self.decoder.weight, self.decoder.bias,
             temperature=temperature, generator=generator, backend=self.backend,
         )  # fmt: skip

@@ -37,7 +37,7 @@ def _as_gradients(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[T
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs))
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "the fused MoS ops cannot be differentiated twice (create_graph=True); use backend='reference' for that"
@@ -137,7 +137,7 @@ def _nll_setup(ctx, inputs, output):
 
 
 def _nll_backward(ctx, grad, *_):
-    _refuse_double_backward()
+    refuse_double_backward()
     ignore_index, filter_eps, backend = ctx.options
     needs = list(ctx.needs_input_grad[:4])
     gradients = nll_backward(grad.contiguous(), *ctx.saved_tensors, ignore_index, filter_eps, needs, backend)
@@ -204,7 +204,7 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def _nll_with_gradients_backward(ctx, grad_loss, grad_nll, *_):
-    _refuse_double_backward()
+    refuse_double_backward()
     ignore_index, filter_eps, backend = ctx.options
     needs = list(ctx.needs_input_grad[:4])
     inputs, gradients = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
@@ -267,7 +267,7 @@ def _logsumexp_setup(ctx, inputs, output):
 
 
 def _logsumexp_backward(ctx, grad, *_):
-    _refuse_double_backward()
+    refuse_double_backward()
     needs = list(ctx.needs_input_grad[:3])
     gradients = logsumexp_backward(grad.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
     return *_as_gradients(gradients, needs), None
@@ -330,7 +330,7 @@ def _log_prob_setup(ctx, inputs, output):
 
 
 def _log_prob_backward(ctx, grad, *_):
-    _refuse_double_backward()
+    refuse_double_backward()
     needs = list(ctx.needs_input_grad[:4])
     gradients = log_prob_backward(grad.contiguous(), *ctx.saved_tensors, needs, ctx.backend)
     return *_as_gradients(gradients, needs), None

@@ -125,7 +125,7 @@ class AWDLSTM(nn.Module):
         """tokens (T, B) -> the last layer's output before and after dropout, (T, B, width), and the new hidden."""
         if hidden is None:
             hidden = self.initial_hidden(tokens.shape[1])
-        x = embedding_dropout(self.encoder.weight, tokens, self.dropoute, self.training)
+        x = embedding_dropout(self.encoder, tokens, self.dropoute, self.training)
         x = locked_dropout(x, self.dropouti, self.training)
         new_hidden = []
         for layer, rnn in enumerate(self.rnns):

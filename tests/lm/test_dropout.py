@@ -38,12 +38,12 @@ def test_no_dropout_in_evaluation():
     assert locked_dropout(x, P, training=False) is x
     assert LockedDropout(P).eval()(x) is x
     weight, tokens = torch.randn(9, 3), torch.tensor([[1, 2]])
-    assert torch.equal(embedding_dropout(weight, tokens, P, training=False), weight[tokens])
+    assert torch.equal(embedding_dropout(torch.nn.Embedding(9, 3, _weight=weight), tokens, P, training=False), weight[tokens])
 
 
 def test_embedding_dropout_drops_whole_words_everywhere():
     tokens = torch.arange(2000).repeat(3, 2).reshape(3, 4000)
-    embedded = embedding_dropout(torch.ones(2000, 4), tokens, P)
+    embedded = embedding_dropout(torch.nn.Embedding(2000, 4, _weight=torch.ones(2000, 4)), tokens, P)
     assert (embedded == embedded[..., :1]).all(), "all features of a word"
     assert (embedded == embedded[:1]).all() and torch.equal(embedded[:, :2000], embedded[:, 2000:]), "all places of a word"
     assert_mask(embedded[0, :2000, 0])

@@ -1,0 +1,286 @@
+"""The head with its vocabulary sharded over the ranks of a process group: for decoders that are too large for one device.
+
+Each rank holds a span of the decoder's rows and computes the log-sum-exps and target logits of its own classes, with the same kernels as an
+unsharded head. The ranks of the group see the same tokens and exchange tensors of (N, K) alone; in the backward pass they add up
+their shares of the gradient of `latent`, (N, K, D). The gradients of the decoder never leave their rank.
+
+Rows are split as DTensor's Shard(0) splits them, so that `VocabShard.as_dtensor` makes a checkpoint that any number of ranks can read.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from . import _backends, ops
+from ._backends.reference import log_softmax_prior, mix_target
+from .functional import (
+    NLL, REDUCTIONS, TopK, _autocast, _check_inputs, _check_k, _check_target, _check_temperature, _contiguous, _reduced, _topk_of_spans,
+)  # fmt: skip
+from .module import Head
+
+IGNORED, ELSEWHERE = -100, -1
+"""Targets as a shard sees them: none, and one that is a class of another rank. (0 … are its own classes.)"""
+
+
+class VocabShard:
+    """A rank's share of the classes, and the functions of `fused_mos.functional` over all shares.
+
+    Every rank of the group must call them with the same `latent`, `prior_logits` and `target`, its own rows of `weight` and `bias`, and in
+    the same order; results are the same on all ranks. `backend` is any but "reference", which has no parts to combine.
+
+    Args:
+        n_classes: V of the whole vocabulary.
+        group: the process group to split it over; by default all ranks.
+
+    Raises RuntimeError where torch.distributed has not been initialised, ValueError where a rank would be left without a class.
+    """
+
+    def __init__(self, n_classes: int, group: dist.ProcessGroup | None = None):
+        if not dist.is_initialized():
+            raise RuntimeError("vocab_parallel needs torch.distributed: call torch.distributed.init_process_group, or start with torchrun")
+        self.n_classes = n_classes
+        self.group = group if group is not None else dist.group.WORLD
+        self.n_ranks = dist.get_world_size(self.group)
+        size = -(-n_classes // self.n_ranks)
+        if size * (self.n_ranks - 1) >= n_classes:
+            raise ValueError(f"n_classes = {n_classes} in spans of {size} leaves one of {self.n_ranks} ranks without a class")
+        self.start = size * dist.get_rank(self.group)
+        self.stop = min(self.start + size, n_classes)
+        self._largest = size
+
+    def __repr__(self) -> str:
+        return f"classes {self.start} to {self.stop - 1} of {self.n_classes}"
+
+    def rows(self, whole: Tensor) -> Tensor:
+        """(V, …) -> this rank's rows of it, a view."""
+        if whole.shape[0] != self.n_classes:
+            raise ValueError(f"a tensor of n_classes = {self.n_classes} rows is wanted, got {tuple(whole.shape)}")
+        return whole[self.start : self.stop]
+
+    def as_dtensor(self, rows: Tensor, mesh: DeviceMesh) -> DTensor:
+        """This rank's rows as part of the whole tensor, of which they share the memory; `mesh` has one dimension, the group."""
+        shape = torch.Size((self.n_classes, *rows.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(rows.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    def embedding(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Rows of the whole embedding, of which `weight` (V of this rank, D) is a part: tokens (…) -> (…, D)."""
+        own = (tokens >= self.start) & (tokens < self.stop)
+        found = nn.functional.embedding(torch.where(own, tokens - self.start, 0), weight)
+        return _Sum.apply(torch.where(own[..., None], found, 0), self.group)
+
+    def nll_and_loss(
+        self,
+        latent: Tensor,  # (N, K, D)
+        prior_logits: Tensor,  # (N, K)
+        weight: Tensor,  # (V of this rank, D)
+        target: Tensor,  # (N,), of all V classes
+        bias: Tensor | None,  # (V of this rank,)
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+        grad_filter_eps: float = 0.0,
+    ) -> NLL:
+        """The NLL of each target (N,), and its reduction: `functional.mos_nll_loss`, which says what the arguments are.
+
+        The backward pass recomputes the logits (four products): they cannot be weighted before all ranks have told their sums.
+        """
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        if not 0 <= grad_filter_eps < 1:
+            raise ValueError(f"grad_filter_eps must be in [0, 1), got {grad_filter_eps}")
+        latent, prior_logits, weight, bias, backend = self._prepared(latent, prior_logits, weight, bias, backend)
+        _check_target(target, latent, self.n_classes, ignore_index)
+        own = (target >= self.start) & (target < self.stop)
+        local = torch.where(target == ignore_index, IGNORED, torch.where(own, target - self.start, ELSEWHERE))
+        with torch.autocast(latent.device.type, enabled=False):
+            nll = _ShardedNLL.apply(latent, prior_logits, weight, bias, local, self.group, grad_filter_eps, backend)
+            return _reduced(nll, target, ignore_index, reduction)
+
+    @torch.no_grad()
+    def mos_log_prob(self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+        """Log-probabilities of all classes, (N, V) on every rank, for evaluation: not differentiable."""
+        latent, prior_logits, weight, bias, backend = self._prepared(latent, prior_logits, weight, bias, backend)
+        log_prior, maximum, log_total = self._normalisers(latent, prior_logits, weight, bias, backend)
+        own = maximum.new_zeros(latent.shape[0], self._largest)
+        own[:, : self.stop - self.start] = _backends.kernels(backend).log_prob(latent, log_prior, weight, bias, maximum, log_total)
+        return torch.cat(self._gathered(own), 1)[:, : self.n_classes]
+
+    def mos_predict(self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+        """The most probable class, (N,) int64."""
+        return self.mos_topk(latent, prior_logits, weight, bias, k=1, backend=backend).indices.squeeze(1)
+
+    @torch.no_grad()
+    def mos_topk(
+        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, k: int, backend: str = "auto"
+    ) -> TopK:
+        """The k most probable classes, (N, k): each rank gathers every rank's candidates."""
+        _check_k(k, self.n_classes)
+        latent, prior_logits, weight, bias, backend = self._prepared(latent, prior_logits, weight, bias, backend)
+        log_prior, maximum, log_total = self._normalisers(latent, prior_logits, weight, bias, backend)
+        own = _topk_of_spans(latent, log_prior, weight, bias, maximum, log_total, k, backend)
+        filled = k - own.values.shape[1]  # where this rank has fewer than k classes
+        values = torch.cat(self._gathered(nn.functional.pad(own.values, (0, filled), value=-torch.inf)), 1)
+        indices = torch.cat(self._gathered(nn.functional.pad(own.indices + self.start, (0, filled))), 1)
+        values, chosen = values.topk(k)
+        return TopK(values, indices.gather(1, chosen))
+
+    @torch.no_grad()
+    def mos_sample(
+        self,
+        latent: Tensor,
+        prior_logits: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """One class per token, (N,) int64: the expert, the rank, the class, each from its own distribution.
+
+        The first two are drawn by the group's first rank; the class by the rank that has it.
+        """
+        _check_temperature(temperature)
+        latent, prior_logits, weight, bias, backend = self._prepared(latent, prior_logits, weight, bias, backend)
+        n = latent.shape[0]
+        if n == 0:  # torch.multinomial refuses an empty batch
+            return torch.empty(0, dtype=torch.int64, device=latent.device)
+
+        def drawn(probability: Tensor) -> Tensor:
+            choice = torch.multinomial(probability, 1, generator=generator).squeeze(1)
+            dist.broadcast(choice, group=self.group, group_src=0)
+            return choice
+
+        expert = drawn(log_softmax_prior(prior_logits).exp())
+        rows = latent[torch.arange(n, device=latent.device), expert]
+        kernels = _backends.kernels(backend)
+        cooled = rows / temperature, weight, bias if bias is None else bias / temperature
+        maximum, log_total, _ = kernels.row_statistics(*cooled, None)
+        shares = torch.stack(self._gathered(maximum + log_total), 1)
+        rank = drawn(torch.softmax(shares, 1))
+        own = kernels.sample(rows, weight, bias, temperature, generator) + self.start
+        result = torch.where(rank == dist.get_rank(self.group), own, 0)
+        dist.all_reduce(result, group=self.group)
+        return result
+
+    def _prepared(self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str):
+        _check_inputs(latent, prior_logits, weight, bias)
+        if weight.shape[0] != self.stop - self.start:
+            raise ValueError(f"weight must have the {self.stop - self.start} rows of {self}, got {tuple(weight.shape)}")
+        if backend == "reference":
+            raise ValueError("backend 'reference' cannot be sharded; 'tiled' computes every dtype")
+        latent, prior_logits, weight, bias = _contiguous(*_autocast(latent, prior_logits, weight, bias))
+        return latent, prior_logits, weight, bias, _backends.resolve(backend, latent.device, latent.dtype)
+
+    def _normalisers(self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, ...]:
+        """log π, and the two terms of L over all shards, (N, K) each."""
+        maximum, log_total, _ = _combined_statistics(latent, weight, bias, None, self.group, backend)
+        return log_softmax_prior(prior_logits).to(maximum.dtype), maximum, log_total
+
+    def _gathered(self, own: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(own) for _ in range(self.n_ranks)]
+        dist.all_gather(parts, own.contiguous(), group=self.group)
+        return parts
+
+
+class VocabParallelEmbedding(nn.Module):
+    """nn.Embedding, of which this rank holds the rows of its shard."""
+
+    def __init__(self, shard: VocabShard, weight: nn.Parameter):
+        super().__init__()
+        self.shard = shard
+        self.weight = weight
+        self.num_embeddings, self.embedding_dim = shard.n_classes, weight.shape[1]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.shard.embedding(tokens, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.shard}"
+
+
+def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> VocabShard:
+    """Cuts the decoder of a head (`fused_mos.MoS`, `MoC`, `Softmax`), or of the one head in `model`, down to this rank's rows, and with
+    it an nn.Embedding that is tied to it. In place: make optimizers afterwards.
+
+    The parameters must be the same on all ranks of the group, as from one seed. Returns the shard, which `Head.functions` is from now on.
+
+    Raises ValueError unless `model` holds exactly one head, RuntimeError without torch.distributed.
+    """
+    heads = [module for module in model.modules() if isinstance(module, Head)]
+    if len(heads) != 1:
+        raise ValueError(f"model must hold one fused_mos head, got {len(heads)}")
+    (head,) = heads
+    shard = VocabShard(head.n_classes, group)
+    whole = head.decoder.weight
+    rows = nn.Parameter(shard.rows(whole.detach()).clone(), whole.requires_grad)
+    head.functions = shard
+    head.decoder.weight = rows
+    head.decoder.out_features = rows.shape[0]
+    if head.decoder.bias is not None:
+        head.decoder.bias = nn.Parameter(shard.rows(head.decoder.bias.detach()).clone(), head.decoder.bias.requires_grad)
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Embedding) and module.weight is whole:
+                setattr(parent, name, VocabParallelEmbedding(shard, rows))
+    return shard
+
+
+def _combined_statistics(
+    latent: Tensor,  # (N, K, D)
+    weight: Tensor,  # (V of this rank, D)
+    bias: Tensor | None,  # (V of this rank,)
+    target: Tensor | None,  # (N,), IGNORED, ELSEWHERE or a class of this rank
+    group: dist.ProcessGroup,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # (N, K) each
+    """maximum and log_total over all shards, and the target's logit: three numbers a row travel."""
+    n, k, d = latent.shape
+    targets = None if target is None else target.repeat_interleave(k)
+    own_maximum, own_log_total, own_logit = _backends.kernels(backend).row_statistics(latent.view(n * k, d), weight, bias, targets)
+    maximum = own_maximum.clone()
+    dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
+    sums = [(own_log_total + (own_maximum - maximum)).exp()]
+    if target is not None:
+        sums.append(torch.where(targets >= 0, own_logit, 0))
+    sums = torch.stack(sums)
+    dist.all_reduce(sums, group=group)
+    return maximum.view(n, k), sums[0].log().view(n, k), None if target is None else sums[1].view(n, k)
+
+
+class _ShardedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, latent, prior_logits, weight, bias, target, group, filter_eps, backend) -> Tensor:
+        statistics = _combined_statistics(latent, weight, bias, target, group, backend)
+        losses, _ = mix_target(log_softmax_prior(prior_logits).to(statistics[0].dtype), *statistics)
+        ctx.save_for_backward(latent, prior_logits, weight, bias, target, *statistics)
+        ctx.options = group, filter_eps, backend
+        return torch.where(target == IGNORED, 0, losses)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ops.refuse_double_backward()
+        group, filter_eps, backend = ctx.options
+        needs = list(ctx.needs_input_grad[:4])
+        gradients = ops.nll_backward(grad.contiguous(), *ctx.saved_tensors, IGNORED, filter_eps, needs, backend)
+        if needs[0]:  # the ranks' classes all pull at the same latent vectors
+            dist.all_reduce(gradients[0], group=group)
+        return *(gradient if need else None for gradient, need in zip(gradients, needs)), None, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks. What follows is the same on all of them, so each has the whole gradient of its term."""
+
+    @staticmethod
+    def forward(ctx, term: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = term.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None

@@ -1,0 +1,178 @@
+"""The sharded head against the unsharded one, on two and three processes."""
+
+import copy
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from fused_mos import MoC, MoS, Softmax, functional
+from fused_mos.lm import AWDLSTM
+from fused_mos.vocab_parallel import VocabParallelEmbedding, VocabShard, parallelize
+
+
+def problem(n, k, d, v, dtype=torch.float32, scale=0.3, bias=True):
+    """latent, prior_logits, weight, bias, target; the same on all ranks."""
+    torch.manual_seed(n + v)
+    tensors = torch.randn(n, k, d), torch.randn(n, k), scale * torch.randn(v, d), torch.randn(v) if bias else None
+    return *(t if t is None else t.to(dtype).requires_grad_() for t in tensors), torch.randint(v, (n,))
+
+
+def assert_equal(actual, expected, what, tolerance=1e-6):
+    """Within `tolerance` of the largest number."""
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(largest, 1.0), equal_nan=True, msg=lambda text: f"{what}: {text}")
+
+
+def check_loss(shard, inputs, target, tolerance, **options):
+    latent, prior, weight, bias = inputs
+    expected = functional.mos_nll_loss(*inputs[:3], target, bias, **options)
+    whole = torch.autograd.grad(expected.sum(), [t for t in inputs if t is not None])
+    own_weight = shard.rows(weight.detach()).clone().requires_grad_()
+    own_bias = None if bias is None else shard.rows(bias.detach()).clone().requires_grad_()
+    options = {"ignore_index": -100, "reduction": "mean", "backend": "auto", "grad_filter_eps": 0.0} | options
+    loss = shard.nll_and_loss(latent, prior, own_weight, target, own_bias, **options).loss
+    gradients = torch.autograd.grad(loss.sum(), [t for t in (latent, prior, own_weight, own_bias) if t is not None])
+    assert loss.dtype == expected.dtype
+    assert_equal(loss, expected, f"loss {options}", tolerance)
+    for name, actual, wanted in zip(("latent", "prior", "weight", "bias"), gradients, whole):
+        assert_equal(actual, wanted if name in ("latent", "prior") else shard.rows(wanted), f"gradient of {name}, {options}", tolerance)
+
+
+def losses_and_gradients():
+    for v, backend, dtype, tolerance in [
+        (507, "tiled", torch.float64, 1e-13), (507, "auto", torch.float32, 1e-6), (507, "tiled", torch.float32, 1e-6),
+        (10, "auto", torch.float32, 1e-6), (1000, "auto", torch.bfloat16, 2e-2),
+    ]:  # fmt: skip
+        *inputs, target = problem(20, 3, 17, v, dtype)
+        shard = VocabShard(v)
+        for reduction in functional.REDUCTIONS:
+            check_loss(shard, inputs, target, tolerance, reduction=reduction, backend=backend)
+        # an ignored class that is 0: on other ranks 0 is the first class of their own
+        target[:5] = 0
+        check_loss(shard, inputs, target, tolerance, ignore_index=0, backend=backend)
+        check_loss(shard, inputs, torch.zeros_like(target), tolerance, ignore_index=0, reduction="sum", backend=backend)
+    *inputs, target = problem(20, 3, 17, 64, scale=1e3)  # logits of thousands
+    check_loss(VocabShard(64), inputs, target, 1e-5)
+    *inputs, target = problem(20, 4, 8, 300, bias=False)
+    check_loss(VocabShard(300), inputs, target, 1e-6, grad_filter_eps=0.05)
+    for n in (0, 1):
+        *inputs, target = problem(n, 2, 5, 31)
+        check_loss(VocabShard(31), inputs, target, 1e-6, reduction="sum")
+    *inputs, target = problem(6, 2, 5, 31)
+    inputs[3].data[3] = -torch.inf  # a masked class
+    target[target == 3] = 4
+    check_loss(VocabShard(31), inputs, target, 1e-6)
+
+
+
+def heads_compute_what_they_did_before():
+    torch.manual_seed(1)
+    hidden, target = torch.randn(7, 4, 12, requires_grad=True), torch.randint(507, (7, 4))
+    for whole in (MoS(12, 507, 5, 9), MoC(12, 507, 5, 9), Softmax(12, 507)):
+        head = copy.deepcopy(whole)
+        shard = parallelize(head)
+        output, loss = head(hidden, target)
+        expected_output, expected_loss = whole(hidden, target)
+        assert_equal(output, expected_output, "output")
+        (gradient,), (expected,) = torch.autograd.grad(loss, [hidden]), torch.autograd.grad(expected_loss, [hidden])
+        assert_equal(gradient, expected, "gradient of the input")
+        assert_equal(head.log_prob(hidden), whole.log_prob(hidden), "log_prob")
+        for k in (1, 20, 507):
+            values, indices = head.topk(hidden, k)
+            expected_values, expected_indices = whole.topk(hidden, k)
+            assert_equal(values, expected_values, "top-k")
+            assert (indices == expected_indices).float().mean() > 0.99  # equal ones may change places
+        assert torch.equal(head.predict(hidden), whole.predict(hidden))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, expected_loss = head(hidden, target).loss, whole(hidden, target).loss
+        assert_equal(loss, expected_loss, "loss under autocast", 1e-3)
+        assert f"of {head.n_classes}" in repr(shard) and head.decoder.weight.shape[0] == shard.stop - shard.start
+
+
+
+def samples_have_the_mixture_s_distribution():
+    torch.manual_seed(2)
+    head = MoS(6, 11, 3, 5)
+    torch.nn.init.normal_(head.decoder.bias)
+    hidden = torch.randn(6).expand(40_000, 6)
+    for temperature in (1.0, 0.5):
+        with torch.no_grad():
+            latent, prior = head.mixture(hidden[:1])
+            softmax = torch.softmax((latent @ head.decoder.weight.t() + head.decoder.bias) / temperature, -1)
+            expected = (torch.softmax(prior, -1)[..., None] * softmax).sum(1)[0] * len(hidden)
+        sharded = copy.deepcopy(head)
+        parallelize(sharded)
+        torch.manual_seed(torch.distributed.get_rank())  # ranks need not share their random numbers
+        drawn = sharded.sample(hidden, temperature)
+        everyone = [torch.empty_like(drawn) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(everyone, drawn)
+        assert all(torch.equal(drawn, other) for other in everyone)
+        counts = torch.bincount(drawn, minlength=11).float()
+        assert ((counts - expected) ** 2 / expected).sum() < 29.6  # chi-squared, 10 degrees of freedom, p = 0.001
+    assert sharded.sample(hidden[:0]).shape == (0,)
+
+
+
+def a_tied_language_model_trains_alike():
+    torch.manual_seed(3)
+    whole = AWDLSTM(29, embedding_size=8, hidden_sizes=(12, 10), n_experts=3, dropoute=0.2, wdrop=0.3)
+    model = copy.deepcopy(whole)
+    shard = parallelize(model)
+    assert isinstance(model.encoder, VocabParallelEmbedding) and model.encoder.weight is model.head.decoder.weight
+    tokens = torch.randint(29, (6, 4))
+    for step, m in enumerate((whole, model)):
+        optimizer = torch.optim.SGD(m.parameters(), lr=1.0)
+        torch.manual_seed(4)  # of the dropout
+        for _ in range(3):
+            optimizer.zero_grad()
+            m(tokens[:-1], tokens[1:]).loss.backward()
+            optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), whole.parameters()):
+        assert_equal(p, shard.rows(q) if p.shape != q.shape else q, name)
+
+
+
+def checks():
+    """In one group of processes: starting them takes longer than what they do."""
+    losses_and_gradients()
+    heads_compute_what_they_did_before()
+    samples_have_the_mixture_s_distribution()
+    a_tied_language_model_trains_alike()
+
+
+def refusals():
+    *inputs, target = problem(4, 2, 5, 30)
+    latent, prior, weight, bias = inputs
+    with pytest.raises(ValueError, match="n_classes = 1 in spans of 1 leaves one of 2 ranks"):
+        VocabShard(1)
+    shard = VocabShard(30)
+    options = {"ignore_index": -100, "reduction": "mean", "backend": "auto", "grad_filter_eps": 0.0}
+    own = shard.rows(weight), target, shard.rows(bias)
+    with pytest.raises(ValueError, match=r"weight must have the 15 rows of classes .* of 30, got \(30, 5\)"):
+        shard.nll_and_loss(latent, prior, weight, target, bias, **options)
+    with pytest.raises(IndexError, match=r"\[0, V = 30\).*got 30"):
+        shard.nll_and_loss(latent, prior, own[0], target + 30 - target, own[2], **options)
+    with pytest.raises(ValueError, match="'reference' cannot be sharded"):
+        shard.nll_and_loss(latent, prior, *own, **options | {"backend": "reference"})
+    with pytest.raises(ValueError, match=r"k must be in \[1, V = 30\], got 31"):
+        shard.mos_topk(latent, prior, own[0], own[2], k=31)
+    with pytest.raises(ValueError, match="one fused_mos head, got 0"):
+        parallelize(torch.nn.Linear(2, 2))
+    loss = shard.nll_and_loss(latent, prior, *own, **options).loss
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(torch.autograd.grad(loss, latent, create_graph=True)[0].sum(), latent)
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_shards_compute_what_the_whole_does(n_ranks, tmp_path):
+    run_on_ranks(n_ranks, checks, tmp_path=tmp_path)
+
+
+def test_bad_input_is_refused_on_every_rank(tmp_path):
+    run_on_ranks(2, refusals, tmp_path=tmp_path)
+
+
+def test_without_a_process_group_the_error_says_what_to_do():
+    with pytest.raises(RuntimeError, match="init_process_group, or start with torchrun"):
+        VocabShard(10)
