@@ -28,7 +28,7 @@ from fused_mos.finetune import finetuning_config
 from fused_mos.training import RECIPES, TrainConfig, Trainer
 from fused_mos.training.config import dynamic_rule
 from fused_mos.training.logging import read_metrics
-from fused_mos.training.run import load_run
+from fused_mos.training.run import load_run, write_json
 from fused_mos.training.trainer import train_to_the_end
 
 matplotlib.use("Agg")
@@ -129,7 +129,7 @@ def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
     if not path.is_file():
         evaluation = Evaluation(folder, "test", dynamic=True, tune=True, rule=dynamic_rule(config.recipe))
         test = run_evaluation(evaluation, load_run(folder))
-        path.write_text(json.dumps({"test": round(test["ppl"], 2), "rule": test["rule"]}))
+        write_json(path, {"test": round(test["ppl"], 2), "rule": test["rule"]})
     return json.loads(path.read_text())
 
 
@@ -158,10 +158,13 @@ def main() -> int:
     config = tyro.cli(Config, description=__doc__)
     path = config.out or Path(__file__).parent / "results" / f"heads-{config.recipe}.json"
     result = json.loads(path.read_text()) if path.is_file() else {"recipe": config.recipe, "minutes": config.minutes, "precision": config.precision}
+    for name in ("recipe", "minutes", "precision"):
+        if result[name] != getattr(config, name):
+            raise SystemExit(f"error: {path} is of {name} {result[name]}, got {getattr(config, name)}; name another --out")
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
 
     def save() -> None:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, result)
 
     if "words per second" not in result:
         result["words per second"] = words_per_second(config)

@@ -30,6 +30,7 @@ from harness import interleaved
 
 from fused_mos.data import batchify, segment
 from fused_mos.training import RECIPES, TrainConfig, Trainer
+from fused_mos.training.run import write_json
 from fused_mos.training.logging import perplexity, read_metrics
 
 
@@ -169,7 +170,7 @@ def main() -> int:
     facts |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
 
     def save() -> None:
-        config.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(config.out, result)
 
     if config.rounds and "speed" not in facts:
         facts["speed"] = speed(config)

@@ -7,25 +7,25 @@ best.safetensors and config.json, for `fused_mos.evaluate`, `fused_mos.finetune`
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from .lm import AWDLSTM
 from .lm.published import PublishedError, read_published
-from .training import ConfigError, ModelConfig, TrainConfig
+from .training import RECIPES, ConfigError, ModelConfig
 from .training.checkpoint import save_checkpoint
 from .training.run import write_json
 
 
-def convert(old: Path, new: Path, data: Path = Path("data")) -> AWDLSTM:
-    """Writes the run folder `new`. Raises PublishedError, ConfigError, or ValueError where weights do not fit each other."""
+def convert(old: Path, new: Path, data: Path = Path("data"), recipe: str = "ptb") -> AWDLSTM:
+    """Writes the run folder `new`; `recipe` gives the numbers of fine-tuning and dynamic evaluation. Raises PublishedError, ConfigError, or ValueError where weights do not fit each other."""
     if new.exists() and (not new.is_dir() or any(new.iterdir())):
         raise ConfigError(f"{new} is not empty; name another folder")
     tensors, dropouts = read_published(old)
     model = AWDLSTM.from_published(tensors, **dropouts)
-    config = TrainConfig(
-        recipe="published", data=data,
+    config = dataclasses.replace(
+        RECIPES[recipe](), data=data,
         model=ModelConfig(
             n_experts=model.head.n_experts, embedding_size=model.encoder.embedding_dim, hidden_sizes=tuple(rnn.hidden_size for rnn in model.rnns),
             tied=model.head.decoder.weight is model.encoder.weight, **dropouts,
@@ -43,6 +43,8 @@ class Config:
     """model.pt or finetune_model.pt of the published code."""
     new: Annotated[Path, tyro.conf.Positional]
     """The folder to write, new or empty."""
+    recipe: Literal["ptb", "wikitext2"] = "ptb"
+    """The paper's corpus that it was trained on, whose numbers of fine-tuning and dynamic evaluation the run takes."""
     data: Path = Path("data")
     """The corpus that it was trained on, for the commands that come after."""
 
@@ -50,7 +52,7 @@ class Config:
 def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(Config, prog="python -m fused_mos.convert", description=__doc__.splitlines()[0], args=arguments)
     try:
-        model = convert(config.old, config.new, config.data)
+        model = convert(config.old, config.new, config.data, config.recipe)
     except (PublishedError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -61,7 +61,9 @@ def run_evaluation(config: Config, run: Run) -> dict[str, Any]:
         loss = evaluate(run.model, tokens, batch_size, context, config.split)
         result |= {"eval_context": context}
     rows = tokens.numel() // batch_size
-    return result | {"loss": loss, "ppl": perplexity(loss), "ppl_published": perplexity(loss * (rows - 1) / rows)}
+    # the published code divides by a row too many, but not in its dynamic evaluation
+    published = loss if config.dynamic else loss * (rows - 1) / rows
+    return result | {"loss": loss, "ppl": perplexity(loss), "ppl_published": perplexity(published)}
 
 
 def parse(arguments: list[str]) -> Config:
@@ -77,6 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         if config.tune and not config.dynamic:
             raise ConfigError("--tune searches the rule of --dynamic; give both")
+        if config.dynamic and config.eval_context:
+            raise ConfigError(f"eval_context is for static evaluation, got {config.eval_context} with --dynamic, whose segments are --bptt")
+        if not config.dynamic and config.rule != dynamic_rule(read_config(config.run).recipe):
+            raise ConfigError(f"lr, lamb, epsilon and bptt are for --dynamic evaluation, got {config.rule} without it (--eval-context: static segments)")
         for name in ("eval_context", "checkpoint_minutes", "time_limit"):
             if not getattr(config, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")

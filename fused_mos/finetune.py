@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from .train import override, run
-from .training import CheckpointError, TrainConfig
+from .training import CheckpointError, ConfigError, TrainConfig
 from .training.run import read_config
 from .training.trainer import resumed_config
 
@@ -27,7 +27,10 @@ def parse(arguments: list[str]) -> TrainConfig:
         default = resumed_config(chosen.resume) if chosen.resume else TrainConfig()
         if not chosen.resume and not {"-h", "--help"} & set(arguments):
             raise CheckpointError("name the folder of the run to fine-tune: python -m fused_mos.finetune RUN")
-    return override(default, "finetune", "Fine-tune the best model of a run: finetune RUN [flags] | --resume RUN/finetune", flags)
+    config = override(default, "finetune", "Fine-tune the best model of a run: finetune RUN [flags] | --resume RUN/finetune", flags)
+    if config.optim.finetune_lr != default.optim.finetune_lr:
+        raise ConfigError(f"finetune_lr is what a run says of its fine-tuning; here name --lr {config.optim.finetune_lr:g}")
+    return config
 
 
 def finetuning_config(folder: Path) -> TrainConfig:

@@ -45,7 +45,8 @@ class Config:
             ("words", self.words > 0), ("temperature", self.temperature > 0), ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1),
         ):  # fmt: skip
             if not valid:
-                raise ConfigError(f"{name} must be {'in (0, 1]' if name == 'top_p' else 'positive'}, got {getattr(self, name)}")
+                wanted = {"top_p": "in (0, 1]", "top_k": "0 or more"}.get(name, "positive")
+                raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -66,7 +66,9 @@ def reproduce(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
         return left if config.time_limit else 0.0
 
     recipe = dataclasses.replace(RECIPES[config.recipe](), data=config.data, precision=config.precision)
-    finetuned, flags = config.folder / "finetune", {"device": config.device, "checkpoint_max_mib": config.checkpoint_max_mib}
+    finetuned, flags = config.folder / "finetune", {
+        "data": config.data, "device": config.device, "precision": config.precision, "checkpoint_max_mib": config.checkpoint_max_mib,
+    }  # fmt: skip
     train_to_the_end(config.folder, lambda: recipe, **flags, time_limit=seconds_left())
     train_to_the_end(finetuned, lambda: finetuning_config(config.folder), **flags, time_limit=seconds_left())
 

@@ -37,17 +37,25 @@ def override(default: TrainConfig, command: str, description: str, arguments: li
 def run(parse: Callable[[list[str]], TrainConfig], arguments: list[str]) -> int:
     """What the commands that train do: parse, train, and tell the user what came out or went wrong."""
     try:
-        trainer = Trainer(parse(arguments))
-        print(f"run folder {trainer.folder}, device {trainer.device}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
+        config = parse(arguments)
+    except (CorpusError, *USER_ERRORS) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    folder = config.run_folder
+    try:
+        trainer = Trainer(config)
+        print(f"run folder {folder}, device {trainer.device}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
         result = trainer.run()
     except (CorpusError, *USER_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except TimeLimitReached:
-        print(f"time limit reached; continue with: python -m fused_mos.train --resume {trainer.folder}")
+        print(f"time limit reached; continue with: python -m fused_mos.train --resume {folder}")
         return 0
     except KeyboardInterrupt:
-        print(f"\nstopped; continue with: python -m fused_mos.train --resume {trainer.folder}", file=sys.stderr)
+        # before its first checkpoint a run has not begun
+        how = f"continue with: python -m fused_mos.train --resume {folder}" if (folder / "last.safetensors").is_file() else "nothing was written"
+        print(f"\nstopped; {how}", file=sys.stderr)
         return 130
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
     print(f"{result['head']}: valid ppl {result['valid_ppl']:.2f}, test ppl {result['test_ppl']:.2f}{speed}")

@@ -4,6 +4,7 @@ Words are split at white space and each line ends with `<eos>`, as the paper cou
 that of train.txt, in order of first appearance, as in the paper's published code.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -92,6 +93,11 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise CorpusError(f"{path} is empty")
 
 
+def digest(tokens: Tensor) -> str:
+    """sha256 of a text (n,): which it is."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
 def batchify(tokens: Tensor, batch_size: int) -> Tensor:
     """Cuts a stream into `batch_size` parallel columns: (n,) -> (n // batch_size, batch_size), the rest dropped.
 
@@ -107,7 +113,7 @@ def batchify(tokens: Tensor, batch_size: int) -> Tensor:
 
 def segment(source: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
     """Input and target of a BPTT segment: rows [start, start + length) of source (T, B), and the rows after them;
-    shorter at the end of the source."""
+    shorter at the end of the source, down to one row, which the published code would leave out."""
     length = min(length, source.shape[0] - 1 - start)
     return source[start : start + length], source[start + 1 : start + 1 + length]
 

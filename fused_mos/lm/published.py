@@ -86,6 +86,10 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if not path.is_file():
         raise PublishedError(f"there is no file {path}")
     try:
+        with path.open("rb") as file:
+            # torch.load would give a TorchScript archive to another loader, which runs the code in it
+            if torch.serialization._is_zipfile(file) and torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl"):
+                raise PublishedError("it is a TorchScript archive")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
             model = torch.load(path, map_location="cpu", pickle_module=_PICKLE, weights_only=False)

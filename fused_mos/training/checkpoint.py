@@ -34,12 +34,23 @@ class CheckpointClock:
         self._saved = time.monotonic()
         self._deadline = self._saved + time_limit if time_limit else math.inf
 
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    @property
+    def due(self) -> bool:
+        return self.over or time.monotonic() - self._saved >= self._seconds
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
     def tick(self, save: Callable[[], None]) -> None:
         """Saves if it is time. Raises TimeLimitReached, after saving."""
-        stop = time.monotonic() >= self._deadline
-        if stop or time.monotonic() - self._saved >= self._seconds:
+        stop = self.over
+        if stop or self.due:
             save()
-            self._saved = time.monotonic()
+            self.saved()
         if stop:
             raise TimeLimitReached
 
@@ -62,7 +73,17 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
             parts.append(part.name)
         tensors, metadata = {}, {"parts": json.dumps(parts), "sha256": digest}
     _write(path, lambda partial: safetensors.torch.save_file(tensors, partial, metadata))
-    for old in set(path.parent.glob(f"{path.name}.*.[0-9][0-9][0-9]")) - {path.with_name(name) for name in parts}:
+    _remove_parts(path, parts)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """With its parts; nothing where there is none."""
+    path.unlink(missing_ok=True)
+    _remove_parts(path, [])
+
+
+def _remove_parts(path: Path, but: list[str]) -> None:
+    for old in set(path.parent.glob(f"{path.name}.*.[0-9][0-9][0-9]")) - {path.with_name(name) for name in but}:
         old.unlink()
 
 

@@ -49,6 +49,21 @@ class ModelConfig:
     grad_filter_eps: float = 0.0
     """Drop experts of responsibility below this from the backward pass; 0 is exact."""
 
+    def check(self) -> None:
+        """Raises ConfigError for a value that no model can have."""
+        for name in ("embedding_size", "n_experts"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop", "grad_filter_eps"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
+            raise ConfigError(f"hidden_sizes must be one or more positive widths, got {self.hidden_sizes}")
+        if self.head not in get_args(ModelConfig.__dataclass_fields__["head"].type):
+            raise ConfigError(f"head must be mos, moc or softmax, got {self.head!r}")
+        if self.backend not in NAMES:
+            raise ConfigError(f"backend must be one of {', '.join(NAMES)}, got {self.backend!r}")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -124,34 +139,25 @@ class TrainConfig:
         """Raises ConfigError for a value that no run can have."""
         model, optim = self.model, self.optim
         positive = {
-            "embedding_size": model.embedding_size, "n_experts": model.n_experts, "batch_size": optim.batch_size,
-            "bptt": optim.bptt, "lr": optim.lr, "finetune_lr": optim.finetune_lr, "valid_batch_size": self.valid_batch_size,
+            "batch_size": optim.batch_size, "epochs": optim.epochs, "bptt": optim.bptt, "lr": optim.lr, "finetune_lr": optim.finetune_lr, "valid_batch_size": self.valid_batch_size,
             "test_batch_size": self.test_batch_size, "log_interval": self.log_interval,
         }  # fmt: skip
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"{name} must be positive, got {value}")
-        for name in ("small_batch_size", "epochs", "bptt_delta", "clip", "weight_decay", "alpha", "beta", "nonmono"):
+        for name in ("small_batch_size", "bptt_delta", "clip", "weight_decay", "alpha", "beta", "nonmono"):
             if getattr(optim, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(optim, name)}")
         for name in ("checkpoint_minutes", "checkpoint_max_mib", "time_limit", "profile"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop", "grad_filter_eps"):
-            if not 0 <= getattr(model, name) < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {getattr(model, name)}")
-        if not model.hidden_sizes or min(model.hidden_sizes) < 1:
-            raise ConfigError(f"hidden_sizes must be one or more positive widths, got {model.hidden_sizes}")
+        model.check()
         if optim.small_batch_size and optim.batch_size % optim.small_batch_size:
             raise ConfigError(
                 f"small_batch_size must divide batch_size = {optim.batch_size}, got {optim.small_batch_size}"
             )
-        if model.head not in get_args(ModelConfig.__dataclass_fields__["head"].type):
-            raise ConfigError(f"head must be mos, moc or softmax, got {model.head!r}")
         if self.precision not in get_args(TrainConfig.__dataclass_fields__["precision"].type):
             raise ConfigError(f"precision must be float32, tf32 or bfloat16, got {self.precision!r}")
-        if model.backend not in NAMES:
-            raise ConfigError(f"backend must be one of {', '.join(NAMES)}, got {model.backend!r}")
 
     @property
     def run_folder(self) -> Path:

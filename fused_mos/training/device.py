@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._backends import resolve
 from .config import ConfigError
 
 
@@ -27,6 +28,14 @@ def allow_tf32(device: torch.device, allowed: bool) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
+
+
+def check_backend(backend: str, device: torch.device, bfloat16: bool = False) -> None:
+    """Raises ConfigError where the head cannot be computed with this backend on this device."""
+    try:
+        resolve(backend, device, torch.bfloat16 if bfloat16 else torch.float32)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from None
 
 
 def read_later(number: Tensor) -> Callable[[], float]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data import batchify
+from ..data import batchify, digest
 from ..lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
-from .checkpoint import CheckpointClock, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointClock, load_checkpoint, remove_checkpoint, save_checkpoint
+from .config import ConfigError
 from .logging import perplexity
 from .run import Run, write_json
 
 STATISTICS_BATCH_SIZE = 100
 STATISTICS_BPTT = 5
-"""Columns and segment length over which the training set's gradients are measured, as in the published runs."""
+"""Columns and segment length over which the training set's gradients are measured, as in the published runs; a rule's own bptt leaves
+them as they are."""
 
 SCREENING_SHARE = 0.1
 """Of the validation text that the search reads first."""
@@ -42,6 +45,7 @@ class DynamicRun:
         self.folder.mkdir(exist_ok=True)
         self.trained = {name: p.detach().clone() for name, p in run.model.named_parameters()}
         self.model_digest = hashlib.sha256((run.folder / "best.safetensors").read_bytes()).hexdigest()
+        self.train_digest, self.valid_digest = digest(run.corpus.train), digest(run.corpus.valid)
 
     def statistics(self) -> list[Tensor]:
         """Root mean squares of the training set's gradients, kept for later evaluations."""
@@ -49,7 +53,8 @@ class DynamicRun:
         source = batchify(self.run.corpus.train, STATISTICS_BATCH_SIZE).to(self.run.device)
         self._reset()
         statistics = GradientStatistics(self.run.model, source, STATISTICS_BPTT)
-        if (saved := self._saved(path, {})) is not None:
+        text = {"text": self.train_digest}
+        if (saved := self._saved(path, text)) is not None:
             tensors, meta = saved
             statistics.row = meta["row"]
             statistics.sums = [tensors[f"sum.{i}"] for i in range(len(statistics.sums))]
@@ -57,14 +62,16 @@ class DynamicRun:
 
         def save() -> None:
             tensors = {f"sum.{i}": total for i, total in enumerate(statistics.sums)} | _named(statistics.hidden)
-            self._save(path, tensors, {"row": statistics.row})
+            self._save(path, tensors, text | {"row": statistics.row})
 
         self._work(statistics, source, "gradient statistics", save)
         return statistics.root_mean_squares()
 
     def evaluate(self, tokens: Tensor, rule: DynamicRule, name: str) -> float:
-        """Mean NLL in nats of `tokens` (n,) under a model that learns them as it reads; `name` is that of the text."""
-        key = hashlib.sha256(json.dumps([name, tokens.numel(), dataclasses.astuple(rule)]).encode()).hexdigest()[:12]
+        """Mean NLL in nats of `tokens` (n,) under a model that learns them as it reads; `name` is that of the text.
+
+        Raises ConfigError where the rule makes the model diverge."""
+        key = hashlib.sha256(json.dumps([digest(tokens), self.train_digest, dataclasses.astuple(rule)]).encode()).hexdigest()[:12]
         path = self.folder / f"{name}-{key}.safetensors"
         root_mean_squares = self.statistics()
         self._reset()
@@ -83,10 +90,19 @@ class DynamicRun:
 
         try:
             self._work(evaluation, source, f"dynamic, {name}", save, lambda: f"ppl {perplexity(evaluation.loss):.2f}")
+        except ValueError as error:  # the head refuses NaN, on a CPU
+            if all(p.isfinite().all() for p in self.run.model.parameters()):
+                raise
+            raise self._diverged(rule) from error
         finally:
             self._reset()
-        path.unlink(missing_ok=True)  # the result is what counts now
+        remove_checkpoint(path)  # the result is what counts now
+        if evaluation.loss != evaluation.loss:
+            raise self._diverged(rule)
         return evaluation.loss
+
+    def _diverged(self, rule: DynamicRule) -> ConfigError:
+        return ConfigError(f"dynamic evaluation diverges with {rule}; try a lower --lr or a higher --epsilon")
 
     def tune(self, start: DynamicRule) -> DynamicRule:
         """The rule with the lowest loss on the validation text: a climb from `start` on its first part, by halves and doubles of
@@ -100,9 +116,14 @@ class DynamicRun:
             record = {"rule": dataclasses.asdict(rule), "text": name}
             known = next((row["loss"] for row in tried if {k: row[k] for k in record} == record), None)
             if known is None:
-                known = self.evaluate(tokens, rule, name)
+                try:
+                    known = self.evaluate(tokens, rule, name)
+                except ConfigError:
+                    if not tried:  # the rule that the search starts from
+                        raise
+                    known = sys.float_info.max  # JSON has no infinity
                 tried.append(record | {"loss": known})
-                write_json(path, {"model": self.model_digest, "tried": tried})
+                write_json(path, self._key | {"tried": tried})
                 tqdm.write(f"{name}: ppl {perplexity(known):.2f} with {rule}")
             return known
 
@@ -112,7 +133,7 @@ class DynamicRun:
             for rule in _neighbours(best):
                 if rule not in screened:
                     screened[rule] = loss(rule, first, "valid, first part")
-            if min(screened.values()) > screened[best] - LEAST_GAIN:
+            if min(screened.values()) >= screened[best] - LEAST_GAIN:
                 break
         finalists = sorted(screened, key=screened.get)[:FINALISTS]
         return min(finalists, key=lambda rule: loss(rule, valid, "valid"))
@@ -121,7 +142,12 @@ class DynamicRun:
         if not path.is_file():
             return []
         content = json.loads(path.read_text())
-        return content["tried"] if content["model"] == self.model_digest else []
+        return content["tried"] if content.items() >= self._key.items() else []
+
+    @property
+    def _key(self) -> dict[str, str]:
+        """Of what the search has tried: other models and texts have other bests."""
+        return {"model": self.model_digest, "train": self.train_digest, "valid": self.valid_digest}
 
     def _work(self, work: GradientStatistics | DynamicEvaluation, source: Tensor, description: str, save, postfix=None) -> None:
         """Runs to the end, saving at intervals and once at the end."""

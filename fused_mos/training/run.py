@@ -12,7 +12,7 @@ from ..data import Corpus
 from ..lm import AWDLSTM
 from .checkpoint import CheckpointError, load_checkpoint, load_parameters
 from .config import ConfigError, TrainConfig
-from .device import allow_tf32, device_named
+from .device import allow_tf32, check_backend, device_named
 
 
 @dataclasses.dataclass
@@ -32,6 +32,7 @@ def load_run(folder: Path, data: Path | None = None, device: str = "auto", backe
     place = device_named(device)
     corpus = Corpus(data or config.data, config.map_unknown)
     check_vocabulary(corpus, folder / "vocabulary.txt")
+    check_backend(backend or config.model.backend, place)
     options = dataclasses.asdict(config.model) | ({"backend": backend} if backend else {})
     model = AWDLSTM(len(corpus.vocabulary), **options).to(place).eval()
     allow_tf32(place, False)

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._backends import resolve
-from ..data import Corpus, batchify, random_bptt_length, segment
+from ..data import Corpus, batchify, digest, random_bptt_length, segment
 from ..lm import AWDLSTM, NTASGD
 from ..lm.awd_lstm import activation_regularization, detach, temporal_activation_regularization
 from .checkpoint import CheckpointClock, CheckpointError, group, load_checkpoint, load_parameters, save_checkpoint
 from .config import ConfigError, TrainConfig
-from .device import allow_tf32, device_named, peak_memory_mib, read_later
+from .device import allow_tf32, check_backend, device_named, peak_memory_mib, read_later
 from .evaluation import evaluate
 from .logging import MetricsLog, perplexity, plot_learning_curves
 from .profile import StepProfile, as_table
@@ -63,13 +62,10 @@ class Trainer:
         self.device = device_named(config.device)
         if config.precision == "tf32" and self.device.type != "cuda":
             raise ConfigError(f"precision tf32 is that of NVIDIA GPUs, got device {self.device}")
-        try:
-            resolve(config.model.backend, self.device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(str(error)) from None
+        check_backend(config.model.backend, self.device, config.precision == "bfloat16")
         saved = load_checkpoint(self.folder / "last.safetensors") if config.resume else None
         start = load_checkpoint(config.start / "best.safetensors")[0] if config.start and not saved else None
-        if not config.resume and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if not config.resume and self.folder.exists() and (not self.folder.is_dir() or any(not begun(path) for path in self.folder.iterdir())):
             raise ConfigError(f"out: {self.folder} is not empty; continue that run with --resume {self.folder}, or name another --out")
 
         self.corpus = Corpus(config.data, config.map_unknown)
@@ -87,18 +83,19 @@ class Trainer:
         self.noted: tuple | None = None  # numbers of an interval whose loss is on its way from the device
         self.status = ""
         self.hidden = self._initial_hidden()
+        self.metrics: MetricsLog | None = None
         if saved:
             self._restore(*saved)
         else:
             if start is not None:
                 check_vocabulary(self.corpus, config.start / "vocabulary.txt")
                 load_parameters(self.model, start, config.start / "best.safetensors")
+                self.optimizer.start_averaging()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.corpus.vocabulary.save(self.folder / "vocabulary.txt")
+            self._save_last()  # before anything else, so that there is no moment from which a run cannot go on
+        self.corpus.vocabulary.save(self.folder / "vocabulary.txt")
         write_json(self.folder / "config.json", dataclasses.replace(config, resume=None).to_json())
         self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
-        if start is not None:
-            self._start_finetuning()
         self.profile = StepProfile(self.model, config.profile) if config.profile else None
 
     @property
@@ -115,18 +112,15 @@ class Trainer:
         Raises TimeLimitReached, with everything saved, TrainingDiverged, or CheckpointError where the best model is gone.
         """
         try:
+            if self.config.start and self.progress.best is None:
+                self._keep_if_best(self._validate(), epoch=0)  # the model that is fine-tuned is the best until another is better
+                self._save_last()
             while self.progress.epoch < self.config.optim.epochs and not self.progress.stopped:
                 self._train_epoch()
                 self._finish_epoch()
             return self._finish()
         finally:
             self.metrics.close()
-
-    def _start_finetuning(self) -> None:
-        """The model that is fine-tuned is the best until another is better."""
-        self.optimizer.start_averaging()
-        self._keep_if_best(self._validate(), epoch=0)
-        self._save_last()
 
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
@@ -321,7 +315,7 @@ class Trainer:
         progress = self.progress
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self._diverged(f"parameters are no longer finite at step {progress.step}")
-        progress.metrics_bytes = self.metrics.sync()
+        progress.metrics_bytes = self.metrics.sync() if self.metrics else 0
         progress.peak_memory_mib = max(progress.peak_memory_mib, peak_memory_mib(self.device))
         optimizer_tensors, optimizer_meta = self.optimizer.state_dict()
         tensors = {f"model.{name}": t for name, t in self._parameters().items()}
@@ -333,12 +327,14 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         tensors["interval_loss"] = self.interval_loss
-        meta = {"config": self.config.to_json(), "progress": dataclasses.asdict(progress), "optimizer": optimizer_meta}
+        meta = {"config": self.config.to_json(), "progress": dataclasses.asdict(progress), "optimizer": optimizer_meta, "train": digest(self.corpus.train)}
         save_checkpoint(self.folder / "last.safetensors", tensors, meta, self.config.checkpoint_max_mib)
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         path = self.folder / "last.safetensors"
         check_vocabulary(self.corpus, self.folder / "vocabulary.txt")
+        if meta.get("train", text := digest(self.corpus.train)) != text:
+            raise CheckpointError(f"data: {self.config.data} has another train.txt than the run in {self.folder} was trained on")
         load_parameters(self.model, group(tensors, "model"), path)
         try:
             self.progress = Progress(**meta["progress"])
@@ -356,6 +352,11 @@ class Trainer:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
 
 
+def begun(path: Path) -> bool:
+    """Whether a file is what a run leaves that was killed while it wrote its very first checkpoint."""
+    return path.name.startswith("last.safetensors.")
+
+
 def resumed_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`, ready to continue it. Raises CheckpointError."""
     _, meta = load_checkpoint(folder / "last.safetensors")
@@ -367,11 +368,11 @@ def train_to_the_end(folder: Path, new: Callable[[], TrainConfig], **flags: Any)
     `flags` replace fields, of a run that is continued only those that may change."""
     if (folder / "result.json").is_file():
         return
-    begun = (folder / "last.safetensors").is_file()
-    config = resumed_config(folder) if begun else dataclasses.replace(new(), out=folder)
-    print(f"{folder}: {'continued' if begun else 'fine-tuning' if config.start else 'training'}", flush=True)
+    exists = (folder / "last.safetensors").is_file()
+    config = resumed_config(folder) if exists else dataclasses.replace(new(), out=folder)
+    print(f"{folder}: {'continued' if exists else 'fine-tuning' if config.start else 'training'}", flush=True)
     changed = dataclasses.replace(config, **flags)
-    if begun:
+    if exists:
         check_resumable(config, changed)
     Trainer(changed).run()
 

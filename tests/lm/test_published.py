@@ -1,6 +1,7 @@
 """Checkpoints of the paper's published code: what is read, and that nothing in them is run."""
 
 import collections
+import dataclasses
 import json
 import os
 import pickle
@@ -11,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from fused_mos import convert
+from fused_mos import convert, evaluate, finetune
 from fused_mos.lm import AWDLSTM
 from fused_mos.lm.published import PublishedError, read_published
+from fused_mos.training import RECIPES
 from fused_mos.training.checkpoint import load_checkpoint
+from fused_mos.training.config import dynamic_rule
 
 V, D, K, WIDTHS = 23, 6, 3, (9, 9, 8)
 
@@ -70,7 +73,7 @@ def test_a_pickled_module_becomes_a_run(published, zipped, wdrop, tied, tmp_path
     assert "23 words, K = 3, d = 6" in capsys.readouterr().out
     tensors, meta = load_checkpoint(tmp_path / "run" / "best.safetensors")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert meta["config"] == config
+    assert meta["config"] == config and config["optim"]["bptt_delta"] == 40
     model = config["model"]
     assert (model["hidden_sizes"], model["n_experts"], model["embedding_size"], model["tied"]) == (list(WIDTHS), K, D, tied)
     assert [model[name] for name in ("dropout", "dropoute", "dropouti", "dropouth", "dropoutl")] == [0.4, 0.1, 0.45, 0.2, 0.3]
@@ -78,6 +81,13 @@ def test_a_pickled_module_becomes_a_run(published, zipped, wdrop, tied, tmp_path
     expected = source.rnns[1].module.weight_hh_l0_raw if wdrop else source.rnns[1].weight_hh_l0
     assert torch.equal(tensors["rnns.1.weight_hh_l0"], expected)
     assert torch.equal(tensors["head.prior.weight"], source.prior.weight)
+
+
+def test_the_recipe_gives_what_comes_after(published, tmp_path):
+    torch.save(published(), tmp_path / "model.pt")
+    assert convert.main([str(tmp_path / "model.pt"), str(tmp_path / "run"), "--recipe", "wikitext2"]) == 0
+    assert finetune.finetuning_config(tmp_path / "run").optim == dataclasses.replace(RECIPES["wikitext2"]().optim, lr=20)
+    assert evaluate.parse([str(tmp_path / "run")]).rule == dynamic_rule("wikitext2")
 
 
 def test_from_published_names_what_is_wrong(published):
@@ -109,6 +119,32 @@ def test_nothing_in_the_file_is_run(zipped, tmp_path):
     assert not made.exists()
     torch.load(path, weights_only=False)
     assert made.exists(), "the file is not what it claims to test"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_not_run(tmp_path, capfd):
+    """torch.load hands such an archive to a loader that does not ask the unpickler."""
+
+    class Evil(torch.nn.Module):
+        def forward(self):
+            return 0
+
+        @torch.jit.export
+        def __getstate__(self):
+            return self.training
+
+        @torch.jit.export
+        def __setstate__(self, state: bool):
+            self.training = state
+            print("the code in the file")
+
+    path = tmp_path / "model.pt"
+    torch.jit.script(Evil()).save(str(path))
+    with pytest.raises(PublishedError, match="it is a TorchScript archive"):
+        read_published(path)
+    assert "the code" not in capfd.readouterr().out
+    torch.jit.load(str(path))
+    assert "the code in the file" in capfd.readouterr().out, "the file is not what it claims to test"
 
 
 def test_getattr_reaches_nothing(tmp_path):

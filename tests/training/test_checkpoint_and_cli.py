@@ -116,6 +116,12 @@ def test_resuming_on_another_text(finished, corpus_folder, capsys):
     assert contents(finished) == before
 
 
+def test_resuming_on_the_same_words_in_another_order(finished, corpus_folder, capsys):
+    lines = (corpus_folder / "train.txt").read_text().splitlines()
+    (corpus_folder / "train.txt").write_text("\n".join([*lines[:-3], lines[-2], lines[-3], lines[-1]]) + "\n")
+    assert_refused(["--resume", str(finished), "--epochs", "2"], capsys, "another train.txt", corpus_folder)
+
+
 def test_an_occupied_folder_is_not_overwritten(finished, small_flags, capsys):
     before = contents(finished)
     assert_refused([*small_flags, "--out", str(finished)], capsys, finished, "not empty", "--resume")

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 from fused_mos import evaluate, train
 from fused_mos.lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
-from fused_mos.training import Trainer
+from fused_mos.training import ConfigError, Trainer
 from fused_mos.training import dynamic as dynamic_module
 from fused_mos.training.checkpoint import CheckpointClock
 from fused_mos.training.dynamic import DynamicRun
@@ -34,7 +35,11 @@ def test_static_is_what_training_reported(trained, capsys):
     test, valid = results(trained)
     assert test["ppl"] == pytest.approx(reported["test_ppl"], abs=1e-9)
     assert valid["ppl"] == pytest.approx(reported["valid_ppl"], abs=1e-3)  # the hidden state is carried over any segments
-    assert test["ppl_published"] < test["ppl"]
+    # what the published code divides by: all rows of its one column, of which the first is not predicted
+    rows = load_run(trained).corpus.test.numel()
+    assert test["ppl_published"] == pytest.approx(math.exp(test["loss"] * (rows - 1) / rows), rel=1e-12)
+    assert evaluate.main([str(trained), "--dynamic"]) == 0
+    assert results(trained)[-1]["ppl_published"] == results(trained)[-1]["ppl"]
     assert "as the published code counts" in capsys.readouterr().out
 
 
@@ -97,6 +102,43 @@ def test_statistics_of_another_model_are_not_used(trained):
     assert not all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+def test_statistics_of_another_text_are_not_used(trained, corpus_folder):
+    """The same words in another order: the same vocabulary, and no other sign of it."""
+    first = DynamicRun(load_run(trained), CheckpointClock(5)).statistics()
+    lines = (corpus_folder / "train.txt").read_text().splitlines()
+    (corpus_folder / "train.txt").write_text("\n".join([*lines[:-3], lines[-2], lines[-3], lines[-1]]) + "\n")
+    second = DynamicRun(load_run(trained), CheckpointClock(5)).statistics()
+    assert not all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_a_rule_that_diverges_is_named_and_does_not_end_the_search(trained, monkeypatch, capsys):
+    assert evaluate.main([str(trained), "--dynamic", "--lr", "1e38", "--epsilon", "1e-30"]) == 2
+    assert "dynamic evaluation diverges with DynamicRule(lr=1e+38" in capsys.readouterr().err
+    dynamic, original = DynamicRun(load_run(trained), CheckpointClock(5)), DynamicRun.evaluate
+
+    def some_diverge(self, tokens, rule, name):
+        if rule.lr > 0.002:
+            raise self._diverged(rule)
+        return original(self, tokens, rule, name)
+
+    monkeypatch.setattr(DynamicRun, "evaluate", some_diverge)
+    assert dynamic.tune(DynamicRule()).lr <= 0.002
+    monkeypatch.setattr(DynamicRun, "evaluate", lambda self, tokens, rule, name: some_diverge(self, tokens, dataclasses.replace(rule, lr=1), name))
+    with pytest.raises(ConfigError, match="diverges"):
+        DynamicRun(load_run(trained), CheckpointClock(5)).evaluate(dynamic.run.corpus.valid, DynamicRule(), "valid")
+
+
+def test_nothing_is_left_of_finished_evaluations(trained):
+    run = load_run(trained)
+    run.config = dataclasses.replace(run.config, checkpoint_max_mib=1)
+    run.model.encoder.weight.data = run.model.encoder.weight.data.clone()
+    dynamic = DynamicRun(run, CheckpointClock(0))
+    save = dynamic._save
+    dynamic._save = lambda path, tensors, meta: save(path, tensors | {"filling": torch.zeros(1 << 19)}, meta)
+    dynamic.evaluate(run.corpus.valid[:40], DynamicRule(), "valid")
+    assert {path.name.split(".")[0] for path in (trained / "dynamic").iterdir()} == {"gradient-statistics"}
+
+
 def test_tuning_finds_a_better_rule_and_keeps_what_it_tried(trained, monkeypatch, capsys):
     monkeypatch.setattr(dynamic_module, "SCREENING_SHARE", 0.3)
     flags = [str(trained), "--dynamic", "--tune", "--lr", "0.02", "--split", "valid"]
@@ -117,6 +159,8 @@ def test_tuning_finds_a_better_rule_and_keeps_what_it_tried(trained, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--tune"], "give both"), (["--dynamic", "--lamb", "0"], "lamb must be positive, got 0.0"), (["--data", "nowhere"], "data folder nowhere does not exist"),
+     (["--bptt", "7"], "are for --dynamic evaluation"), (["--dynamic", "--eval-context", "9"], "eval_context is for static evaluation, got 9"),
+     (["--backend", "cuda"], "backend 'cuda' is not available"), (["--backend", "nonsense"], "backend must be one of"),
      (["--eval-context", "-1"], "eval_context must not be negative"), (["--device", "tpu9"], "device 'tpu9' cannot be used")],
 )  # fmt: skip
 def test_errors_name_the_flag(flags, message, trained, capsys):

@@ -23,12 +23,13 @@ def trained(small_flags, tmp_path):
 
 def test_continues_from_the_best_model(trained, capsys):
     before = load_file(trained / "best.safetensors")
-    trainer = Trainer(finetune.parse([str(trained), "--epochs", "1"]))
-    assert trainer.optimizer.averaging and trainer.optimizer.lr == 12.5
-    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+    assert finetune.main([str(trained), "--epochs", "1", "--lr", "1e-9", "--time-limit", "1e-9"]) == 0  # one step
     tensors, meta = load_checkpoint(trained / "finetune" / "best.safetensors")
     assert meta["epoch"] == 0 and all(torch.equal(tensors[name], before[name]) for name in before)
     assert meta["valid_loss"] == pytest.approx(load_checkpoint(trained / "best.safetensors")[1]["valid_loss"], abs=1e-12)
+    trainer = Trainer(finetune.parse([str(trained), "--epochs", "1", "--out", str(trained / "again")]))
+    assert trainer.optimizer.averaging and trainer.optimizer.lr == 12.5
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
     steps = []
     for _ in range(4):
         trainer.train_step()
@@ -65,11 +66,26 @@ def test_killed_runs_resume_bit_identically(trained, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_kill_in_the_first_validation_costs_nothing(trained, tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    flags, whole, broken = [str(trained), "--epochs", "1"], tmp_path / "whole", tmp_path / "broken"
+    Trainer(finetune.parse([*flags, "--out", str(whole)])).run()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_validate", interrupted)
+        assert finetune.main([*flags, "--out", str(broken)]) == 130
+    assert finetune.main(["--resume", str(broken)]) == 0
+    assert losses(broken) == losses(whole)
+    assert load_checkpoint(broken / "best.safetensors")[1]["valid_loss"] == load_checkpoint(whole / "best.safetensors")[1]["valid_loss"]
+
+
 def test_errors_name_what_is_missing(tmp_path, trained, capsys):
     for arguments, message in (
         ([], "name the folder of the run to fine-tune"),
         ([str(tmp_path / "none")], "is not the folder of a run: it has no config.json"),
         ([str(trained), "--lr", "-1"], "lr must be positive, got -1.0"),
+        ([str(trained), "--finetune-lr", "3"], "here name --lr 3"),
         ([str(trained), "--embedding-size", "9"], "does not fit the model"),
     ):
         assert finetune.main(arguments) == 2

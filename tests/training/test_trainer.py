@@ -95,6 +95,24 @@ def test_killed_runs_resume_bit_identically(small_flags, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_kill_before_the_first_due_checkpoint_costs_nothing_but_time(small_flags, tmp_path):
+    """With the default, minutes between checkpoints."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(small_flags, whole)
+    killed_at([*small_flags, "--out", str(broken)], broken, 1)
+    assert not load_checkpoint(broken / "last.safetensors")[1]["progress"]["step"]
+    assert main(["--resume", str(broken)]) == 0
+    assert losses(broken) == losses(whole)
+
+
+def test_a_kill_while_the_first_checkpoint_is_written_leaves_a_folder_to_start_in(small_flags, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "last.safetensors.partial").write_bytes(b"half")
+    run([*small_flags, "--epochs", "1"], out)
+    assert not list(out.glob("*.partial"))
+
+
 def test_a_run_in_pieces_is_the_whole_run(small_flags, tmp_path, capsys):
     """Each piece ends by the time limit, after a step at least, and leaves its checkpoint in small files."""
     whole, pieces, flags = tmp_path / "whole", tmp_path / "pieces", [*small_flags, "--hidden-sizes", "300", "10"]
