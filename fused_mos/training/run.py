@@ -11,7 +11,7 @@ import torch
 from ..data import Corpus
 from ..lm import AWDLSTM
 from .checkpoint import CheckpointError, load_checkpoint, load_parameters
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
 from .device import allow_tf32, check_backend, device_named
 
 

@@ -1,0 +1,102 @@
+"""The archive of the One Billion Word benchmark, fetched from its public home: see `lm1b`, whose command this is."""
+
+import dataclasses
+import gzip
+import hashlib
+import http.client
+import os
+import re
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from .corpus import CorpusError
+from .files import BLOCK_BYTES, bar, explained
+
+FOLDER = "1-billion-word-language-modeling-benchmark-r13output"
+URL = f"http://www.statmt.org/lm-benchmark/{FOLDER}.tar.gz"
+
+
+@dataclasses.dataclass
+class Download:
+    """Fetches the benchmark's archive, checks and extracts it."""
+
+    out: Path
+    """Folder to write."""
+    url: str = URL
+    """Of the archive."""
+    sha256: str | None = None
+    """Of the archive; without it the digest found is only printed."""
+
+
+def download(config: Download) -> Path:
+    """The folder that the archive is extracted to. Raises CorpusError or OSError; then the same command continues."""
+    name = PurePosixPath(urlsplit(config.url).path).name
+    if urlsplit(config.url).scheme not in ("http", "https") or not name:
+        raise CorpusError(f"url must be the http address of a file, got {config.url!r}")
+    if config.sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", config.sha256):
+        raise CorpusError(f"sha256 must be 64 hexadecimal digits, got {config.sha256!r}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    archive = fetched = config.out / name
+    if not archive.is_file():
+        fetched = config.out / f"{name}.partial"
+        _fetch(config.url, fetched)
+    digest = hashlib.sha256()
+    with fetched.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    if config.sha256 is None:
+        print(f"{name}: sha256 {digest.hexdigest()}; with --sha256 it is compared")
+    elif digest.hexdigest() != config.sha256.lower():
+        raise CorpusError(f"{fetched}: its sha256 is {digest.hexdigest()}, not {config.sha256}; delete it to fetch it again, or correct --sha256")
+    os.replace(fetched, archive)
+    return _extract(archive, config.out)
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Fetches what `path` lacks of a file."""
+    size = path.stat().st_size if path.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
+    try:
+        with explained(path), urllib.request.urlopen(request, timeout=60) as response:
+            size = size if response.status == 206 else 0
+            length = response.headers["Content-Length"]
+            total = size + int(length) if length else None
+            with path.open("ab" if size else "wb") as file, bar(desc="download", total=total, initial=size, unit="B", unit_scale=True) as progress:
+                while block := response.read1(BLOCK_BYTES):
+                    file.write(block)
+                    size += len(block)
+                    progress.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # there is nothing behind what it has
+            raise CorpusError(f"{url}: the server answers {error.code} {error.reason}; try again later, or another --url") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise CorpusError(f"{url}: {error}; the same command continues") from None
+    else:
+        if total not in (None, size):
+            raise CorpusError(f"{url}: the connection ended after {size:,} of {total:,} bytes; the same command continues")
+
+
+def _extract(archive: Path, out: Path) -> Path:
+    """Extracts the regular files below the benchmark's folder that are not there in their full size."""
+    n_files = 0
+    try:
+        with explained(out / FOLDER), gzip.open(archive) as file, tarfile.open(fileobj=file) as tar:
+            for member in bar(tar, desc="extract", unit=" files"):
+                path = PurePosixPath(member.name)
+                if not member.isfile() or path.parts[:1] != (FOLDER,) or ".." in path.parts:
+                    continue
+                n_files += 1
+                if not (out / path).is_file() or (out / path).stat().st_size != member.size:
+                    tar.extract(member, out, filter="data")
+            while file.read(BLOCK_BYTES):  # to its end, where the check sum is
+                pass
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise CorpusError(f"{archive} is damaged ({error}); delete it and {out / FOLDER}, and the same command fetches it again") from None
+    if not n_files:
+        raise CorpusError(f"{archive} has no file in {FOLDER}; url must be that of the benchmark")
+    print(f"{out / FOLDER}: {n_files} files; next: python -m fused_mos.data.lm1b prepare --source {out} --out …")
+    return out / FOLDER
