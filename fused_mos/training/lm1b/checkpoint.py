@@ -1,0 +1,138 @@
+"""Checkpoints of many ranks, by torch.distributed.checkpoint in safetensors files: any number of ranks can read them, and loading runs no code.
+
+    RUN/checkpoints/step-00001200/shard-00001-model-00001-of-00001.safetensors …   each rank's share
+                                  state.json                                       all else
+
+A checkpoint is written beside its name and renamed when it is complete, so a kill at any moment leaves the last one whole.
+"""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ..checkpoint import CheckpointError
+from .ranks import Ranks
+
+STATE = "state.json"
+
+
+def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
+    """All ranks together; `tensors` are DTensors or the same on all ranks, and not scalars. Raises CheckpointError, on all ranks."""
+    partial = path.with_name(path.name + ".partial")
+    _first_does(ranks, path, lambda: _fresh_folder(partial))
+    error = None
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    except (CheckpointException, OSError) as failure:
+        error = failure
+    _first_does(ranks, path, lambda: _complete(partial, path, state), error)
+
+
+def load(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Into `tensors`, in place, whatever number of ranks wrote them. Raises CheckpointError, on all ranks."""
+    try:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except CheckpointException as failure:
+        raise CheckpointError(f"checkpoint {path} is damaged or of another model ({_reason(failure)}); nothing was changed") from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged ({error}); nothing was changed") from None
+
+
+def newest(folder: Path, ranks: Ranks) -> Path | None:
+    """The last complete checkpoint, as the first rank sees it."""
+    names = sorted(path.name for path in folder.glob("step-*") if (path / STATE).is_file())
+    step = int(ranks.sums(int(names[-1].removeprefix("step-")) + 1 if ranks.first and names else 0)[0].item()) - 1
+    return None if step < 0 else folder / step_name(step)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08}"
+
+
+def remove_older(folder: Path, keep: Path) -> None:
+    for path in folder.glob("step-*"):
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _fresh_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
+    with (partial / STATE).open("w", encoding="utf-8") as file:
+        json.dump(state, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(partial)
+    old = path.with_name(path.name + ".old")
+    if path.exists():  # of the same name: the best model
+        os.replace(path, old)
+    os.replace(partial, path)
+    _sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first_does(ranks: Ranks, path: Path, action, error: Exception | None = None) -> None:
+    """The first rank acts, unless there is an error; all ranks raise CheckpointError if it fails."""
+    if ranks.first and error is None:
+        try:
+            action()
+        except OSError as failure:
+            error = failure
+    wrapped = None
+    if error is not None:
+        shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+        wrapped = CheckpointError(f"checkpoint {path} could not be written ({_reason(error)}); the last complete one is as it was")
+    ranks.agree(wrapped)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line; a full disk in words."""
+    if isinstance(error, CheckpointException):
+        first = next(iter(error.failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full"
+    return str(error).strip().split("\n")[-1] or type(error).__name__
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """A scalar as a tensor of one element that shares its memory, for safetensors slices have at least one dimension."""
+    return tensor.view(1) if tensor.dim() == 0 else tensor
+
+
+def random_state(device: torch.device) -> Tensor:
+    """This rank's random state (1, bytes): of the CPU and, if it trains on one, of the GPU."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return torch.cat(states)[None].to(device)
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    of_cpu = torch.get_rng_state().numel()
+    state = state[0].cpu()
+    torch.set_rng_state(state[:of_cpu])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[of_cpu:], device)

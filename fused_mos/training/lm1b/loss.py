@@ -1,0 +1,66 @@
+"""The model's loss as one module, which DistributedDataParallel wraps, and the head in chunks of columns."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ...lm import AWDLSTM
+from ...lm.awd_lstm import Hidden, detach
+
+
+
+class SummedLoss(nn.Module):
+    """Σ −log p over the targets (T, B) that are not `ignored`, and the hidden state, cut off.
+
+    With `head_chunk`, the head sees so many tokens at once, whole columns, and only the gradients of a chunk outlive it. Its (N, K, D)
+    vectors are gone before the next chunk's are made, at the same number of products.
+    """
+
+    def __init__(self, model: AWDLSTM, ignored: int, head_chunk: int = 0):
+        super().__init__()
+        self.model, self.ignored, self.head_chunk = model, ignored, head_chunk
+
+    def forward(self, tokens: Tensor, target: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
+        _, features, hidden = self.model.features(tokens, hidden)
+        columns = max(self.head_chunk // len(target), 1) if self.head_chunk else target.shape[1]
+        if columns >= target.shape[1] or not torch.is_grad_enabled():
+            chunks = zip(features.split(columns, 1), target.split(columns, 1))
+            loss = torch.stack([self.nll(x, y) for x, y in chunks]).sum()
+        else:
+            loss = _ChunkedNLL.apply(self, features, target, columns, *self.model.head.parameters())
+        return loss, detach(hidden)
+
+    def nll(self, features: Tensor, target: Tensor) -> Tensor:
+        options = {"ignore_index": self.ignored, "reduction": "sum", "grad_filter_eps": self.model.grad_filter_eps}
+        return self.model.head(features, target, **options).loss
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    """Forms the gradients of the features and the head's parameters chunk by chunk in the forward pass; backward scales them."""
+
+    @staticmethod
+    def forward(ctx, loss: SummedLoss, features: Tensor, target: Tensor, columns: int, *parameters: Tensor) -> Tensor:
+        total, grad_features = features.new_zeros(()), torch.empty_like(features)
+        gradients: list[Tensor] = []
+        for start in range(0, target.shape[1], columns):
+            part = slice(start, start + columns)
+            with torch.enable_grad():
+                x = features[:, part].detach().requires_grad_()
+                nll = loss.nll(x, target[:, part])
+            grad_features[:, part], *of_chunk = torch.autograd.grad(nll, [x, *parameters])
+            gradients = _added(gradients, of_chunk)
+            total += nll.detach()
+        ctx.save_for_backward(grad_features, *gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        grad_features, *gradients = ctx.saved_tensors
+        return None, grad_features * grad, None, None, *(g.mul_(grad) for g in gradients)
+
+
+def _added(sums: list[Tensor], terms: Iterable[Tensor]) -> list[Tensor]:
+    return [s.add_(t) for s, t in zip(sums, terms)] if sums else list(terms)
+
+

@@ -1,0 +1,108 @@
+"""What a rank of a run will need of its device's memory, before it starts.
+
+An estimate from the shapes: exact for what stays (parameters, gradients, optimizer), within some tens of percent for what a step makes.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ...lm import AWDLSTM
+from ..config import ConfigError
+from .config import LM1BConfig
+from .ranks import Ranks
+
+OPTIMIZER_COPIES = {"sgd": 0, "adagrad": 1, "adam": 2}
+"""Numbers that the optimizer keeps for each parameter."""
+
+HEAD_WORKSPACE = {"cuda": 256 << 20, "cpu": 64 << 20}
+"""Bytes that the head's kernels use beside their inputs and outputs."""
+
+PROCESS = {"cuda": 1200 << 20, "cpu": 500 << 20}
+"""Bytes of a process that has done nothing yet: libraries, and on a GPU its context and cuDNN's workspace."""
+
+
+def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> dict[str, int]:
+    """Bytes of each kind on one rank."""
+    model, item = config.model, 4
+    d, k = model.embedding_size, model.n_experts
+    with torch.device("meta"):
+        whole = AWDLSTM(n_words, **dataclasses.asdict(model))
+    n_parameters = sum(p.numel() for p in whole.parameters())
+    rows = -(-n_words // config.vocab_parallel)
+    n_parameters -= (n_words - rows) * (d + 1)
+    widths = [rnn.hidden_size for rnn in whole.rnns]
+    tokens = config.bptt * (config.batch_size // (n_data * config.accumulate))
+    in_head = min(tokens, config.head_chunk or tokens)
+    half = 2 if config.precision == "bfloat16" else 0
+
+    # of a layer: its input, the gates and the cell states that it keeps, its output, and in the backward pass the gates' gradients
+    lstm = sum(tokens * (size + 10 * width) for size, width in zip([d, *widths[:-1]], widths)) * item
+    vectors = 0 if model.head == "softmax" else in_head * d * (k if model.head == "mos" else k + 1)
+    head = vectors * (3 * item + 2 * half) + tokens * widths[-1] * 2 * item  # before and after tanh, their gradient; 16-bit copies of two
+    return {
+        "parameters": n_parameters * item,
+        "gradients": n_parameters * item,
+        "optimizer": n_parameters * item * OPTIMIZER_COPIES[config.optimizer],
+        # the decoder's and the embedding's, before they are added to .grad; with chunks one more sum
+        "tied gradient's terms": rows * d * (item * (2 if in_head < tokens else 1) + item + 2 * half),
+        "LSTM activations": lstm,
+        "head activations": head,
+        "head workspace": HEAD_WORKSPACE[device_type],
+        "process": PROCESS[device_type],
+    }
+
+
+def available(config: LM1BConfig, ranks: Ranks) -> int:
+    """Bytes that a rank may use."""
+    if config.memory_gib:
+        return int(config.memory_gib * 2**30)
+    if ranks.device.type == "cuda":
+        return torch.cuda.mem_get_info(ranks.device)[0]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        total = min(total, int(text))
+    return total // ranks.n_local
+
+
+def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
+    """The table as text. Raises ConfigError, with the nearest setting that fits, where it exceeds what there is."""
+    limit = available(config, ranks)
+    needed = table(config, n_words, ranks.n_data, ranks.device.type)
+    if sum(needed.values()) <= limit:
+        return as_text(needed, limit)
+    message = f"a rank needs {_gib(sum(needed.values()))} GiB but has {_gib(limit)}:\n{as_text(needed, limit)}\n"
+    for change in _smaller(config, ranks.n_data):
+        smaller = dataclasses.replace(config, **change)
+        n_data = ranks.n_ranks // smaller.vocab_parallel
+        if n_data and sum(table(smaller, n_words, n_data, ranks.device.type).values()) <= limit:
+            flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+            raise ConfigError(message + f"it would fit with {flags}")
+    raise ConfigError(message + "no smaller batch, other optimizer or vocab_parallel would make it fit; take a smaller embedding or vocabulary")
+
+
+def _smaller(config: LM1BConfig, n_data: int) -> Iterator[dict[str, int | str]]:
+    """Changes that save memory, those that leave the results as they are first."""
+    columns = config.batch_size // n_data
+    splits = [n for n in range(config.accumulate, columns + 1) if columns % n == 0]
+    yield from ({"accumulate": n} for n in splits)
+    yield {"accumulate": splits[-1], "head_chunk": config.bptt}
+    ranks = n_data * config.vocab_parallel
+    for n in range(config.vocab_parallel + 1, ranks + 1):
+        if ranks % n == 0:
+            yield {"vocab_parallel": n, "accumulate": config.batch_size // (ranks // n)}
+    cheaper = [name for name, copies in OPTIMIZER_COPIES.items() if copies < OPTIMIZER_COPIES[config.optimizer]]
+    yield from ({"accumulate": splits[-1], "optimizer": name} for name in reversed(cheaper))
+
+
+def as_text(needed: dict[str, int], limit: int) -> str:
+    lines = [f"  {name:<24}{_gib(size):>9} GiB" for name, size in needed.items()]
+    return "\n".join([*lines, f"  {'in all':<24}{_gib(sum(needed.values())):>9} GiB of {_gib(limit)}"])
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"

@@ -1,0 +1,324 @@
+"""One Billion Word runs in one process: the stream, the loss, what a run leaves, resuming, and refusals. (Ranks: test_lm1b_ranks.py.)"""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+import signal
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import losses
+
+from fused_mos import train_1b
+from fused_mos.data import lm1b
+from fused_mos.data.token_stream import Position, PreparedCorpus, TrainStream, evaluation_segments
+from fused_mos.lm import AWDLSTM
+from fused_mos.training import ConfigError, TrainingDiverged
+from fused_mos.training.lm1b import RECIPES, LM1BTrainer, memory
+from fused_mos.training.lm1b.loss import SummedLoss
+from fused_mos.training.lm1b.ranks import Ranks
+
+
+def write_benchmark(folder, seed=0):
+    """Three training shards and two held-out ones in the benchmark's layout, of sentences that can be learnt."""
+    draw = random.Random(seed)
+    for split, names in (("train", lm1b.SHARDS["train"][:3]), ("heldout", lm1b.SHARDS["heldout"][:2])):
+        (folder / lm1b.FOLDERS[split]).mkdir(parents=True)
+        for i, name in enumerate(names):
+            starts = [draw.randrange(40) for _ in range(150 + 20 * i)]
+            lines = (" ".join(f"w{(s + j) % 40}" for j in range(draw.randrange(1, 12))) + "\n" for s in starts)
+            (folder / lm1b.FOLDERS[split] / name).write_text("".join(lines))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm1b")
+    write_benchmark(folder / "source")
+    lm1b.prepare(lm1b.Prepare(folder / "source", folder / "prepared", workers=1, allow_missing=True))
+    return folder / "prepared"
+
+
+@pytest.fixture
+def flags(prepared):
+    """Of a run that takes a second or two."""
+    return [
+        "--recipe", "lm1b-tiny", "--data", str(prepared), "--embedding-size", "8", "--hidden-sizes", "12", "10", "--batch-size", "6", "--bptt", "9",
+        "--eval-batch-size", "4", "--eval-interval", "20", "--log-interval", "1", "--epochs", "2", "--warmup-steps", "5", "--lr", "0.01",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def trainer_of():
+    """Makes trainers of this process alone."""
+    made = []
+
+    def make(flags, out):
+        config = train_1b.parse([*flags, "--out", str(out)])
+        made.append(Ranks(config.device, config.vocab_parallel))
+        return LM1BTrainer(config, made[-1])
+
+    def close():
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def again(flags, out):
+        close()
+        return make(flags, out)
+
+    yield again
+    close()
+
+
+# ------------------------------------------------------------------------------------------------------------------ stream
+
+
+def columns_read(corpus, n_columns, columns, bptt, position=None):
+    """All targets of one epoch, by column, and the position after each segment."""
+    stream = TrainStream(corpus.train, n_columns, columns, bptt, seed=3, position=position or Position())
+    read, positions = [], []
+    for inputs, targets in stream.segments():
+        read.append(torch.stack([inputs, targets], 2))
+        positions.append(dataclasses.replace(stream.position))
+    return torch.cat(read), positions
+
+
+def test_columns_do_not_depend_on_the_number_of_ranks(prepared):
+    corpus = PreparedCorpus(prepared)
+    whole, _ = columns_read(corpus, 6, range(6), 9)
+    for columns in (range(0, 3), range(3, 6), range(5, 6)):
+        part, _ = columns_read(corpus, 6, columns, 9)
+        assert torch.equal(part, whole[:, columns.start : columns.stop])
+    other_segments, _ = columns_read(corpus, 6, range(6), 4)
+    assert torch.equal(other_segments, whole)
+    assert len(whole) == TrainStream(corpus.train, 6, range(6), 9, seed=3).rows_per_epoch
+
+
+def test_a_stream_goes_on_from_any_position(prepared):
+    corpus = PreparedCorpus(prepared)
+    whole, positions = columns_read(corpus, 6, range(6), 9)
+    assert positions[-1] == Position(epoch=1) and {p.shard for p in positions} == {0, 1, 2}
+    for i in range(0, len(positions) - 1, 7):
+        rest, after = columns_read(corpus, 6, range(6), 9, dataclasses.replace(positions[i]))
+        assert torch.equal(rest, whole[len(whole) - len(rest) :]) and after == positions[i + 1 :]
+
+
+def test_every_shard_is_read_in_an_order_that_changes(prepared):
+    corpus = PreparedCorpus(prepared)
+    stream = TrainStream(corpus.train, 6, range(6), 9, seed=3)
+    orders = [tuple(stream.order(epoch)) for epoch in range(20)]
+    assert all(sorted(order) == [0, 1, 2] for order in orders) and len(set(orders)) > 3
+    assert orders != [tuple(TrainStream(corpus.train, 6, range(6), 9, seed=4).order(epoch)) for epoch in range(20)]
+    texts = {tuple(file.open().tolist()) for file in corpus.train}
+    whole, _ = columns_read(corpus, 1, range(1), 9)
+    first = corpus.train[stream.order(0)[0]].open()
+    assert whole[: len(first) - 1, 0, 0].tolist() == first[:-1].tolist() and len(texts) == 3
+
+
+@pytest.mark.parametrize("n_columns", [1, 2, 5, 300])
+def test_every_held_out_word_is_predicted_once(n_columns, prepared):
+    """Also where there are more columns than sentences."""
+    corpus = PreparedCorpus(prepared)
+    for file in corpus.heldout:
+        text = file.open()
+        pairs = []
+        for columns in (range(0, n_columns // 2), range(n_columns // 2, n_columns)):
+            for inputs, targets in evaluation_segments(file, corpus.bos, n_columns, columns, 7):
+                assert inputs.shape == targets.shape == (len(inputs), len(columns))
+                pairs += [pair for pair in zip(inputs.flatten().tolist(), targets.flatten().tolist()) if pair[1] != corpus.bos]
+        assert sorted(pairs) == sorted((int(a), int(b)) for a, b in zip(text, text[1:]) if b != corpus.bos)
+
+
+def test_files_are_checked(prepared, tmp_path, flags, capsys):
+    for damage, message in (
+        (lambda file: file.path.unlink(), "is missing"),
+        (lambda file: file.path.write_bytes(file.path.read_bytes()[:-4]), "bytes, .* in the manifest"),
+        (lambda file: file.path.write_bytes(file.path.read_bytes()[:-4] + b"\3\0\0\0"), "is damaged: its sha256 is"),
+        (lambda file: (tmp_path / "copy" / "vocabulary.txt").write_text("other\n"), "is not the vocabulary that the shards were prepared with"),
+        (lambda file: (tmp_path / "copy" / "manifest.json").unlink(), "run python -m fused_mos.data.lm1b prepare first"),
+    ):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(prepared, tmp_path / "copy")
+        damage(PreparedCorpus(tmp_path / "copy").train[1])
+        assert train_1b.main([*flags, "--data", str(tmp_path / "copy"), "--out", str(tmp_path / "run")]) == 2
+        assert re.search("error: .*" + message, capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("head", ["mos", "moc", "softmax"])
+def test_a_chunked_head_has_the_same_loss_and_gradients(head):
+    torch.manual_seed(0)
+    model = AWDLSTM(50, 8, (12, 10), head, 3, dropoute=0, dropouti=0, dropouth=0, dropout=0, dropoutl=0, wdrop=0)
+    tokens, hidden = torch.randint(50, (8, 7)), model.initial_hidden(7)
+    results = []
+    for chunk in (0, 1, 3 * 7, 10_000):
+        model.zero_grad()
+        loss, new = SummedLoss(model, ignored=0, head_chunk=chunk)(tokens[:-1], tokens[1:], hidden)
+        (loss * 0.1).backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters()), *(t for state in new for t in state)])
+        with torch.no_grad():
+            evaluated, _ = SummedLoss(model, ignored=0, head_chunk=chunk)(tokens[:-1], tokens[1:], hidden)
+        assert evaluated == pytest.approx(loss.item(), rel=1e-6)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_chunked_head_keeps_one_chunk_of_vectors():
+    """Numbers that autograd holds between forward and backward, by the head's (N, K, D)."""
+    model = AWDLSTM(50, 8, (12, 10), "mos", 15, dropoute=0, dropouti=0, dropouth=0, dropout=0, dropoutl=0, wdrop=0)
+    tokens, hidden = torch.randint(50, (41, 20)), model.initial_hidden(20)
+
+
+    class Held:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    held = []
+    for chunk in (0, 80):
+        alive = weakref.WeakSet()
+
+        def pack(tensor, alive=alive):
+            alive.add(kept := Held(tensor))
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            loss, _ = SummedLoss(model, ignored=0, head_chunk=chunk)(tokens[:-1], tokens[1:], hidden)
+        held.append(sum({kept.tensor.data_ptr(): kept.tensor.nbytes for kept in alive}.values()))
+    vectors = 40 * 20 * 15 * 8 * 4
+    assert held[0] > 2 * vectors and held[1] < held[0] - 2 * vectors
+
+
+# -------------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train_1b.main([*flags, "--epochs", "8", "--lr", "0.03", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((out / "result.json").read_text())
+    assert f"mos: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words" in printed and "in all" in printed
+    assert result["heldout_ppl"] < 12 and result["vocabulary"] == 43
+    assert result["heldout_words"] == sum(int((file.open() != 0).sum()) for file in PreparedCorpus(prepared).heldout)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "best", "learning-curve.png", "result.json"}
+    assert len(list((out / "checkpoints").iterdir())) == 1
+    assert train_1b.main([*flags, "--epochs", "8", "--lr", "0.03", "--evaluate", "--eval-batch-size", "3", "--out", str(out)]) == 0
+    again = json.loads((out / "result.json").read_text())
+    assert again["heldout_ppl"] == pytest.approx(result["heldout_ppl"], rel=0.05) and again["heldout_words"] == result["heldout_words"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
+def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monkeypatch, capsys):
+    flags = [*flags, "--optimizer", optimizer, "--dropout", "0.2", "--accumulate", "2"]
+    assert train_1b.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    out, original = tmp_path / "pieces", LM1BTrainer.train_step
+    for at, number, status in ((7, signal.SIGTERM, 143), (33, signal.SIGINT, 130)):
+
+        def stopping(self, inputs, targets, at=at, number=number):
+            if self.progress.step == at:
+                signal.raise_signal(number)
+            return original(self, inputs, targets)
+
+        monkeypatch.setattr(LM1BTrainer, "train_step", stopping)
+        assert train_1b.main([*flags, "--out", str(out)]) == status
+        assert "stopped, and saved; the same command continues" in capsys.readouterr().err
+        assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{at + 1:08}"]
+    monkeypatch.setattr(LM1BTrainer, "train_step", original)
+    assert train_1b.main([*flags, "--out", str(out), "--time-limit", "1e-9"]) == 0
+    assert train_1b.main([*flags, "--out", str(out)]) == 0
+    assert losses(out) == losses(tmp_path / "whole")
+    a, b = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "pieces"))
+    assert a["heldout_ppl"] == b["heldout_ppl"] and a["words"] == b["words"]
+
+
+def test_the_learning_rate(flags, trainer_of, tmp_path):
+    trainer = trainer_of([*flags, "--decay", "cosine"], tmp_path / "run")
+    rates = [trainer.learning_rate(step) for step in range(trainer.total_steps + 1)]
+    assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01]) and rates[5] == 0.01
+    assert rates[-1] == pytest.approx(0) and all(a >= b for a, b in zip(rates[5:], rates[6:]))
+    assert sum(1 for _ in trainer.stream.segments()) * 2 == trainer.total_steps
+
+
+def test_nothing_is_updated_by_a_gradient_that_is_not_finite(flags, trainer_of, tmp_path):
+    trainer = trainer_of(flags, tmp_path / "run")
+    inputs, targets = next(trainer.stream.segments())
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.model.rnns[0].weight_hh_l0.register_hook(lambda grad: grad * torch.inf)
+    with pytest.raises(TrainingDiverged, match="diverged at step 1: .* norm of the gradient (inf|nan); nothing was updated"):
+        trainer.train_step(inputs, targets)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters())) and trainer.progress.step == 0
+
+
+# --------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train_1b.main([*flags, "--max-steps", "3", "--out", str(out)]) == 0
+    capsys.readouterr()
+    write_benchmark(tmp_path / "source", seed=1)
+    lm1b.prepare(lm1b.Prepare(tmp_path / "source", tmp_path / "other", workers=1, allow_missing=True))
+    for changed, message in (
+        (["--lr", "0.5"], "lr cannot change when a run goes on: it was 0.01, got 0.5"),
+        (["--hidden-sizes", "12", "11"], "hidden_sizes cannot change when a run goes on: it was [12, 10], got (12, 11)"),
+        (["--data", str(tmp_path / "other")], "is not the corpus that"),
+    ):
+        assert train_1b.main([*flags, *changed, "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    newest = out / "checkpoints" / "step-00000003"
+    for file in newest.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert train_1b.main([*flags, "--out", str(out)]) == 2
+    assert re.search(f"error: checkpoint {newest} is damaged or of another model .*; nothing was changed", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--recipe", "lm1b-huge"], "recipe must be one of lm1b-mos"),
+        (["--batch-size", "7", "--accumulate", "2"], "batch_size must be a multiple of 2 (ranks that read other text × accumulate = 1 × 2), got 7"),
+        (["--vocab-parallel", "2"], "vocab_parallel must divide the number of ranks, 1, got 2"),
+        (["--lr", "0"], "lr must be positive, got 0.0"),
+        (["--dropouti", "1"], "dropouti must be in [0, 1), got 1.0"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--batch-size", "4000"], "is too short for 4000 columns"),
+        (["--memory-gib", "0.3"], "a rank needs 0.5"),
+    ],
+)
+def test_bad_flags(changed, message, flags, tmp_path, capsys):
+    assert train_1b.main([*flags, *changed, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_occupied_folder_is_not_overwritten(flags, tmp_path, capsys):
+    (tmp_path / "precious").write_text("text")
+    assert train_1b.main([*flags, "--out", str(tmp_path)]) == 2
+    assert "is not empty and holds no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "n_words", "expected"), [("lm1b-mos", 100_000, 112_856_796), ("lm1b-softmax", 100_000, 119_293_600)])
+def test_the_papers_models(name, n_words, expected):
+    """113 and 119 million parameters."""
+    parameters = memory.table(RECIPES[name](), n_words, 1, "cpu")["parameters"] / 4
+    assert parameters == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_does_not_fit_is_refused_with_what_would():
+    class OneRank:
+        device, n_ranks, n_data, n_local = torch.device("cpu"), 1, 1, 1
+
+    full = dataclasses.replace(RECIPES["lm1b-full"](), memory_gib=19.2)
+    with pytest.raises(ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20:(.|\n)*it would fit with --accumulate \d+"):
+        memory.check(full, 793_471, OneRank)
+    with pytest.raises(ConfigError, match="take a smaller embedding or vocabulary"):
+        memory.check(dataclasses.replace(full, memory_gib=4), 793_471, OneRank)
+    text = memory.check(dataclasses.replace(full, memory_gib=80), 793_471, OneRank)
+    assert "of 80.00" in text

@@ -1,0 +1,107 @@
+"""One Billion Word runs under torchrun: the same losses on other numbers of ranks, and through kills."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import losses
+from test_lm1b import flags, prepared  # noqa: F401
+
+from fused_mos import train_1b
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(n_ranks, arguments, *options):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}", *options, "-m", "fused_mos.train_1b", *arguments]
+
+
+def finish(command):
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("vocab_parallel", [1, 2])
+def test_two_ranks_train_as_one_and_one_continues_what_two_began(vocab_parallel, flags, tmp_path):  # noqa: F811
+    """Data-parallel, and with the decoder sharded; one process goes on from the checkpoint of two."""
+    flags, whole, out = [*flags, "--decay", "none"], tmp_path / "whole", tmp_path / "run"
+    assert train_1b.main([*flags, "--out", str(whole)]) == 0
+    half = sum(kind == "train" for kind, _, _ in losses(whole)) // 2
+    finish(torchrun(2, [*flags, "--out", str(out), "--max-steps", str(half), "--vocab-parallel", str(vocab_parallel)]))
+    assert train_1b.main([*flags, "--out", str(out)]) == 0
+    by_step = {(kind, step): loss for kind, step, loss in losses(out)}
+    for kind, step, loss in losses(whole):
+        assert by_step[kind, step] == pytest.approx(loss, rel=1e-5), (kind, step)
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (out, whole))
+    assert a["parameters"] == b["parameters"] and a["heldout_words"] == b["heldout_words"] and a["words"] == b["words"]
+    assert a["heldout_loss"] == pytest.approx(b["heldout_loss"], rel=1e-5)
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def kill_one_rank(agent, out, draw, saving):
+    """Waits for some steps, or for a checkpoint that is being written, and kills one of the ranks as an out-of-memory killer would."""
+    metrics, before = out / "metrics.jsonl", time.monotonic()
+    size = metrics.stat().st_size if metrics.exists() else 0
+    target = draw.randrange(1, 8)
+    while time.monotonic() < before + 120:
+        assert agent.poll() is None, "the run ended before it could be killed"
+        ranks = children(agent.pid)
+        grown = metrics.exists() and metrics.read_bytes()[size:].count(b"\n") >= target
+        if len(ranks) == 2 and grown and (not saving or list(out.glob("*/*.partial"))):
+            os.kill(draw.choice(ranks), signal.SIGKILL)
+            return
+        time.sleep(0.0005 if saving else 0.005)
+    raise AssertionError("no moment to kill at")
+
+
+def unbroken_by_kills(flags, tmp_path, kills, seed):  # noqa: F811
+    """Runs with torchrun's restarts, killed so often; every loss is that of an unbroken run of two ranks, bit for bit."""
+    whole, out, draw = tmp_path / "whole", tmp_path / "broken", random.Random(seed)
+    flags = [*flags, "--dropout", "0.2", "--checkpoint-minutes", "0"]
+    finish(torchrun(2, [*flags, "--out", str(whole)]))
+    agent = subprocess.Popen(torchrun(2, [*flags, "--out", str(out)], f"--max-restarts={kills}"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    for i in range(kills):
+        kill_one_rank(agent, out, draw, saving=i % 2 == 1)
+        ranks = children(agent.pid)
+        deadline = time.monotonic() + 60
+        while set(children(agent.pid)) & set(ranks):  # until the agent has started new ones
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    _, error = agent.communicate(timeout=300)
+    assert agent.returncode == 0, error.decode()[-3000:]
+    assert losses(out) == losses(whole)
+    assert not list(out.glob("*/*.partial"))
+    assert json.loads((out / "result.json").read_text())["heldout_loss"] == json.loads((whole / "result.json").read_text())["heldout_loss"]
+
+
+def test_a_rank_that_is_killed_costs_nothing(flags, tmp_path):  # noqa: F811
+    unbroken_by_kills([*flags, "--epochs", "3"], tmp_path, kills=1, seed=0)
+
+
+@pytest.mark.slow
+def test_ten_kills_cost_nothing(flags, tmp_path):  # noqa: F811
+    unbroken_by_kills([*flags, "--epochs", "30"], tmp_path, kills=10, seed=1)
+
+
+def test_a_signal_to_one_rank_stops_all(flags, tmp_path):  # noqa: F811
+    out = tmp_path / "run"
+    agent = subprocess.Popen(torchrun(2, [*flags, "--epochs", "1000", "--out", str(out)]), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_bytes().count(b"\n") < 5:
+        assert time.monotonic() < deadline and agent.poll() is None
+        time.sleep(0.05)
+    os.kill(children(agent.pid)[1], signal.SIGTERM)
+    _, error = agent.communicate(timeout=60)
+    assert b"stopped, and saved" in error and b"143" in error
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert (checkpoint / "state.json").is_file()
