@@ -59,8 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OtherRankFailed:
         return 2  # the other one tells
     except (CorpusError, *USER_ERRORS) as error:
-        if first or "another rank" in str(error):
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" if first else f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     except TimeLimitReached:
         if first:

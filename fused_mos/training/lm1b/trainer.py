@@ -97,8 +97,8 @@ class LM1BTrainer:
         self.resumed = checkpoint.newest(self.checkpoints, ranks)
         if self.resumed:
             self._restore(self.resumed)
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())) and not config.evaluate:
-            raise ConfigError(f"out: {self.folder} is not empty and holds no checkpoint; name another --out")
+        elif not config.evaluate:
+            self._check_empty()
         self.distributed = self.loss
         if ranks.n_data > 1:  # only now: it makes the parameters of all ranks the same
             group, devices = ranks.mesh["data"].get_group(), [self.device] if self.device.type == "cuda" else None
@@ -122,6 +122,11 @@ class LM1BTrainer:
             error = failure
         self.ranks.agree(error)
         return corpus
+
+    def _check_empty(self) -> None:
+        occupied = self.ranks.first and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        message = f"out: {self.folder} is not empty and holds no checkpoint; name another --out"
+        self.ranks.agree(ConfigError(message) if occupied else None)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config, parameters = self.config, list(self.model.parameters())
