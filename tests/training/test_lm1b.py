@@ -1,6 +1,7 @@
 """One Billion Word runs in one process: the stream, the loss, what a run leaves, resuming, and refusals. (Ranks: test_lm1b_ranks.py.)"""
 
 import dataclasses
+import errno
 import json
 import random
 import re
@@ -236,6 +237,37 @@ def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monke
     assert losses(out) == losses(tmp_path / "whole")
     a, b = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "pieces"))
     assert a["heldout_ppl"] == b["heldout_ppl"] and a["words"] == b["words"]
+
+
+def test_a_kill_at_the_first_step_or_in_the_first_checkpoint_costs_nothing(flags, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    assert train_1b.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "broken"
+    for what in ("fused_mos.training.lm1b.checkpoint._complete", "fused_mos.training.lm1b.LM1BTrainer.train_step"):
+        with monkeypatch.context() as patch:
+            patch.setattr(what, killed)
+            assert train_1b.main([*flags, "--out", str(out)]) == 130
+    assert train_1b.main([*flags, "--out", str(out)]) == 0
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, capsys):
+    """In torch's writer, and in ours."""
+    out, full = tmp_path / "run", OSError(errno.ENOSPC, "No space left on device")
+    assert train_1b.main([*flags, "--max-steps", "3", "--out", str(out)]) == 0
+    before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()}
+
+    def fails(*_, **__):
+        raise full
+
+    for what in ("safetensors.torch.save", "json.dump"):
+        with monkeypatch.context() as patch:
+            patch.setattr(what, fails)
+            assert train_1b.main([*flags, "--checkpoint-minutes", "0", "--out", str(out)]) == 2
+        assert re.search(r"error: checkpoint .* could not be written \(the disk is full\); the last complete one is as it was", capsys.readouterr().err)
+        assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
 
 
 def test_the_learning_rate(flags, trainer_of, tmp_path):

@@ -124,9 +124,10 @@ class LM1BTrainer:
         return corpus
 
     def _check_empty(self) -> None:
-        occupied = self.ranks.first and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        # a folder of checkpoints, none of them complete, is that of a run which was killed while it wrote its first
+        others = self.ranks.first and self.folder.exists() and (not self.folder.is_dir() or any(p != self.checkpoints for p in self.folder.iterdir()))
         message = f"out: {self.folder} is not empty and holds no checkpoint; name another --out"
-        self.ranks.agree(ConfigError(message) if occupied else None)
+        self.ranks.agree(ConfigError(message) if others else None)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config, parameters = self.config, list(self.model.parameters())
@@ -146,8 +147,9 @@ class LM1BTrainer:
 
         Raises Stopped or TimeLimitReached, with everything saved, TrainingDiverged, or CheckpointError where the disk is full.
         """
+        if not self.resumed:
+            self._save()  # before anything else, so that there is no moment from which a run cannot go on
         if self.ranks.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", self.config.to_json())
             self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
         before = {number: signal.signal(number, self._on_signal) for number in self.signals}
