@@ -1,0 +1,88 @@
+"""What `lm1b-full` takes on 1, 8 and 64 GPUs, from formulas: the tables of docs/scaling.md.
+
+    python benchmarks/scaling.py
+
+Nothing is measured here. The rates below are assumptions, each with its source; replace them by those of a machine.
+"""
+
+import dataclasses
+
+from fused_mos.training.lm1b import RECIPES, memory
+
+WORDS = 793_471
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Of one GPU and its links."""
+
+    product_flops: float = 500e12
+    """bfloat16 products of the head's shapes: half of an H100 SXM's 989 TFLOP/s; fused cross-entropies of other projects are reported at 600 to 745."""
+    memory_bytes: float = 2.7e12
+    """A second, of 3.35e12."""
+    node_link: float = 300e9
+    """Bytes a second that a GPU sends in an all-reduce within a node of eight, of NVLink's 450e9."""
+    network_link: float = 40e9
+    """The same between nodes, of 50e9 (400 Gbit/s a GPU)."""
+    lstm_step: float = 60e-6
+    """Seconds of one time step of one layer, forward and backward: two small products and their launches."""
+
+
+MACHINE = Machine()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    n_data: int
+    n_vocab: int
+
+    @property
+    def n_gpus(self) -> int:
+        return self.n_data * self.n_vocab
+
+    def row(self) -> str:
+        """Milliseconds of a step of 128 columns a data rank."""
+        config = dataclasses.replace(RECIPES["lm1b-full"](), vocab_parallel=self.n_vocab)
+        config = dataclasses.replace(config, batch_size=config.batch_size * self.n_data)
+        model, tokens = config.model, config.bptt * config.batch_size // self.n_data
+        d, k = model.embedding_size, model.n_experts
+        needed = memory.table(config, WORDS, self.n_data, "cuda")
+        gradients = needed["gradients"]
+
+        # four products: a shard recomputes its logits, and so does a whole decoder of this size
+        head = 4 * 2 * tokens * k * d * (WORDS / self.n_vocab) / MACHINE.product_flops
+        lstm = config.bptt * len(model.hidden_sizes) * MACHINE.lstm_step * 3
+        optimizer = 5 * gradients / MACHINE.memory_bytes  # reads parameter, gradient and sum, writes two of them
+        vocabulary = self._all_reduce(4 * tokens * (k * d + d + 3 * k), self.n_vocab, within_node=True)
+        data = self._all_reduce(gradients, self.n_data, within_node=self.n_gpus <= 8)
+        step = head + lstm + optimizer + vocabulary + data
+        words = tokens * self.n_data / step
+        times = " | ".join(f"{1e3 * t:,.1f}" for t in (head, lstm, optimizer, vocabulary, data, step))
+        sent = 4 * tokens * (k * d + d + 3 * k) * _share(self.n_vocab) + gradients * _share(self.n_data)
+        return (
+            f"| {self.n_gpus} | {self.n_data} × {self.n_vocab} | {sum(needed.values()) / GIB:.1f} | {sent / GIB:.2f} | {times} | "
+            f"{words / 1e3:,.0f} | {829_250_940 / words / 3600:,.1f} |"
+        )
+
+    def _all_reduce(self, n_bytes: float, ranks: int, within_node: bool) -> float:
+        return n_bytes * _share(ranks) / (MACHINE.node_link if within_node else MACHINE.network_link)
+
+
+def _share(ranks: int) -> float:
+    """Of its bytes, what a rank sends in a ring all-reduce."""
+    return 2 * (ranks - 1) / ranks
+
+
+PLANS = [Plan(1, 1), Plan(8, 1), Plan(2, 4), Plan(1, 8), Plan(64, 1), Plan(8, 8)]
+
+
+def main() -> None:
+    print("| GPUs | data × vocabulary | memory, GiB | sent, GiB | head, ms | LSTM | optimizer | vocabulary | gradients | step | 1,000 words/s | hours an epoch |")
+    print("|---" * 12 + "|")
+    for plan in PLANS:
+        print(plan.row())
+
+
+if __name__ == "__main__":
+    main()
