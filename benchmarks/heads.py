@@ -59,6 +59,8 @@ class Config:
     """float32 or bfloat16."""
     stages: tuple[str, ...] = ("train", "finetune", "dynamic")
     """What to do with each head; without finetune, training has all the time."""
+    tune: bool = True
+    """Search the rule of dynamic evaluation on the validation text; else it is the recipe's."""
     runs: Path = Path("runs/heads")
     """Where the runs leave their folders."""
     out: Path | None = None
@@ -124,10 +126,10 @@ def _curve(folder: Path, start: float, minutes_per_epoch: float) -> list[tuple[f
 
 
 def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
-    """With the rule that is best on the validation text."""
+    """With the rule that is best on the validation text, or the recipe's."""
     path = folder / "dynamic" / "result.json"
     if not path.is_file():
-        evaluation = Evaluation(folder, "test", dynamic=True, tune=True, rule=dynamic_rule(config.recipe))
+        evaluation = Evaluation(folder, "test", dynamic=True, tune=config.tune, rule=dynamic_rule(config.recipe))
         test = run_evaluation(evaluation, load_run(folder))
         write_json(path, {"test": round(test["ppl"], 2), "rule": test["rule"]})
     return json.loads(path.read_text())
