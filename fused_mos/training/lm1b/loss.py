@@ -57,6 +57,7 @@ class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_features, *gradients = ctx.saved_tensors
+        # in place, for the decoder's gradient is large and a loss is differentiated once
         return None, grad_features * grad, None, None, *(g.mul_(grad) for g in gradients)
 
 

@@ -28,7 +28,7 @@ class Ranks:
 
     def __init__(self, device: str, vocab_parallel: int):
         self.device = device_named(device)
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_rank = local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if self.device.type == "cuda":
             if local_rank >= torch.cuda.device_count():
                 raise ConfigError(f"nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, got a local rank {local_rank}")

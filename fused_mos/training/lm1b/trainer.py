@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,14 @@ class Progress:
     metrics_bytes: int = 0
 
 
+class Wish(NamedTuple):
+    """What all ranks do after a step, if one of them wants it."""
+
+    signum: int  # of a signal that ends the run, or 0
+    save: bool
+    stop: bool  # the time is up
+
+
 class LM1BTrainer:
     """A run in its folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/, learning-curve.png and, at the end, result.json.
 
@@ -77,7 +85,7 @@ class LM1BTrainer:
         if config.precision == "tf32" and self.device.type != "cuda":
             raise ConfigError(f"precision tf32 is that of NVIDIA GPUs, got device {self.device}")
         self.corpus = self._read_corpus()
-        self.memory = memory.check(config, len(self.corpus.vocabulary), ranks)
+        self.memory = "" if config.evaluate else memory.check(config, len(self.corpus.vocabulary), ranks)
         self.progress = Progress()
         self.stream = TrainStream(
             self.corpus.train, config.batch_size, ranks.columns(config.batch_size), config.bptt, config.seed, self.progress.position
@@ -117,7 +125,7 @@ class LM1BTrainer:
         error = corpus = None
         try:
             corpus = PreparedCorpus(self.config.data)
-            corpus.check(self.ranks.rank, self.ranks.n_ranks)
+            corpus.check(self.ranks.local_rank, self.ranks.n_local)  # each machine its own files
         except CorpusError as failure:
             error = failure
         self.ranks.agree(error)
@@ -177,7 +185,7 @@ class LM1BTrainer:
             self._since = time.monotonic()
             while not self._done:
                 for inputs, targets in self.stream.segments():
-                    signum = self.train_step(inputs, targets)
+                    wish = self.train_step(inputs, targets)
                     bar.update(len(inputs))
                     self._count_time()
                     if progress.step % config.log_interval == 0:
@@ -185,25 +193,19 @@ class LM1BTrainer:
                     if progress.step % config.eval_interval == 0:
                         self._evaluate_and_keep_best()
                         self._since = time.monotonic()
-                    if signum:
+                    if wish.save:
                         self._save()
-                        raise Stopped(signum)
-                    self._tick()
+                        self.clock.saved()
+                        self._since = time.monotonic()
+                    if wish.signum:
+                        raise Stopped(wish.signum)
+                    if wish.stop:
+                        raise TimeLimitReached
                     if self._done:
                         break
 
-    def _tick(self) -> None:
-        """Saves when the first rank's clock says so: clocks differ."""
-        due, stop = self.ranks.sums(*((self.clock.due, self.clock.over) if self.ranks.first else (0, 0))).tolist()
-        if due or stop:
-            self._save()
-            self.clock.saved()
-            self._since = time.monotonic()
-        if stop:
-            raise TimeLimitReached
-
-    def train_step(self, inputs: Tensor, targets: Tensor) -> int:
-        """One segment of this rank's columns (T, B). Returns the number of a signal that has come to any rank, or 0."""
+    def train_step(self, inputs: Tensor, targets: Tensor) -> "Wish":
+        """One segment of this rank's columns (T, B). Returns what is to be done after it, the same on all ranks."""
         ranks, config, progress = self.ranks, self.config, self.progress
         self.model.train()
         allow_tf32(self.device, config.precision != "float32")
@@ -220,7 +222,7 @@ class LM1BTrainer:
                 # DistributedDataParallel takes the mean over ranks of what is here a sum over words
                 (loss * (ranks.n_data / words).to(loss.dtype)).backward()
             nll += loss.detach()
-        total, norm, terminate, interrupt, words = self._exchange(nll, words)
+        total, norm, words, wish = self._exchange(nll, words)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise TrainingDiverged(
                 f"training diverged at step {progress.step + 1}: loss {total / max(words, 1):.4g}, norm of the gradient {norm:.4g}; nothing was "
@@ -235,17 +237,22 @@ class LM1BTrainer:
         progress.words += round(words)
         progress.interval_loss += total
         progress.interval_words += round(words)
-        return signal.SIGINT if interrupt else signal.SIGTERM if terminate else 0
+        return wish
 
-    def _exchange(self, nll: Tensor, words: Tensor) -> list[float]:
-        """Over all ranks: the summed NLL, the norm of the whole gradient, counts of signals, and the words. The one time that a step waits."""
+    def _exchange(self, nll: Tensor, words: Tensor) -> tuple[float, float, float, "Wish"]:
+        """Over all ranks: the summed NLL, the norm of the whole gradient, the words, and what is to be done. The one time that a step waits."""
         sharded, whole = [], []
         for name, p in self.model.named_parameters():
             (sharded if self._is_sharded(name) else whole).append(p.grad)
         squares = [torch.nn.utils.get_total_norm(grads).double() ** 2 if grads else nll.new_zeros(()) for grads in (sharded, whole)]
-        ranks = self.ranks
-        total, of_shards, terminate, interrupt = ranks.sums(nll / ranks.n_vocab, squares[0] / ranks.n_data, *self.signals.values())
-        return torch.stack([total, (of_shards + squares[1]).sqrt(), terminate, interrupt, words]).tolist()
+        ranks, clock = self.ranks, self.clock
+        times = (clock.due, clock.over) if ranks.first else (0, 0)  # clocks differ
+        numbers = ranks.sums(nll / ranks.n_vocab, squares[0] / ranks.n_data, *self.signals.values(), *times)
+        total, norm, words, terminate, interrupt, due, over = torch.cat(
+            [numbers[:1], (numbers[1:2] + squares[1]).sqrt(), words[None], numbers[2:]]
+        ).tolist()
+        signum = signal.SIGINT if interrupt else signal.SIGTERM if terminate else 0
+        return total, norm, words, Wish(signum, bool(due or signum), bool(over))
 
     def learning_rate(self, step: int) -> float:
         config = self.config
@@ -417,10 +424,10 @@ class LM1BTrainer:
         saved, asked = state["config"], self.config.to_json()
         for before, now in ((saved["model"], asked["model"]), (saved, asked)):
             for name in now:
-                if name != "model" and name not in CHANGEABLE and list_or(before.get(name)) != list_or(now[name]):
+                if name != "model" and name not in CHANGEABLE and _as_json(before.get(name)) != _as_json(now[name]):
                     raise ConfigError(f"{name} cannot change when a run goes on: it was {before.get(name)}, got {now[name]}; name another --out")
 
 
-def list_or(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """JSON has no tuples."""
     return list(value) if isinstance(value, tuple) else value
