@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -117,22 +116,3 @@ def _reason(error: BaseException) -> str:
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return "the disk is full"
     return str(error).strip().split("\n")[-1] or type(error).__name__
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """A scalar as a tensor of one element that shares its memory, for safetensors slices have at least one dimension."""
-    return tensor.view(1) if tensor.dim() == 0 else tensor
-
-
-def random_state(device: torch.device) -> Tensor:
-    """This rank's random state (1, bytes): of the CPU and, if it trains on one, of the GPU."""
-    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    return torch.cat(states)[None].to(device)
-
-
-def set_random_state(state: Tensor, device: torch.device) -> None:
-    of_cpu = torch.get_rng_state().numel()
-    state = state[0].cpu()
-    torch.set_rng_state(state[:of_cpu])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[of_cpu:], device)

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -30,6 +28,7 @@ from . import checkpoint, memory
 from .config import LM1BConfig
 from .loss import SummedLoss
 from .ranks import Ranks
+from .state import RunTensors
 
 CHANGEABLE = {
     "data", "out", "evaluate", "accumulate", "head_chunk", "epochs", "max_steps", "vocab_parallel", "device", "eval_interval", "eval_shards",
@@ -96,6 +95,7 @@ class LM1BTrainer:
         self.model.to(self.device)
         self.loss = SummedLoss(self.model, self.corpus.bos, config.head_chunk)
         self.optimizer = self._make_optimizer()
+        self.tensors = RunTensors(self.model, self.optimizer, self.shard, ranks)
         self._seed_dropout(0)
         self.parts = [range(start, start + self._part) for start in range(0, len(self.stream.columns), self._part)]
         self.hidden = [self.model.initial_hidden(self._part) for _ in self.parts]
@@ -243,7 +243,7 @@ class LM1BTrainer:
         """Over all ranks: the summed NLL, the norm of the whole gradient, the words, and what is to be done. The one time that a step waits."""
         sharded, whole = [], []
         for name, p in self.model.named_parameters():
-            (sharded if self._is_sharded(name) else whole).append(p.grad)
+            (sharded if self.tensors.is_sharded(name) else whole).append(p.grad)
         squares = [torch.nn.utils.get_total_norm(grads).double() ** 2 if grads else nll.new_zeros(()) for grads in (sharded, whole)]
         ranks, clock = self.ranks, self.clock
         times = (clock.due, clock.over) if ranks.first else (0, 0)  # clocks differ
@@ -323,7 +323,7 @@ class LM1BTrainer:
         better = progress.best is None or loss < progress.best
         if better:
             progress.best = loss
-            checkpoint.save(self.folder / "best", self._parameters(), {"step": progress.step, "loss": loss}, self.ranks)
+            checkpoint.save(self.folder / "best", self.tensors.parameters(), {"step": progress.step, "loss": loss}, self.ranks)
         if self.ranks.first:
             epoch = self.stream.fraction
             self.metrics.write("valid", progress.step, loss=loss, ppl=perplexity(loss), words=words, epoch=epoch, averaging=False)
@@ -334,7 +334,7 @@ class LM1BTrainer:
         """The best model on all held-out shards. Raises CheckpointError where there is none."""
         best = self.folder / "best"
         state = checkpoint.read_state(best)
-        checkpoint.load(best, self._parameters())
+        checkpoint.load(best, self.tensors.parameters())
         loss, words = self.evaluate(self.corpus.heldout)
         progress = self.progress
         result = {
@@ -350,38 +350,6 @@ class LM1BTrainer:
 
     # --------------------------------------------------------------------------------------------------------- checkpoints
 
-    def _is_sharded(self, name: str) -> bool:
-        return self.shard is not None and name in ("encoder.weight", "head.decoder.bias")
-
-    def _parameters(self) -> dict[str, Tensor]:
-        return {f"model.{name}": self._as_saved(name, p) for name, p in self.model.named_parameters()}
-
-    def _as_saved(self, name: str, tensor: Tensor) -> Tensor:
-        """Of a parameter, or what the optimizer keeps for it; shares its memory."""
-        if self._is_sharded(name) and tensor.dim():
-            return self.shard.as_dtensor(tensor, self.ranks.mesh["vocab"])
-        return checkpoint.as_rows(tensor.detach())
-
-    def _state_tensors(self) -> dict[str, Tensor]:
-        names = {p: name for name, p in self.model.named_parameters()}
-        get_optimizer_state_dict(self.model, self.optimizer)  # makes the state of an optimizer that has not stepped yet
-        tensors = self._parameters()
-        for p, state in self.optimizer.state.items():
-            tensors |= {f"optimizer.{names[p]}.{key}": self._as_saved(names[p], value) for key, value in state.items() if value is not None}
-        return tensors
-
-    def _hidden_tensors(self) -> dict[str, Tensor]:
-        """(columns of all ranks, width), so that another number of ranks can share them out."""
-        tensors = {}
-        for layer in range(len(self.hidden[0])):
-            for i, name in enumerate("hc"):
-                own = torch.cat([part[layer][i][0] for part in self.hidden])
-                tensors[f"hidden.{layer}.{name}"] = DTensor.from_local(own, self.ranks.mesh["data"], [Shard(0)], run_check=False)
-        return tensors
-
-    def _random_tensors(self) -> dict[str, Tensor]:
-        return {"random": DTensor.from_local(checkpoint.random_state(self.device), self.ranks.mesh["data"], [Shard(0)], run_check=False)}
-
     def _save(self) -> None:
         progress = self.progress
         if self.metrics:
@@ -391,17 +359,17 @@ class LM1BTrainer:
             "shards": [file.sha256 for file in self.corpus.train], "random": [self.ranks.n_data, self.device.type],
         }  # fmt: skip
         path = self.checkpoints / checkpoint.step_name(progress.step)
-        checkpoint.save(path, self._state_tensors() | self._hidden_tensors() | self._random_tensors(), state, self.ranks)
+        checkpoint.save(path, self.tensors.training() | self.tensors.hidden(self.hidden) | self.tensors.random(), state, self.ranks)
         if self.ranks.first:
             checkpoint.remove_older(self.checkpoints, path)
 
     def _restore(self, path: Path) -> None:
         state = checkpoint.read_state(path)
         self._check_same_run(state, path)
-        tensors = self._state_tensors() | self._hidden_tensors()
+        tensors = self.tensors.training() | self.tensors.hidden(self.hidden)
         same_ranks = state["random"] == [self.ranks.n_data, self.device.type]
         if same_ranks:
-            tensors |= self._random_tensors()
+            tensors |= self.tensors.random()
         checkpoint.load(path, tensors)
         try:
             values = state["progress"]
@@ -409,12 +377,9 @@ class LM1BTrainer:
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
         self.stream.position = self.progress.position
-        for layer in range(len(self.hidden[0])):
-            h, c = (tensors[f"hidden.{layer}.{name}"].to_local().split(self._part) for name in "hc")
-            for i, part in enumerate(self.hidden):
-                part[layer] = h[i][None].contiguous(), c[i][None].contiguous()
+        self.hidden = self.tensors.parts_of(tensors, self._part)
         if same_ranks:
-            checkpoint.set_random_state(tensors["random"].to_local(), self.device)
+            self.tensors.set_random(tensors)
         else:
             self._seed_dropout(self.progress.step)
 

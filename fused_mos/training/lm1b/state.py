@@ -1,0 +1,72 @@
+"""A run's tensors in the form in which any number of ranks can save and read them: views of the run's own memory."""
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.tensor import DTensor, Shard
+
+from ...lm import AWDLSTM
+from ...lm.awd_lstm import Hidden
+from ...vocab_parallel import VocabShard
+from .ranks import Ranks
+
+
+class RunTensors:
+    """What is cut over ranks comes as a DTensor: decoder rows (and what the optimizer keeps for them) over `vocab`, columns over `data`."""
+
+    def __init__(self, model: AWDLSTM, optimizer: torch.optim.Optimizer, shard: VocabShard | None, ranks: Ranks):
+        self.model, self.optimizer, self.shard, self.ranks = model, optimizer, shard, ranks
+
+    def is_sharded(self, name: str) -> bool:
+        """Whether a parameter is this rank's part of a larger one."""
+        return self.shard is not None and name in ("encoder.weight", "head.decoder.bias")
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {f"model.{name}": self._as_saved(name, p) for name, p in self.model.named_parameters()}
+
+    def training(self) -> dict[str, Tensor]:
+        """Parameters and the optimizer's state."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        get_optimizer_state_dict(self.model, self.optimizer)  # makes the state of an optimizer that has not stepped yet
+        tensors = self.parameters()
+        for p, state in self.optimizer.state.items():
+            tensors |= {f"optimizer.{names[p]}.{key}": self._as_saved(names[p], value) for key, value in state.items() if value is not None}
+        return tensors
+
+    def hidden(self, parts: list[Hidden]) -> dict[str, Tensor]:
+        """(columns of all ranks, width) of each layer. A copy: `parts_of` is the way back."""
+        tensors = {}
+        for layer in range(len(parts[0])):
+            for i, name in enumerate("hc"):
+                own = torch.cat([part[layer][i][0] for part in parts])
+                tensors[f"hidden.{layer}.{name}"] = self._columns(own)
+        return tensors
+
+    @staticmethod
+    def parts_of(tensors: dict[str, Tensor], size: int) -> list[Hidden]:
+        """The hidden states of this rank's columns, in parts of `size` columns."""
+        layers = sum(name.startswith("hidden.") for name in tensors) // 2
+        split = [[tensors[f"hidden.{layer}.{name}"].to_local().split(size) for name in "hc"] for layer in range(layers)]
+        return [[(h[i][None].contiguous(), c[i][None].contiguous()) for h, c in split] for i in range(len(split[0][0]))]
+
+    def random(self) -> dict[str, Tensor]:
+        """The random states of the CPU and, if it trains on one, of the GPU."""
+        device = self.ranks.device
+        states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+        return {"random": self._columns(torch.cat(states)[None].to(device))}
+
+    def set_random(self, tensors: dict[str, Tensor]) -> None:
+        state, of_cpu = tensors["random"].to_local()[0].cpu(), torch.get_rng_state().numel()
+        torch.set_rng_state(state[:of_cpu])
+        if self.ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(state[of_cpu:], self.ranks.device)
+
+    def _columns(self, own: Tensor) -> DTensor:
+        return DTensor.from_local(own, self.ranks.mesh["data"], [Shard(0)], run_check=False)
+
+    def _as_saved(self, name: str, tensor: Tensor) -> Tensor:
+        """Of a parameter, or what the optimizer keeps for it."""
+        if self.is_sharded(name) and tensor.dim():
+            return self.shard.as_dtensor(tensor, self.ranks.mesh["vocab"])
+        tensor = tensor.detach()
+        return tensor.view(1) if tensor.dim() == 0 else tensor  # slices of safetensors have at least one dimension
