@@ -53,13 +53,16 @@ class Plan:
         # four products: a shard recomputes its logits, and so does a whole decoder of this size
         head = 4 * 2 * tokens * k * d * (WORDS / self.n_vocab) / MACHINE.product_flops
         lstm = config.bptt * len(model.hidden_sizes) * MACHINE.lstm_step * 3
-        optimizer = 5 * gradients / MACHINE.memory_bytes  # reads parameter, gradient and sum, writes two of them
-        vocabulary = self._all_reduce(4 * tokens * (k * d + d + 3 * k), self.n_vocab, within_node=True)
+        # torch's Adagrad by foreach, the norm, clipping, and the sum of the tied matrix's two gradients: some 20 passes over P numbers
+        optimizer = 20 * gradients / MACHINE.memory_bytes
+        rest = gradients - 4 * (WORDS // self.n_vocab) * (d + 1)
+        shared = tokens * (2 * k * d + 4 * d + 12 * k) + (rest if self.n_vocab > 1 else 0)  # bfloat16 gradients of the latent vectors
+        vocabulary = self._all_reduce(shared, self.n_vocab, within_node=True)
         data = self._all_reduce(gradients, self.n_data, within_node=self.n_gpus <= 8)
         step = head + lstm + optimizer + vocabulary + data
         words = tokens * self.n_data / step
         times = " | ".join(f"{1e3 * t:,.1f}" for t in (head, lstm, optimizer, vocabulary, data, step))
-        sent = 4 * tokens * (k * d + d + 3 * k) * _share(self.n_vocab) + gradients * _share(self.n_data)
+        sent = shared * _share(self.n_vocab) + gradients * _share(self.n_data)
         return (
             f"| {self.n_gpus} | {self.n_data} × {self.n_vocab} | {sum(needed.values()) / GIB:.1f} | {sent / GIB:.2f} | {times} | "
             f"{words / 1e3:,.0f} | {829_250_940 / words / 3600:,.1f} |"

@@ -38,10 +38,12 @@ class Head(nn.Module):
             raise ValueError(f"backend must be one of {', '.join(F._backends.NAMES)}, got {backend!r}")
         self.n_classes = n_classes
         self.backend = backend
-        self.decoder = nn.Linear(latent_features, n_classes, bias, device=device, dtype=dtype)
         self.tied = weight is not None
-        if self.tied:
+        self.decoder = nn.Linear(latent_features, n_classes, bias, device="meta" if self.tied else device, dtype=dtype)
+        if self.tied:  # there never is a second (V, D)
             self.decoder.weight = weight
+            if bias:
+                self.decoder.bias = nn.Parameter(torch.empty(n_classes, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """The paper's initialisation: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.

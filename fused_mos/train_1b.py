@@ -2,6 +2,7 @@
 
 Trains a language model on the One Billion Word benchmark, or a corpus of its form, that fused_mos.data.lm1b has prepared. The same command
 continues a run. Exit status: 0 at the end or the time limit, 2 for an error, 143 or 130 after SIGTERM or SIGINT, with everything saved.
+(Send signals to torchrun itself: it starts ranks anew that end with another status than 0, if it may.)
 """
 
 import argparse
@@ -60,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2  # the other one tells
     except (CorpusError, *USER_ERRORS) as error:
         print(f"error: {error}" if first else f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {config.run_folder}: {error.strerror or error}; the same command continues", file=sys.stderr)
         return 2
     except TimeLimitReached:
         if first:

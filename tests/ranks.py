@@ -2,21 +2,26 @@
 
 import datetime
 import os
+import socket
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_on_ranks(n_ranks: int, function, *arguments, tmp_path) -> None:
-    """function(*arguments) on each rank; an exception on any of them is raised here."""
-    mp.spawn(_rank, (n_ranks, str(tmp_path / "rendezvous"), function, arguments), nprocs=n_ranks)
+def run_on_ranks(n_ranks: int, function, *arguments, init: bool = True) -> None:
+    """function(*arguments) on each rank; an exception on any of them is raised here. Without `init` the function makes the group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (n_ranks, port, init, function, arguments), nprocs=n_ranks)
 
 
-def _rank(rank: int, n_ranks: int, rendezvous: str, function, arguments) -> None:
+def _rank(rank: int, n_ranks: int, port: int, init: bool, function, arguments) -> None:
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=n_ranks, timeout=datetime.timedelta(seconds=120))
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if init:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     try:
         torch.manual_seed(0)
         function(*arguments)

@@ -165,12 +165,12 @@ def refusals():
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3])
-def test_shards_compute_what_the_whole_does(n_ranks, tmp_path):
-    run_on_ranks(n_ranks, checks, tmp_path=tmp_path)
+def test_shards_compute_what_the_whole_does(n_ranks):
+    run_on_ranks(n_ranks, checks)
 
 
-def test_bad_input_is_refused_on_every_rank(tmp_path):
-    run_on_ranks(2, refusals, tmp_path=tmp_path)
+def test_bad_input_is_refused_on_every_rank():
+    run_on_ranks(2, refusals)
 
 
 def test_without_a_process_group_the_error_says_what_to_do():

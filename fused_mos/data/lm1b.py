@@ -255,6 +255,7 @@ def _tokenise(shard: Shard, digest: str) -> dict[str, Any]:
     lines = 0
     totals = dict.fromkeys(("tokens", "sentences", "unknown"), 0)
     source_sha256, sha256 = hashlib.sha256(), hashlib.sha256()
+    shard.tokens.with_suffix(".json").unlink(missing_ok=True)  # it speaks of other tokens
     with writing(shard.tokens) as file:
         for block in shard.blocks():
             ids = index.encode(block)

@@ -63,11 +63,11 @@ class PreparedCorpus:
 
     def __init__(self, folder: Path):
         manifest = read_manifest(folder)
-        self.vocabulary = Vocabulary.load(folder / "vocabulary.txt")
         self.digest = manifest["vocabulary"]["sha256"]
-        content = (folder / "vocabulary.txt").read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.digest or len(self.vocabulary) != manifest["vocabulary"]["words"]:
-            raise CorpusError(f"{folder / 'vocabulary.txt'} is not the vocabulary that the shards were prepared with; prepare the corpus again")
+        path = folder / "vocabulary.txt"
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.digest:
+            raise CorpusError(f"{path} is not the vocabulary that the shards were prepared with; prepare the corpus again")
+        self.vocabulary = Vocabulary.load(path)
         self.bos = self.vocabulary.index[BOS]
         self.train, self.heldout = ([TokenFile(folder / f["file"], f["tokens"], f["sha256"]) for f in manifest[split]] for split in ("train", "heldout"))
         for file in (*self.train, *self.heldout):

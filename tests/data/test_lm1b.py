@@ -157,6 +157,18 @@ def test_what_is_finished_is_not_done_again(source, run, tmp_path, monkeypatch):
     assert run()["train"][0]["tokens"] == 12, "another source is counted and tokenised"
 
 
+def test_tokens_of_another_vocabulary_are_never_taken_for_finished(run, tmp_path, monkeypatch):
+    """Stopped between a shard's tokens and what is said of them, with a vocabulary that comes and goes."""
+    first = run(min_count=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(lm1b, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(top=5)
+    assert run(min_count=1) == first
+    for entry in read_manifest(tmp_path / "out")["train"]:
+        assert hashlib.sha256((tmp_path / "out" / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+
+
 def test_a_stop_between_two_vocabularies_leaves_no_manifest(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(min_count=2)

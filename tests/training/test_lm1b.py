@@ -139,6 +139,7 @@ def test_files_are_checked(prepared, tmp_path, flags, capsys):
         (lambda file: file.path.write_bytes(file.path.read_bytes()[:-4]), "bytes, .* in the manifest"),
         (lambda file: file.path.write_bytes(file.path.read_bytes()[:-4] + b"\3\0\0\0"), "is damaged: its sha256 is"),
         (lambda file: (tmp_path / "copy" / "vocabulary.txt").write_text("other\n"), "is not the vocabulary that the shards were prepared with"),
+        (lambda file: (tmp_path / "copy" / "vocabulary.txt").unlink(), "is not the vocabulary that the shards were prepared with"),
         (lambda file: (tmp_path / "copy" / "manifest.json").unlink(), "run python -m fused_mos.data.lm1b prepare first"),
     ):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
@@ -270,12 +271,30 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, ca
         assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
 
 
+def test_the_first_update_is_that_of_plain_adam(flags, trainer_of, tmp_path):
+    """Also after the checkpoint that is written before it, for which the optimizer's state is made."""
+    trainer = trainer_of([*flags, "--weight-decay", "0.1", "--warmup-steps", "0", "--clip", "0"], tmp_path / "run")
+    trainer._save()
+    plain = [p.detach().clone().requires_grad_() for p in trainer.model.parameters()]
+    trainer.train_step(*next(trainer.stream.segments()))
+    optimizer = torch.optim.AdamW(plain, lr=0.01, weight_decay=0.1)
+    for p, q in zip(plain, trainer.model.parameters()):
+        p.grad = q.grad.clone()
+    optimizer.step()
+    for p, q in zip(plain, trainer.model.parameters()):
+        torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-7)
+
+
 def test_the_learning_rate(flags, trainer_of, tmp_path):
     trainer = trainer_of([*flags, "--decay", "cosine"], tmp_path / "run")
     rates = [trainer.learning_rate(step) for step in range(trainer.total_steps + 1)]
     assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01]) and rates[5] == 0.01
     assert rates[-1] == pytest.approx(0) and all(a >= b for a, b in zip(rates[5:], rates[6:]))
     assert sum(1 for _ in trainer.stream.segments()) * 2 == trainer.total_steps
+
+
+def test_a_segment_without_a_word_to_predict(flags, tmp_path):
+    assert train_1b.main([*flags, "--batch-size", "1", "--bptt", "1", "--max-steps", "30", "--log-interval", "30", "--out", str(tmp_path / "run")]) == 0
 
 
 def test_nothing_is_updated_by_a_gradient_that_is_not_finite(flags, trainer_of, tmp_path):
@@ -305,6 +324,12 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
         assert train_1b.main([*flags, *changed, "--out", str(out)]) == 2
         assert message in capsys.readouterr().err
     newest = out / "checkpoints" / "step-00000003"
+    # what kills in a save leave is not taken for a checkpoint
+    for name in ("step-00000009.partial", "step-00000004.partial"):
+        shutil.copytree(newest, newest.with_name(name))
+    assert train_1b.main([*flags, "--max-steps", "4", "--out", str(out)]) == 0
+    newest = out / "checkpoints" / "step-00000004"
+    assert [path.name for path in newest.parent.iterdir()] == [newest.name]
     for file in newest.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     assert train_1b.main([*flags, "--out", str(out)]) == 2
@@ -322,6 +347,7 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--batch-size", "4000"], "is too short for 4000 columns"),
         (["--memory-gib", "0.3"], "a rank needs 0.5"),
+        (["--evaluate"], "has no best model"),
     ],
 )
 def test_bad_flags(changed, message, flags, tmp_path, capsys):
@@ -346,6 +372,10 @@ def test_the_papers_models(name, n_words, expected):
 def test_what_does_not_fit_is_refused_with_what_would():
     class OneRank:
         device, n_ranks, n_data, n_local = torch.device("cpu"), 1, 1, 1
+
+        @staticmethod
+        def least(number):
+            return number
 
     full = dataclasses.replace(RECIPES["lm1b-full"](), memory_gib=19.2)
     with pytest.raises(ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20:(.|\n)*it would fit with --accumulate \d+"):

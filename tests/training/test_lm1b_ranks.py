@@ -9,10 +9,15 @@ import sys
 import time
 
 import pytest
+import torch
+from ranks import run_on_ranks
 from runs import losses
 from test_lm1b import flags, prepared  # noqa: F401
 
 from fused_mos import train_1b
+from fused_mos.training import TrainingDiverged
+from fused_mos.training.lm1b import LM1BTrainer
+from fused_mos.training.lm1b.ranks import Ranks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -27,14 +32,15 @@ def finish(command):
     return done
 
 
-@pytest.mark.parametrize("vocab_parallel", [1, 2])
-def test_two_ranks_train_as_one_and_one_continues_what_two_began(vocab_parallel, flags, tmp_path):  # noqa: F811
-    """Data-parallel, and with the decoder sharded; one process goes on from the checkpoint of two."""
+@pytest.mark.parametrize(("n_ranks", "vocab_parallel", "accumulate"), [(2, 1, 3), (2, 2, 1), (4, 2, 3)])
+def test_ranks_train_as_one_and_one_continues_what_they_began(n_ranks, vocab_parallel, accumulate, flags, tmp_path):  # noqa: F811
+    """Data-parallel, with the decoder sharded, and both; one process goes on from their checkpoint, in other parts."""
     flags, whole, out = [*flags, "--decay", "none"], tmp_path / "whole", tmp_path / "run"
     assert train_1b.main([*flags, "--out", str(whole)]) == 0
     half = sum(kind == "train" for kind, _, _ in losses(whole)) // 2
-    finish(torchrun(2, [*flags, "--out", str(out), "--max-steps", str(half), "--vocab-parallel", str(vocab_parallel)]))
-    assert train_1b.main([*flags, "--out", str(out)]) == 0
+    ranks = ["--vocab-parallel", str(vocab_parallel), "--accumulate", str(accumulate)]
+    finish(torchrun(n_ranks, [*flags, "--out", str(out), "--max-steps", str(half), *ranks]))
+    assert train_1b.main([*flags, "--accumulate", "2", "--out", str(out)]) == 0
     by_step = {(kind, step): loss for kind, step, loss in losses(out)}
     for kind, step, loss in losses(whole):
         assert by_step[kind, step] == pytest.approx(loss, rel=1e-5), (kind, step)
@@ -93,15 +99,31 @@ def test_ten_kills_cost_nothing(flags, tmp_path):  # noqa: F811
     unbroken_by_kills([*flags, "--epochs", "30"], tmp_path, kills=10, seed=1)
 
 
-def test_a_signal_to_one_rank_stops_all(flags, tmp_path):  # noqa: F811
+def test_a_signal_to_torchrun_stops_all_ranks_for_good(flags, tmp_path):  # noqa: F811
     out = tmp_path / "run"
-    agent = subprocess.Popen(torchrun(2, [*flags, "--epochs", "1000", "--out", str(out)]), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = torchrun(2, [*flags, "--epochs", "1000", "--out", str(out)], "--max-restarts=3")
+    agent = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_bytes().count(b"\n") < 5:
         assert time.monotonic() < deadline and agent.poll() is None
         time.sleep(0.05)
-    os.kill(children(agent.pid)[1], signal.SIGTERM)
+    agent.send_signal(signal.SIGTERM)
     _, error = agent.communicate(timeout=60)
-    assert b"stopped, and saved" in error and b"143" in error
+    assert b"stopped, and saved" in error and agent.returncode
     (checkpoint,) = (out / "checkpoints").iterdir()
-    assert (checkpoint / "state.json").is_file()
+    assert int(checkpoint.name.removeprefix("step-")) >= 5 and (checkpoint / "state.json").is_file()
+
+
+def all_stop(flags, out):  # noqa: F811
+    config = train_1b.parse([*flags, "--vocab-parallel", "2", "--out", str(out)])
+    trainer = LM1BTrainer(config, Ranks(config.device, config.vocab_parallel))
+    if trainer.ranks.rank == 1:
+        trainer.model.rnns[0].weight_hh_l0.register_hook(lambda grad: grad * torch.inf)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(TrainingDiverged, match="nothing was updated"):
+        trainer.train_step(*next(trainer.stream.segments()))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(flags, tmp_path):  # noqa: F811
+    run_on_ranks(2, all_stop, flags, tmp_path / "run", init=False)

@@ -9,6 +9,7 @@ A checkpoint is written beside its name and renamed when it is complete, so a ki
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,15 @@ from ..checkpoint import CheckpointError
 from .ranks import Ranks
 
 STATE = "state.json"
+COMPLETE = re.compile(r"step-\d{8,}")
+"""Names of checkpoints that were written to the end."""
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
-    """All ranks together; `tensors` are DTensors or the same on all ranks, and not scalars. Raises CheckpointError, on all ranks."""
+    """All ranks together; `tensors` are DTensors or the same on all ranks, and not scalars. A checkpoint of this name stays as it is: it is of the
+    same step. Raises CheckpointError, on all ranks."""
+    if ranks.sums(ranks.first and path.exists()).item():
+        return
     partial = path.with_name(path.name + ".partial")
     _first_does(ranks, path, lambda: _fresh_folder(partial))
     error = None
@@ -52,7 +58,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def newest(folder: Path, ranks: Ranks) -> Path | None:
     """The last complete checkpoint, as the first rank sees it."""
-    names = sorted(path.name for path in folder.glob("step-*") if (path / STATE).is_file())
+    names = sorted(path.name for path in folder.glob("step-*") if COMPLETE.fullmatch(path.name))
     step = int(ranks.sums(int(names[-1].removeprefix("step-")) + 1 if ranks.first and names else 0)[0].item()) - 1
     return None if step < 0 else folder / step_name(step)
 
@@ -78,12 +84,8 @@ def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(partial)
-    old = path.with_name(path.name + ".old")
-    if path.exists():  # of the same name: the best model
-        os.replace(path, old)
     os.replace(partial, path)
     _sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(path: Path) -> None:

@@ -26,7 +26,7 @@ class LM1BConfig:
     """Instead of training, evaluate the best model of the run on all held-out shards."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(n_experts=7, embedding_size=900, hidden_sizes=(1024, 1024), **NO_DROPOUT))
     optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
-    """PyTorch's, fused."""
+    """PyTorch's, fused where it has that."""
     lr: float = 20.0
     """Learning rate."""
     warmup_steps: int = 0
@@ -95,7 +95,10 @@ class LM1BConfig:
 
     def check_ranks(self, n_ranks: int) -> None:
         """Raises ConfigError where the columns cannot be shared out."""
-        parts = n_ranks // self.vocab_parallel * self.accumulate
+        n_data = n_ranks // self.vocab_parallel
+        if self.eval_batch_size < n_data:
+            raise ConfigError(f"eval_batch_size must be at least {n_data}, a column for each rank that reads other text, got {self.eval_batch_size}")
+        parts = n_data * self.accumulate
         if self.batch_size % parts:
             raise ConfigError(
                 f"batch_size must be a multiple of {parts} (ranks that read other text × accumulate = {parts // self.accumulate} × {self.accumulate}), "

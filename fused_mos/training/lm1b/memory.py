@@ -32,6 +32,7 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     with torch.device("meta"):
         whole = AWDLSTM(n_words, **dataclasses.asdict(model))
     n_parameters = sum(p.numel() for p in whole.parameters())
+    whole_bytes = n_parameters * item
     rows = -(-n_words // config.vocab_parallel)
     n_parameters -= (n_words - rows) * (d + 1)
     widths = [rnn.hidden_size for rnn in whole.rnns]
@@ -43,17 +44,24 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     lstm = sum(tokens * (size + 10 * width) for size, width in zip([d, *widths[:-1]], widths)) * item
     vectors = 0 if model.head == "softmax" else in_head * d * (k if model.head == "mos" else k + 1)
     head = vectors * (3 * item + 2 * half) + tokens * widths[-1] * 2 * item  # before and after tanh, their gradient; 16-bit copies of two
-    return {
+    kept = {
         "parameters": n_parameters * item,
         "gradients": n_parameters * item,
         "optimizer": n_parameters * item * OPTIMIZER_COPIES[config.optimizer],
+        "process": PROCESS[device_type],
+    }
+    step = {
         # the decoder's and the embedding's, before they are added to .grad; with chunks one more sum
         "tied gradient's terms": rows * d * (item * (2 if in_head < tokens else 1) + item + 2 * half),
         "LSTM activations": lstm,
         "head activations": head,
         "head workspace": HEAD_WORKSPACE[device_type],
-        "process": PROCESS[device_type],
     }
+    if device_type == "cpu":  # where a GPU's tensors are written, and made, is the host's memory
+        writing = 2 * (kept["parameters"] + kept["optimizer"]) - sum(step.values())
+        making = whole_bytes - sum(kept.values()) - sum(step.values())
+        step["a checkpoint, beyond"] = max(writing, making, 0)
+    return kept | step
 
 
 def available(config: LM1BConfig, ranks: Ranks) -> int:
@@ -71,7 +79,7 @@ def available(config: LM1BConfig, ranks: Ranks) -> int:
 
 def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
     """The table as text. Raises ConfigError, with the nearest setting that fits, where it exceeds what there is."""
-    limit = available(config, ranks)
+    limit = ranks.least(available(config, ranks))
     needed = table(config, n_words, ranks.n_data, ranks.device.type)
     if sum(needed.values()) <= limit:
         return as_text(needed, limit)

@@ -39,7 +39,7 @@ class Ranks:
             raise ConfigError(f"vocab_parallel must divide the number of ranks, {n_ranks}, got {vocab_parallel}")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            store, rank = _store_of_this_start()
+            self._shared, store, rank = _stores()  # the first outlives its maker: rank 0 may be the one that has it
             dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=COLLECTIVE_TIMEOUT)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -72,12 +72,25 @@ class Ranks:
         if failed:
             raise OtherRankFailed
 
+    def have_the_same(self, digest) -> bool:
+        """Whether a hashlib digest is one and the same on all ranks."""
+        number = int.from_bytes(digest.digest()[:7], "big")
+        extremes = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        return extremes[0] == -extremes[1]
+
+    def least(self, number: int) -> int:
+        """The least of all ranks' numbers."""
+        least = torch.tensor(number, device=self.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return int(least)
+
     def close(self) -> None:
         dist.destroy_process_group()
 
 
-def _store_of_this_start() -> tuple[dist.Store, int]:
-    """A store that no earlier start has written to, and this process's rank.
+def _stores() -> tuple[dist.Store, dist.Store, int]:
+    """torchrun's store, one that no earlier start has written to, and this process's rank.
 
     torchrun keeps one store through all its restarts, and gloo, asking it for the other ranks' addresses, may be told those of
     ranks that are dead. So the first rank opens a store of its own, and says in torchrun's where it is.
@@ -87,11 +100,13 @@ def _store_of_this_start() -> tuple[dist.Store, int]:
     if rank == 0:
         own = dist.TCPStore(host, 0, n_ranks, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT)
         shared.set(key, str(own.port))
-        return own, rank
+        return shared, own, rank
     deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
     while True:  # until what it is told is no longer the store of a start before
         try:
-            return dist.TCPStore(host, int(shared.get(key)), n_ranks, is_master=False, timeout=timedelta(seconds=2)), rank
+            own = dist.TCPStore(host, int(shared.get(key)), n_ranks, is_master=False, timeout=timedelta(seconds=2))
+            own.set_timeout(COLLECTIVE_TIMEOUT)
+            return shared, own, rank
         except dist.DistNetworkError:
             if time.monotonic() > deadline:
                 raise

@@ -11,6 +11,14 @@ from ...vocab_parallel import VocabShard
 from .ranks import Ranks
 
 
+def initialize(model: AWDLSTM, optimizer: torch.optim.Optimizer) -> None:
+    """Makes the state of an optimizer that has not stepped yet, for a checkpoint to be written from or read into."""
+    get_optimizer_state_dict(model, optimizer)  # takes a step without gradients, which counts
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
+
+
 class RunTensors:
     """What is cut over ranks comes as a DTensor: decoder rows (and what the optimizer keeps for them) over `vocab`, columns over `data`."""
 
@@ -27,7 +35,6 @@ class RunTensors:
     def training(self) -> dict[str, Tensor]:
         """Parameters and the optimizer's state."""
         names = {p: name for name, p in self.model.named_parameters()}
-        get_optimizer_state_dict(self.model, self.optimizer)  # makes the state of an optimizer that has not stepped yet
         tensors = self.parameters()
         for p, state in self.optimizer.state.items():
             tensors |= {f"optimizer.{names[p]}.{key}": self._as_saved(names[p], value) for key, value in state.items() if value is not None}

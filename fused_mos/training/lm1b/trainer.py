@@ -1,6 +1,7 @@
 """The loop of a One Billion Word run: data-parallel, with a decoder that may be sharded, resumable on any number of ranks."""
 
 import dataclasses
+import hashlib
 import math
 import signal
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -28,7 +30,7 @@ from . import checkpoint, memory
 from .config import LM1BConfig
 from .loss import SummedLoss
 from .ranks import Ranks
-from .state import RunTensors
+from .state import RunTensors, initialize
 
 CHANGEABLE = {
     "data", "out", "evaluate", "accumulate", "head_chunk", "epochs", "max_steps", "vocab_parallel", "device", "eval_interval", "eval_shards",
@@ -79,7 +81,7 @@ class LM1BTrainer:
         config.check_ranks(ranks.n_ranks)
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.folder = config.run_folder
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints, self.best = self.folder / "checkpoints", self.folder / "best"
         self.clock = CheckpointClock(config.checkpoint_minutes, config.time_limit)
         if config.precision == "tf32" and self.device.type != "cuda":
             raise ConfigError(f"precision tf32 is that of NVIDIA GPUs, got device {self.device}")
@@ -95,6 +97,7 @@ class LM1BTrainer:
         self.model.to(self.device)
         self.loss = SummedLoss(self.model, self.corpus.bos, config.head_chunk)
         self.optimizer = self._make_optimizer()
+        initialize(self.model, self.optimizer)
         self.tensors = RunTensors(self.model, self.optimizer, self.shard, ranks)
         self._seed_dropout(0)
         self.parts = [range(start, start + self._part) for start in range(0, len(self.stream.columns), self._part)]
@@ -129,6 +132,8 @@ class LM1BTrainer:
         except CorpusError as failure:
             error = failure
         self.ranks.agree(error)
+        if not self.ranks.have_the_same(hashlib.sha256("".join([corpus.digest, *(f.sha256 for f in (*corpus.train, *corpus.heldout))]).encode())):
+            raise CorpusError(f"data: {self.config.data} is not the same corpus on all ranks")
         return corpus
 
     def _check_empty(self) -> None:
@@ -210,8 +215,9 @@ class LM1BTrainer:
         self.model.train()
         allow_tf32(self.device, config.precision != "float32")
         inputs, targets = inputs.to(self.device), targets.to(self.device)
-        (words,) = ranks.sums((targets != self.corpus.bos).sum() / ranks.n_vocab)
-        self.optimizer.zero_grad()
+        words = ranks.sums((targets != self.corpus.bos).sum() / ranks.n_vocab)[0].clamp(min=1)
+        # in several parts DistributedDataParallel would make new gradients beside those in its buckets
+        self.optimizer.zero_grad(set_to_none=self.distributed is self.loss or len(self.parts) == 1)
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, part in enumerate(self.parts):
             last = i + 1 == len(self.parts)
@@ -244,15 +250,17 @@ class LM1BTrainer:
         sharded, whole = [], []
         for name, p in self.model.named_parameters():
             (sharded if self.tensors.is_sharded(name) else whole).append(p.grad)
-        squares = [torch.nn.utils.get_total_norm(grads).double() ** 2 if grads else nll.new_zeros(()) for grads in (sharded, whole)]
         ranks, clock = self.ranks, self.clock
+        if ranks.n_vocab > 1:  # the same up to rounding, on which some kernels do not decide alike
+            for grad in whole:
+                dist.all_reduce(grad, group=ranks.mesh["vocab"].get_group())
+            torch._foreach_div_(whole, ranks.n_vocab)
+        squares = [torch.nn.utils.get_total_norm(grads).double() ** 2 if grads else nll.new_zeros(()) for grads in (sharded, whole)]
         times = (clock.due, clock.over) if ranks.first else (0, 0)  # clocks differ
-        numbers = ranks.sums(nll / ranks.n_vocab, squares[0] / ranks.n_data, *self.signals.values(), *times)
-        total, norm, words, terminate, interrupt, due, over = torch.cat(
-            [numbers[:1], (numbers[1:2] + squares[1]).sqrt(), words[None], numbers[2:]]
-        ).tolist()
+        numbers = ranks.sums(nll / ranks.n_vocab, squares[0] / ranks.n_data + squares[1] / ranks.n_ranks, *self.signals.values(), *times)
+        total, square, terminate, interrupt, due, over, words = torch.cat([numbers, words[None]]).tolist()
         signum = signal.SIGINT if interrupt else signal.SIGTERM if terminate else 0
-        return total, norm, words, Wish(signum, bool(due or signum), bool(over))
+        return total, math.sqrt(square), words, Wish(signum, bool(due or signum), bool(over))
 
     def learning_rate(self, step: int) -> float:
         config = self.config
@@ -323,7 +331,10 @@ class LM1BTrainer:
         better = progress.best is None or loss < progress.best
         if better:
             progress.best = loss
-            checkpoint.save(self.folder / "best", self.tensors.parameters(), {"step": progress.step, "loss": loss}, self.ranks)
+            path = self.best / checkpoint.step_name(progress.step)
+            checkpoint.save(path, self.tensors.parameters(), {"step": progress.step, "loss": loss}, self.ranks)
+            if self.ranks.first:
+                checkpoint.remove_older(self.best, path)
         if self.ranks.first:
             epoch = self.stream.fraction
             self.metrics.write("valid", progress.step, loss=loss, ppl=perplexity(loss), words=words, epoch=epoch, averaging=False)
@@ -332,7 +343,9 @@ class LM1BTrainer:
 
     def final_evaluation(self) -> dict[str, Any]:
         """The best model on all held-out shards. Raises CheckpointError where there is none."""
-        best = self.folder / "best"
+        best = checkpoint.newest(self.best, self.ranks)
+        if best is None:
+            raise CheckpointError(f"{self.folder} has no best model: it is not the folder of a run that was evaluated")
         state = checkpoint.read_state(best)
         checkpoint.load(best, self.tensors.parameters())
         loss, words = self.evaluate(self.corpus.heldout)
