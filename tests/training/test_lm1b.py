@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -367,6 +369,32 @@ def test_the_papers_models(name, n_words, expected):
     """113 and 119 million parameters."""
     parameters = memory.table(RECIPES[name](), n_words, 1, "cpu")["parameters"] / 4
     assert parameters == pytest.approx(expected, rel=1e-3)
+
+
+MEASURED_RUN = """
+import resource, sys
+from fused_mos import train_1b
+from fused_mos.training.lm1b import LM1BTrainer, memory
+from fused_mos.training.lm1b.ranks import Ranks
+config = train_1b.parse(sys.argv[1:])
+trainer = LM1BTrainer(config, Ranks("cpu", 1))
+for _, segment in zip(range(2), trainer.stream.segments()):
+    trainer.train_step(*segment)
+trainer._save()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, sum(memory.table(config, len(trainer.corpus.vocabulary), 1, "cpu").values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_the_memory_table_is_near_what_a_run_takes(flags, tmp_path):
+    """A decoder of 150 MB, so that what a process takes by itself does not hide the rest."""
+    write_benchmark(tmp_path / "source")
+    (tmp_path / "words").write_text("\n".join([*lm1b.MARKS, *(f"w{i}" for i in range(150_000))]) + "\n")
+    lm1b.prepare(lm1b.Prepare(tmp_path / "source", tmp_path / "prepared", vocabulary=tmp_path / "words", workers=1, allow_missing=True))
+    flags = [*flags, "--data", str(tmp_path / "prepared"), "--embedding-size", "256", "--out", str(tmp_path / "run")]
+    printed = subprocess.run([sys.executable, "-c", MEASURED_RUN, *flags], capture_output=True, text=True, check=True).stdout
+    measured, estimated = map(int, printed.split())
+    assert 0.8 < measured / estimated < 1.1, (measured, estimated)
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
