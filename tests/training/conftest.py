@@ -3,6 +3,9 @@
 import random
 
 import pytest
+from runs import write_benchmark
+
+from fused_mos.data import lm1b
 
 
 def _write(path, sentences):
@@ -31,4 +34,22 @@ def small_flags(corpus_folder):
         "--recipe", "demo", "--data", str(corpus_folder), "--embedding-size", "8", "--hidden-sizes", "12", "10",
         "--n-experts", "3", "--batch-size", "6", "--bptt", "12", "--bptt-delta", "6", "--epochs", "3", "--log-interval", "1",
         "--nonmono", "0", "--lr", "10",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A small corpus in the benchmark's form."""
+    folder = tmp_path_factory.mktemp("lm1b")
+    write_benchmark(folder / "source")
+    lm1b.prepare(lm1b.Prepare(folder / "source", folder / "prepared", workers=1, allow_missing=True))
+    return folder / "prepared"
+
+
+@pytest.fixture
+def flags(prepared):
+    """Of a One Billion Word run that takes a second or two."""
+    return [
+        "--recipe", "lm1b-tiny", "--data", str(prepared), "--embedding-size", "8", "--hidden-sizes", "12", "10", "--batch-size", "6", "--bptt", "9",
+        "--eval-batch-size", "4", "--eval-interval", "20", "--log-interval", "1", "--epochs", "2", "--warmup-steps", "5", "--lr", "0.01",
     ]  # fmt: skip

@@ -1,11 +1,13 @@
 """What tests of runs share."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 
+from fused_mos.data import lm1b
 from fused_mos.training.logging import read_metrics
 
 
@@ -24,3 +26,14 @@ def killed_at(flags, out, lines, command="train"):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def write_benchmark(folder, seed=0):
+    """Three training shards and two held-out ones in the benchmark's layout, of sentences that can be learnt."""
+    draw = random.Random(seed)
+    for split, names in (("train", lm1b.SHARDS["train"][:3]), ("heldout", lm1b.SHARDS["heldout"][:2])):
+        (folder / lm1b.FOLDERS[split]).mkdir(parents=True)
+        for i, name in enumerate(names):
+            starts = [draw.randrange(40) for _ in range(150 + 20 * i)]
+            lines = (" ".join(f"w{(s + j) % 40}" for j in range(draw.randrange(1, 12))) + "\n" for s in starts)
+            (folder / lm1b.FOLDERS[split] / name).write_text("".join(lines))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from runs import losses
-from test_lm1b import flags, prepared  # noqa: F401
 
 from fused_mos import train_1b
 from fused_mos.training import TrainingDiverged
@@ -33,7 +32,7 @@ def finish(command):
 
 
 @pytest.mark.parametrize(("n_ranks", "vocab_parallel", "accumulate"), [(2, 1, 3), (2, 2, 1), (4, 2, 3)])
-def test_ranks_train_as_one_and_one_continues_what_they_began(n_ranks, vocab_parallel, accumulate, flags, tmp_path):  # noqa: F811
+def test_ranks_train_as_one_and_one_continues_what_they_began(n_ranks, vocab_parallel, accumulate, flags, tmp_path):
     """Data-parallel, with the decoder sharded, and both; one process goes on from their checkpoint, in other parts."""
     flags, whole, out = [*flags, "--decay", "none"], tmp_path / "whole", tmp_path / "run"
     assert train_1b.main([*flags, "--out", str(whole)]) == 0
@@ -70,7 +69,7 @@ def kill_one_rank(agent, out, draw, saving):
     raise AssertionError("no moment to kill at")
 
 
-def unbroken_by_kills(flags, tmp_path, kills, seed):  # noqa: F811
+def unbroken_by_kills(flags, tmp_path, kills, seed):
     """Runs with torchrun's restarts, killed so often; every loss is that of an unbroken run of two ranks, bit for bit."""
     whole, out, draw = tmp_path / "whole", tmp_path / "broken", random.Random(seed)
     flags = [*flags, "--dropout", "0.2", "--checkpoint-minutes", "0"]
@@ -90,16 +89,16 @@ def unbroken_by_kills(flags, tmp_path, kills, seed):  # noqa: F811
     assert json.loads((out / "result.json").read_text())["heldout_loss"] == json.loads((whole / "result.json").read_text())["heldout_loss"]
 
 
-def test_a_rank_that_is_killed_costs_nothing(flags, tmp_path):  # noqa: F811
+def test_a_rank_that_is_killed_costs_nothing(flags, tmp_path):
     unbroken_by_kills([*flags, "--epochs", "3"], tmp_path, kills=1, seed=0)
 
 
 @pytest.mark.slow
-def test_ten_kills_cost_nothing(flags, tmp_path):  # noqa: F811
+def test_ten_kills_cost_nothing(flags, tmp_path):
     unbroken_by_kills([*flags, "--epochs", "30"], tmp_path, kills=10, seed=1)
 
 
-def test_a_signal_to_torchrun_stops_all_ranks_for_good(flags, tmp_path):  # noqa: F811
+def test_a_signal_to_torchrun_stops_all_ranks_for_good(flags, tmp_path):
     out = tmp_path / "run"
     command = torchrun(2, [*flags, "--epochs", "1000", "--out", str(out)], "--max-restarts=3")
     agent = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -114,7 +113,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_for_good(flags, tmp_path):  # noqa
     assert int(checkpoint.name.removeprefix("step-")) >= 5 and (checkpoint / "state.json").is_file()
 
 
-def all_stop(flags, out):  # noqa: F811
+def all_stop(flags, out):
     config = train_1b.parse([*flags, "--vocab-parallel", "2", "--out", str(out)])
     trainer = LM1BTrainer(config, Ranks(config.device, config.vocab_parallel))
     if trainer.ranks.rank == 1:
@@ -125,5 +124,5 @@ def all_stop(flags, out):  # noqa: F811
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(flags, tmp_path):  # noqa: F811
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(flags, tmp_path):
     run_on_ranks(2, all_stop, flags, tmp_path / "run", init=False)

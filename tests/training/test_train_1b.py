@@ -1,9 +1,8 @@
-"""One Billion Word runs in one process: the stream, the loss, what a run leaves, resuming, and refusals. (Ranks: test_lm1b_ranks.py.)"""
+"""One Billion Word runs in one process: the stream, the loss, what a run leaves, resuming, and refusals. (Ranks: test_train_1b_ranks.py.)"""
 
 import dataclasses
 import errno
 import json
-import random
 import re
 import shutil
 import signal
@@ -14,7 +13,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from runs import losses
+from runs import losses, write_benchmark
 
 from fused_mos import train_1b
 from fused_mos.data import lm1b
@@ -24,34 +23,6 @@ from fused_mos.training import ConfigError, TrainingDiverged
 from fused_mos.training.lm1b import RECIPES, LM1BTrainer, memory
 from fused_mos.training.lm1b.loss import SummedLoss
 from fused_mos.training.lm1b.ranks import Ranks
-
-
-def write_benchmark(folder, seed=0):
-    """Three training shards and two held-out ones in the benchmark's layout, of sentences that can be learnt."""
-    draw = random.Random(seed)
-    for split, names in (("train", lm1b.SHARDS["train"][:3]), ("heldout", lm1b.SHARDS["heldout"][:2])):
-        (folder / lm1b.FOLDERS[split]).mkdir(parents=True)
-        for i, name in enumerate(names):
-            starts = [draw.randrange(40) for _ in range(150 + 20 * i)]
-            lines = (" ".join(f"w{(s + j) % 40}" for j in range(draw.randrange(1, 12))) + "\n" for s in starts)
-            (folder / lm1b.FOLDERS[split] / name).write_text("".join(lines))
-
-
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lm1b")
-    write_benchmark(folder / "source")
-    lm1b.prepare(lm1b.Prepare(folder / "source", folder / "prepared", workers=1, allow_missing=True))
-    return folder / "prepared"
-
-
-@pytest.fixture
-def flags(prepared):
-    """Of a run that takes a second or two."""
-    return [
-        "--recipe", "lm1b-tiny", "--data", str(prepared), "--embedding-size", "8", "--hidden-sizes", "12", "10", "--batch-size", "6", "--bptt", "9",
-        "--eval-batch-size", "4", "--eval-interval", "20", "--log-interval", "1", "--epochs", "2", "--warmup-steps", "5", "--lr", "0.01",
-    ]  # fmt: skip
 
 
 @pytest.fixture
