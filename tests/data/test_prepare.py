@@ -220,8 +220,12 @@ def test_ctrl_c_ends_the_workers_at_once(tmp_path, monkeypatch):
     source = write_shards(tmp_path / "source", TRAIN * 3)
     monkeypatch.setattr(lm1b, "_count", count_or_sleep)
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        prepare_with(source, tmp_path / "out", workers=2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background is started with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prepare_with(source, tmp_path / "out", workers=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 60 and not multiprocessing.active_children()
 
 
