@@ -71,8 +71,8 @@ def test_without_bias(compute, workspace, backend):
 def test_large_logits(compute, scale, workspace, backend):
     case = problem(11, 3, 12, 200, scale=scale)
     assert case.to(torch.float64).latent.matmul(case.weight.t()).abs().max() > scale
-    # Triton's interpreter multiplies with NumPy, and on some processors torch's products are luckier: allow it the rounding of a logit
-    slack = scale * 2**-23 if backend == "triton" else 0.0
+    # the interpreter multiplies with NumPy; where OpenBLAS is told to take its Haswell kernel, it rounds logits of hundreds less luckily than torch
+    slack = scale * 2**-23 if backend == "triton" and scale == 100 else 0.0
     check_forward_and_gradients(case, compute, torch.float32, backend, relative_slack=slack)
 
 

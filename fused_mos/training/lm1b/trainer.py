@@ -104,7 +104,6 @@ class LM1BTrainer:
         self.hidden = [self.model.initial_hidden(self._part) for _ in self.parts]
         self.signals = {signal.SIGTERM: 0, signal.SIGINT: 0}
         self.metrics: MetricsLog | None = None
-        self.status = ""
         self.resumed = checkpoint.newest(self.checkpoints, ranks)
         if self.resumed:
             self._restore(self.resumed)
