@@ -74,7 +74,9 @@ def unbroken_by_kills(flags, tmp_path, kills, seed):
     whole, out, draw = tmp_path / "whole", tmp_path / "broken", random.Random(seed)
     flags = [*flags, "--dropout", "0.2", "--checkpoint-minutes", "0"]
     finish(torchrun(2, [*flags, "--out", str(whole)]))
-    agent = subprocess.Popen(torchrun(2, [*flags, "--out", str(out)], f"--max-restarts={kills}"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = torchrun(2, [*flags, "--out", str(out)], f"--max-restarts={kills}")
+    with (tmp_path / "stderr").open("wb") as stderr:  # a pipe that nobody reads would fill, and stop the ranks
+        agent = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=stderr)
     for i in range(kills):
         kill_one_rank(agent, out, draw, saving=i % 2 == 1)
         ranks = children(agent.pid)
@@ -82,8 +84,7 @@ def unbroken_by_kills(flags, tmp_path, kills, seed):
         while set(children(agent.pid)) & set(ranks):  # until the agent has started new ones
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    _, error = agent.communicate(timeout=300)
-    assert agent.returncode == 0, error.decode()[-3000:]
+    assert agent.wait(timeout=300) == 0, (tmp_path / "stderr").read_text()[-3000:]
     assert losses(out) == losses(whole)
     assert not list(out.glob("*/*.partial"))
     assert json.loads((out / "result.json").read_text())["heldout_loss"] == json.loads((whole / "result.json").read_text())["heldout_loss"]

@@ -96,13 +96,13 @@ def _stores() -> tuple[dist.Store, dist.Store, int]:
     ranks that are dead. So the first rank opens a store of its own, and says in torchrun's where it is.
     """
     shared, rank, n_ranks = next(rendezvous("env://"))
-    host, key = os.environ["MASTER_ADDR"], "fused_mos/port"
+    host, key = os.environ["MASTER_ADDR"], f"fused_mos/port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank == 0:
         own = dist.TCPStore(host, 0, n_ranks, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT)
         shared.set(key, str(own.port))
         return shared, own, rank
     deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
-    while True:  # until what it is told is no longer the store of a start before
+    while True:  # a start for which machines came or went has the count of the one before; so until what it is told is no longer the store of that
         try:
             own = dist.TCPStore(host, int(shared.get(key)), n_ranks, is_master=False, timeout=timedelta(seconds=2))
             own.set_timeout(COLLECTIVE_TIMEOUT)

@@ -29,6 +29,7 @@ from ..trainer import TrainingDiverged
 from . import checkpoint, memory
 from .config import LM1BConfig
 from .loss import SummedLoss
+from .optim import learning_rate, make_optimizer
 from .ranks import Ranks
 from .state import RunTensors, initialize
 
@@ -96,7 +97,7 @@ class LM1BTrainer:
         self.shard = parallelize(self.model, ranks.mesh["vocab"].get_group()) if ranks.n_vocab > 1 else None
         self.model.to(self.device)
         self.loss = SummedLoss(self.model, self.corpus.bos, config.head_chunk)
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(config, self.model, self.device)
         initialize(self.model, self.optimizer)
         self.tensors = RunTensors(self.model, self.optimizer, self.shard, ranks)
         self._seed_dropout(0)
@@ -140,13 +141,6 @@ class LM1BTrainer:
         others = self.ranks.first and self.folder.exists() and (not self.folder.is_dir() or any(p != self.checkpoints for p in self.folder.iterdir()))
         message = f"out: {self.folder} is not empty and holds no checkpoint; name another --out"
         self.ranks.agree(ConfigError(message) if others else None)
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        config, parameters = self.config, list(self.model.parameters())
-        options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-        if config.optimizer == "adagrad":  # fused on a CPU only
-            return torch.optim.Adagrad(parameters, **options | {"fused": self.device.type == "cpu"})
-        return {"sgd": torch.optim.SGD, "adam": torch.optim.AdamW}[config.optimizer](parameters, **options)
 
     def _seed_dropout(self, step: int) -> None:
         """Each group of ranks that reads other text draws other masks."""
@@ -236,7 +230,7 @@ class LM1BTrainer:
         if config.clip and norm > config.clip:
             torch._foreach_mul_([p.grad for p in self.model.parameters()], config.clip / norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(progress.step)
+            group["lr"] = learning_rate(self.config, progress.step, self.total_steps)
         self.optimizer.step()
         progress.step += 1
         progress.words += round(words)
@@ -260,15 +254,6 @@ class LM1BTrainer:
         total, square, terminate, interrupt, due, over, words = torch.cat([numbers, words[None]]).tolist()
         signum = signal.SIGINT if interrupt else signal.SIGTERM if terminate else 0
         return total, math.sqrt(square), words, Wish(signum, bool(due or signum), bool(over))
-
-    def learning_rate(self, step: int) -> float:
-        config = self.config
-        if step < config.warmup_steps:
-            return config.lr * (step + 1) / config.warmup_steps
-        if config.decay == "none":
-            return config.lr
-        share = (step - config.warmup_steps) / max(self.total_steps - config.warmup_steps, 1)
-        return config.lr * (1 - share if config.decay == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
     @property
     def total_steps(self) -> int:
@@ -294,7 +279,7 @@ class LM1BTrainer:
         if self.metrics:
             self.metrics.write(
                 "train", progress.step, loss=loss, ppl=perplexity(loss), words_per_second=speed, words_per_second_per_rank=speed / self.ranks.n_ranks,
-                lr=self.learning_rate(progress.step - 1), epoch_fraction=self.stream.fraction,
+                lr=learning_rate(self.config, progress.step - 1, self.total_steps), epoch_fraction=self.stream.fraction,
             )  # fmt: skip
         bar.set_postfix_str(f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {speed:,.0f} words/s, {speed / self.ranks.n_ranks:,.0f} a rank", refresh=False)
         progress.interval_loss, progress.interval_words, progress.interval_seconds = 0.0, 0, 0.0
@@ -398,11 +383,12 @@ class LM1BTrainer:
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
         if state["vocabulary"] != self.corpus.digest or state["shards"] != [file.sha256 for file in self.corpus.train]:
             raise CheckpointError(f"data: {self.config.data} is not the corpus that {path} was trained on")
-        saved, asked = state["config"], self.config.to_json()
-        for before, now in ((saved["model"], asked["model"]), (saved, asked)):
+        saved, asked, default = state["config"], self.config.to_json(), LM1BConfig().to_json()
+        for was, now, otherwise in ((saved["model"], asked["model"], default["model"]), (saved, asked, default)):
             for name in now:
-                if name != "model" and name not in CHANGEABLE and _as_json(before.get(name)) != _as_json(now[name]):
-                    raise ConfigError(f"{name} cannot change when a run goes on: it was {before.get(name)}, got {now[name]}; name another --out")
+                before = was.get(name, otherwise[name])  # a field that came later has the value that it has where nobody asks for another
+                if name not in {"model", *CHANGEABLE} and _as_json(before) != _as_json(now[name]):
+                    raise ConfigError(f"{name} cannot change when a run goes on: it was {before}, got {now[name]}; name another --out")
 
 
 def _as_json(value: Any) -> Any:
