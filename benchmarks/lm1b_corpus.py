@@ -1,6 +1,6 @@
 """A corpus of the size and the files of the One Billion Word benchmark, of words without meaning, for fused_mos.data.lm1b:
 
-    python benchmarks/lm1b_corpus.py OUT [--words 100_000_000] [--vocabulary 793_468] [--shards 99] [--heldout-shards 50] [--seed 1]
+    python benchmarks/lm1b_corpus.py OUT [--words 100_000_000] [--vocabulary 793_468] [--shards 99] [--heldout-shards 50] …
 
 Words are distributed as Zipf and Mandelbrot say: the one of rank r with p ∝ 1 / (r + 2.7).
 """
@@ -30,7 +30,9 @@ class Config:
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write."""
     words: int = 100_000_000
-    """Of the training shards. The held-out ones together have as many as one of them, as in the benchmark."""
+    """Of the training shards."""
+    heldout_words: int = 0
+    """Of the held-out shards; 0: as many as in a training shard, which is how it is in the benchmark."""
     vocabulary: int = 793_468
     """Different words; each is there three times at least, if the training shards have so many words."""
     shards: int = 99
@@ -48,6 +50,8 @@ class Config:
             raise ValueError(f"vocabulary must be at least 1, got {self.vocabulary}")
         if self.words < self.shards * self.heldout_shards:
             raise ValueError(f"words must be at least shards x heldout_shards, {self.shards * self.heldout_shards}, got {self.words}")
+        if self.heldout_words and self.heldout_words < self.heldout_shards:
+            raise ValueError(f"heldout_words must be at least heldout_shards, {self.heldout_shards}, got {self.heldout_words}")
 
 
 def words(n: int) -> list[bytes]:
@@ -85,9 +89,9 @@ def generate(config: Config) -> None:
     vocabulary = words(config.vocabulary)
     table = np.array([word + end for end in (b" ", b"\n") for word in vocabulary], dtype=object)
     needed = MIN_COUNT * config.vocabulary if MIN_COUNT * config.vocabulary <= config.words else 0
-    shard_words = config.words // config.shards
-    with tqdm(total=config.words + shard_words, unit="words", unit_scale=True, mininterval=0.5, dynamic_ncols=True) as bar:
-        for split, n_shards, n_words in (("train", config.shards, config.words), ("heldout", config.heldout_shards, shard_words)):
+    heldout_words = config.heldout_words or config.words // config.shards
+    with tqdm(total=config.words + heldout_words, unit="words", unit_scale=True, mininterval=0.5, dynamic_ncols=True) as bar:
+        for split, n_shards, n_words in (("train", config.shards, config.words), ("heldout", config.heldout_shards, heldout_words)):
             folder = config.out / FOLDERS[split]
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(n_shards):

@@ -196,7 +196,7 @@ def _count_vocabulary(config: Prepare, shards: list[Shard]) -> list[bytes]:
     pending = [shard for shard in shards if not _is_counted(shard)]
     _each(_count, pending, config.workers, f"count {len(pending)} of {len(shards)} shards", lambda n_words: n_words)
     counts: dict[bytes, int] = defaultdict(int)
-    for shard in shards:
+    for shard in bar(shards, desc="add up counts", unit="shards"):
         fields = shard.counts.read_bytes().split()[2:]
         for word, count in zip(fields[::2], map(int, fields[1::2])):
             counts[word] += count
