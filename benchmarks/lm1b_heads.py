@@ -1,0 +1,66 @@
+"""The paper's claim on One Billion Words in small: MoS and softmax with as many parameters, several seeds of each.
+
+    python benchmarks/lm1b_heads.py --data PREPARED [--seeds 1 2 3] [--out FILE.json]
+
+Runs lm1b-tiny on shards that fused_mos.data.lm1b has prepared; both heads read the same text for as many epochs. What the JSON
+file has is not repeated, and a run that was cut off goes on.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+import tyro
+
+from fused_mos import train_1b
+from fused_mos.data.token_stream import PreparedCorpus
+from fused_mos.training.run import write_json
+
+HEADS = {"mos": [], "softmax": ["--head", "softmax", "--embedding-size", "104", "--hidden-sizes", "192", "104"]}
+"""Flags. At the 9,607 words of two held-out shards softmax has 1,361,567 parameters and MoS, K = 3, has 1,356,999."""
+
+
+@dataclasses.dataclass
+class Config:
+    data: Path
+    """Folder that fused_mos.data.lm1b prepare wrote."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """Of initialisation and the order of text."""
+    runs: Path = Path("runs/lm1b-heads")
+    """Where the runs leave their folders."""
+    out: Path = Path(__file__).parent / "results" / "lm1b-heads.json"
+
+
+def main() -> int:
+    config = tyro.cli(Config, description=__doc__)
+    digest = PreparedCorpus(config.data).digest
+    result = json.loads(config.out.read_text()) if config.out.is_file() else {"vocabulary sha256": digest}
+    if result["vocabulary sha256"] != digest:
+        raise SystemExit(f"error: {config.out} is of another corpus than {config.data}; name another --out")
+    result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
+    for seed in config.seeds:
+        for head, flags in HEADS.items():
+            rows = result.setdefault("heads", {}).setdefault(head, {})
+            if str(seed) not in rows:
+                out = config.runs / f"{head}-{seed}"
+                command = ["--recipe", "lm1b-tiny", "--data", str(config.data), "--seed", str(seed), "--device", "cpu", "--out", str(out), *flags]
+                if status := train_1b.main(command):
+                    return status
+                run = json.loads((out / "result.json").read_text())
+                rows[str(seed)] = {name: run[name] for name in ("parameters", "heldout_ppl", "heldout_words", "steps", "best_step", "words")}
+                write_json(config.out, result)
+    ppl = {head: [result["heads"][head][str(seed)]["heldout_ppl"] for seed in config.seeds] for head in HEADS}
+    for head, values in ppl.items():
+        print(f"{head}: held-out perplexity {statistics.mean(values):.2f} ({min(values):.2f}–{max(values):.2f}), {len(values)} seeds")
+    differences = [mos - softmax for mos, softmax in zip(ppl["mos"], ppl["softmax"])]
+    print(f"mos − softmax: {statistics.mean(differences):+.2f} ({min(differences):+.2f} to {max(differences):+.2f})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
