@@ -1,10 +1,12 @@
 """Builds the native kernels with CMake and Ninja; all other metadata is in pyproject.toml.
 
-The kernels are optional: where they cannot be built (no C++ compiler), the package installs without them, and
-`fused_mos.backends()` says why the backend `cpu` is missing. FUSED_MOS_NATIVE=0 leaves them out; =1 makes a failure fatal.
+The kernels are optional: where they cannot be built (no C++ compiler, no nvcc), the package installs without them, and
+`fused_mos.backends()` says why the backend `cpu` or `cuda` is missing. FUSED_MOS_NATIVE=0 leaves them out; =1 makes a failure fatal,
+but for a missing nvcc.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+MODULES = ("_cpu", "_cuda")
+NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc") or ""
 WANTED = os.environ.get("FUSED_MOS_NATIVE", "")
 
 
@@ -29,42 +33,54 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         package = self.package_folder()
         package.mkdir(parents=True, exist_ok=True)
-        reason = package / "_cpu_missing.txt"
-        for stale in [reason, *package.glob("_cpu.*")]:
-            stale.unlink(missing_ok=True)
-        try:
-            self.build(package)
-        except (OSError, subprocess.CalledProcessError) as error:
-            if WANTED == "1":
-                raise
-            cause = first_error(str(getattr(error, "output", "") or error))
-            reason.write_text(f"the native kernels were not built when the package was installed: {cause}\n")
-            print(f"warning: fused_mos installs without its native kernels: {cause}", file=sys.stderr)
-            self.extensions = []  # so that setuptools does not look for them
+        for module in MODULES:
+            for stale in [*package.glob(f"{module}.*"), *package.glob(f"{module}_missing.txt")]:
+                stale.unlink()
+        work = Path(self.build_temp).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        built = []
+        for module in MODULES:
+            try:
+                if module == "_cuda" and not NVCC:
+                    raise FileNotFoundError("there is no nvcc (CUDACXX names one that is not on the PATH)")
+                if not built:
+                    self.configure(work)
+                self.build(module, work, package)
+                built.append(module)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if WANTED == "1" and (module == "_cpu" or NVCC):
+                    raise
+                cause = first_error(str(getattr(error, "output", "") or error))
+                (package / f"{module}_missing.txt").write_text(f"the native kernels were not built when the package was installed: {cause}\n")
+                print(f"warning: fused_mos installs without {module}: {cause}", file=sys.stderr)
+        self.extensions = [e for e in self.extensions if e.name.rpartition(".")[2] in built]  # so that setuptools does not look for others
 
     def package_folder(self) -> Path:
         """The package folder that the modules go to: the source tree's for an editable install, else the build's."""
         return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "fused_mos"
 
-    def build(self, target: Path) -> None:
-        work = Path(self.build_temp).resolve()
-        work.mkdir(parents=True, exist_ok=True)
+    def configure(self, work: Path) -> None:
         import pybind11
 
-        configure = [
+        self.call(
             # afresh: an older cache names the ninja of an isolated build environment that is gone
             "cmake", "--fresh", "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DFUSED_MOS_SANITIZE={os.environ.get('FUSED_MOS_SANITIZE', 'OFF')}",
-        ]  # fmt: skip
-        for command in (configure, ["cmake", "--build", str(work)], ["cmake", "--install", str(work), "--prefix", str(target)]):
-            result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            print(result.stdout)
-            if result.returncode:
-                raise subprocess.CalledProcessError(result.returncode, command, result.stdout)
+            f"-DFUSED_MOS_SANITIZE={os.environ.get('FUSED_MOS_SANITIZE', 'OFF')}", f"-DFUSED_MOS_NVCC={NVCC}",
+        )  # fmt: skip
+
+    def build(self, module: str, work: Path, target: Path) -> None:
+        self.call("cmake", "--build", str(work), "--target", module)
+        self.call("cmake", "--install", str(work), "--prefix", str(target), "--component", module)
+
+    def call(self, *command: str) -> None:
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(result.stdout)
+        if result.returncode:
+            raise subprocess.CalledProcessError(result.returncode, command, result.stdout)
 
 
 setup(
-    ext_modules=[] if WANTED == "0" else [Extension("fused_mos._cpu", sources=[])],
+    ext_modules=[] if WANTED == "0" else [Extension(f"fused_mos.{module}", sources=[]) for module in MODULES],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -137,7 +137,12 @@ def mos_log_prob(
     with torch.autocast(latent.device.type, enabled=False):
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias)
-        return ops.log_prob(*_contiguous(latent, prior_logits, weight, bias), backend)[0]
+        inputs = _contiguous(latent, prior_logits, weight, bias)
+        if decoder := _backends.decoder(backend, *inputs):
+            log_p = decoder.log_prob(inputs[0], log_softmax_prior(prior_logits).float(), *inputs[2:])
+            if log_p is not None:
+                return log_p
+        return ops.log_prob(*inputs, backend)[0]
 
 
 def mos_logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -196,6 +201,10 @@ def mos_topk(
         if backend == "reference":
             return TopK(*reference.log_prob(latent, prior_logits, weight, bias).topk(k))
         latent, weight, bias = _contiguous(latent, weight, bias)
+        if decoder := _backends.decoder(backend):
+            top = decoder.topk(latent, log_softmax_prior(prior_logits).float(), weight, bias, k)
+            if top is not None:
+                return TopK(*top)
         _, maximum, log_total = ops.logsumexp(latent, weight, bias, backend)
         return _topk_of_spans(latent, log_softmax_prior(prior_logits).to(maximum.dtype), weight, bias, maximum, log_total, k, backend)
 

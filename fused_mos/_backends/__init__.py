@@ -51,19 +51,20 @@ class Kernels(Protocol):
         """One class (R,) from each row's softmax(l / temperature), int64."""
 
 
-def _why_cpu_is_missing(error: ImportError) -> str:
-    recorded = Path(__file__).parent.parent / "_cpu_missing.txt"
+def _why_missing(module: str, error: ImportError) -> str:
+    """What setup.py wrote when it could not build the module."""
+    recorded = Path(__file__).parent.parent / f"{module}_missing.txt"
     return recorded.read_text().strip() if recorded.exists() else f"the native kernels cannot be loaded: {error}"
 
 
 _KERNELS = {"tiled": tiled}
-_ABSENT = {"cuda": "the CUDA kernels are not part of this version"}
+_ABSENT = {}
 try:
     from . import cpu
 
     _KERNELS["cpu"] = cpu
 except ImportError as error:
-    _ABSENT["cpu"] = _why_cpu_is_missing(error)
+    _ABSENT["cpu"] = _why_missing("_cpu", error)
 if torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1":
     try:
         from . import triton
@@ -73,6 +74,15 @@ if torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1":
         _ABSENT["triton"] = f"triton cannot be loaded: {error} (pip install triton)"
 else:
     _ABSENT["triton"] = f"it is for NVIDIA GPUs, and this torch ({torch.__version__}) is built without CUDA"
+if "triton" in _ABSENT:  # on which it falls back
+    _ABSENT["cuda"] = _ABSENT["triton"]
+else:
+    try:
+        from . import cuda
+
+        _KERNELS["cuda"] = cuda
+    except ImportError as error:
+        _ABSENT["cuda"] = _why_missing("_cuda", error)
 NAMES = ("auto", "reference", "tiled", "cpu", "triton", "cuda")
 
 
@@ -81,8 +91,8 @@ def backends() -> dict[str, str]:
     available = {"reference": "available"} | {name: "available" for name in _KERNELS}
     if "cpu" in _KERNELS:
         available["cpu"] = f"available ({cpu.instruction_set()})"
-    if "triton" in _KERNELS:
-        available["triton"] = triton.availability()
+    for name in _KERNELS.keys() & {"triton", "cuda"}:
+        available[name] = kernels(name).availability()
     return available | _ABSENT
 
 
@@ -100,18 +110,31 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
     if name in _ABSENT:
-        raise RuntimeError(f"backend {name!r} is not available: {_ABSENT[name]}; fused_mos.backends() lists those that are")
+        raise _not_available(name, _ABSENT[name])
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' is for tensors on the CPU, but latent is on {device}")
-    if name == "triton" and (reason := triton.unsupported(device)):
-        raise ValueError(f"backend 'triton' cannot be used: {reason}")
-    if name in ("cpu", "triton") and dtype not in kernels(name).DTYPES:
+    if name in ("triton", "cuda") and (reason := kernels(name).unsupported(device)):
+        if not (told := kernels(name).availability()).startswith("available"):
+            raise _not_available(name, told)
+        raise ValueError(f"backend {name!r} cannot be used: {reason}")
+    if name in ("cpu", "triton", "cuda") and dtype not in kernels(name).DTYPES:
         raise TypeError(f"backend {name!r} computes {', '.join(map(str, kernels(name).DTYPES))}, got {dtype}")
     return name
+
+
+def _not_available(name: str, reason: str) -> RuntimeError:
+    return RuntimeError(f"backend {name!r} is not available: {reason}; fused_mos.backends() lists those that are")
 
 
 def kernels(name: str) -> ModuleType:
     return _KERNELS[name]
 
 
-__all__ = ["NAMES", "Kernels", "backends", "kernels", "reference", "resolve"]
+def decoder(name: str, *inputs: Tensor | None) -> "cuda.Decoder | None":
+    """What computes the mixture of a few tokens in one pass over `weight`, where the backend has it and no gradient is wanted. (It
+    takes addresses, which tensors do not have while a graph is traced.)"""
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    return None if wanted or torch.compiler.is_compiling() else getattr(_KERNELS[name], "DECODER", None)
+
+
+__all__ = ["NAMES", "Kernels", "backends", "decoder", "kernels", "reference", "resolve"]

@@ -1,0 +1,67 @@
+// What decode.cuh asks of a GPU; emulation.h has the same for a CPU.
+#pragma once
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define FUSED_MOS_DEVICE __device__ __forceinline__
+
+namespace fused_mos {
+
+struct BFloat16 {};
+struct Float16 {};
+
+namespace device {
+
+FUSED_MOS_DEVICE int thread() { return threadIdx.x; }
+FUSED_MOS_DEVICE int block() { return blockIdx.x; }
+FUSED_MOS_DEVICE void sync_warp() { __syncwarp(); }
+FUSED_MOS_DEVICE void sync_block() { __syncthreads(); }
+FUSED_MOS_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
+
+template <class Number>
+FUSED_MOS_DEVICE Number shuffle_xor(Number value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+FUSED_MOS_DEVICE float exp(float x) { return __expf(x); }
+FUSED_MOS_DEVICE float log(float x) { return logf(x); }
+FUSED_MOS_DEVICE float log1p(float x) { return log1pf(x); }
+FUSED_MOS_DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+FUSED_MOS_DEVICE float as_float(uint16_t bits, BFloat16) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+FUSED_MOS_DEVICE float as_float(uint16_t bits, Float16) { return __half2float(__ushort_as_half(bits)); }
+
+// c (16 × 8) += a (16 × 16) · b (16 × 8), as mma.sync.m16n8k16 spreads them over a warp: lane 4·g + t has rows g and g + 8
+// of a and c, column g of b; of a pair of neighbours along the features the ones at 2·t and 2·t + 8, and of c columns 2·t, 2·t + 1.
+FUSED_MOS_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+FUSED_MOS_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Float16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Copies BYTES from global to shared memory while the thread goes on, or writes zeros where there is nothing to copy.
+template <int BYTES>
+FUSED_MOS_DEVICE void copy_async(void* to, const void* from, bool there) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int n = there ? BYTES : 0;
+  if constexpr (BYTES == 16)  // past the first cache: nobody else reads it
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(n) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(BYTES), "r"(n) : "memory");
+}
+FUSED_MOS_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+FUSED_MOS_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+}  // namespace device
+}  // namespace fused_mos
