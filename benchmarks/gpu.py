@@ -29,13 +29,15 @@ if DRY_RUN:  # triton looks at this when it is imported
 import torch  # noqa: E402
 import triton  # noqa: E402
 import tyro  # noqa: E402
+import gpu_decode  # noqa: E402
 from gpu_report import goals, plot  # noqa: E402
-from harness import cut_cross_entropy, eager, five_lines, inputs, interleaved, liger, seconds, softmax_cross_entropy, step, unavailable  # noqa: E402
+from harness import cut_cross_entropy, eager, five_lines, inputs, interleaved, liger, softmax_cross_entropy, step, unavailable  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import fused_mos  # noqa: E402
 from fused_mos import functional as F  # noqa: E402
 from fused_mos._backends import triton as backend  # noqa: E402
-from fused_mos._backends.triton_kernels.proof import DTYPES, SHAPES, float32_products  # noqa: E402
+from fused_mos._backends.triton_kernels.proof import SHAPES, float32_products  # noqa: E402
 from fused_mos.training import RECIPES, Trainer  # noqa: E402
 from fused_mos.training.profile import StepProfile  # noqa: E402
 from fused_mos.training.device import allow_tf32  # noqa: E402
@@ -64,9 +66,9 @@ class Config:
     out: Path | None = None
     """The JSON file; by default benchmarks/results/gpu-NAME.json. The plot lies beside it."""
 
-    steps: tuple[str, ...] = ("tests", "memcheck", "times", "filter", "training")
-    """What to do: all tests on the GPU, some under compute-sanitizer's memcheck, times and memory, the filter, profiles of training
-    steps on a text of random words."""
+    steps: tuple[str, ...] = ("tests", "memcheck", "racecheck", "synccheck", "times", "decode", "filter", "training")
+    """What to do: all tests on the GPU, some under compute-sanitizer, times and memory, decoding in one pass, the filter, profiles of
+    training steps on a text of random words."""
 
     shapes: tuple[str, ...] = NAMES
     """Shapes to time."""
@@ -99,17 +101,25 @@ def run_tests(selection: list[str], wrapper: tuple[str, ...] = (), **environment
 def tests() -> dict:
     if DRY_RUN:
         return run_tests(["tests/test_gpu.py", "-k", "classes"])
-    return run_tests(["tests", "-k", "triton or gpu", "--deselect", "tests/test_triton.py"])
+    return run_tests(["tests", "-k", "triton or gpu or test_cuda", "--deselect", "tests/test_triton.py"])
 
 
-def memcheck() -> dict:
-    """Without torch's caching allocator, so that the ends of tensors are the ends of allocations."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
+def sanitize(tool: str) -> dict:
+    """memcheck without torch's caching allocator, so that the ends of tensors are the ends of allocations; racecheck and synccheck of the
+    kernel that has barriers of its own, Triton's being its compiler's."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
         return {"passed": None, "summary": "compute-sanitizer was not found"}
-    selection = ["tests/test_functional.py", "-k", "triton and (without_bias or predict or topk or non_contiguous or filter or float16)"]
-    wrapper = (tool, "--tool", "memcheck", "--error-exitcode", "9")
-    return run_tests(selection, wrapper, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    decoding = ["tests/test_cuda.py", "-k", "gpu and (log_prob_and_topk or rare or samples) and not 100_000 and not 793_471"]
+    selections = [decoding]
+    if tool == "memcheck":
+        selections.append(["tests/test_functional.py", "-k", "triton and (without_bias or predict or topk or non_contiguous or filter or float16)"])
+    wrapper = (sanitizer, "--tool", tool, "--error-exitcode", "9")
+    results = [run_tests(selection, wrapper, PYTORCH_NO_CUDA_MEMORY_CACHING="1") for selection in selections]
+    return {
+        "passed": all(result["passed"] for result in results), "summary": "; ".join(result["summary"] for result in results),
+        "failures": [line for result in results for line in result["failures"]],
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------- times
@@ -303,9 +313,9 @@ def main() -> int:
         unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         unfinished.replace(path)
 
-    for name, check in (("tests", tests), ("memcheck", memcheck)):
+    for name in ("tests", "memcheck", "racecheck", "synccheck"):
         if name in config.steps and (config.again or name not in result):
-            result[name] = check()
+            result[name] = tests() if name == "tests" else sanitize(name)
             print(f"{name}: {result[name]['summary']}", flush=True)
             save()
     for shape in config.shapes if "times" in config.steps else ():
@@ -319,6 +329,14 @@ def main() -> int:
             for name, row in times[key]["rows"].items():
                 figures = f"{row['ms'][0]:9.3f} ms {row['products']:7.2f} products  {row['extra MiB']} MiB" if "ms" in row else row["failed"]
                 print(f"{key:24} {name:32} {figures}", flush=True)
+            save()
+    has_kernel = fused_mos.backends()["cuda"].startswith("available")
+    for name, shape in ({"tiny": (2, 3, 24, 300)} if DRY_RUN else gpu_decode.SHAPES).items() if "decode" in config.steps else ():
+        decoding = result.setdefault("decode", {})
+        if config.again or name not in decoding:
+            decoding[name] = gpu_decode.time_decoding(shape, ("cuda", "triton") if has_kernel else ("triton",), DEVICE, ROUNDS)
+            for call, row in decoding[name]["rows"].items():
+                print(f"{name:24} {call:32} {row['ms'][0]:9.4f} ms {row['over floor']:7.2f} times the floor", flush=True)
             save()
     if "filter" in config.steps and config.run and (config.again or "filter" not in result):
         result["filter"] = filtered(config)

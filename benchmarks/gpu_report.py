@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
+from gpu_decode import GOAL
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -19,9 +20,13 @@ def goals(result: dict) -> list[dict]:
 
 
 def _goals(result: dict) -> Iterator[tuple[str, object, str, bool]]:
-    for check in ("tests", "memcheck"):
+    for check in ("tests", "memcheck", "racecheck", "synccheck"):
         if check in result:
             yield check, result[check]["summary"], "all pass", result[check]["passed"] is True
+    for key, decoding in result.get("decode", {}).items():
+        for name, row in decoding["rows"].items():
+            if name.endswith(", graph"):
+                yield f"decode {key}: {name}, times the floor", row["over floor"], f"at most {GOAL}", row["over floor"] <= GOAL
     steps = {key: profile["step_ms"]["median"] for key, profile in result.get("training", {}).items() if key.startswith("ptb ")}
     if steps:
         best = min(steps, key=steps.get)

@@ -233,6 +233,34 @@ def test_what_it_cannot_do_is_left_to_others(module):
 # ---------------------------------------------------------------------------------------------------------- in the package
 
 
+only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="torch finds no CUDA GPU")
+
+
+@only_on_gpu
+def test_gpu_repeats_give_equal_bits_also_from_a_graph():
+    torch.set_default_device("cuda")
+    case = inputs(problem(8, 15, 280, 10_000), torch.bfloat16)
+    log_p, top = cuda.DECODER.log_prob(*case), cuda.DECODER.topk(*case, 5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda.DECODER.log_prob(*case)
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(cuda.DECODER.log_prob(*case), log_p) and torch.equal(captured, log_p)
+        assert all(torch.equal(a, b) for a, b in zip(cuda.DECODER.topk(*case, 5), top))
+
+
+@only_on_gpu
+def test_gpu_functions():
+    torch.set_default_device("cuda")
+    case = problem(4, 3, 64, 2_000).to(torch.bfloat16, ())
+    for function in (F.mos_log_prob, lambda *x, **options: F.mos_topk(*x, k=7, **options).values):
+        torch.testing.assert_close(function(*case.inputs(), backend="cuda"), function(*case.inputs(), backend="triton"), rtol=0, atol=1e-3)
+    single = case.latent[:, :1], case.prior_logits[:, :1], case.weight, case.bias
+    assert torch.equal(F.mos_sample(*single, temperature=1e-6, backend="cuda"), F.mos_predict(*single, backend="triton"))
+    assert "auto does not choose it" in fused_mos.backends()["cuda"]
+
+
 def test_functions_take_it_where_no_gradient_is_wanted(module, monkeypatch):
     """By a backend that has it, here one of tiled's kernels and the emulation's."""
     used = []

@@ -92,12 +92,13 @@ def test_the_benchmark_script_is_rehearsed(tmp_path):
     """benchmarks/gpu.py on the CPU, all but the device's own lines; a second call repeats nothing."""
     path = tmp_path / "gpu.json"
     script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
-    command = [sys.executable, str(script), "--dry-run", "--steps", "memcheck", "times", "--shapes", "ptb", "--dtypes", "bfloat16", "--out", str(path)]
+    command = [sys.executable, str(script), "--dry-run", "--steps", "memcheck", "times", "decode", "--shapes", "ptb", "--dtypes", "bfloat16", "--out", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     result = json.loads(path.read_text())
     rows = result["times"]["ptb bfloat16"]["rows"]
     assert all(len(row["ms"]) == 3 for name, row in rows.items() if "needs products" in row)
     assert {"forward", "forward + backward", "eager"} <= {name for name, row in rows.items() if "ms" in row}
+    assert {"triton log_prob", "triton topk", "triton sample"} <= result["decode"]["tiny"]["rows"].keys()
     assert result["goals"] and path.with_suffix(".png").stat().st_size > 0
     subprocess.run(command, check=True, capture_output=True)
     assert json.loads(path.read_text())["times"] == result["times"]
