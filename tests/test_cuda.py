@@ -151,11 +151,11 @@ def test_the_order_of_threads_and_where_logits_are_change_no_bit(shape, module):
 
 
 def test_samples(decoder):
-    """A chi-square statistic of 16,000 draws of a class, within 5 standard deviations; the masked class never, and a cold one the best."""
+    """A chi-square statistic of 5,120 draws of a class, within 5 standard deviations; the masked class never, and a cold one the best."""
     case = problem(1, 1, 16, 60).to(torch.bfloat16, ())
     case.bias[7] = -torch.inf
     rows = case.latent[:, 0].expand(128, -1)
-    seeds = torch.arange(125)[:, None]
+    seeds = torch.arange(40)[:, None]
     drawn = torch.cat([decoder.sample(rows, case.weight, case.bias, 1.5, seed) for seed in seeds])
     expected = torch.softmax((case.latent[0, 0].double() @ case.weight.double().t() + case.bias.double()) / 1.5, 0) * len(drawn)
     counts, there = torch.bincount(drawn, minlength=60), expected > 0

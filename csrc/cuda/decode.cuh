@@ -87,8 +87,6 @@ struct Decoder {
   FUSED_MOS_DEVICE int class_of(int i) const { return static_cast<int>(first_tile * TILE) + i; }
 
   FUSED_MOS_DEVICE void run() {
-    load_latent();
-    device::sync_block();
     stream();
     device::sync_block();
     if (a.mode == DecodeMode::Sample) return sample();
@@ -126,6 +124,8 @@ struct Decoder {
     Accumulators c;
     for (int row = lane; row < rows; row += 32) keep({}, row);
     for (int step = 0; step < STAGES - 1; ++step) fetch(step);
+    load_latent();
+    device::sync_block();  // of all warps' rows
     for (int step = 0; step < n_steps; ++step) {
       device::wait_for_copies<STAGES - 2>();
       device::sync_warp();  // the other lanes' copies have arrived, too, and all have read the stage before

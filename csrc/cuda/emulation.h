@@ -3,6 +3,7 @@
 // It is stricter than a GPU where a mistake could hide there: fibers take turns in a random order between barriers, asynchronous copies
 // arrive as late as they may, what they will overwrite and all shared memory holds NaN before, and a barrier that not all reach is an error.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -52,8 +53,11 @@ struct Block {
   std::vector<Warp> warps;
 };
 
+// Contexts start fibers; what switches between them is a jump, which saves no signal mask and so needs no system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf here;
+  bool started = false;
   std::unique_ptr<char[]> stack;
   int thread, block, turn = 0;
   Block* of_block;
@@ -66,7 +70,7 @@ struct Fiber {
 };
 
 struct Grid {
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Barrier barrier;
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
@@ -80,6 +84,17 @@ inline Fiber* self;
 inline int thread() { return self->thread; }
 inline int block() { return self->block; }
 
+inline void leave() {
+  if (!_setjmp(self->here)) _longjmp(grid->scheduler, 1);
+}
+inline void go_on(Fiber& fiber) {
+  self = &fiber;
+  if (_setjmp(grid->scheduler)) return;  // the fiber has left
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+
 inline void wait(Barrier& barrier) {
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
@@ -88,7 +103,7 @@ inline void wait(Barrier& barrier) {
   }
   self->waits_for = &barrier;
   self->since = barrier.generation;
-  swapcontext(&self->context, &grid->scheduler);
+  leave();
 }
 inline void sync_warp() { wait(self->warp->barrier); }
 inline void sync_block() { wait(self->of_block->barrier); }
@@ -162,7 +177,7 @@ inline void start_fiber() {
     grid->failure = error.what();
   }
   self->done = true;
-  swapcontext(&self->context, &grid->scheduler);
+  leave();
 }
 
 // Runs kernel(shared memory) on every thread of the blocks. `order` seeds the turns that they take.
@@ -202,8 +217,7 @@ inline void launch(int n_blocks, int n_threads, int shared_bytes, unsigned order
       if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.since)) continue;
       fiber.waits_for = nullptr;
       moved = true;
-      self = &fiber;
-      swapcontext(&of_all.scheduler, &fiber.context);
+      go_on(fiber);
     }
   }
   grid = nullptr;

@@ -21,7 +21,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .. import triton as backend
-from . import configurations
 from .configurations import ARCHITECTURES, Architecture, Tile
 from .launch import Call, overridden
 
