@@ -77,14 +77,17 @@ def unbroken_by_kills(flags, tmp_path, kills, seed):
     command = torchrun(2, [*flags, "--out", str(out)], f"--max-restarts={kills}")
     with (tmp_path / "stderr").open("wb") as stderr:  # a pipe that nobody reads would fill, and stop the ranks
         agent = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=stderr)
-    for i in range(kills):
-        kill_one_rank(agent, out, draw, saving=i % 2 == 1)
-        ranks = children(agent.pid)
-        deadline = time.monotonic() + 60
-        while set(children(agent.pid)) & set(ranks):  # until the agent has started new ones
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    assert agent.wait(timeout=300) == 0, (tmp_path / "stderr").read_text()[-3000:]
+    try:
+        for i in range(kills):
+            kill_one_rank(agent, out, draw, saving=i % 2 == 1)
+            ranks = children(agent.pid)
+            deadline = time.monotonic() + 60
+            while set(children(agent.pid)) & set(ranks):  # until the agent has started new ones
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        assert agent.wait(timeout=300) == 0, (tmp_path / "stderr").read_text()[-3000:]
+    finally:
+        agent.terminate()
     assert losses(out) == losses(whole)
     assert not list(out.glob("*/*.partial"))
     assert json.loads((out / "result.json").read_text())["heldout_loss"] == json.loads((whole / "result.json").read_text())["heldout_loss"]
