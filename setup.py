@@ -2,7 +2,7 @@
 
 The kernels are optional: where they cannot be built (no C++ compiler, no nvcc), the package installs without them, and
 `fused_mos.backends()` says why the backend `cpu` or `cuda` is missing. FUSED_MOS_NATIVE=0 leaves them out; =1 makes a failure fatal,
-but for a missing nvcc.
+but for a missing nvcc, and warnings and spilled registers of the CUDA kernels, too.
 """
 
 import os
@@ -36,16 +36,12 @@ class CMakeBuild(build_ext):
         for module in MODULES:
             for stale in [*package.glob(f"{module}.*"), *package.glob(f"{module}_missing.txt")]:
                 stale.unlink()
-        work = Path(self.build_temp).resolve()
-        work.mkdir(parents=True, exist_ok=True)
         built = []
         for module in MODULES:
             try:
                 if module == "_cuda" and not NVCC:
                     raise FileNotFoundError("there is no nvcc (CUDACXX names one that is not on the PATH)")
-                if not built:
-                    self.configure(work)
-                self.build(module, work, package)
+                self.build(module, package)
                 built.append(module)
             except (OSError, subprocess.CalledProcessError) as error:
                 if WANTED == "1" and (module == "_cpu" or NVCC):
@@ -59,17 +55,19 @@ class CMakeBuild(build_ext):
         """The package folder that the modules go to: the source tree's for an editable install, else the build's."""
         return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "fused_mos"
 
-    def configure(self, work: Path) -> None:
+    def build(self, module: str, target: Path) -> None:
+        """Each module in a folder of its own, so that an nvcc that does not work is not asked for the CPU's."""
         import pybind11
 
+        work = Path(self.build_temp).resolve() / module
+        work.mkdir(parents=True, exist_ok=True)
         self.call(
             # afresh: an older cache names the ninja of an isolated build environment that is gone
             "cmake", "--fresh", "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DFUSED_MOS_SANITIZE={os.environ.get('FUSED_MOS_SANITIZE', 'OFF')}", f"-DFUSED_MOS_NVCC={NVCC}",
+            f"-DFUSED_MOS_SANITIZE={os.environ.get('FUSED_MOS_SANITIZE', 'OFF')}", f"-DFUSED_MOS_STRICT={'ON' if WANTED == '1' else 'OFF'}",
+            f"-DFUSED_MOS_NVCC={NVCC if module == '_cuda' else ''}",
         )  # fmt: skip
-
-    def build(self, module: str, work: Path, target: Path) -> None:
         self.call("cmake", "--build", str(work), "--target", module)
         self.call("cmake", "--install", str(work), "--prefix", str(target), "--component", module)
 

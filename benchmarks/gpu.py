@@ -110,7 +110,7 @@ def sanitize(tool: str) -> dict:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"passed": None, "summary": "compute-sanitizer was not found"}
-    decoding = ["tests/test_cuda.py", "-k", "gpu and (log_prob_and_topk or rare or samples) and not 100_000 and not 793_471"]
+    decoding = ["tests/test_cuda.py", "-k", "gpu and (log_prob_and_topk or rare or samples) and not 100000 and not 793471"]
     selections = [decoding]
     if tool == "memcheck":
         selections.append(["tests/test_functional.py", "-k", "triton and (without_bias or predict or topk or non_contiguous or filter or float16)"])

@@ -72,8 +72,11 @@ def unavailable(name: str) -> str | None:
     return None
 
 
-def seconds(call: Callable[[], object], on_gpu: bool = False) -> float:
-    """On a GPU from when its first kernel could start until its last has ended."""
+def seconds(call: Callable[[], object], on_gpu: bool = False, before: Callable[[], object] | None = None) -> float:
+    """On a GPU from when its first kernel could start until its last has ended, the host's time to get there included; unless `before`
+    keeps the device busy for longer."""
+    if before:
+        before()
     if on_gpu:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -93,12 +96,14 @@ def step(loss: Callable[..., Tensor], arguments: list[Tensor]) -> None:
     loss(*arguments).backward()
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, on_gpu: bool = False) -> dict[str, list[float]]:
+def interleaved(
+    calls: dict[str, Callable[[], object]], rounds: int, on_gpu: bool = False, before: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
     """Seconds of each call, all in turns, `rounds` times after a warm-up, so that ratios hold on a noisy machine."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            elapsed = seconds(call, on_gpu)
+            elapsed = seconds(call, on_gpu, before)
             if turn:
                 times[name].append(elapsed)
     return times

@@ -68,6 +68,11 @@ PYBIND11_MODULE(FUSED_MOS_MODULE, m) {
       .def("log_prob", &Decode::log_prob)
       .def("topk", &Decode::topk)
       .def("sample", &Decode::sample);
+  m.def("versions", [] {
+    int runtime, driver;
+    cuda_versions(runtime, driver);
+    return py::make_tuple(runtime, driver);
+  });
   m.attr("MAX_ROWS") = MAX_ROWS;
   m.attr("MAX_K") = MAX_K;
 }

@@ -2,7 +2,8 @@
 // the grid, and each emits what was asked for of its classes. Every block must be resident at once (a cooperative launch).
 //
 // The embedding is the left operand of the products: 16 classes × 16 features of it times 8 rows of latent vectors. So a warp reads
-// each class once, from a ring of its own that it fills by asynchronous copies, and waits for no other warp before the exchange.
+// each class once, from a ring of its own that it fills by asynchronous copies, and between the latent vectors' arrival and the exchange
+// waits for no other warp.
 //
 // The same text runs on a GPU (device.cuh) and, thread by thread, on a CPU (emulation.h), which is how it is tested without one.
 #pragma once
@@ -327,7 +328,7 @@ struct Decoder {
     for (int token = device::block(); token < a.n_tokens; token += p.n_blocks) {
       const int at = thread * a.n_tokens + token;
       const Candidate best = best_of_block(thread < p.n_blocks ? Candidate{values[at], classes[at]} : nobody());
-      if (thread == 0) a.indices[token] = best.index;
+      if (thread == 0) a.indices[token] = best.index == INT32_MAX ? 0 : best.index;  // of nothing but −∞, which has no distribution
     }
   }
 };

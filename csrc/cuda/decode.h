@@ -36,7 +36,7 @@ struct DecodePlan {
   int latent_stride;         // elements between rows of latent in shared memory
   int logits_stride;         // floats between rows of logits
   bool logits_in_shared;     // else they are in the workspace: they do not fit
-  int shared_bytes;
+  int shared_bytes, shared_limit;
   int64_t workspace_bytes;
   // offsets in bytes: of shared memory …
   int ring_at, statistics_at, logits_at;
@@ -53,5 +53,8 @@ const char* plan_decode(const DecodeArguments& arguments, int n_multiprocessors,
 // Queues the kernel on a stream. A cudaError_t, 0 for success.
 int launch_decode(const DecodeArguments& arguments, const DecodePlan& plan, void* stream);
 const char* error_text(int error);
+
+// Of the CUDA runtime that is built in, and the newest that the driver can run: 1000 · major + 10 · minor, 0 for none.
+void cuda_versions(int& runtime, int& driver);
 
 }  // namespace fused_mos

@@ -26,4 +26,6 @@ int launch_decode(const DecodeArguments& arguments, const DecodePlan& plan, void
 
 const char* error_text(int) { return ""; }
 
+void cuda_versions(int& runtime, int& driver) { runtime = driver = 0; }
+
 }  // namespace fused_mos

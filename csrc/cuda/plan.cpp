@@ -7,6 +7,8 @@
 namespace fused_mos {
 namespace {
 
+constexpr const char* TOO_LARGE = "latent does not fit in shared memory";
+
 template <class T>
 T aligned(T bytes) {
   return (bytes + 15) / 16 * 16;
@@ -23,6 +25,7 @@ const char* plan_decode(const DecodeArguments& a, int n_multiprocessors, int sha
   const int64_t rows = int64_t{a.n_tokens} * a.n_experts;
   if (rows < 1 || rows > MAX_ROWS) return "n_tokens * n_experts must be from 1 to 128";
   if (a.n_features < 2 || a.n_features % 2) return "latent_features must be even";
+  if (a.n_features > shared_limit) return TOO_LARGE;
   if (a.n_classes < 1 || a.n_classes > INT32_MAX - 32) return "n_classes must be from 1 to 2**31 - 33";
   if (a.mode == DecodeMode::TopK && (a.k < 1 || a.k > MAX_K)) return "k must be from 1 to 64";
   plan = {};
@@ -35,15 +38,18 @@ const char* plan_decode(const DecodeArguments& a, int n_multiprocessors, int sha
 
   const int padded_rows = static_cast<int>(rows + 7) / 8 * 8;
   plan.latent_stride = (a.n_features + 15) / 16 * 16 + 8;  // rows begin 4 banks apart
-  plan.ring_at = aligned(padded_rows * plan.latent_stride * 2);
+  const int64_t latent_bytes = aligned(int64_t{padded_rows} * plan.latent_stride * 2);
+  if (latent_bytes > shared_limit) return TOO_LARGE;
+  plan.ring_at = static_cast<int>(latent_bytes);
   plan.statistics_at = plan.ring_at + WARPS * RING_BYTES;
   plan.logits_at = aligned(plan.statistics_at + 2 * WARPS * 8 * plan.row_tiles * 4);
   const int64_t classes = (plan.n_tiles + plan.n_blocks - 1) / plan.n_blocks * tile;  // of the longest span
   const int64_t logits_bytes = rows * (classes + 1) * 4;                             // an odd stride: lanes of other rows, other banks
   plan.logits_stride = static_cast<int>(classes + 1);
   plan.logits_in_shared = plan.logits_at + logits_bytes <= shared_limit;
+  plan.shared_limit = shared_limit;
   plan.shared_bytes = plan.logits_at + (plan.logits_in_shared ? static_cast<int>(logits_bytes) : 0);
-  if (plan.shared_bytes > shared_limit) return "latent does not fit in shared memory";
+  if (plan.shared_bytes > shared_limit) return TOO_LARGE;
 
   int64_t at = 0;
   auto reserve = [&](int64_t bytes) {

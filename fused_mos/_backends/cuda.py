@@ -94,9 +94,11 @@ def _on(device: torch.device) -> Iterator[int]:
 
 def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None) -> Tensor:
     """As in the Triton backend, by the decode kernel where that can."""
-    state = torch.randint(2**62, (1,), generator=generator, device=rows.device)
-    drawn = DECODER.sample(rows, weight, bias, temperature, state)
-    return triton.sample(rows, weight, bias, temperature, generator) if drawn is None else drawn
+    if not torch.compiler.is_compiling():
+        state = torch.randint(2**62, (1,), generator=generator, device=rows.device)
+        if (drawn := DECODER.sample(rows, weight, bias, temperature, state)) is not None:
+            return drawn
+    return triton.sample(rows, weight, bias, temperature, generator)
 
 
 def availability() -> str:
@@ -110,7 +112,15 @@ def unsupported(device: torch.device) -> str | None:
     """Why tensors on this device cannot be computed here; None where they can."""
     if device.type != "cuda":
         return f"it is for CUDA tensors, but latent is on {device}"
-    return triton.unsupported(device)
+    return triton.unsupported(device) or too_new(*_cuda.versions())
+
+
+def too_new(runtime: int, driver: int) -> str | None:
+    """Why a driver cannot run the kernels, of versions as CUDA counts them; None where it can: all of its major version."""
+    if runtime // 1000 <= driver // 1000:
+        return None
+    built, has = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
+    return f"its kernels were built with CUDA {built} and the driver is for {has}; install with an older nvcc (CUDACXX), or a newer driver"
 
 
 DECODER = Decoder(_cuda, _limits, _on)
