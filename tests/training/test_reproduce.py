@@ -26,7 +26,7 @@ def test_all_stages_in_pieces_are_those_of_one_go(small_recipe, corpus_folder, t
     out = capsys.readouterr().out
     count = 0
     while not (pieces / "reproduction.md").exists():
-        assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(pieces), "--time-limit", "0.3"]) == 0
+        assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(pieces), "--time-limit", "0.05"]) == 0
         count += 1
     assert count > 3 and "time limit reached; the same command continues" in capsys.readouterr().out
     results = json.loads((whole / "reproduction.json").read_text())
