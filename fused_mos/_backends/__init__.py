@@ -91,8 +91,9 @@ def backends() -> dict[str, str]:
     available = {"reference": "available"} | {name: "available" for name in _KERNELS}
     if "cpu" in _KERNELS:
         available["cpu"] = f"available ({cpu.instruction_set()})"
-    for name in _KERNELS.keys() & {"triton", "cuda"}:
-        available[name] = kernels(name).availability()
+    for name in ("triton", "cuda"):
+        if name in _KERNELS:
+            available[name] = kernels(name).availability()
     return available | _ABSENT
 
 

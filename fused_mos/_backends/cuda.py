@@ -112,7 +112,7 @@ def unsupported(device: torch.device) -> str | None:
     """Why tensors on this device cannot be computed here; None where they can."""
     if device.type != "cuda":
         return f"it is for CUDA tensors, but latent is on {device}"
-    return triton.unsupported(device) or too_new(*_cuda.versions())
+    return triton.unsupported(device) or _TOO_NEW
 
 
 def too_new(runtime: int, driver: int) -> str | None:
@@ -124,3 +124,4 @@ def too_new(runtime: int, driver: int) -> str | None:
 
 
 DECODER = Decoder(_cuda, _limits, _on)
+_TOO_NEW = too_new(*_cuda.versions())  # asked once: a graph that is traced cannot ask
