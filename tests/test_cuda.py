@@ -23,6 +23,7 @@ import fused_mos
 from fused_mos import _backends
 from fused_mos import functional as F
 from fused_mos._backends import reference, tiled
+from fused_mos._backends.resources import kernel_resources
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 SHARED_BYTES = 227 * 1024
@@ -288,6 +289,14 @@ def test_functions_take_it_where_no_gradient_is_wanted(module, monkeypatch):
     assert len(used) == 2 and used[1]
     many = problem(100, 3, 16, 200).to(torch.bfloat16, ())
     assert F.mos_log_prob(*many.inputs(), backend="tiled").shape == (100, 200) and used[2] is None
+
+
+def test_no_kernel_spills():
+    """Six kernels for each architecture, as they were compiled at the install."""
+    found = kernel_resources(cuda._cuda.__file__)
+    architectures = {resources.architecture for resources in found}
+    assert {"sm_80", "sm_90a"} <= architectures and len(found) == 6 * len(architectures)
+    assert all(resources.stack == resources.local == 0 and 0 < resources.registers <= 255 for resources in found)
 
 
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")

@@ -7,12 +7,10 @@ and the divisibility that a real call has. Run it in a process of its own: trito
 import contextlib
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -21,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .. import triton as backend
+from ..resources import Resources, kernel_resources
 from .configurations import ARCHITECTURES, Architecture, Tile
 from .launch import Call, overridden
 
@@ -134,14 +133,12 @@ def _source(call: Call) -> tuple[ASTSource, dict]:
     return ASTSource(call.kernel, signature, constants, attributes), {"num_warps": call.warps, "num_stages": call.stages, "enable_fp_fusion": True}
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED and LOCAL of the one kernel in a cubin."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _resources(cubin: bytes) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        output = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
+        (resources,) = kernel_resources(file.name)
+    return resources
 
 
 def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Compiled:
@@ -157,7 +154,7 @@ def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Comp
         return Compiled(*about, 0, 0, 0, 0, {}, error=f"{type(error).__name__}: {str(error).strip() or 'no message'}")
     resources, ptx = _resources(compiled.asm["cubin"]), compiled.asm["ptx"]
     instructions = {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
-    return Compiled(*about, resources["REG"], resources["STACK"], resources["LOCAL"], compiled.metadata.shared, instructions)
+    return Compiled(*about, resources.registers, resources.stack, resources.local, compiled.metadata.shared, instructions)
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}

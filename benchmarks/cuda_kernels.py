@@ -1,0 +1,72 @@
+"""What the CUDA kernels that the package was installed with use, as nvcc compiled them, and how their launches are cut up. Needs no GPU.
+
+    python benchmarks/cuda_kernels.py [--out FILE.json]
+
+Registers, stack and spilled bytes of a thread, by architecture; then, for the decoders of the paper, blocks, shared memory of a block
+and workspace on a GPU of the architecture. Exit status 1 on a spill.
+"""
+
+import dataclasses
+import json
+import re
+import sys
+from datetime import date
+from pathlib import Path
+
+import tyro
+
+from fused_mos import _cuda
+from fused_mos._backends.resources import kernel_resources
+from fused_mos._backends.triton_kernels.configurations import ARCHITECTURES
+from fused_mos._backends.triton_kernels.proof import SHAPES
+from fused_mos.training.run import write_json
+
+
+@dataclasses.dataclass
+class Config:
+    out: Path = Path(__file__).parent / "results" / "cuda-kernels.json"
+
+
+def kernels(module: Path) -> list[dict[str, object]]:
+    found = []
+    for resources in kernel_resources(module):
+        dtype, row_tiles = re.search(r"decode_kernel.*?\d(B?Float16)ELi(\d+)E", resources.function).groups()
+        name = f"decode, {dtype.lower()}, {8 * int(row_tiles)} rows"
+        found.append({"kernel": name} | {k: v for k, v in dataclasses.asdict(resources).items() if k not in ("function", "shared")})
+    return sorted(found, key=lambda row: (row["kernel"], int(re.sub(r"\D", "", row["architecture"]))))
+
+
+def plans() -> list[dict[str, object]]:
+    """Of log_prob, for 1, 4 and 8 tokens."""
+    found = []
+    for name in ("sm_80", "sm_90", "sm_100"):  # on GPUs of 99 KiB a block none fits
+        architecture = ARCHITECTURES[name]
+        for shape in ("ptb", "wikitext2", "lm1b", "lm1b-all-words"):
+            _, k, d, v = SHAPES[shape]
+            for n in (1, 4, 8):
+                row = {"architecture": name, "shape": shape, "tokens": n}
+                try:
+                    plan = _cuda.Decode(_cuda.DecodeMode.LogProb, True, n, k, d, v, 0, 0, 0, architecture.multiprocessors, architecture.shared_memory, 0)
+                except ValueError as reason:
+                    found.append(row | {"not planned": str(reason)})
+                else:
+                    fields = ("n_blocks", "shared_bytes", "logits_in_shared", "workspace_bytes")
+                    found.append(row | {field: getattr(plan, field) for field in fields})
+    return found
+
+
+def main() -> int:
+    config = tyro.cli(Config, description=__doc__)
+    runtime = _cuda.versions()[0]
+    result = {
+        "nvcc": f"{runtime // 1000}.{runtime % 1000 // 10}", "date": date.today().isoformat(),
+        "kernels": kernels(Path(_cuda.__file__)), "plans": plans(),
+    }  # fmt: skip
+    write_json(config.out, result)
+    for row in result["kernels"] + result["plans"]:
+        print(json.dumps(row))
+    return int(any(row["stack"] or row["local"] for row in result["kernels"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
