@@ -51,5 +51,6 @@ def flags(prepared):
     """Of a One Billion Word run that takes a second or two."""
     return [
         "--recipe", "lm1b-tiny", "--data", str(prepared), "--embedding-size", "8", "--hidden-sizes", "12", "10", "--batch-size", "6", "--bptt", "9",
-        "--eval-batch-size", "4", "--eval-interval", "20", "--log-interval", "1", "--epochs", "2", "--warmup-steps", "5", "--lr", "0.01",
+        "--eval-batch-size", "4", "--eval-interval", "20", "--log-interval", "1", "--epochs", "2", "--optimizer", "adam", "--lr", "0.01",
+        "--warmup-steps", "5", "--clip", "1",
     ]  # fmt: skip

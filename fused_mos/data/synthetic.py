@@ -1,0 +1,138 @@
+"""A language whose rank and entropy are known, for seeing what the rank of a softmax costs (Yang et al. 2018, section 2).
+
+    python -m fused_mos.data.synthetic --out FOLDER [--n-words 1000] [--rank 65] [--concentration 2.5]
+
+writes train.txt, valid.txt and test.txt, which fused_mos.train reads, and language.json with the perplexity that no model can beat.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+
+class SyntheticLanguage:
+    """Each word depends on the one before it alone, and the matrix of log p(next word | word) has the given rank.
+
+    Its logits are products of Gaussian vectors of rank − 1 features, so that a softmax over that many can be right, and over fewer cannot: all
+    that a row of logits is free to do is to be shifted (section 2.2). The row's normaliser is the one dimension more.
+
+    Args:
+        n_words: words V, of which the first ends a line.
+        rank: of the matrix of log-probabilities, from 2 to V.
+        concentration: standard deviation of the logits, in nats; 0 would be uniform.
+        seed: of the language, not of its texts.
+
+    Attributes:
+        log_prob: (V, V) float64; row u holds log p(v | u).
+        stationary: (V,) float64, how often each word occurs in a long text.
+        entropy: of a word given the one before it, in nats: what no model's loss can be below.
+
+    Raises ValueError for an argument out of its range.
+    """
+
+    def __init__(self, n_words: int = 1000, rank: int = 65, concentration: float = 2.5, seed: int = 0):
+        if n_words < 2:
+            raise ValueError(f"n_words must be at least 2, got {n_words}")
+        if not 2 <= rank <= n_words:
+            raise ValueError(f"rank must be from 2 to n_words = {n_words}, got {rank}")
+        if not (concentration > 0 and math.isfinite(concentration)):
+            raise ValueError(f"concentration must be positive and finite, got {concentration}")
+        generator = torch.Generator().manual_seed(seed)
+        context, word = (torch.randn(n_words, rank - 1, generator=generator, dtype=torch.float64) for _ in range(2))
+        self.rank = rank
+        self.log_prob = torch.log_softmax(concentration * (rank - 1) ** -0.5 * context @ word.T, 1)
+        self.stationary = _stationary(self.log_prob.exp())
+        self.entropy = self.cross_entropy(self.log_prob)
+
+    @property
+    def n_words(self) -> int:
+        return len(self.log_prob)
+
+    def cross_entropy(self, log_prob: Tensor) -> float:
+        """Expected loss in nats a word of a model with these log-probabilities (V, V), exactly: over all texts, not over a sample."""
+        if log_prob.shape != self.log_prob.shape:
+            raise ValueError(f"log_prob must be (n_words, n_words) = {tuple(self.log_prob.shape)}, got {tuple(log_prob.shape)}")
+        return -(self.stationary @ (self.log_prob.exp() * log_prob.double()).sum(1)).item()
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        """A text of n words (n,) int64, which begins in the stationary distribution. Each seed is another text."""
+        uniform = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        until = self.log_prob.exp().cumsum(1).clamp_(max=1)
+        until[:, -1] = 1  # where rounding left it below
+        words = torch.empty(n, dtype=torch.int64)
+        cumulative = self.stationary.cumsum(0)
+        for i, u in enumerate(uniform):
+            words[i] = word = min(int(torch.searchsorted(cumulative, u, right=True)), self.n_words - 1)
+            cumulative = until[word]
+        return words
+
+
+def _stationary(transition: Tensor) -> Tensor:
+    """The distribution that stays itself, of a matrix all of whose entries are positive: unique."""
+    n = len(transition)
+    equations = torch.cat([transition.T - torch.eye(n, dtype=transition.dtype), torch.ones(1, n, dtype=transition.dtype)])
+    right = torch.zeros(n + 1, 1, dtype=transition.dtype)
+    right[-1] = 1
+    found = torch.linalg.lstsq(equations, right).solution[:, 0].clamp_(min=0)
+    return found / found.sum()
+
+
+@dataclasses.dataclass
+class Config:
+    out: Path
+    """Folder to write to."""
+    n_words: int = 1000
+    """Size of the vocabulary; the first word is the end of a line."""
+    rank: int = 65
+    """Of the matrix of log-probabilities: a softmax needs rank − 1 features."""
+    concentration: float = 2.5
+    """Standard deviation of the logits, in nats."""
+    seed: int = 0
+    """Of the language and its texts."""
+    train: int = 1_000_000
+    """Words of train.txt."""
+    heldout: int = 100_000
+    """Words of valid.txt and of test.txt."""
+
+
+def write(config: Config) -> dict[str, float]:
+    """Writes the folder and returns what language.json holds. Raises ValueError for a text too short to contain each word."""
+    language = SyntheticLanguage(config.n_words, config.rank, config.concentration, config.seed)
+    texts = {
+        split: language.sample(n, config.seed + i)
+        for i, (split, n) in enumerate({"train": config.train, "valid": config.heldout, "test": config.heldout}.items(), start=1)
+    }
+    if missing := config.n_words - len(texts["train"].unique()):
+        raise ValueError(f"train must be longer for each of n_words = {config.n_words} words to occur in it: {config.train} words lack {missing}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
+    for split, tokens in texts.items():
+        # a line's end is a word, and the corpus ends the last line by itself
+        (config.out / f"{split}.txt").write_text("".join(words[i] for i in tokens.tolist()), encoding="utf-8")
+    facts = {
+        "entropy": language.entropy, "perplexity": math.exp(language.entropy), "rank": language.rank, "n_words": config.n_words,
+        "concentration": config.concentration, "seed": config.seed,
+    }  # fmt: skip
+    (config.out / "language.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    config = tyro.cli(Config, prog="python -m fused_mos.data.synthetic", description=__doc__, args=arguments)
+    try:
+        facts = write(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{config.out}: {config.n_words} words, rank {config.rank}; no model's perplexity can be below {facts['perplexity']:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
