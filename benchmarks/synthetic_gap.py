@@ -1,0 +1,115 @@
+"""What the rank of a head costs: its gap to the entropy of a language of known rank, against features d and experts K.
+
+    python benchmarks/synthetic_gap.py [--out FILE.json]
+
+Each head is trained on the language itself, the expected loss over all texts, with a free vector for each context; so the gap is what the head
+cannot express (and what Adam has not found), not what a sample does not tell. The plot lies beside the JSON; what that has is not repeated.
+"""
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import fused_mos  # noqa: E402
+from fused_mos.data.synthetic import SyntheticLanguage  # noqa: E402
+from fused_mos.training.run import write_json  # noqa: E402
+
+
+@dataclasses.dataclass
+class Config:
+    n_words: int = 500
+    """Vocabulary of the language."""
+    rank: int = 65
+    """Of its log-probabilities."""
+    features: tuple[int, ...] = (8, 16, 32, 64)
+    """Sizes d of the decoder."""
+    experts: tuple[int, ...] = (2, 4, 8, 16)
+    """Softmaxes K of a MoS; MoC has the largest but one."""
+    context_features: int = 128
+    """Size of a context's vector before the experts of a mixture (a softmax has none)."""
+    steps: int = 3000
+    """Of Adam, its rate falling from 0.01 to 0 as a cosine."""
+    out: Path = Path(__file__).parent / "results" / "synthetic-gap.json"
+
+
+def gap(language: SyntheticLanguage, head: fused_mos.module.Head, context_features: int, steps: int, name: str) -> dict[str, float]:
+    """Nats a word above the entropy, after training."""
+    context = torch.nn.Parameter(torch.randn(language.n_words, context_features))
+    parameters = [context, *head.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    share = (language.stationary[:, None] * language.log_prob.exp()).float()
+    start = time.perf_counter()
+    for _ in tqdm(range(steps), desc=name, leave=False, disable=None):
+        optimizer.zero_grad()
+        (-(share * head.log_prob(context)).sum()).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        loss = language.cross_entropy(head.log_prob(context))
+    return {
+        "gap": round(loss - language.entropy, 4), "parameters": sum(p.numel() for p in parameters), "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
+
+
+def plot(result: dict, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    names = {name: None for row in result["rows"].values() for name in (row["head"],)}
+    shades = iter(plt.cm.viridis(torch.linspace(0.85, 0.1, sum(name.startswith("MoS") for name in names)).tolist()))
+    for name in names:
+        points = sorted((row["d"], row["gap"]) for row in result["rows"].values() if row["head"] == name)
+        style = {"color": next(shades)} if name.startswith("MoS") else {"color": "black" if name == "softmax" else "tab:red", "linestyle": "--"}
+        axes.plot(*zip(*points), marker="o", label=name, **style)
+    axes.axvline(result["rank"] - 1, color="gray", linewidth=0.8)
+    axes.annotate("rank − 1", (result["rank"] - 1, axes.get_ylim()[1]), xytext=(-3, -3), textcoords="offset points", ha="right", va="top", color="gray")
+    axes.set(xlabel="features d of the decoder", ylabel="nats a word above the entropy", xscale="log", ylim=(0, None))
+    axes.set_xticks(sorted({row["d"] for row in result["rows"].values()}), minor=False)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.minorticks_off()
+    axes.set_title(f"{result['n_words']} words, log-probabilities of rank {result['rank']}, entropy {result['entropy']:.2f} nats", fontsize=10)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    config = tyro.cli(Config, description=__doc__)
+    language = SyntheticLanguage(config.n_words, config.rank)
+    about = {name: getattr(config, name) for name in ("n_words", "rank", "context_features", "steps")} | {"entropy": language.entropy}
+    result = json.loads(config.out.read_text()) if config.out.is_file() else about | {"rows": {}}
+    if different := [name for name in about if result[name] != about[name]]:
+        raise SystemExit(f"error: {config.out} has another {different[0]}, {result[different[0]]}, than {about[different[0]]}; name another --out")
+    result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
+    for d in config.features:
+        # a softmax takes the context's vector as it is
+        heads = {"softmax": lambda: (fused_mos.Softmax(d, config.n_words), d)}
+        for kind, count in [(fused_mos.MoS, k) for k in config.experts] + [(fused_mos.MoC, sorted(config.experts)[-2])]:
+            mixture = partial(kind, config.context_features, config.n_words, count, d)
+            heads[f"{kind.__name__}, K = {count}"] = lambda mixture=mixture: (mixture(), config.context_features)
+        for name, make in heads.items():
+            key = f"{name}, d = {d}"
+            if key not in result["rows"]:
+                torch.manual_seed(0)
+                head, size = make()
+                result["rows"][key] = {"head": name, "d": d} | gap(language, head, size, config.steps, key)
+                write_json(config.out, result)
+            print(f"{key}: {result['rows'][key]['gap']:.4f} nats above the entropy, {result['rows'][key]['parameters']:,} parameters", flush=True)
+    plot(result, config.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
