@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH_OPTIONS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 0)
 
-.PHONY: demo test benchmark sanitize clean
+.PHONY: demo test benchmark bench-check sanitize clean
 
 demo: $(VENV)/installed
 	$(PY) -m fused_mos.demo
@@ -17,8 +17,15 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PY) -m pytest tests
 
-benchmark: $(VENV)/installed
-	$(PY) -m pytest benchmarks --benchmark-only
+# about fifteen minutes: times beside peers, into benchmarks/results/, and from there into the documents
+benchmark: $(VENV)/peers-installed
+	$(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/benchmark.json
+	$(PY) -m benchmarks.report --record build/benchmark.json
+
+# as long: a fresh run's ratios against the recorded ones; names what fell by more than 10 %
+bench-check: $(VENV)/peers-installed
+	$(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/bench-check.json
+	$(PY) -m benchmarks.report --compare build/bench-check.json
 
 # the native kernels under AddressSanitizer and UBSan: a copy of the package of its own, compiled so
 sanitize: $(VENV)/installed
@@ -31,6 +38,11 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -typ
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH_OPTIONS) "$(TORCH)"
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+$(VENV)/peers-installed: $(VENV)/installed
+	mkdir -p build
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cut-cross-entropy liger-kernel
 	touch $@
 
 clean:

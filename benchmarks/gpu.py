@@ -31,7 +31,8 @@ import triton  # noqa: E402
 import tyro  # noqa: E402
 import gpu_decode  # noqa: E402
 from gpu_report import goals, plot  # noqa: E402
-from harness import cut_cross_entropy, eager, five_lines, inputs, interleaved, liger, softmax_cross_entropy, step, unavailable  # noqa: E402
+from harness import attempt, clear, extra_mebibytes, inputs, interleaved, mm_calls, spread, step  # noqa: E402
+from peers import MIXTURE, SINGLE, compiled, unavailable  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import fused_mos  # noqa: E402
@@ -161,60 +162,16 @@ def our_calls(arguments: list[torch.Tensor]) -> dict[str, tuple[float, Callable[
 def peer_calls(arguments: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
     """Forward + backward of what a user would write instead."""
     single = arguments[1].shape[1] == 1
-    plain = softmax_cross_entropy if single else eager
-    losses = {
-        "eager": plain, "torch.compile": torch.compile(plain, dynamic=False), "five lines": five_lines,
-        "cut-cross-entropy": cut_cross_entropy, "Liger": liger,
-    }  # fmt: skip
+    plain = "F.linear + F.cross_entropy" if single else "log-sum-exp"
+    losses = (SINGLE if single else MIXTURE) | {f"{plain}, compiled": compiled(plain)}
     return {name: lambda loss=loss: step(loss, arguments) for name, loss in losses.items()}
-
-
-def mm_calls(n: int, k: int, d: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The three products of a training step, on at most 100,000 classes, whose rate is that of all."""
-    z, e, p = (torch.randn(size, device=DEVICE, dtype=dtype) for size in ((n * k, d), (v, d), (n * k, v)))
-    return {"mm z·Eᵀ": lambda: torch.mm(z, e.t()), "mm P·E": lambda: torch.mm(p, e), "mm Pᵀ·z": lambda: torch.mm(p.t(), z)}
-
-
-def clear(arguments: list[torch.Tensor]) -> None:
-    for tensor in arguments:
-        tensor.grad = None
-
-
-def attempt(call: Callable[[], object]) -> str | None:
-    """Warms up; why the call cannot be measured, or None."""
-    try:
-        call()
-        return None
-    except torch.OutOfMemoryError:
-        return "out of memory"
-    except Exception as error:  # of a peer, whose limits are not ours to know
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
-
-
-def extra_mebibytes(call: Callable[[], object], arguments: list[torch.Tensor]) -> float | None:
-    """The most memory beside inputs, gradients and the result; None on a CPU."""
-    if DRY_RUN:
-        return None
-    clear(arguments)
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    result = call()
-    peak = torch.cuda.max_memory_allocated() - before
-    results = (result,) if isinstance(result, torch.Tensor) else result or ()
-    kept = sum(tensor.nbytes for tensor in (*(t.grad for t in arguments if t.grad is not None), *results))
-    return round((peak - kept) / 2**20, 1)
-
-
-def spread(values: list[float], digits: int = 4) -> list[float]:
-    return [round(f(values), digits) for f in (statistics.median, min, max)]
 
 
 def products_per_second(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[float, dict[str, list[float]]]:
     """The best median rate of `mm_calls`, as products of this shape a second; and its times in ms (median, min, max)."""
     n, k, d, v = shape
     part = min(v, 100_000)
-    times = interleaved(mm_calls(n, k, d, part, dtype), ROUNDS, on_gpu=not DRY_RUN)
+    times = interleaved(mm_calls(n, k, d, part, dtype, DEVICE), ROUNDS, on_gpu=not DRY_RUN)
     rate = part / v / min(statistics.median(values) for values in times.values())
     return rate, {name: spread([1e3 * value for value in values]) for name, values in times.items()}
 
@@ -231,7 +188,7 @@ def time_shape(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
     for group in (calls, alone):
         measurable = {}
         for name, call in tqdm(group.items(), desc="warming up", leave=False):
-            failure = unavailable(name) or attempt(call)
+            failure = (unavailable(name, DEVICE) if name not in ours else None) or attempt(call)
             clear(arguments)
             gc.collect()
             if not DRY_RUN:

@@ -5,18 +5,22 @@
 RUN is a folder that `python -m fused_mos.train` left. Segments are of its training text, with dropout as in training.
 """
 
-import argparse
+import dataclasses
 import json
 import statistics
+import sys
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from harness import seconds, step
 
 from fused_mos import functional as F
 from fused_mos.data import Corpus, batchify
 from fused_mos.lm import AWDLSTM
 from fused_mos.training.checkpoint import load_checkpoint, load_parameters
+from fused_mos.training.run import write_json
 
 
 def _relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
@@ -69,19 +73,27 @@ def measure_run(run: Path, data: Path | None, n_segments: int, device: str, dtyp
     return {"recipe": config.get("recipe"), "shape": (bptt * text.shape[1], config["model"]["n_experts"], d, v), "rows": table}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--segments", type=int, default=10)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--data", type=Path, help="where the corpus is now; else where it was in training")
-    parser.add_argument("--out", type=Path, help="where to write the table as JSON")
-    options = parser.parse_args()
+@dataclasses.dataclass
+class Config:
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder that fused_mos.train left."""
+    segments: int = 10
+    """Of the training text, to measure on."""
+    device: str = "cpu"
+    data: Path | None = None
+    """Where the corpus is; by default where it was in training."""
+    out: Path | None = None
+    """Where to write the table as JSON."""
+
+
+def main() -> int:
+    config = tyro.cli(Config, description=__doc__)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    result = measure_run(options.run, options.data, options.segments, options.device, dtypes)
-    if options.out:
-        options.out.write_text(json.dumps(result | {"torch": torch.__version__}, indent=1) + "\n")
+    result = measure_run(config.run, config.data, config.segments, config.device, dtypes)
+    if config.out:
+        write_json(config.out, result | {"torch": torch.__version__})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

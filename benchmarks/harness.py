@@ -1,12 +1,23 @@
-"""What the benchmarks share: the problem, what a user would write instead of the head, and timing in turns."""
+"""What the benchmarks share: the problem, timing in turns, the floor, and memory."""
 
-import importlib.util
+import ctypes
+import gc
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+try:
+    from fused_mos import _cpu
+except ImportError:
+    _cpu = None
+
+Shape = tuple[int, int, int, int]
+"""N, K, D, V."""
 
 
 def inputs(n: int, k: int, d: int, v: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
@@ -21,55 +32,7 @@ def inputs(n: int, k: int, d: int, v: int, dtype: torch.dtype = torch.float32, d
     ]
 
 
-def eager(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """The mixture as its equations stand: K distributions of V words for every token."""
-    log_softmax = torch.log_softmax(torch.nn.functional.linear(z, w, b), -1)
-    at_target = log_softmax.gather(2, y[:, None, None].expand(-1, z.shape[1], 1))[..., 0]
-    return -torch.logsumexp(torch.log_softmax(a, 1) + at_target, 1).mean()
-
-
-def five_lines(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """A lean MoS of torch's own parts (torch ≥ 2.13): a fused linear cross-entropy over N·K rows."""
-    n, k, d = z.shape
-    nll = torch.nn.functional.linear_cross_entropy(z.view(n * k, d), w, y.repeat_interleave(k), linear_bias=b, reduction="none")
-    return -torch.logsumexp(torch.log_softmax(a, 1) - nll.view(n, k), 1).mean()
-
-
-def softmax_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """K = 1 as it is usually written."""
-    return torch.nn.functional.cross_entropy(torch.nn.functional.linear(z[:, 0], w, b), y)
-
-
-def cut_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """Cut cross-entropy over N·K rows. It has no bias: less work than ours."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    n, k, d = z.shape
-    options = {"impl": "cce" if z.is_cuda else "torch_compile"}
-    if k == 1:
-        return linear_cross_entropy(z[:, 0], w, y, **options)
-    nll = linear_cross_entropy(z.view(n * k, d), w, y.repeat_interleave(k), reduction="none", **options)
-    return -torch.logsumexp(torch.log_softmax(a, 1) - nll.view(n, k), 1).mean()
-
-
-def liger(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """Liger's fused linear cross-entropy: for K > 1 the mean over N·K rows, which is not a mixture, since it forms its
-    gradients before a weight of the rows could be known."""
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
-
-    n, k, d = z.shape
-    return LigerFusedLinearCrossEntropyLoss()(w, z.view(n * k, d), y.repeat_interleave(k), b)
-
-
-def unavailable(name: str) -> str | None:
-    """Why a contender of this name cannot run here; None where it can."""
-    if name == "five lines" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
-    if name == "cut-cross-entropy" and importlib.util.find_spec("cut_cross_entropy") is None:
-        return "not installed (pip install --no-deps cut-cross-entropy)"
-    if name == "Liger" and importlib.util.find_spec("liger_kernel") is None:
-        return "not installed (pip install --no-deps liger-kernel)"
-    return None
+# ------------------------------------------------------------------------------------------------------------------- time
 
 
 def seconds(call: Callable[[], object], on_gpu: bool = False, before: Callable[[], object] | None = None) -> float:
@@ -89,10 +52,14 @@ def seconds(call: Callable[[], object], on_gpu: bool = False, before: Callable[[
     return time.perf_counter() - start
 
 
-def step(loss: Callable[..., Tensor], arguments: list[Tensor]) -> None:
-    """Forward and backward, into fresh gradients."""
+def clear(arguments: Iterable[Tensor]) -> None:
     for tensor in arguments:
         tensor.grad = None
+
+
+def step(loss: Callable[..., Tensor], arguments: list[Tensor]) -> None:
+    """Forward and backward, into fresh gradients."""
+    clear(arguments)
     loss(*arguments).backward()
 
 
@@ -111,3 +78,98 @@ def interleaved(
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def spread(values: Iterable[float], digits: int = 4) -> list[float]:
+    """Median, minimum and maximum."""
+    values = list(values)
+    return [round(f(values), digits) for f in (statistics.median, min, max)]
+
+
+def attempt(call: Callable[[], object]) -> str | None:
+    """Warms up; why the call cannot be measured, or None."""
+    try:
+        call()
+        return None
+    except (torch.OutOfMemoryError, MemoryError):
+        return "out of memory"
+    except Exception as error:  # of a peer, whose limits are not ours to know
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ floor
+
+
+def mm_calls(n: int, k: int, d: int, v: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Callable[[], object]]:
+    """The three products of a training step by torch.mm."""
+    z, e, p = (torch.randn(size, device=device, dtype=dtype) for size in ((n * k, d), (v, d), (n * k, v)))
+    return {"mm z·Eᵀ": lambda: torch.mm(z, e.t()), "mm P·E": lambda: torch.mm(p, e), "mm Pᵀ·z": lambda: torch.mm(p.t(), z)}
+
+
+class Floor:
+    """The time of one product, 2·N·K·D·V operations, at the best rate of this device, measured between the contenders.
+
+    On a CPU that of a register-only loop of multiply-adds, where the native kernels are there to have it; else torch.mm's best of the
+    step's three products, on at most 100,000 classes (10,000 on a CPU), whose rate is that of all.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
+        n, k, d, v = shape
+        self.by_peak = device == "cpu" and _cpu is not None and dtype in (torch.float32, torch.bfloat16)
+        self.gflop = 2 * n * k * d * v / 1e9
+        self._peaks: list[float] = []
+        bf16 = dtype == torch.bfloat16 and self.by_peak and _cpu.bf16_products()
+        part = min(v, 10_000 if device == "cpu" else 100_000)
+        self.calls = (
+            {"peak": lambda: self._peaks.append(_cpu.peak_gflops(torch.get_num_threads(), bf16))}
+            if self.by_peak
+            else mm_calls(n, k, d, part, dtype, device)
+        )
+        self._scale = v / part
+
+    def seconds_of_product(self, times: dict[str, list[float]]) -> float:
+        if self.by_peak:
+            return self.gflop / statistics.median(self._peaks)
+        return self._scale * min(statistics.median(times[name]) for name in self.calls)
+
+
+# ----------------------------------------------------------------------------------------------------------------- memory
+
+
+def available_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else []
+    found = next((line for line in lines if line.startswith("MemAvailable")), None)
+    return int(found.split()[1]) << 10 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def extra_mebibytes(call: Callable[[], object], arguments: list[Tensor]) -> float | None:
+    """The most memory beside inputs, gradients and the result: on a GPU as torch allocates it; on Linux as the process grows, within a MiB
+    or so, and at least the native kernels' workspace, which one call leaves to the next; else None."""
+    clear(arguments)
+    gc.collect()
+    on_gpu = arguments[0].is_cuda
+    if on_gpu:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before is new again
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the largest resident size
+        except (AttributeError, OSError):
+            return None
+        before = _status("VmRSS")
+        if _cpu:
+            _cpu.reset_peak_bytes()
+    result = call()
+    peak = (torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")) - before
+    results = (result,) if isinstance(result, Tensor) else result or ()
+    kept = sum(tensor.nbytes for tensor in (*(t.grad for t in arguments if t.grad is not None), *results))
+    workspace = _cpu.peak_bytes() if _cpu and not on_gpu else 0
+    return round(max(peak - kept, workspace) / 2**20, 1)
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) << 10

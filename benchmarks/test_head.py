@@ -1,55 +1,152 @@
-"""The head, forward + backward, against what a user would write instead: pytest benchmarks --benchmark-only.
+"""The head beside what a user would write instead: pytest benchmarks --benchmark-only [-s].
 
-Every contender runs in one process, in turns, so that ratios hold on a noisy machine. Each row's extra_info has
-the ratio to `reference` and the time over the floor: three products at the best rate that torch.mm reaches here.
+All contenders of a case run in one process, in turns, so that ratios hold on a noisy machine; each row's extra_info has the ratio to ours,
+the time over the floor (harness.Floor) and the memory beside inputs, gradients and results. What cannot run says why. On a GPU, if there is one.
 """
 
+import functools
+import statistics
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import peers
 import pytest
 import torch
-from harness import five_lines, inputs, interleaved, medians, seconds, step, unavailable
+from harness import Floor, Shape, attempt, available_bytes, clear, extra_mebibytes, inputs, interleaved, spread, step
 
 from fused_mos import functional as F
 
-SHAPES = {"ptb": (210, 15, 280, 10_000), "softmax": (3150, 1, 280, 10_000)}  # N, K, D, V
-ROUNDS = 5
-CONTENDERS = {
-    "reference": lambda *args: F.mos_nll_loss(*args, backend="reference"),
-    "auto": F.mos_nll_loss,
-    "tiled": lambda *args: F.mos_nll_loss(*args, backend="tiled"),
-    "tiled, recomputing": lambda *args: F.mos_nll_loss(*args, backend="tiled", reduction="none").mean(),
-    "five lines": five_lines,
-}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEP = "training step"
+EACH = "training step, loss of each token"
+OURS = "fused_mos"
+N_ROUNDS = {"cpu": 5, "cuda": 20}[DEVICE]
+LARGE = 2e11
+"""Operations of a product from which on a CPU has three rounds instead."""
 
 
-def _floor(n, k, d, v) -> float:
-    """Seconds of z·Eᵀ, P·E and Pᵀ·z at the best of their measured rates."""
-    z, e, p = torch.randn(n * k, d), torch.randn(v, d), torch.randn(n * k, v)
-    return 3 * min(seconds(call) for call in (lambda: torch.mm(z, e.t()), lambda: torch.mm(p, e), lambda: torch.mm(p.t(), z)) for _ in range(3))
+class Case(NamedTuple):
+    figure: str  # the table or plot that it is for
+    name: str
+    shape: Shape
+    dtype: str = "float32"
+    operation: str = STEP
+    compiled: bool = False  # peers under torch.compile, too
+
+    def __str__(self) -> str:
+        return " ".join((self.figure, self.name, self.dtype, *([] if self.operation == STEP else [self.operation])))
 
 
-@pytest.fixture(scope="module")
-def median_seconds():
-    """Median seconds by shape and contender, measured once: all contenders in turns, ROUNDS times after a warm-up."""
-    result = {}
-    for shape, sizes in SHAPES.items():
-        arguments = inputs(*sizes)
-        calls = {name: lambda call=call: step(call, arguments) for name, call in CONTENDERS.items() if unavailable(name) is None}
-        result[shape] = medians(interleaved(calls, ROUNDS)) | {"floor": _floor(*sizes)}
-    return result
+SHAPES: dict[str, Shape] = (
+    {"ptb": (840, 15, 280, 10_000), "wikitext2": (1_050, 15, 300, 33_278), "lm1b": (2_560, 7, 1_024, 100_000), "softmax": (12_600, 1, 280, 10_000)}
+    if DEVICE == "cuda"
+    else {"ptb": (210, 15, 280, 10_000), "wikitext2": (210, 15, 300, 33_278), "lm1b": (128, 7, 512, 100_000), "softmax": (3_150, 1, 280, 10_000)}
+)
+"""Training steps of the paper; on a CPU a part of their tokens."""
+SOME = {"cpu": 1, "cuda": 8}[DEVICE]
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_forward_backward(benchmark, median_seconds, shape, name):
-    if reason := unavailable(name):
-        pytest.skip(reason)
-    median = median_seconds[shape]
-    benchmark.group = f"{shape}: N, K, D, V = {SHAPES[shape]}, float32, forward + backward"
-    benchmark.extra_info |= {
-        "speed over reference": round(median["reference"] / median[name], 2),
-        "time over floor": round(median[name] / median["floor"], 2),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    print(f"\n{shape:8} {name:22} {median['reference'] / median[name]:5.2f} x reference's speed, {median[name] / median['floor']:5.2f} x floor")
-    benchmark.pedantic(step, (CONTENDERS[name], inputs(*SHAPES[shape])), rounds=ROUNDS, warmup_rounds=1)
+def _cases() -> Iterable[Case]:
+    for name, shape in SHAPES.items():
+        for dtype in ("float32", "bfloat16"):
+            yield Case("shapes", name, shape, dtype, compiled=name != "lm1b" and dtype == "float32")
+    for operation in ("forward", EACH, "log_prob", "sample"):
+        yield Case("operations", "ptb", SHAPES["ptb"], operation=operation)
+    n, k, d, v = SHAPES["ptb"]
+    for count in (1, 2, 5, 10, 15, 30):
+        yield Case("experts", f"K = {count}", (n, count, d, v))
+    for words in (10_000, 33_278, 100_000, 793_471):
+        yield Case("vocabulary", f"V = {words:,}", (60 * SOME, 7, 256, words))
+    for features in (70, 140, 280, 560, 1_120):
+        yield Case("features", f"D = {features:,}", (n, k, features, v))
+    for tokens in (1, 12, 70, 210, 840):
+        yield Case("tokens", f"N = {tokens}", (tokens, k, d, v))
+
+
+CASES = list(_cases())
+
+
+def _contenders(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
+    if case.operation == EACH:  # ours recomputes the logits, since it cannot form gradients before it knows the tokens' weights
+        return {OURS: lambda *x: F.mos_nll_loss(*x, reduction="none").mean(), "published code": peers.published}
+    if case.operation != STEP:
+        return {OURS: None, "published code": None}
+    found = {OURS: F.mos_nll_loss}
+    if case.figure != "shapes":
+        return found | {name: peers.MIXTURE[name] for name in ("published code", "five lines, F.linear_cross_entropy")}
+    for name, loss in (peers.SINGLE if case.shape[1] == 1 else peers.MIXTURE).items():
+        found[name] = loss
+        if case.compiled and name in peers.COMPILED:
+            found[f"{name}, compiled"] = peers.compiled(name)
+    return found
+
+
+def _without_grad(case: Case, arguments: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """The operations that need no gradient, ours and as they are usually written."""
+    z, a, w, y, b = (tensor.detach() for tensor in arguments)
+
+    def log_prob() -> torch.Tensor:
+        return torch.log((torch.softmax(torch.nn.functional.linear(z, w, b), -1) * torch.softmax(a, -1)[..., None]).sum(1) + 1e-8)
+
+    return {
+        "forward": {OURS: lambda: F.mos_nll_loss(z, a, w, y, b), "published code": lambda: peers.published(z, a, w, y, b)},
+        "log_prob": {OURS: lambda: F.mos_log_prob(z, a, w, b), "published code": log_prob},
+        "sample": {OURS: lambda: F.mos_sample(z, a, w, b), "published code": lambda: torch.multinomial(log_prob().exp(), 1)},
+    }[case.operation]
+
+
+def products(case: Case) -> float:
+    """Of N·K rows by the vocabulary, that nobody can do without: a sample needs the logits of one expert."""
+    return {STEP: 3, EACH: 3, "forward": 1, "log_prob": 1, "sample": 1 / case.shape[1]}[case.operation]
+
+
+@functools.lru_cache(maxsize=1)
+def measure(case: Case) -> tuple[dict[str, dict], dict[str, Callable[[], object]]]:
+    """A row for each contender, and the calls of those that can run."""
+    torch._dynamo.reset()
+    n, k, d, v = case.shape
+    dtype = getattr(torch, case.dtype)
+    arguments = inputs(*case.shape, dtype, device=DEVICE)
+    contenders = _contenders(case)
+    if case.operation in (STEP, EACH):
+        calls = {name: functools.partial(step, loss, arguments) for name, loss in contenders.items()}
+    else:
+        calls = _without_grad(case, arguments)
+    rows, measurable = {}, {}
+    for name, call in calls.items():
+        needed, free = peers.materialised(name) * n * k * v * dtype.itemsize, available_bytes(DEVICE)
+        failure = peers.unavailable(name, DEVICE) if name != OURS else None
+        if needed > free:
+            failure = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        if failure := failure or attempt(call):
+            rows[name] = {"failed": failure}
+        else:
+            rows[name], measurable[name] = {"extra MiB": extra_mebibytes(call, arguments)}, call
+        clear(arguments)
+    floor = Floor(case.shape, dtype, DEVICE)
+    rounds = 3 if DEVICE == "cpu" and 2 * n * k * d * v > LARGE else N_ROUNDS
+    times = interleaved(measurable | floor.calls, rounds, DEVICE == "cuda")
+    least = products(case) * floor.seconds_of_product(times)
+    for name in measurable:
+        rows[name] |= {
+            "ms": spread(1e3 * t for t in times[name]),
+            "times ours": spread((theirs / ours for theirs, ours in zip(times[name], times[OURS])), 3),
+            "over floor": round(statistics.median(times[name]) / least, 3),
+        }
+    return rows, measurable
+
+
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in _contenders(case)], ids=str)
+def test_head(benchmark, case, name):
+    rows, calls = measure(case)
+    row = rows[name]
+    about = {"figure": case.figure, "case": case.name, "operation": case.operation, "dtype": case.dtype, "shape": case.shape, "contender": name}
+    benchmark.extra_info |= about | row
+    benchmark.group = f"{case}: N, K, D, V = {case.shape}"
+    if "failed" in row:
+        print(f"\n{case!s:32} {name:38} {row['failed']}")
+        benchmark.pedantic(lambda: None)  # so that the row, and why it is empty, is in the JSON
+        return
+    median, least, most = row["times ours"]
+    print(f"\n{case!s:32} {name:38} {row['ms'][0]:9.2f} ms {median:6.2f} × ours ({least:.2f}–{most:.2f}) {row['over floor']:6.2f} × floor {row['extra MiB']} MiB")
+    benchmark.pedantic(calls[name], rounds=1)

@@ -1,0 +1,116 @@
+"""What a user would write instead of the head: losses of (latent (N, K, D), prior_logits (N, K), weight (V, D), target (N,), bias (V,))."""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear, nll_loss
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def published(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """As the paper's published code computes it: K distributions of V words for every token, their mean, its logarithm."""
+    probability = (torch.softmax(linear(z, w, b), -1) * torch.softmax(a, -1)[..., None]).sum(1)
+    return nll_loss(torch.log(probability + 1e-8), y)
+
+
+def log_sum_exp(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """As its equations stand, in logarithms; the mixture is only formed for the target."""
+    log_softmax = torch.log_softmax(linear(z, w, b), -1)
+    at_target = log_softmax.gather(2, y[:, None, None].expand(-1, z.shape[1], 1))[..., 0]
+    return -torch.logsumexp(torch.log_softmax(a, 1) + at_target, 1).mean()
+
+
+def _five_lines(rows_nll: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    """A lean MoS over any fused linear cross-entropy of N·K rows that returns each row's loss."""
+
+    def loss(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+        n, k, d = z.shape
+        nll = rows_nll(z.view(n * k, d), w, y.repeat_interleave(k), b)
+        return -torch.logsumexp(torch.log_softmax(a, 1) - nll.view(n, k).float(), 1).mean()
+
+    return loss
+
+
+@_five_lines
+def five_lines(rows: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    return torch.nn.functional.linear_cross_entropy(rows, w, y, linear_bias=b, reduction="none")
+
+
+@_five_lines
+def five_lines_cce(rows: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """Cut cross-entropy has no bias: less work than ours."""
+    return _cce(rows, w, y, reduction="none")
+
+
+def liger(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """Liger's fused linear cross-entropy: for K > 1 the mean over N·K rows, which is not a mixture, since it forms its
+    gradients before a weight of the rows could be known."""
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    n, k, d = z.shape
+    return LigerFusedLinearCrossEntropyLoss()(w, z.view(n * k, d), y.repeat_interleave(k), b)
+
+
+def plain(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """K = 1 as it is usually written."""
+    return cross_entropy(linear(z[:, 0], w, b), y)
+
+
+def linear_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """K = 1, PyTorch's own."""
+    return torch.nn.functional.linear_cross_entropy(z[:, 0], w, y, linear_bias=b)
+
+
+def cut_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """K = 1, without the bias."""
+    return _cce(z[:, 0], w, y)
+
+
+def _cce(rows: Tensor, w: Tensor, y: Tensor, **options) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy as function
+
+    return function(rows, w, y, impl="cce" if rows.is_cuda else "torch_compile", **options)
+
+
+MIXTURE: dict[str, Loss] = {
+    "published code": published,
+    "log-sum-exp": log_sum_exp,
+    "five lines, F.linear_cross_entropy": five_lines,
+    "five lines, cut-cross-entropy": five_lines_cce,
+    "Liger, mean over rows": liger,
+}
+SINGLE: dict[str, Loss] = {
+    "F.linear + F.cross_entropy": plain,
+    "F.linear_cross_entropy": linear_cross_entropy,
+    "cut-cross-entropy": cut_cross_entropy,
+    "Liger": liger,
+}
+"""Of K = 1."""
+COMPILED = {"published code": published, "log-sum-exp": log_sum_exp, "F.linear + F.cross_entropy": plain}
+"""Those that torch.compile may improve."""
+
+
+def compiled(name: str) -> Loss:
+    return torch.compile(COMPILED[name], dynamic=False)
+
+
+def materialised(name: str) -> int:
+    """How many numbers a token, expert and word need at once, forward and backward."""
+    name = name.removesuffix(", compiled")
+    return {"published code": 4, "log-sum-exp": 3, "F.linear + F.cross_entropy": 3}.get(name, 0)
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why a peer of this name cannot run here; None where it can."""
+    if "linear_cross_entropy" in name and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
+    if "cut-cross-entropy" in name and importlib.util.find_spec("cut_cross_entropy") is None:
+        return "not installed (pip install --no-deps cut-cross-entropy)"
+    if "Liger" in name and importlib.util.find_spec("liger_kernel") is None:
+        return "not installed (pip install --no-deps liger-kernel)"
+    if "Liger" in name and device_type == "cpu":
+        return "its Triton kernels need a GPU"
+    return None

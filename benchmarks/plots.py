@@ -1,0 +1,42 @@
+"""The plots of README.md, from the JSON under results/."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+from .tables import OURS, rows_of
+
+AXES = {"experts": (1, "experts K"), "vocabulary": (3, "words V"), "features": (2, "features D"), "tokens": (0, "tokens N")}
+"""Figures of test_head.py: which of N, K, D, V grows, and its name."""
+COLOURS = {OURS: "tab:blue", "published code": "tab:red", "five lines, F.linear_cross_entropy": "tab:orange"}
+
+
+def head_axes(path: Path) -> None:
+    """A training step's time along each of N, K, D and V, with the floor."""
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    for panel, (name, (axis, label)) in zip(panels.flat, AXES.items()):
+        cases = list(rows_of(name).values())
+        for contender, colour in COLOURS.items():
+            points = [(rows[contender]["shape"][axis], rows[contender]["ms"]) for rows in cases if "ms" in rows[contender]]
+            places, (median, least, most) = [x for x, _ in points], zip(*(ms for _, ms in points))
+            panel.plot(places, median, marker="o", markersize=4, color=colour, label=contender)
+            panel.fill_between(places, least, most, color=colour, alpha=0.2, linewidth=0)
+        floor = [(rows[OURS]["shape"][axis], rows[OURS]["ms"][0] / rows[OURS]["over floor"]) for rows in cases]
+        panel.plot(*zip(*floor), color="black", linestyle="--", linewidth=1, label="floor: three products")
+        fixed = ", ".join(f"{letter} = {size:,}" for i, (letter, size) in enumerate(zip("NKDV", cases[0][OURS]["shape"])) if i != axis)
+        panel.set(xscale="log", yscale="log", xlabel=label, ylabel="ms", title=fixed)
+        panel.title.set_fontsize(10)
+        panel.grid(alpha=0.3, which="both", linewidth=0.5)
+        ticks = [place for place, _ in floor]
+        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=20 if ticks[-1] > 5_000 else 0)
+        panel.minorticks_off()
+    panels[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+PLOTS = {"head-axes.png": head_axes}
+"""Files of results/ that are made here; the others are made by the scripts that measure."""

@@ -1,0 +1,148 @@
+"""The tables of README.md and docs/, from the JSON under results/."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "fused_mos"
+HEAD_NAMES = {"softmax": "softmax", "moc": "MoC", "mos": "MoS"}
+SHAPE_NAMES = {"ptb": "Penn Treebank", "wikitext2": "WikiText-2", "lm1b": "One Billion Words", "softmax": "K = 1"}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def rows_of(figure: str, file: str = "cpu.json") -> dict[tuple[str, str, str], dict[str, dict]]:
+    """(case, dtype, operation) -> contender -> row, in the order of the run."""
+    found: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for row in load(file)["rows"]:
+        if row["figure"] == figure:
+            found.setdefault((row["case"], row["dtype"], row["operation"]), {})[row["contender"]] = row
+    return found
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def times(values: list[float]) -> str:
+    """Median (minimum–maximum)."""
+    median, least, most = values
+    return f"{median:.2f} ({least:.2f}–{most:.2f})"
+
+
+def mebibytes(row: dict) -> str:
+    return "–" if row.get("extra MiB") is None else f"{max(row['extra MiB'], 0):,.0f} MiB"
+
+
+def head() -> str:
+    """A training step's time over ours, by contender; floor and memory."""
+    found = []
+    for (case, dtype, _), contenders in rows_of("shapes").items():
+        shape = "×".join(f"{size:,}" for size in contenders[OURS]["shape"])
+        for name, row in contenders.items():
+            what = [f"{SHAPE_NAMES[case]}, {dtype}<br>{shape}", f"**{name}**"] if name == OURS else ["", name]
+            if "failed" in row:
+                found.append([*what, "–", "–", row["failed"]])
+            else:
+                found.append([*what, "1" if name == OURS else times(row["times ours"]), f"{row['over floor']:.2f}", mebibytes(row)])
+    return table(["N × K × D × V", "a training step of the head by", "time ÷ ours", "time ÷ floor", "memory"], found)
+
+
+def operations() -> str:
+    found = []
+    for (_, _, operation), contenders in rows_of("operations").items():
+        ours, theirs = contenders[OURS], contenders["published code"]
+        found.append([operation, f"{ours['over floor']:.2f}", times(theirs["times ours"]), mebibytes(ours), mebibytes(theirs)])
+    return table(["", "time ÷ floor", "the published code's time ÷ ours", "memory", "its memory"], found)
+
+
+def experts() -> str:
+    """Milliseconds of a step, and of an expert more."""
+    cases = list(rows_of("experts").items())
+    found = []
+    for (case, _, _), contenders in cases:
+        count = contenders[OURS]["shape"][1]
+        cells = [f"{contenders[name]['ms'][0] / count:.1f}" if "ms" in contenders[name] else contenders[name]["failed"] for name in contenders]
+        found.append([case, *cells, f"{contenders[OURS]['over floor']:.2f}"])
+    return table(["", *(f"{name}, ms an expert" for name in cases[0][1]), "ours ÷ floor"], found)
+
+
+def vocabulary() -> str:
+    found = []
+    for (case, _, _), contenders in rows_of("vocabulary").items():
+        ours = contenders[OURS]
+        cells = [times(row["times ours"]) if "times ours" in row else row["failed"] for name, row in contenders.items() if name != OURS]
+        found.append([case, f"{ours['ms'][0] / ours['shape'][3] * 1e4:.1f}", f"{ours['over floor']:.2f}", mebibytes(ours), *cells])
+    names = [name for name in next(iter(rows_of("vocabulary").values())) if name != OURS]
+    return table(["", "ms for each 10,000 words", "time ÷ floor", "memory", *(f"{name}, time ÷ ours" for name in names)], found)
+
+
+def training() -> str:
+    found = []
+    for (case, _, _), contenders in rows_of("training").items():
+        for name, row in contenders.items():
+            cells = ["–", row["failed"]] if "failed" in row else [f"{row['words a second'][0]:,.0f}", times(row["times ours"])]
+            found.append([f"`{case}`" if name == OURS else "", f"**{name}**" if name == OURS else name, *cells])
+    return table(["recipe", "", "words/s", "time ÷ ours"], found)
+
+
+def ranks() -> str:
+    found = [
+        [HEAD_NAMES[row["head"]], str(row["n_experts"]), str(row["d"]), f"{row['rank']:,} of {row['columns']:,}", f"{row['test_ppl']:.2f}"]
+        for row in load("rank-ptb.json")["runs"].values()
+    ]
+    return table(["head", "K", "d", "rank", "test perplexity"], found)
+
+
+def synthetic() -> str:
+    rows = load("synthetic-gap.json")["rows"].values()
+    sizes, names = sorted({row["d"] for row in rows}), list(dict.fromkeys(row["head"] for row in rows))
+    gaps = {(row["head"], row["d"]): f"{row['gap']:.3f}" for row in rows}
+    return table(["nats above the entropy", *(f"d = {d}" for d in sizes)], [[name, *(gaps.get((name, d), "–") for d in sizes)] for name in names])
+
+
+def heads() -> str:
+    """Test perplexities of the stages at equal parameters and training time."""
+    facts = load("heads-ptb-small.json")
+    found = [
+        [
+            HEAD_NAMES[head], f"{row['parameters'] / 1e6:.2f} M", f"{facts['words per second'][head]['median']:,}", f"{row['epochs']} + {row['fine-tuning epochs']}",
+            *(f"{row[stage]['test']:.2f}" for stage in ("trained", "fine-tuned", "dynamic")),
+        ]
+        for head, row in facts["heads"].items()
+    ]  # fmt: skip
+    return table(["head", "parameters", "words/s", "epochs", "trained", "fine-tuned", "with dynamic evaluation"], found)
+
+
+def lm1b_heads() -> str:
+    heads = load("lm1b-heads.json")["heads"]
+    seeds = list(heads["mos"])
+    found = [
+        [HEAD_NAMES[head], f"{rows[seeds[0]]['parameters']:,}", *(f"{rows[seed]['heldout_ppl']:.1f}" for seed in seeds)] for head, rows in heads.items()
+    ]
+    return table(["head", "parameters", *(f"seed {seed}" for seed in seeds)], found)
+
+
+def published() -> str:
+    facts = load("published.json")["ptb"]
+    epochs = facts["valid perplexity by epoch, as the published code counts"]
+    speed = facts["speed"]["words_per_second"]
+    seeds = sorted(epochs[OURS], key=int)
+    found = []
+    for name in (OURS, "published"):
+        rate = next(value for key, value in speed.items() if key.split(",")[0] == name)
+        measured = f"{rate['median']:.0f} ({rate['min']:.0f}–{rate['max']:.0f})"
+        found.append([f"**{name}**" if name == OURS else f"{name} code", measured, *(f"{epochs[name][s][-1]:.2f}" if s in epochs.get(name, {}) else "–" for s in seeds)])
+    return table(["`ptb`, float32", "words/s", *(f"validation perplexity after {len(epochs[OURS][s])} epoch, seed {s}" for s in seeds)], found)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "head": head, "operations": operations, "experts": experts, "vocabulary": vocabulary, "training": training, "ranks": ranks, "heads": heads,
+    "synthetic": synthetic, "lm1b-heads": lm1b_heads, "published": published,
+}  # fmt: skip
+"""What a document's `<!-- table: NAME -->` stands for."""

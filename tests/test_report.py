@@ -1,0 +1,75 @@
+"""What python -m benchmarks.report keeps of a run, and what it calls slower."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import report  # noqa: E402
+
+
+def row(contender="fused_mos", case="ptb", ours=1.0, floor=1.0, **changed):
+    about = {"figure": "shapes", "case": case, "dtype": "float32", "operation": "training step", "contender": contender}
+    measured = {} if "failed" in changed else {"ms": [floor, floor, floor], "times ours": [ours, ours, ours], "over floor": floor}
+    return about | measured | changed
+
+
+def run_file(path, rows, **machine):
+    machine = {"device": "some CPU", "device type": "cpu", "threads": 2, "torch": "2.13.0", "python": "3.11"} | machine
+    benchmarks = [{"extra_info": info} for info in [*rows, {}]]
+    text = {"machine_info": machine, "commit_info": {"id": "0123456789", "dirty": False}, "datetime": "2026-01-02T03:04:05", "benchmarks": benchmarks}
+    path.write_text(json.dumps(text))
+    return path
+
+
+def test_a_run_replaces_its_own_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    report.record(run_file(tmp_path / "a.json", [row(), row("peer", ours=2.0)]))
+    file = report.record(run_file(tmp_path / "b.json", [row("peer", ours=3.0), row(case="wikitext2")]))
+    assert file.name == "cpu.json"
+    found = json.loads(file.read_text())
+    assert [(r["case"], r["contender"], r["times ours"][0]) for r in found["rows"]] == [
+        ("ptb", "fused_mos", 1.0), ("ptb", "peer", 3.0), ("wikitext2", "fused_mos", 1.0)
+    ]  # fmt: skip
+    assert found["device"] == "some CPU" and found["rows"][0]["commit"] == "0123456" and found["rows"][0]["date"] == "2026-01-02"
+    gpu = report.record(run_file(tmp_path / "c.json", [row()], **{"device": "NVIDIA H100 80GB", "device type": "cuda"}))
+    assert gpu.name == "nvidia-h100-80gb.json"
+
+
+@pytest.mark.parametrize(
+    ("fresh", "named"),
+    [
+        ([row(floor=1.09), row("peer", ours=1.85)], []),
+        ([row(floor=1.2), row("peer", ours=2.0)], ["time ÷ floor was 1.00 and is 1.20"]),
+        ([row(), row("peer", ours=1.7)], ["peer took 2.00 times as long as ours and takes 1.70"]),
+        ([row(floor=0.5), row("peer", ours=4.0)], []),
+        ([row(failed="out of memory")], ["out of memory"]),
+        ([row("peer", failed="not installed"), row(case="new", floor=9.0)], []),
+    ],
+)
+def test_what_fell_is_named(fresh, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    report.record(run_file(tmp_path / "a.json", [row(), row("peer", ours=2.0)]))
+    capsys.readouterr()
+    assert report.compare(run_file(tmp_path / "b.json", fresh, torch="2.14.0")) == bool(named)
+    out = capsys.readouterr().out
+    assert "recorded with torch 2.13.0, this is 2.14.0" in out and all(text in out for text in named)
+    assert named or "no ratio of" in out
+
+
+def test_nothing_to_compare_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.compare(run_file(tmp_path / "b.json", [row()])) == 2
+    assert "nothing is recorded" in capsys.readouterr().err
+
+
+def test_tables_are_spliced_in(monkeypatch):
+    monkeypatch.setitem(report.BLOCKS, "some", lambda: "| new |")
+    text = "before\n<!-- table: some -->\n| old |\n\n<!-- end -->\nafter <!-- table: some -->\n<!-- end -->\n"
+    made = report.with_tables(text, "x.md")
+    assert made == "before\n<!-- table: some -->\n| new |\n<!-- end -->\nafter <!-- table: some -->\n| new |\n<!-- end -->\n"
+    assert report.with_tables(made, "x.md") == made
+    with pytest.raises(SystemExit, match="x.md asks for table 'other'"):
+        report.with_tables("<!-- table: other -->\n<!-- end -->", "x.md")
