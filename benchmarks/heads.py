@@ -1,9 +1,11 @@
 """Softmax, MoC and MoS at equal parameters and equal time, through all stages, with a table and a plot:
 
-    python benchmarks/heads.py --data PTB [--recipe ptb-small] [--minutes 40]
+    python benchmarks/heads.py --data PTB [--recipe ptb-small] [--minutes 40] [--heads softmax moc mos softmax-wide]
 
 Each head is given as many epochs as fit into the time at the speed that it has on this machine when nothing else runs, measured in
 turns at the start. So what else the machine does later changes no result. Killed at any moment, the same command continues.
+
+softmax-wide is a softmax with so many more features that its words cost as much time as those of MoS: equal cost instead of equal parameters.
 """
 
 import dataclasses
@@ -43,6 +45,8 @@ SOFTMAX = {
     "wikitext2-small": {"embedding_size": 110, "hidden_sizes": (448, 110)},
 }
 """Sizes that give softmax as many parameters as the recipe's mixture; its last layer is as wide as its embedding."""
+WIDE_SOFTMAX = {"ptb-small": {"embedding_size": 320, "hidden_sizes": (608, 320)}}
+"""Sizes that make softmax as slow as the recipe's mixture on a CPU."""
 
 
 @dataclasses.dataclass
@@ -52,7 +56,7 @@ class Config:
     recipe: str = "ptb-small"
     """ptb-small or wikitext2-small."""
     heads: tuple[str, ...] = HEADS
-    """Heads to train."""
+    """Heads to train: softmax, moc, mos, softmax-wide."""
     minutes: float = 40.0
     """Of training and fine-tuning."""
     precision: str = "float32"
@@ -69,20 +73,32 @@ class Config:
 
 def recipe(config: Config, head: str) -> TrainConfig:
     base = RECIPES[config.recipe]()
-    sizes = SOFTMAX[config.recipe] if head == "softmax" else {}
-    return dataclasses.replace(base, data=config.data, precision=config.precision, model=dataclasses.replace(base.model, head=head, **sizes))
+    sizes = {"softmax": SOFTMAX, "softmax-wide": WIDE_SOFTMAX}.get(head, {}).get(config.recipe, {})
+    model = dataclasses.replace(base.model, head=head.removesuffix("-wide"), **sizes)
+    return dataclasses.replace(base, data=config.data, precision=config.precision, model=model)
 
 
-def words_per_second(config: Config, rounds: int = 15) -> dict[str, dict[str, float]]:
+def words_per_second(config: Config, known: dict[str, dict[str, float]], rounds: int = 15) -> dict[str, dict[str, float]]:
+    """Of each head. Those that are not known yet are measured beside one that is, and told at the machine's speed of then."""
+    missing = [head for head in config.heads if head not in known]
+    if not missing:
+        return known
+    anchor = "mos" if "mos" in known else next(iter(known), None)
+    fresh = _measured(config, missing + ([anchor] if anchor else []), rounds)
+    scale = known[anchor]["median"] / fresh[anchor]["median"] if anchor else 1
+    return known | {head: {name: round(value * scale) for name, value in fresh[head].items()} for head in missing}
+
+
+def _measured(config: Config, heads: list[str], rounds: int) -> dict[str, dict[str, float]]:
     calls = {}
     with tempfile.TemporaryDirectory() as folder:
-        for head in config.heads:
+        for head in heads:
             trainer = Trainer(dataclasses.replace(recipe(config, head), out=Path(folder) / head))
             trainer.model.train()
             calls[head] = lambda trainer=trainer: trainer.train_step(trainer.config.optim.bptt)
         times = interleaved(calls, rounds, trainer.device.type == "cuda")
     words = trainer.config.optim.bptt * trainer.config.optim.batch_size
-    return {head: {name: round(words / f(t)) for name, f in (("median", statistics.median), ("min", max), ("max", min))} for head, t in times.items()}
+    return {head: {name: words / f(t) for name, f in (("median", statistics.median), ("min", max), ("max", min))} for head, t in times.items()}
 
 
 def compare(config: Config, head: str, speed: float) -> dict[str, Any]:
@@ -168,9 +184,12 @@ def main() -> int:
     def save() -> None:
         write_json(path, result)
 
-    if "words per second" not in result:
-        result["words per second"] = words_per_second(config)
-        save()
+    if unknown := [head for head in config.heads if head not in (*HEADS, "softmax-wide")]:
+        raise SystemExit(f"error: heads must be of {', '.join(HEADS)}, softmax-wide, got {unknown[0]}")
+    if "softmax-wide" in config.heads and config.recipe not in WIDE_SOFTMAX:
+        raise SystemExit(f"error: softmax-wide has sizes for {', '.join(WIDE_SOFTMAX)} only, got recipe {config.recipe}")
+    result["words per second"] = words_per_second(config, result.get("words per second", {}))
+    save()
     for head in config.heads:
         result.setdefault("heads", {})[head] = compare(config, head, result["words per second"][head]["median"])
         save()
