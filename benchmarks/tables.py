@@ -7,7 +7,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "fused_mos"
-HEAD_NAMES = {"softmax": "softmax", "moc": "MoC", "mos": "MoS"}
+HEAD_NAMES = {"softmax": "softmax", "moc": "MoC", "mos": "MoS", "softmax-wide": "softmax, d = 320"}
 SHAPE_NAMES = {"ptb": "Penn Treebank", "wikitext2": "WikiText-2", "lm1b": "One Billion Words", "softmax": "K = 1"}
 
 
