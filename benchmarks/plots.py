@@ -1,24 +1,22 @@
-"""The plots of README.md, from the JSON under results/."""
-
-from pathlib import Path
+"""The plot of a machine's times, from the JSON under results/machines/; other plots are made by the scripts that measure."""
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from .tables import OURS, rows_of
+from .tables import MACHINES, OURS, rows_of
 
 AXES = {"experts": (1, "experts K"), "vocabulary": (3, "words V"), "features": (2, "features D"), "tokens": (0, "tokens N")}
 """Figures of test_head.py: which of N, K, D, V grows, and its name."""
 COLOURS = {OURS: "tab:blue", "published code": "tab:red", "five lines, F.linear_cross_entropy": "tab:orange"}
 
 
-def head_axes(path: Path) -> None:
+def head_axes(machine: str) -> None:
     """A training step's time along each of N, K, D and V, with the floor."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
     for panel, (name, (axis, label)) in zip(panels.flat, AXES.items()):
-        cases = list(rows_of(name).values())
+        cases = list(rows_of(machine, name).values())
         for contender, colour in COLOURS.items():
             points = [(rows[contender]["shape"][axis], rows[contender]["ms"]) for rows in cases if "ms" in rows[contender]]
             places, (median, least, most) = [x for x, _ in points], zip(*(ms for _, ms in points))
@@ -34,9 +32,5 @@ def head_axes(path: Path) -> None:
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=20 if ticks[-1] > 5_000 else 0)
         panel.minorticks_off()
     panels[0, 0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure.savefig(MACHINES / f"{machine}.png", dpi=130)
     plt.close(figure)
-
-
-PLOTS = {"head-axes.png": head_axes}
-"""Files of results/ that are made here; the others are made by the scripts that measure."""

@@ -1,12 +1,14 @@
 """From what was measured to what the documents show:
 
     pytest benchmarks --benchmark-only --benchmark-json=run.json
-    python -m benchmarks.report --record run.json    # its rows into benchmarks/results/; then as without --record:
+    python -m benchmarks.report --record run.json    # its rows into benchmarks/results/machines/; then as without --record:
     python -m benchmarks.report                      # tables of README.md and docs/, and plots, from benchmarks/results/
     python -m benchmarks.report --verify             # exit status 1 where a document shows something else
+    python -m benchmarks.report --show cpu-avx2      # the tables of one machine, in the terminal
     python -m benchmarks.report --compare run.json   # exit status 1 where a ratio fell by more than 10 %, which is named
 
-A table of a document stands between `<!-- table: NAME -->` and `<!-- end -->`; `benchmarks/tables.py` has its NAME.
+A table of a document stands between `<!-- table: NAME -->` and `<!-- end -->`; `benchmarks/tables.py` has its NAME, after which a table of times
+names the machine: the name of its file in benchmarks/results/machines/, whose plot lies beside it.
 """
 
 import dataclasses
@@ -20,13 +22,15 @@ import tyro
 
 from fused_mos.training.run import write_json
 
-from .plots import PLOTS
-from .tables import BLOCKS, OURS, RESULTS
+from .plots import head_axes
+from .tables import BLOCKS, MACHINES, OF_A_MACHINE, OURS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FELL = 0.1
 """Of a ratio: what is named."""
+MACHINE = ("device", "device type", "instruction set", "threads", "torch", "python")
+"""Of a row's extra_info: what all rows of a run have in common."""
 
 
 @dataclasses.dataclass
@@ -34,24 +38,29 @@ class Config:
     record: Path | None = None
     """A file of --benchmark-json whose rows to keep; rows that it lacks stay."""
     compare: Path | None = None
-    """A file of --benchmark-json to compare with what is recorded for the same device."""
+    """A file of --benchmark-json to compare with what is recorded for the same machine."""
+    show: str | None = None
+    """A machine whose tables to print."""
     verify: bool = False
     """Write nothing."""
 
 
 def condensed(path: Path) -> dict[str, Any]:
-    """The rows of a --benchmark-json file, and on what they were measured."""
-    run = json.loads(path.read_text(encoding="utf-8"))
-    machine, commit = run["machine_info"], run["commit_info"]
-    about = {name: machine[name] for name in ("device", "device type", "threads", "torch", "python")}
-    when = {"commit": commit["id"][:7] + (" and changes" if commit["dirty"] else ""), "date": run["datetime"][:10]}
-    rows = [bench["extra_info"] | when for bench in run["benchmarks"] if "contender" in bench["extra_info"]]
+    """The rows of a --benchmark-json file, and on what they were measured. Raises SystemExit where it is none of `pytest benchmarks`."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        found = [bench["extra_info"] for bench in run["benchmarks"] if "contender" in bench["extra_info"]]
+        about = {name: run["machine_info"][name] for name in MACHINE}
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"error: {path} must be a file that pytest benchmarks --benchmark-only --benchmark-json wrote: {type(error).__name__}: {error}") from None
+    rows = [{name: value for name, value in row.items() if name not in MACHINE} | {"date": run["datetime"][:10]} for row in found]
     return about | {"units": "median, minimum, maximum; ms; MiB beside inputs, gradients and results", "rows": rows}
 
 
 def results_of(about: dict[str, Any]) -> Path:
-    """Of a device: cpu.json, or a GPU's name."""
-    return RESULTS / ("cpu.json" if about["device type"] == "cpu" else re.sub(r"\W+", "-", about["device"].lower()) + ".json")
+    """Of a machine: named by a CPU's instruction set, or a GPU's name."""
+    name = about["device"] if about["device type"] == "cuda" else f"cpu-{about['instruction set']}"
+    return MACHINES / (re.sub(r"\W+", "-", name.lower()) + ".json")
 
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -86,7 +95,7 @@ def compare(path: Path) -> int:
     run = condensed(path)
     file = results_of(run)
     if not file.is_file():
-        print(f"error: nothing is recorded for this device ({file})", file=sys.stderr)
+        print(f"error: nothing is recorded for this machine ({file})", file=sys.stderr)
         return 2
     recorded = json.loads(file.read_text(encoding="utf-8"))
     for name in ("device", "threads", "torch"):
@@ -102,19 +111,37 @@ def with_tables(text: str, name: str) -> str:
     """A document with its tables made anew. Raises SystemExit for a NAME that does not exist."""
 
     def made(match: re.Match) -> str:
-        if match[1] not in BLOCKS:
-            raise SystemExit(f"error: {name} asks for table {match[1]!r}; there are {', '.join(BLOCKS)}")
-        return f"<!-- table: {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+        block, *machine = match[1].split()
+        if block not in BLOCKS | OF_A_MACHINE:
+            raise SystemExit(f"error: {name} asks for table {block!r}; there are {', '.join(BLOCKS | OF_A_MACHINE)}")
+        if bool(machine) != (block in OF_A_MACHINE) or machine and machine[0] not in machines():
+            raise SystemExit(f"error: {name} asks for table {match[1]!r}; {', '.join(OF_A_MACHINE)} need one of {', '.join(machines())}, others none")
+        return f"<!-- table: {match[1]} -->\n{OF_A_MACHINE[block](*machine) if machine else BLOCKS[block]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+    return re.sub(r"<!-- table: (.*?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+def machines() -> list[str]:
+    return sorted(file.stem for file in MACHINES.glob("*.json"))
+
+
+def show(machine: str) -> int:
+    if machine not in machines():
+        print(f"error: --show must be one of {', '.join(machines()) or 'none yet'}, got {machine!r}", file=sys.stderr)
+        return 2
+    print("\n\n".join(f"{name}\n\n{block(machine)}" for name, block in OF_A_MACHINE.items()))
+    return 0
 
 
 def main() -> int:
     config = tyro.cli(Config, prog="python -m benchmarks.report", description=__doc__)
     if config.compare:
         return compare(config.compare)
+    if config.show:
+        return show(config.show)
     if config.record:
-        print(f"recorded in {record(config.record)}")
+        file = record(config.record)
+        print(f"recorded in {file}; python -m benchmarks.report --show {file.stem}")
     different = []
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
@@ -125,9 +152,9 @@ def main() -> int:
     if config.verify:
         print("\n".join(f"{name} shows other tables than python -m benchmarks.report makes" for name in different) or "all tables are those of the results")
         return int(bool(different))
-    for file, plot in PLOTS.items():
-        plot(RESULTS / file)
-    print(f"written: {', '.join([*different, *PLOTS])}")
+    for name in machines():
+        head_axes(name)
+    print(f"written: {', '.join([*different, *(f'{name}.png' for name in machines())])}")
     return 0
 
 

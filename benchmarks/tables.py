@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+MACHINES = RESULTS / "machines"
 OURS = "fused_mos"
 HEAD_NAMES = {"softmax": "softmax", "moc": "MoC", "mos": "MoS", "softmax-wide": "softmax, d = 320"}
 SHAPE_NAMES = {"ptb": "Penn Treebank", "wikitext2": "WikiText-2", "lm1b": "One Billion Words", "softmax": "K = 1"}
@@ -15,10 +16,10 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def rows_of(figure: str, file: str = "cpu.json") -> dict[tuple[str, str, str], dict[str, dict]]:
+def rows_of(machine: str, figure: str) -> dict[tuple[str, str, str], dict[str, dict]]:
     """(case, dtype, operation) -> contender -> row, in the order of the run."""
     found: dict[tuple[str, str, str], dict[str, dict]] = {}
-    for row in load(file)["rows"]:
+    for row in load(f"machines/{machine}.json")["rows"]:
         if row["figure"] == figure:
             found.setdefault((row["case"], row["dtype"], row["operation"]), {})[row["contender"]] = row
     return found
@@ -39,10 +40,10 @@ def mebibytes(row: dict) -> str:
     return "–" if row.get("extra MiB") is None else f"{max(row['extra MiB'], 0):,.0f} MiB"
 
 
-def head() -> str:
+def head(machine: str) -> str:
     """A training step's time over ours, by contender; floor and memory."""
     found = []
-    for (case, dtype, _), contenders in rows_of("shapes").items():
+    for (case, dtype, _), contenders in rows_of(machine, "shapes").items():
         shape = "×".join(f"{size:,}" for size in contenders[OURS]["shape"])
         for name, row in contenders.items():
             what = [f"{SHAPE_NAMES[case]}, {dtype}<br>{shape}", f"**{name}**"] if name == OURS else ["", name]
@@ -53,17 +54,17 @@ def head() -> str:
     return table(["N × K × D × V", "a training step of the head by", "time ÷ ours", "time ÷ floor", "memory"], found)
 
 
-def operations() -> str:
+def operations(machine: str) -> str:
     found = []
-    for (_, _, operation), contenders in rows_of("operations").items():
+    for (_, _, operation), contenders in rows_of(machine, "operations").items():
         ours, theirs = contenders[OURS], contenders["published code"]
         found.append([operation, f"{ours['over floor']:.2f}", times(theirs["times ours"]), mebibytes(ours), mebibytes(theirs)])
     return table(["", "time ÷ floor", "the published code's time ÷ ours", "memory", "its memory"], found)
 
 
-def experts() -> str:
+def experts(machine: str) -> str:
     """Milliseconds of a step, and of an expert more."""
-    cases = list(rows_of("experts").items())
+    cases = list(rows_of(machine, "experts").items())
     found = []
     for (case, _, _), contenders in cases:
         count = contenders[OURS]["shape"][1]
@@ -72,19 +73,19 @@ def experts() -> str:
     return table(["", *(f"{name}, ms an expert" for name in cases[0][1]), "ours ÷ floor"], found)
 
 
-def vocabulary() -> str:
+def vocabulary(machine: str) -> str:
     found = []
-    for (case, _, _), contenders in rows_of("vocabulary").items():
+    for (case, _, _), contenders in rows_of(machine, "vocabulary").items():
         ours = contenders[OURS]
         cells = [times(row["times ours"]) if "times ours" in row else row["failed"] for name, row in contenders.items() if name != OURS]
         found.append([case, f"{ours['ms'][0] / ours['shape'][3] * 1e4:.1f}", f"{ours['over floor']:.2f}", mebibytes(ours), *cells])
-    names = [name for name in next(iter(rows_of("vocabulary").values())) if name != OURS]
+    names = [name for name in next(iter(rows_of(machine, "vocabulary").values())) if name != OURS]
     return table(["", "ms for each 10,000 words", "time ÷ floor", "memory", *(f"{name}, time ÷ ours" for name in names)], found)
 
 
-def training() -> str:
+def training(machine: str) -> str:
     found = []
-    for (case, _, _), contenders in rows_of("training").items():
+    for (case, _, _), contenders in rows_of(machine, "training").items():
         for name, row in contenders.items():
             cells = ["–", row["failed"]] if "failed" in row else [f"{row['words a second'][0]:,.0f}", times(row["times ours"])]
             found.append([f"`{case}`" if name == OURS else "", f"**{name}**" if name == OURS else name, *cells])
@@ -141,8 +142,8 @@ def published() -> str:
     return table(["`ptb`, float32", "words/s", *(f"validation perplexity after {len(epochs[OURS][s])} epoch, seed {s}" for s in seeds)], found)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "head": head, "operations": operations, "experts": experts, "vocabulary": vocabulary, "training": training, "ranks": ranks, "heads": heads,
-    "synthetic": synthetic, "lm1b-heads": lm1b_heads, "published": published,
-}  # fmt: skip
+BLOCKS: dict[str, Callable[[], str]] = {"ranks": ranks, "synthetic": synthetic, "heads": heads, "lm1b-heads": lm1b_heads, "published": published}
 """What a document's `<!-- table: NAME -->` stands for."""
+
+OF_A_MACHINE: dict[str, Callable[[str], str]] = {"head": head, "operations": operations, "experts": experts, "vocabulary": vocabulary, "training": training}
+"""And its `<!-- table: NAME MACHINE -->`."""

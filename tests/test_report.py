@@ -11,31 +11,32 @@ from benchmarks import report  # noqa: E402
 
 
 def row(contender="fused_mos", case="ptb", ours=1.0, floor=1.0, **changed):
-    about = {"figure": "shapes", "case": case, "dtype": "float32", "operation": "training step", "contender": contender}
+    about = {"figure": "shapes", "case": case, "dtype": "float32", "operation": "training step", "contender": contender, "commit": "0123456"}
     measured = {} if "failed" in changed else {"ms": [floor, floor, floor], "times ours": [ours, ours, ours], "over floor": floor}
     return about | measured | changed
 
 
 def run_file(path, rows, **machine):
-    machine = {"device": "some CPU", "device type": "cpu", "threads": 2, "torch": "2.13.0", "python": "3.11"} | machine
-    benchmarks = [{"extra_info": info} for info in [*rows, {}]]
-    text = {"machine_info": machine, "commit_info": {"id": "0123456789", "dirty": False}, "datetime": "2026-01-02T03:04:05", "benchmarks": benchmarks}
+    machine = {"device": "some CPU", "device type": "cpu", "instruction set": "avx2", "threads": 2, "torch": "2.13.0", "python": "3.11"} | machine
+    benchmarks = [{"extra_info": machine | info} for info in [*rows, {}]]
+    text = {"machine_info": machine | {"backends": {}}, "datetime": "2026-01-02T03:04:05", "benchmarks": benchmarks}
     path.write_text(json.dumps(text))
     return path
 
 
 def test_a_run_replaces_its_own_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "MACHINES", tmp_path)
     report.record(run_file(tmp_path / "a.json", [row(), row("peer", ours=2.0)]))
     file = report.record(run_file(tmp_path / "b.json", [row("peer", ours=3.0), row(case="wikitext2")]))
-    assert file.name == "cpu.json"
+    assert file.name == "cpu-avx2.json"
     found = json.loads(file.read_text())
     assert [(r["case"], r["contender"], r["times ours"][0]) for r in found["rows"]] == [
         ("ptb", "fused_mos", 1.0), ("ptb", "peer", 3.0), ("wikitext2", "fused_mos", 1.0)
     ]  # fmt: skip
-    assert found["device"] == "some CPU" and found["rows"][0]["commit"] == "0123456" and found["rows"][0]["date"] == "2026-01-02"
+    assert found["device"] == "some CPU" and "device" not in found["rows"][0] and found["rows"][0]["commit"] == "0123456" and found["rows"][0]["date"] == "2026-01-02"
     gpu = report.record(run_file(tmp_path / "c.json", [row()], **{"device": "NVIDIA H100 80GB", "device type": "cuda"}))
     assert gpu.name == "nvidia-h100-80gb.json"
+    assert report.record(run_file(tmp_path / "d.json", [row()], **{"instruction set": "avx512_bf16"})).name == "cpu-avx512_bf16.json"
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_a_run_replaces_its_own_rows(tmp_path, monkeypatch):
     ],
 )
 def test_what_fell_is_named(fresh, named, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "MACHINES", tmp_path)
     report.record(run_file(tmp_path / "a.json", [row(), row("peer", ours=2.0)]))
     capsys.readouterr()
     assert report.compare(run_file(tmp_path / "b.json", fresh, torch="2.14.0")) == bool(named)
@@ -60,16 +61,37 @@ def test_what_fell_is_named(fresh, named, tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_to_compare_with(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "MACHINES", tmp_path)
     assert report.compare(run_file(tmp_path / "b.json", [row()])) == 2
     assert "nothing is recorded" in capsys.readouterr().err
 
 
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "other.json").write_text('{"benchmarks": []}')
+    for name in ("none.json", "other.json"):
+        with pytest.raises(SystemExit, match=f"{name} must be a file that pytest benchmarks"):
+            report.condensed(tmp_path / name)
+
+
 def test_tables_are_spliced_in(monkeypatch):
     monkeypatch.setitem(report.BLOCKS, "some", lambda: "| new |")
+    monkeypatch.setitem(report.OF_A_MACHINE, "times", lambda machine: f"| {machine} |")
     text = "before\n<!-- table: some -->\n| old |\n\n<!-- end -->\nafter <!-- table: some -->\n<!-- end -->\n"
     made = report.with_tables(text, "x.md")
     assert made == "before\n<!-- table: some -->\n| new |\n<!-- end -->\nafter <!-- table: some -->\n| new |\n<!-- end -->\n"
     assert report.with_tables(made, "x.md") == made
     with pytest.raises(SystemExit, match="x.md asks for table 'other'"):
         report.with_tables("<!-- table: other -->\n<!-- end -->", "x.md")
+    machine = report.machines()[0]
+    assert report.with_tables(f"<!-- table: times {machine} -->\n<!-- end -->", "x.md") == f"<!-- table: times {machine} -->\n| {machine} |\n<!-- end -->"
+    for wrong in ("times", "times abacus", f"some {machine}"):
+        with pytest.raises(SystemExit, match=f"x.md asks for table '{wrong}'; .*times need one of .*{machine}"):
+            report.with_tables(f"<!-- table: {wrong} -->\n<!-- end -->", "x.md")
+
+
+def test_tables_of_a_machine_are_shown(capsys):
+    assert report.show("abacus") == 2
+    assert "--show must be one of" in capsys.readouterr().err
+    for machine in report.machines():
+        assert report.show(machine) == 0
+        assert "five lines, cut-cross-entropy" in capsys.readouterr().out
