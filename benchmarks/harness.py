@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import os
 import statistics
 import time
@@ -64,15 +65,25 @@ def step(loss: Callable[..., Tensor], arguments: list[Tensor]) -> None:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, on_gpu: bool = False, before: Callable[[], object] | None = None
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    on_gpu: bool = False,
+    before: Callable[[], object] | None = None,
+    warm_up: bool = True,
+    budget: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, all in turns, `rounds` times after a warm-up, so that ratios hold on a noisy machine."""
+    """Seconds of each call, all in turns, `rounds` times after a warm-up, so that ratios hold on a noisy machine; from the second round on,
+    no further one once `budget` seconds are spent."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
+    if warm_up:
+        for call in calls.values():
+            seconds(call, on_gpu, before)
+    start = time.perf_counter()
+    for turn in range(rounds):
+        if turn > 1 and time.perf_counter() - start > budget:
+            break
         for name, call in calls.items():
-            elapsed = seconds(call, on_gpu, before)
-            if turn:
-                times[name].append(elapsed)
+            times[name].append(seconds(call, on_gpu, before))
     return times
 
 

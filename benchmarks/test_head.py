@@ -21,8 +21,8 @@ STEP = "training step"
 EACH = "training step, loss of each token"
 OURS = "fused_mos"
 N_ROUNDS = {"cpu": 5, "cuda": 20}[DEVICE]
-LARGE = 2e11
-"""Operations of a product from which on a CPU has three rounds instead."""
+BUDGET = 15.0
+"""Seconds of a case after which there are no more rounds than two."""
 
 
 class Case(NamedTuple):
@@ -101,10 +101,10 @@ def products(case: Case) -> float:
 
 
 @functools.lru_cache(maxsize=1)
-def measure(case: Case) -> tuple[dict[str, dict], dict[str, Callable[[], object]]]:
-    """A row for each contender, and the calls of those that can run."""
+def measure(case: Case) -> tuple[dict[str, dict], dict[str, Callable[[], object]], list[torch.Tensor]]:
+    """A row for each contender, the calls of those that can run, and the arguments that they share."""
     torch._dynamo.reset()
-    n, k, d, v = case.shape
+    n, k, _, v = case.shape
     dtype = getattr(torch, case.dtype)
     arguments = inputs(*case.shape, dtype, device=DEVICE)
     contenders = _contenders(case)
@@ -115,30 +115,30 @@ def measure(case: Case) -> tuple[dict[str, dict], dict[str, Callable[[], object]
     rows, measurable = {}, {}
     for name, call in calls.items():
         needed, free = peers.materialised(name) * n * k * v * dtype.itemsize, available_bytes(DEVICE)
-        failure = peers.unavailable(name, DEVICE) if name != OURS else None
+        failure = peers.unavailable(name, DEVICE, dtype) if name != OURS else None
         if needed > free:
             failure = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         if failure := failure or attempt(call):
             rows[name] = {"failed": failure}
         else:
-            rows[name], measurable[name] = {"extra MiB": extra_mebibytes(call, arguments)}, call
+            rows[name], measurable[name] = {}, call
         clear(arguments)
     floor = Floor(case.shape, dtype, DEVICE)
-    rounds = 3 if DEVICE == "cpu" and 2 * n * k * d * v > LARGE else N_ROUNDS
-    times = interleaved(measurable | floor.calls, rounds, DEVICE == "cuda")
+    times = interleaved(measurable | floor.calls, N_ROUNDS, DEVICE == "cuda", warm_up=False, budget=BUDGET)
     least = products(case) * floor.seconds_of_product(times)
     for name in measurable:
         rows[name] |= {
             "ms": spread(1e3 * t for t in times[name]),
             "times ours": spread((theirs / ours for theirs, ours in zip(times[name], times[OURS])), 3),
             "over floor": round(statistics.median(times[name]) / least, 3),
+            "rounds": len(times[name]),
         }
-    return rows, measurable
+    return rows, measurable, arguments
 
 
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case in CASES for name in _contenders(case)], ids=str)
 def test_head(benchmark, case, name):
-    rows, calls = measure(case)
+    rows, calls, arguments = measure(case)
     row = rows[name]
     about = {"figure": case.figure, "case": case.name, "operation": case.operation, "dtype": case.dtype, "shape": case.shape, "contender": name}
     benchmark.extra_info |= about | row
@@ -147,6 +147,7 @@ def test_head(benchmark, case, name):
         print(f"\n{case!s:32} {name:38} {row['failed']}")
         benchmark.pedantic(lambda: None)  # so that the row, and why it is empty, is in the JSON
         return
+    extra = extra_mebibytes(lambda: benchmark.pedantic(calls[name], rounds=1), arguments)
+    benchmark.extra_info["extra MiB"] = extra
     median, least, most = row["times ours"]
-    print(f"\n{case!s:32} {name:38} {row['ms'][0]:9.2f} ms {median:6.2f} × ours ({least:.2f}–{most:.2f}) {row['over floor']:6.2f} × floor {row['extra MiB']} MiB")
-    benchmark.pedantic(calls[name], rounds=1)
+    print(f"\n{case!s:32} {name:38} {row['ms'][0]:9.2f} ms {median:6.2f} × ours ({least:.2f}–{most:.2f}) {row['over floor']:6.2f} × floor {extra} MiB")

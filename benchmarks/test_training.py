@@ -20,6 +20,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RECIPE_WORDS = {"ptb": 10_000, "wikitext2": 33_278}
 CONTENDERS = ("fused_mos", "published head")
 N_ROUNDS = {"cpu": 3, "cuda": 20}[DEVICE.type]
+BUDGET = 15.0
+"""Seconds after which there are no more rounds than two."""
 
 
 def _step(recipe: str, contender: str) -> tuple[Callable[[], None], int]:
@@ -60,11 +62,12 @@ def measure(recipe: str) -> tuple[dict[str, dict], dict[str, Callable[[], None]]
     for name in CONTENDERS:
         if name == "fused_mos" or _needed(recipe) < available_bytes(DEVICE.type):
             calls[name], words = _step(recipe, name)
-    times = interleaved(calls, N_ROUNDS, DEVICE.type == "cuda")
+    times = interleaved(calls, N_ROUNDS, DEVICE.type == "cuda", budget=BUDGET)
     rows = {
         name: {
             "words a second": spread((words / t for t in values), 1),
             "times ours": spread((theirs / ours for theirs, ours in zip(values, times["fused_mos"])), 3),
+            "rounds": len(values),
         }
         for name, values in times.items()
     }
