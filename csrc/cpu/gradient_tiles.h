@@ -36,6 +36,7 @@ class GradientTiles {
   using Op = typename T::Op;
   using Stored = typename T::Stored;
   static constexpr int kDepth = Element<Op>::kDepth;
+  static constexpr Index kColumnsOfProduct = 8 * kDepth * kBlock;  // of a panel of E: their copy stays in the L2 cache
 
  public:
   GradientTiles(const Head& head, const In* rows, const Gradients<T>& gradients, Index n_blocks, Index span)
@@ -45,10 +46,11 @@ class GradientTiles {
         width_(padded_features(head)),
         tiles_(n_blocks * span * kTile),
         packed_(n_blocks * kBlock * steps_of<Op>(head.n_features)),
-        right_block_(n_blocks * kBlock / kDepth * kBlock),
+        lanes_(n_blocks * kBlock),
+        right_block_(lanes_ / kDepth * kBlock),
         right_(gradients.of_weight() ? ceil_div(head.n_features, kBlock) * right_block_ : 0),
-        row_sums_(gradients.rows ? n_blocks * kBlock * width_ : 0),
-        scratch_bytes_(round_up(larger(logits_scratch_bytes<T>(head), gradient_scratch_bytes<T>(head)), 64)),
+        row_sums_(gradients.rows ? lanes_ * round_up(head.n_features, kBlock) : 0),
+        scratch_bytes_(round_up(larger(logits_scratch_bytes<T>(head), columns_scratch_bytes(head)), kLine)),
         scratch_(scratch_bytes_ * head.n_threads),
         tile_scratch_(kTile * head.n_threads),
         panel_sums_(gradients.weight && !kDirect ? kPanel * width_ * head.n_threads : 0) {}
@@ -71,12 +73,12 @@ class GradientTiles {
     for (Index b = 0; b < kept.n_blocks; ++b) {
       if (right_) {
         // by blocks of columns, each of which a product reads from end to end
-        for (Index d = 0; d < head_.n_features; d += kBlock) {
-          pack_rows<T>(rows_, kept.source + b * kBlock, kept.filled[b], head_.n_features, d, kBlock,
-                       right_ + d / kBlock * right_block_ + b * kBlock / kDepth * kBlock);
-        }
+        pack_columns<T>(rows_, kept.source + b * kBlock, kept.filled[b], head_.n_features, 0, head_.n_features, right_block_,
+                        right_ + b * kBlock / kDepth * kBlock);
       }
-      if (row_sums_) memset(row_sums_ + b * kBlock * width_, 0, sizeof(float) * kBlock * width_);
+      for (Index d = 0; row_sums_ && d < head_.n_features; d += kBlock) {
+        memset(row_sums_ + d * lanes_ + b * kBlock * kBlock, 0, sizeof(float) * kBlock * kBlock);
+      }
     }
   }
 
@@ -119,12 +121,16 @@ class GradientTiles {
     }
   }
 
-  // Adds the tiles of a span of panels to the sums of dz.
+  // Adds the tiles of a span of panels to the sums of dz. E is copied by blocks of columns: where it lies, the rows of such a block are far
+  // apart, fill their lines by half and share few sets of the cache.
   void add_to_rows(const RowBlocks& kept, Index first_panel, Index n_panels) {
-    // a thread takes some tile rows of the blocks and, where those are few, some of the columns
+    // a thread takes some tile rows of the blocks or, where E is more than they, some of the columns
     const Index groups = kept.n_blocks * (kBlock / kTileRows), column_blocks = ceil_div(head_.n_features, kBlock);
-    const Index row_parts = smaller(groups, head_.n_threads), column_parts = smaller(column_blocks, head_.n_threads / larger(row_parts, 1));
-    const Index parts = row_parts * column_parts;
+    Index column_parts = 1;
+    for (Index n = 2; 2 * kept.n_blocks < column_blocks && 2 * n <= column_blocks && n <= head_.n_threads; ++n) {
+      if (head_.n_threads % n == 0) column_parts = n;
+    }
+    const Index row_parts = smaller(groups, head_.n_threads / column_parts), parts = row_parts * column_parts;
     Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
 #pragma omp parallel for num_threads(head_.n_threads) schedule(static, 1)
     for (Index part = 0; part < parts; ++part) {
@@ -133,37 +139,37 @@ class GradientTiles {
       const Index first_column = column_blocks * column_part / column_parts * kBlock;
       const Index last_column = smaller(column_blocks * (column_part + 1) / column_parts * kBlock, head_.n_features);
       const int thread = omp_get_thread_num();
-      for (Index p = 0; p < n_panels; ++p) {
-        const auto e = gradient_operand<T>(head_, first_panel + p, scratch(thread));
-        const Index steps = ceil_div(classes_in(head_, first_panel + p), kDepth);
-        const Index first_block = first / (kBlock / kTileRows), end_block = ceil_div(last, kBlock / kTileRows);
-        const Index next_start = (first_panel + p + 1) * kPanel, panel_elements = kPanel * head_.n_features;
-        const bool next_is_whole = next_start + kPanel <= head_.n_classes;
+      const Index column_sets = ceil_div(last_column - first_column, kColumnsOfProduct);
+      const Index first_block = first / (kBlock / kTileRows), end_block = ceil_div(last, kBlock / kTileRows);
+      Op* e = (Op*)scratch(thread);
+      for (Index i = 0; i < n_panels * column_sets; ++i) {
+        const Index p = i / column_sets, start = first_column + i % column_sets * kColumnsOfProduct;
+        const Index end = smaller(start + kColumnsOfProduct, last_column);
+        const Index next_p = smaller((i + 1) / column_sets, n_panels - 1);
+        const Index n = classes_in(head_, first_panel + p), steps = ceil_div(n, kDepth);
+        const auto* panel = (const In*)head_.weight + (first_panel + p) * kPanel * head_.n_features;
+        pack_columns<T>(panel, nullptr, n, head_.n_features, start, end, steps * kBlock, e);
         for (Index b = first_block; b < end_block; ++b) {
-          if (next_is_whole) {
-            prefetch_share((const In*)head_.weight + next_start * head_.n_features, panel_elements * Index(sizeof(In)), b - first_block,
-                           end_block - first_block);
-          }
           const Op* left;
           if constexpr (kDepth == 2) {
-            left = pair_classes(tile(p, b), classes_in(head_, first_panel + p), kept.vectors(b), paired + kTile / 2 * thread);
+            left = pair_classes(tile(p, b), n, kept.vectors(b), paired + kTile / 2 * thread);
           } else {
             left = tile(p, b);
           }
           const Index block_start = b * (kBlock / kTileRows);
           const Index from = larger(first - block_start, 0) * kTileRows;
           const Index to = smaller((last - block_start) * kTileRows, kept.filled[b]);
-          const Stored* next_tile = b + 1 < kept.n_blocks ? tile(p, b + 1) : tile(smaller(p + 1, n_panels - 1), first_block);
-          const Index calls = larger(ceil_div(last_column - first_column, kBlock) * ceil_div(to - from, kTileRows), 1);
+          const Stored* next_tile = b + 1 < end_block ? tile(p, b + 1) : tile(next_p, first_block);
+          const Index calls = larger(ceil_div(end - start, kBlock) * ceil_div(to - from, kTileRows), 1);
           Index call = 0;
-          for (Index d = first_column; d < last_column; d += kBlock) {
+          for (Index d = start; d < end; d += kBlock) {
             with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
               for (Index r = from; r < to; r += kTileRows, ++call) {
                 prefetch_share(next_tile, kTile * Index(sizeof(Stored)), call, calls);
                 Vector sum[kTileRows][decltype(vectors)::value];
                 clear(sum);
-                multiply(left + r, 1, kBlock, e.at(d, 0), e.step_at(d), steps, sum);
-                add_to(row_sums_ + (b * kBlock + r) * width_ + d, width_, kTileRows, width_ - d, sum);
+                multiply(left + r, 1, kBlock, (const Op*)e + (d - start) * steps, kBlock, steps, sum);
+                add_to(row_sums_ + d * lanes_ + (b * kBlock + r) * kBlock, kBlock, kTileRows, kBlock, sum);
               }
             });
           }
@@ -177,13 +183,20 @@ class GradientTiles {
 #pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
     for (Index b = 0; b < kept.n_blocks; ++b) {
       for (Index lane = b * kBlock; lane < b * kBlock + kept.filled[b]; ++lane) {
-        narrow_row(row_sums_ + lane * width_, head_.n_features, gradients_.rows + kept.source[lane] * head_.n_features);
+        In* row = gradients_.rows + kept.source[lane] * head_.n_features;
+        for (Index d = 0; d < head_.n_features; d += kBlock) {
+          narrow_row(row_sums_ + d * lanes_ + lane * kBlock, smaller(kBlock, head_.n_features - d), row + d);
+        }
       }
     }
   }
 
  private:
   static constexpr bool kDirect = sizeof(In) == sizeof(float);  // gradients are summed where they are returned
+
+  static Index columns_scratch_bytes(const Head& head) {
+    return sizeof(Op) * steps_of<Op>(kPanel) * smaller(kColumnsOfProduct, round_up(head.n_features, kBlock));
+  }
 
   // (classes, kBlock) of bfloat16 -> (classes / 2, kBlock) of pairs of classes
   static const Op* pair_classes(const Stored* from, Index n, Index vectors, Op* to) {
@@ -201,6 +214,7 @@ class GradientTiles {
   Index n_blocks_ = 0;
   Buffer<Stored> tiles_;
   Buffer<Op> packed_;
+  Index lanes_;
   Index right_block_;  // elements of a block of columns of `right_`
   Buffer<Op> right_;
   Buffer<float> row_sums_;

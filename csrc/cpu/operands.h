@@ -2,8 +2,8 @@
 //
 //   logits   Sᵀ (V, rows) = E (V, D) · zᵀ (D, rows)   classes broadcast from E as it lies; rows in lanes, so that
 //                                                      maxima and sums over the classes need no shuffles
-//   dE (V, D) = dlᵀ (V, rows) · z (rows, D)            both as they lie in the tiles of dl and in a padded copy of z
-//   dz (rows, D) = dl (rows, V) · E (V, D)             the same tiles, E as it lies but for a tail of columns
+//   dE (V, D) = dlᵀ (V, rows) · z (rows, D)            dl as it lies in its tiles, blocks of columns of z copied
+//   dz (rows, D) = dl (rows, V) · E (V, D)             the same tiles, blocks of columns of E copied one after the other
 //
 // With pairs of bfloat16 each operand is interleaved along the dimension that is summed over.
 #pragma once
@@ -131,7 +131,9 @@ Index logits_scratch_bytes(const Head& head) {
 }
 
 inline void copy_row(const float* from, Index n, float* to) {
-  if (n) memcpy(to, from, sizeof(float) * n);  // memcpy must not be given null, which an empty tensor has
+  Index i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = from[i];
 }
 
 inline void copy_row(const Bfloat16* from, Index n, float* to) {
@@ -189,21 +191,6 @@ ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* t
 
 // ------------------------------------------------------------------------------------ E and z as right sides of gradients
 
-// Rows of a right side, `step` elements apart; the columns from `tail_start` on are read from a padded copy.
-template <class Op>
-struct GradientOperand {
-  const Op* data;
-  Index step;
-  const Op* tail;
-  Index tail_step;
-  Index tail_start;
-
-  const Op* at(Index column, Index s) const {
-    return column < tail_start ? data + s * step + column : tail + s * tail_step + (column - tail_start);
-  }
-  Index step_at(Index column) const { return column < tail_start ? step : tail_step; }
-};
-
 inline void merge_rows(const float* row, const float*, Index n, float* to) { copy_row(row, n, to); }
 
 inline void merge_rows(const Bfloat16* row, const Bfloat16*, Index n, float* to) { copy_row(row, n, to); }
@@ -214,42 +201,23 @@ inline void merge_rows(const Bfloat16* row, const Bfloat16* next, Index n, Pair*
   for (Index i = 0; i < n; ++i) to[i] = pair(row[i], Bfloat16{0});
 }
 
-// Rows source[0..n), or 0..n where it is null, `step` columns from `start`, to (ceil(n / depth), step), zero beyond the features.
+// Columns [start, end) of the rows source[0..n), or 0..n where it is null: a block of kBlock of them after the other, `stride` elements
+// apart, each (ceil(n / depth), kBlock), zero beyond the features.
 template <class T>
-void pack_rows(const typename T::In* rows, const Index* source, Index n, Index features, Index start, Index step,
-               typename T::Op* to) {
+void pack_columns(const typename T::In* rows, const Index* source, Index n, Index features, Index start, Index end, Index stride,
+                  typename T::Op* to) {
   constexpr int kDepth = Element<typename T::Op>::kDepth;
-  const Index width = smaller(features - start, step);
-  for (Index r = 0; r < n; r += kDepth, to += step) {
-    const auto* row = rows + (source ? source[r] : r) * features + start;
+  for (Index r = 0; r < n; r += kDepth, to += kBlock) {
+    const auto* row = rows + (source ? source[r] : r) * features;
     const bool has_next = kDepth == 2 && r + 1 < n;
-    const auto* next = has_next ? rows + (source ? source[r + 1] : r + 1) * features + start : nullptr;
-    merge_rows(row, next, width, to);
-    memset((void*)(to + width), 0, sizeof(*to) * (step - width));
+    const auto* next = has_next ? rows + (source ? source[r + 1] : r + 1) * features : nullptr;
+    auto* block = to;
+    for (Index d = start; d < end; d += kBlock, block += stride) {
+      const Index width = smaller(features - d, kBlock);
+      merge_rows(row + d, has_next ? next + d : nullptr, width, block);
+      if (width < kBlock) memset((void*)(block + width), 0, sizeof(*to) * (kBlock - width));
+    }
   }
-}
-
-// Elements between the rows of such a copy: a tail of columns at most where E is read as it lies.
-template <class T>
-Index gradient_step(const Head& head) {
-  return sizeof(typename T::Op) == sizeof(typename T::In) ? kBlock : padded_features(head);
-}
-
-template <class T>
-Index gradient_scratch_bytes(const Head& head) {
-  return sizeof(typename T::Op) * steps_of<typename T::Op>(kPanel) * gradient_step<T>(head);
-}
-
-// A panel of E for dz = dl·E.
-template <class T>
-GradientOperand<typename T::Op> gradient_operand(const Head& head, Index panel, void* scratch) {
-  using Op = typename T::Op;
-  constexpr bool kInPlace = sizeof(Op) == sizeof(typename T::In);
-  const Index features = head.n_features, n = classes_in(head, panel), step = gradient_step<T>(head);
-  const auto* rows = (const typename T::In*)head.weight + panel * kPanel * features;
-  const Index start = !kInPlace ? 0 : features % kLanes == 0 ? features : features / kBlock * kBlock;
-  if (start < features) pack_rows<T>(rows, nullptr, n, features, start, step, (Op*)scratch);
-  return {(const Op*)rows, features, (const Op*)scratch, step, start};
 }
 
 }  // namespace
