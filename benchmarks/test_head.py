@@ -21,7 +21,7 @@ STEP = "training step"
 EACH = "training step, loss of each token"
 OURS = "fused_mos"
 N_ROUNDS = {"cpu": 5, "cuda": 20}[DEVICE]
-BUDGET = 15.0
+BUDGET = 12.0
 """Seconds of a case after which there are no more rounds than two."""
 
 

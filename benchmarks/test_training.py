@@ -62,7 +62,7 @@ def measure(recipe: str) -> tuple[dict[str, dict], dict[str, Callable[[], None]]
     for name in CONTENDERS:
         if name == "fused_mos" or _needed(recipe) < available_bytes(DEVICE.type):
             calls[name], words = _step(recipe, name)
-    times = interleaved(calls, N_ROUNDS, DEVICE.type == "cuda", budget=BUDGET)
+    times = interleaved(calls, N_ROUNDS, DEVICE.type == "cuda", warm_up=DEVICE.type == "cuda", budget=BUDGET)
     rows = {
         name: {
             "words a second": spread((words / t for t in values), 1),
