@@ -22,7 +22,7 @@ benchmark: $(VENV)/peers-installed
 	$(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/benchmark.json
 	$(PY) -m benchmarks.report --record build/benchmark.json
 
-# as long: a fresh run's ratios against the recorded ones; names what fell by more than 10 %
+# as long: a fresh run's ratios against the recorded ones; measures what fell by more than 10 % again, and names what did each time
 bench-check: $(VENV)/peers-installed
 	$(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/bench-check.json
 	$(PY) -m benchmarks.report --compare build/bench-check.json

@@ -18,7 +18,7 @@ def row(contender="fused_mos", case="ptb", ours=1.0, floor=1.0, spread=(1, 1), *
 
 def run_file(path, rows, **machine):
     machine = {"device": "some CPU", "device type": "cpu", "instruction set": "avx2", "threads": 2, "torch": "2.13.0", "python": "3.11"} | machine
-    benchmarks = [{"extra_info": machine | info} for info in [*rows, {}]]
+    benchmarks = [{"extra_info": machine | info, "fullname": "benchmarks/test_head.py::test_head[tokens N = 1 float32-fused_mos]"} for info in [*rows, {}]]
     text = {"machine_info": machine | {"backends": {}}, "datetime": "2026-01-02T03:04:05", "benchmarks": benchmarks}
     path.write_text(json.dumps(text))
     return path
@@ -56,16 +56,27 @@ def test_what_fell_is_named(fresh, fell, named, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "MACHINES", tmp_path)
     report.record(run_file(tmp_path / "a.json", [row(), row("peer", ours=2.0)]))
     capsys.readouterr()
-    assert report.compare(run_file(tmp_path / "b.json", fresh, torch="2.14.0")) == fell
+    assert report.compare(run_file(tmp_path / "b.json", fresh, torch="2.14.0"), again=0) == fell
     out = capsys.readouterr().out
     assert "recorded with torch 2.13.0, this is 2.14.0" in out and all(text in out for text in named)
     assert fell or "no ratio of" in out
     assert named or "note: only" not in out
 
 
+@pytest.mark.parametrize(("floor", "fell"), [(0.01, True), (10_000, False)])
+def test_what_fell_is_measured_again(floor, fell, tmp_path, monkeypatch, capsys):
+    """One token's head really is: it took some ten times the floor, whatever the files say."""
+    monkeypatch.setattr(report, "MACHINES", tmp_path)
+    about = {"figure": "tokens", "case": "N = 1"}
+    report.record(run_file(tmp_path / "a.json", [row(floor=floor) | about]))
+    assert report.compare(run_file(tmp_path / "b.json", [row(floor=2 * floor) | about]), again=1) == fell
+    out = capsys.readouterr().out
+    assert f"was {floor:.2f} and is {2 * floor:.2f}" in out and ("fell:" in out) == fell
+
+
 def test_nothing_to_compare_with(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "MACHINES", tmp_path)
-    assert report.compare(run_file(tmp_path / "b.json", [row()])) == 2
+    assert report.compare(run_file(tmp_path / "b.json", [row()]), again=2) == 2
     assert "nothing is recorded" in capsys.readouterr().err
 
 
