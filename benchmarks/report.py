@@ -82,31 +82,31 @@ def record(path: Path) -> Path:
 
 
 def fallen(recorded: dict[str, Any], fresh: dict[str, Any]) -> tuple[dict[tuple[str, ...], str], list[str]]:
-    """What is worse by more than FELL, ours over the floor, and how much faster we are than a peer: by row, in every round; and in the median
-    alone, which is what noise does."""
-    always, median, old = {}, [], {key(row): row for row in recorded["rows"]}
+    """What is worse by more than FELL in the median, ours over the floor, and how much faster we are than a peer: by row, where even its best
+    round is worse than the worst of the recorded ones; and where their rounds overlap, which is what noise does."""
+    apart, overlapping, old = {}, [], {key(row): row for row in recorded["rows"]}
     for row in fresh["rows"]:
         before, name = old.get(key(row), {}), ", ".join(key(row)[:-1])
         if "failed" in row:
             if row["contender"] == OURS:
-                always[key(row)] = f"{name}: {row['failed']}"
+                apart[key(row)] = f"{name}: {row['failed']}"
             continue
         if row["contender"] == OURS and "over floor" in before:
-            middle, least, _ = row["ms"]
-            now, best, limit = row["over floor"], row["over floor"] * least / middle, before["over floor"] / (1 - FELL)
-            text = f"{name}: time ÷ floor was {before['over floor']:.2f} and is {now:.2f}, in the best round {best:.2f}"
-            fell, in_all = now > limit, best > limit
+            was, now = before["over floor"], row["over floor"]
+            worst, best = was * before["ms"][2] / before["ms"][0], now * row["ms"][1] / row["ms"][0]
+            fell, is_apart = now * (1 - FELL) > was, best > worst
+            text = f"{name}: time ÷ floor was {was:.2f} (at most {worst:.2f}) and is {now:.2f} (at least {best:.2f})"
         elif row["contender"] != OURS and "times ours" in before:
-            (now, _, best), was = row["times ours"], before["times ours"][0]
-            text = f"{name}: {row['contender']} took {was:.2f} times as long as ours and takes {now:.2f}, in the best round {best:.2f}"
-            fell, in_all = now < (1 - FELL) * was, best < (1 - FELL) * was
+            (was, worst, _), (now, _, best) = before["times ours"], row["times ours"]
+            fell, is_apart = now < (1 - FELL) * was, best < worst
+            text = f"{name}: {row['contender']} took {was:.2f} times as long as ours (at least {worst:.2f}) and takes {now:.2f} (at most {best:.2f})"
         else:
             continue
-        if fell and in_all:
-            always[key(row)] = text
+        if fell and is_apart:
+            apart[key(row)] = text
         elif fell:
-            median.append(text)
-    return always, median
+            overlapping.append(text)
+    return apart, overlapping
 
 
 def measured_again(path: Path, rows: Iterable[tuple[str, ...]]) -> Path:
@@ -128,9 +128,9 @@ def compare(path: Path, again: int) -> int:
         if recorded[name] != run[name]:
             print(f"note: recorded with {name} {recorded[name]}, this is {run[name]}")
     common = {key(row) for row in recorded["rows"]} & {key(row) for row in run["rows"]}
-    found, median = fallen(recorded, run)
-    for text in median:
-        print(f"note: only in the median, {text}")
+    found, overlapping = fallen(recorded, run)
+    for text in overlapping:
+        print(f"note: in rounds that overlap, {text}")
     for _ in range(again):
         if not found:
             break
