@@ -188,7 +188,7 @@ def time_shape(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
     for group in (calls, alone):
         measurable = {}
         for name, call in tqdm(group.items(), desc="warming up", leave=False):
-            failure = (unavailable(name, DEVICE, dtype) if name not in ours else None) or attempt(call)
+            failure = (unavailable(name, DEVICE) if name not in ours else None) or attempt(call)
             clear(arguments)
             gc.collect()
             if not DRY_RUN:

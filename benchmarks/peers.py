@@ -103,8 +103,8 @@ def materialised(name: str) -> int:
     return {"published code": 4, "log-sum-exp": 3, "F.linear + F.cross_entropy": 3}.get(name, 0)
 
 
-def unavailable(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a peer of this name cannot run here, or not in reasonable time; None where it can."""
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why a peer of this name cannot run here; None where it can."""
     if "linear_cross_entropy" in name and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
     if "cut-cross-entropy" in name and importlib.util.find_spec("cut_cross_entropy") is None:
@@ -113,6 +113,11 @@ def unavailable(name: str, device_type: str, dtype: torch.dtype) -> str | None:
         return "not installed (pip install --no-deps liger-kernel)"
     if "Liger" in name and device_type == "cpu":
         return "its Triton kernels need a GPU"
+    return None
+
+
+def too_slow(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why no peer ends in reasonable time with this dtype; None where they do."""
     if device_type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "torch multiplies bfloat16 without oneDNN on this processor, many times slower than float32"
     return None

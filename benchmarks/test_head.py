@@ -115,7 +115,7 @@ def measure(case: Case) -> tuple[dict[str, dict], dict[str, Callable[[], object]
     rows, measurable = {}, {}
     for name, call in calls.items():
         needed, free = peers.materialised(name) * n * k * v * dtype.itemsize, available_bytes(DEVICE)
-        failure = peers.unavailable(name, DEVICE, dtype) if name != OURS else None
+        failure = (peers.unavailable(name, DEVICE) or peers.too_slow(DEVICE, dtype)) if name != OURS else None
         if needed > free:
             failure = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
         if failure := failure or attempt(call):
