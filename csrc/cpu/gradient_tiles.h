@@ -124,13 +124,15 @@ class GradientTiles {
   // Adds the tiles of a span of panels to the sums of dz. E is copied by blocks of columns: where it lies, the rows of such a block are far
   // apart, fill their lines by half and share few sets of the cache.
   void add_to_rows(const RowBlocks& kept, Index first_panel, Index n_panels) {
-    // a thread takes some tile rows of the blocks or, where E is more than they, some of the columns
+    // a thread takes some tile rows of the blocks and, where these are few or E is more than they, some of the columns
     const Index groups = kept.n_blocks * (kBlock / kTileRows), column_blocks = ceil_div(head_.n_features, kBlock);
     Index column_parts = 1;
     for (Index n = 2; 2 * kept.n_blocks < column_blocks && 2 * n <= column_blocks && n <= head_.n_threads; ++n) {
       if (head_.n_threads % n == 0) column_parts = n;
     }
-    const Index row_parts = smaller(groups, head_.n_threads / column_parts), parts = row_parts * column_parts;
+    const Index row_parts = smaller(groups, head_.n_threads / column_parts);
+    column_parts = smaller(column_blocks, head_.n_threads / larger(row_parts, 1));
+    const Index parts = row_parts * column_parts;
     Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
 #pragma omp parallel for num_threads(head_.n_threads) schedule(static, 1)
     for (Index part = 0; part < parts; ++part) {

@@ -130,11 +130,7 @@ Index logits_scratch_bytes(const Head& head) {
   return kPanel * (sizeof(typename T::Op) * steps_of<typename T::Op>(head.n_features) + sizeof(float));
 }
 
-inline void copy_row(const float* from, Index n, float* to) {
-  Index i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-  for (; i < n; ++i) to[i] = from[i];
-}
+inline void copy_row(const float* from, Index n, float* to) { narrow_row(from, n, to); }
 
 inline void copy_row(const Bfloat16* from, Index n, float* to) {
   Index i = 0;
