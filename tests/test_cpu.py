@@ -115,6 +115,20 @@ def test_many_rows_of_several_panels(instruction_set, workspace):
         check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend, reduction="none"), dtype, "cpu")
 
 
+@pytest.mark.parametrize("n_threads", [1, 5])
+def test_many_features(n_threads, instruction_set):
+    """More columns than one product of dz takes at once, and rows few enough that threads share the columns, or many."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        for n, dtype in ((3, torch.float32), (70, torch.float32), (3, torch.bfloat16), (70, torch.bfloat16)):
+            case = problem(n, 2, 810, 300, scale=0.2)
+            check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), dtype, "cpu")
+            check_forward_and_gradients(case, lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend), dtype, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_filter_agrees_with_tiled(reduction, instruction_set, workspace):
     """The same rows are dropped, and what moves up in the tiles is the right rows."""
