@@ -207,7 +207,8 @@ def _nll_with_gradients_backward(ctx, grad_loss, grad_nll, *_):
     refuse_double_backward()
     ignore_index, filter_eps, backend = ctx.options
     needs = list(ctx.needs_input_grad[:4])
-    inputs, gradients = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes what is asked for, and refuses to do so twice
+    inputs, gradients = saved[:8], saved[8:]
     result: tuple[Tensor | None, ...] = (None,) * 4
     if grad_loss is not None:
         result = tuple(_scaled(gradient, grad_loss) if need else None for gradient, need in zip(gradients, needs))

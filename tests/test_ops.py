@@ -193,3 +193,14 @@ def test_the_memory_measurement_sees_the_reference_materialise():
     """The measurement of the test above is able to fail."""
     case = problem(64, 16, 8, 8_000).to(torch.float32)
     assert _peak_bytes(lambda: case.nll(backend="reference").backward()) > 2 * 4 * 64 * 16 * 8_000
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", CPU, TRITON])
+def test_activation_checkpointing(backend):
+    """It refuses a backward pass that asks for what was saved more than once."""
+    case = problem(6, 3, 8, 50, ignored=False).to(torch.float32, ("latent", "prior_logits", "weight", "bias"))
+    inputs = (case.latent, case.prior_logits, case.weight, case.target, case.bias)
+    expected = torch.autograd.grad(F.mos_nll_loss(*inputs, backend=backend), [case.latent, case.weight])
+    loss = torch.utils.checkpoint.checkpoint(lambda *x: F.mos_nll_loss(*x, backend=backend), *inputs, use_reentrant=False)
+    for gradient, wanted in zip(torch.autograd.grad(loss, [case.latent, case.weight]), expected):
+        assert torch.equal(gradient, wanted)
