@@ -19,12 +19,12 @@ test: $(VENV)/installed
 
 # about fifteen minutes: times beside peers, into benchmarks/results/, and from there into the documents
 benchmark: $(VENV)/peers-installed
-	$(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/benchmark.json
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	$(PY) -m benchmarks.report --record build/benchmark.json
 
 # as long: a fresh run's ratios against the recorded ones; measures what fell by more than 10 % again, and names what did each time
 bench-check: $(VENV)/peers-installed
-	$(PY) -m pytest benchmarks --benchmark-only -s --benchmark-json=build/bench-check.json
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=build/bench-check.json
 	$(PY) -m benchmarks.report --compare build/bench-check.json
 
 # the native kernels under AddressSanitizer and UBSan: a copy of the package of its own, compiled so

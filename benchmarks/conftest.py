@@ -1,4 +1,5 @@
-"""What was measured on which machine, with which versions and at which commit: for the file of `--benchmark-json`, and in each row's extra_info."""
+"""What was measured on which machine, with which versions and at which commit: for the file of `--benchmark-json`, and in each row's extra_info.
+And a line for each row, as soon as it is there."""
 
 import functools
 import platform
@@ -25,9 +26,12 @@ def measured_on() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
+    """With the numbers that tell generations of a brand apart, which a virtual machine may hide."""
     import cpuinfo  # which pytest-benchmark brings
 
-    return cpuinfo.get_cpu_info().get("brand_raw", platform.machine())
+    about = cpuinfo.get_cpu_info()
+    name, numbers = about.get("brand_raw", platform.machine()), [about.get("family"), about.get("model")]
+    return name if None in numbers else "{}, family {}, model {}".format(name, *numbers)
 
 
 def _instruction_set() -> str:
@@ -42,12 +46,32 @@ def _instruction_set() -> str:
 @functools.cache
 def _commit() -> str:
     commit = get_commit_info()
-    return commit["id"][:7] + (" and changes" if commit["dirty"] else "")
+    return commit["id"] if commit["id"] == "unversioned" else commit["id"][:7] + (" and changes" if commit["dirty"] else "")
 
 
 @pytest.fixture(autouse=True)
-def _about(benchmark):
+def _about(benchmark, request):
     benchmark.extra_info |= measured_on() | {"commit": _commit()}
+    yield
+    if "contender" in benchmark.extra_info:  # the test got so far
+        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{_line(benchmark.extra_info)}", end="", flush=True)
+
+
+def _line(row: dict[str, Any]) -> str:
+    name = f"{row['figure']} {row['case']} {row['dtype']} {row['operation']}: {row['contender']}"
+    if "failed" in row:
+        return f"{name:95} {row['failed']}"
+    median, least, most = row["times ours"]
+    found = [f"{row['ms'][0]:9.2f} ms" if "ms" in row else f"{row['words a second'][0]:,.0f} words/s", f"{median:5.2f} ({least:.2f}–{most:.2f}) × ours"]
+    found += [f"{row['over floor']:.2f} × floor"] if "over floor" in row else []
+    found += [f"{row['peak MiB']:,.0f} MiB"] if row.get("peak MiB") is not None else []
+    return f"{name:95} {', '.join(found)}"
+
+
+def pytest_benchmark_group_stats(config, benchmarks, group_by):
+    """pytest-benchmark's own table would show a single round, out of turn."""
+    return []
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -31,7 +31,7 @@ import triton  # noqa: E402
 import tyro  # noqa: E402
 import gpu_decode  # noqa: E402
 from gpu_report import goals, plot  # noqa: E402
-from harness import attempt, clear, extra_mebibytes, inputs, interleaved, mm_calls, spread, step  # noqa: E402
+from harness import attempt, clear, inputs, interleaved, memory, mm_calls, spread, step  # noqa: E402
 from peers import MIXTURE, SINGLE, compiled, unavailable  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -193,7 +193,7 @@ def time_shape(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
             gc.collect()
             if not DRY_RUN:
                 torch.cuda.empty_cache()
-            rows[name] = {"failed": failure} if failure else {"extra MiB": extra_mebibytes(call, arguments)}
+            rows[name] = {"failed": failure} if failure else memory(call, arguments)
             if failure is None:
                 measurable[name] = call
         for name, values in interleaved(measurable, ROUNDS, on_gpu=not DRY_RUN).items():
@@ -284,7 +284,7 @@ def main() -> int:
             with float32_products(dtype_name) as dtype:
                 times[key] = time_shape(SHAPES[shape], dtype)
             for name, row in times[key]["rows"].items():
-                figures = f"{row['ms'][0]:9.3f} ms {row['products']:7.2f} products  {row['extra MiB']} MiB" if "ms" in row else row["failed"]
+                figures = f"{row['ms'][0]:9.3f} ms {row['products']:7.2f} products  {row['peak MiB']} MiB" if "ms" in row else row["failed"]
                 print(f"{key:24} {name:32} {figures}", flush=True)
             save()
     has_kernel = fused_mos.backends()["cuda"].startswith("available")

@@ -17,6 +17,8 @@ try:
 except ImportError:
     _cpu = None
 
+NATIVE = _cpu is not None
+"""Whether the CPU's native kernels were compiled."""
 Shape = tuple[int, int, int, int]
 """N, K, D, V."""
 
@@ -87,10 +89,6 @@ def interleaved(
     return times
 
 
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def spread(values: Iterable[float], digits: int = 4) -> list[float]:
     """Median, minimum and maximum."""
     values = list(values)
@@ -121,16 +119,16 @@ class Floor:
     """The time of one product, 2·N·K·D·V operations, at the best rate of this device, measured between the contenders.
 
     On a CPU that of a register-only loop of multiply-adds, where the native kernels are there to have it; else torch.mm's best of the
-    step's three products, on at most 100,000 classes (10,000 on a CPU), whose rate is that of all.
+    step's three products, on so many classes that the largest matrix takes a GiB (10,000 classes on a CPU), whose rate is that of all.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
         n, k, d, v = shape
-        self.by_peak = device == "cpu" and _cpu is not None and dtype in (torch.float32, torch.bfloat16)
+        self.by_peak = device == "cpu" and NATIVE and dtype in (torch.float32, torch.bfloat16)
         self.gflop = 2 * n * k * d * v / 1e9
         self._peaks: list[float] = []
         bf16 = dtype == torch.bfloat16 and self.by_peak and _cpu.bf16_products()
-        part = min(v, 10_000 if device == "cpu" else 100_000)
+        part = min(v, 10_000 if device == "cpu" else 2**30 // (n * k * dtype.itemsize))
         self.calls = (
             {"peak": lambda: self._peaks.append(_cpu.peak_gflops(torch.get_num_threads(), bf16))}
             if self.by_peak
@@ -149,15 +147,24 @@ class Floor:
 
 def available_bytes(device: str) -> int:
     if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # what torch keeps is free, too
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else []
     found = next((line for line in lines if line.startswith("MemAvailable")), None)
     return int(found.split()[1]) << 10 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def extra_mebibytes(call: Callable[[], object], arguments: list[Tensor]) -> float | None:
-    """The most memory beside inputs, gradients and the result: on a GPU as torch allocates it; on Linux as the process grows, within a MiB
-    or so, and at least the native kernels' workspace, which one call leaves to the next; else None."""
+def lacking(needed: int, device: str) -> str | None:
+    """Why a call that needs so many bytes cannot be made; None where they are free."""
+    free = available_bytes(device)
+    return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free" if needed > free else None
+
+
+def memory(call: Callable[[], object], arguments: list[Tensor]) -> dict[str, float | None]:
+    """"peak MiB", the most memory beside the inputs, and "kept MiB", the gradients and the result, which are part of it. (A peak before the
+    gradients exist is not a peak beside them: so they are not subtracted.) The peak on a GPU is torch's; on Linux it is the growth of the
+    process, within a MiB or so, and at least what is kept and the native kernels' workspace, which one call leaves to the next; else None."""
     clear(arguments)
     gc.collect()
     on_gpu = arguments[0].is_cuda
@@ -169,7 +176,8 @@ def extra_mebibytes(call: Callable[[], object], arguments: list[Tensor]) -> floa
             ctypes.CDLL(None).malloc_trim(0)  # what was freed before is new again
             Path("/proc/self/clear_refs").write_text("5")  # forgets the largest resident size
         except (AttributeError, OSError):
-            return None
+            call()
+            return {"peak MiB": None, "kept MiB": None}
         before = _status("VmRSS")
         if _cpu:
             _cpu.reset_peak_bytes()
@@ -178,7 +186,7 @@ def extra_mebibytes(call: Callable[[], object], arguments: list[Tensor]) -> floa
     results = (result,) if isinstance(result, Tensor) else result or ()
     kept = sum(tensor.nbytes for tensor in (*(t.grad for t in arguments if t.grad is not None), *results))
     workspace = _cpu.peak_bytes() if _cpu and not on_gpu else 0
-    return round(max(peak - kept, workspace) / 2**20, 1)
+    return {"peak MiB": round(max(peak, kept + workspace) / 2**20, 1), "kept MiB": round(kept / 2**20, 1)}
 
 
 def _status(name: str) -> int:

@@ -1,5 +1,6 @@
 """What a user would write instead of the head: losses of (latent (N, K, D), prior_logits (N, K), weight (V, D), target (N,), bias (V,))."""
 
+import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def published(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
     """As the paper's published code computes it: K distributions of V words for every token, their mean, its logarithm."""
-    probability = (torch.softmax(linear(z, w, b), -1) * torch.softmax(a, -1)[..., None]).sum(1)
+    probability = (torch.softmax(linear(z, w, b), -1) * torch.softmax(a, -1).to(z.dtype)[..., None]).sum(1)
     return nll_loss(torch.log(probability + 1e-8), y)
 
 
@@ -34,9 +35,10 @@ def _five_lines(rows_nll: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) ->
     return loss
 
 
-@_five_lines
-def five_lines(rows: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    return torch.nn.functional.linear_cross_entropy(rows, w, y, linear_bias=b, reduction="none")
+def _torch(rows: Tensor, w: Tensor, y: Tensor, b: Tensor, chunked: bool, reduction: str) -> Tensor:
+    """PyTorch's own: as its default computes it, all logits at once, or in chunks of rows."""
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return torch.nn.functional.linear_cross_entropy(rows, w, y, linear_bias=b, reduction=reduction, options=options)
 
 
 @_five_lines
@@ -59,9 +61,9 @@ def plain(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
     return cross_entropy(linear(z[:, 0], w, b), y)
 
 
-def linear_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """K = 1, PyTorch's own."""
-    return torch.nn.functional.linear_cross_entropy(z[:, 0], w, y, linear_bias=b)
+def linear_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor, chunked: bool = False) -> Tensor:
+    """K = 1."""
+    return _torch(z[:, 0], w, y, b, chunked, "mean")
 
 
 def cut_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
@@ -70,21 +72,24 @@ def cut_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> 
 
 
 def _cce(rows: Tensor, w: Tensor, y: Tensor, **options) -> Tensor:
+    """With exact gradients, as ours are: none is filtered out."""
     from cut_cross_entropy import linear_cross_entropy as function
 
-    return function(rows, w, y, impl="cce" if rows.is_cuda else "torch_compile", **options)
+    return function(rows, w, y, impl="cce" if rows.is_cuda else "torch_compile", filter_eps=None, **options)
 
 
 MIXTURE: dict[str, Loss] = {
     "published code": published,
     "log-sum-exp": log_sum_exp,
-    "five lines, F.linear_cross_entropy": five_lines,
+    "five lines, F.linear_cross_entropy": _five_lines(functools.partial(_torch, chunked=False, reduction="none")),
+    "five lines, F.linear_cross_entropy, chunked": _five_lines(functools.partial(_torch, chunked=True, reduction="none")),
     "five lines, cut-cross-entropy": five_lines_cce,
     "Liger, mean over rows": liger,
 }
 SINGLE: dict[str, Loss] = {
     "F.linear + F.cross_entropy": plain,
     "F.linear_cross_entropy": linear_cross_entropy,
+    "F.linear_cross_entropy, chunked": functools.partial(linear_cross_entropy, chunked=True),
     "cut-cross-entropy": cut_cross_entropy,
     "Liger": liger,
 }
@@ -97,16 +102,19 @@ def compiled(name: str) -> Loss:
     return torch.compile(COMPILED[name], dynamic=False)
 
 
-def materialised(name: str) -> int:
+def materialised(name: str, device_type: str) -> int:
     """How many numbers a token, expert and word need at once, forward and backward."""
-    name = name.removesuffix(", compiled")
-    return {"published code": 4, "log-sum-exp": 3, "F.linear + F.cross_entropy": 3}.get(name, 0)
+    name = name.removesuffix(", compiled").removeprefix("five lines, ")
+    of_cce = 0 if device_type == "cuda" else 1
+    return {"published code": 4, "log-sum-exp": 3, "F.linear + F.cross_entropy": 3, "F.linear_cross_entropy": 3, "cut-cross-entropy": of_cce}.get(name, 0)
 
 
 def unavailable(name: str, device_type: str) -> str | None:
     """Why a peer of this name cannot run here; None where it can."""
     if "linear_cross_entropy" in name and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
+    if "chunked" in name and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has no LinearCrossEntropyOptions (2.13 and later do)"
     if "cut-cross-entropy" in name and importlib.util.find_spec("cut_cross_entropy") is None:
         return "not installed (pip install --no-deps cut-cross-entropy)"
     if "Liger" in name and importlib.util.find_spec("liger_kernel") is None:

@@ -16,9 +16,14 @@ def head_axes(machine: str) -> None:
     """A training step's time along each of N, K, D and V, with the floor."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
     for panel, (name, (axis, label)) in zip(panels.flat, AXES.items()):
-        cases = list(rows_of(machine, name).values())
+        cases = [rows for rows in rows_of(machine, name).values() if "ms" in rows.get(OURS, {})]
+        if not cases:
+            panel.set_axis_off()  # this machine was not asked for it
+            continue
         for contender, colour in COLOURS.items():
-            points = [(rows[contender]["shape"][axis], rows[contender]["ms"]) for rows in cases if "ms" in rows[contender]]
+            points = [(rows[contender]["shape"][axis], rows[contender]["ms"]) for rows in cases if "ms" in rows.get(contender, {})]
+            if not points:
+                continue
             places, (median, least, most) = [x for x, _ in points], zip(*(ms for _, ms in points))
             panel.plot(places, median, marker="o", markersize=4, color=colour, label=contender)
             panel.fill_between(places, least, most, color=colour, alpha=0.2, linewidth=0)
@@ -31,6 +36,7 @@ def head_axes(machine: str) -> None:
         ticks = [place for place, _ in floor]
         panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=20 if ticks[-1] > 5_000 else 0)
         panel.minorticks_off()
-    panels[0, 0].legend(fontsize=8)
+    handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels())}
+    panels[0, 0].legend(handles.values(), handles, fontsize=8)
     figure.savefig(MACHINES / f"{machine}.png", dpi=130)
     plt.close(figure)

@@ -4,7 +4,7 @@
     python -m benchmarks.report --record run.json    # its rows into benchmarks/results/machines/; then as without --record:
     python -m benchmarks.report                      # tables of README.md and docs/, and plots, from benchmarks/results/
     python -m benchmarks.report --verify             # exit status 1 where a document shows something else
-    python -m benchmarks.report --show cpu-avx2      # the tables of one machine, in the terminal
+    python -m benchmarks.report --show MACHINE       # the tables of one machine, in the terminal
     python -m benchmarks.report --compare run.json   # measures what fell by more than 10 % again; exit status 1 if some did each time, which is named
 
 A table of a document stands between `<!-- table: NAME -->` and `<!-- end -->`; `benchmarks/tables.py` has its NAME, after which a table of times
@@ -31,8 +31,10 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FELL = 0.1
 """Of a ratio: what is named."""
-MACHINE = ("device", "device type", "instruction set", "threads", "torch", "python")
-"""Of a row's extra_info: what all rows of a run have in common."""
+MACHINE = ("device", "device type", "instruction set", "threads")
+"""Of a row's extra_info: what all rows of a file have in common."""
+VERSIONS = ("torch", "python")
+"""What each row keeps."""
 
 
 @dataclasses.dataclass
@@ -58,12 +60,12 @@ def condensed(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"error: {path} must be a file that pytest benchmarks --benchmark-only --benchmark-json wrote: {type(error).__name__}: {error}") from None
     rows = [{name: value for name, value in row.items() if name not in MACHINE} | {"date": run["datetime"][:10]} for row in found]
-    return about | {"units": "median, minimum, maximum; ms; MiB beside inputs, gradients and results", "rows": rows}
+    return about | {"units": "median, minimum, maximum; ms; MiB beside the inputs, of which gradients and results are kept", "rows": rows}
 
 
 def results_of(about: dict[str, Any]) -> Path:
-    """Of a machine: named by a CPU's instruction set, or a GPU's name."""
-    name = about["device"] if about["device type"] == "cuda" else f"cpu-{about['instruction set']}"
+    """Of a machine: a GPU by its name, a CPU with the instruction set and the number of threads that were used."""
+    name = about["device"] if about["device type"] == "cuda" else "{} {} {} threads".format(*(about[name] for name in MACHINE if name != "device type"))
     return MACHINES / (re.sub(r"\W+", "-", name.lower()) + ".json")
 
 
@@ -121,12 +123,13 @@ def compare(path: Path, again: int) -> int:
     run = condensed(path)
     file = results_of(run)
     if not file.is_file():
-        print(f"error: nothing is recorded for this machine ({file})", file=sys.stderr)
+        print(f"error: nothing is recorded for this machine; python -m benchmarks.report --record {path} keeps this run in {file}", file=sys.stderr)
         return 2
     recorded = json.loads(file.read_text(encoding="utf-8"))
-    for name in MACHINE:
-        if recorded[name] != run[name]:
-            print(f"note: recorded with {name} {recorded[name]}, this is {run[name]}")
+    for name in VERSIONS:
+        before, now = (", ".join(sorted({row[name] for row in rows})) for rows in (recorded["rows"], run["rows"]))
+        if before != now:
+            print(f"note: recorded with {name} {before}, this is {now}")
     common = {key(row) for row in recorded["rows"]} & {key(row) for row in run["rows"]}
     found, overlapping = fallen(recorded, run)
     for text in overlapping:
@@ -136,7 +139,8 @@ def compare(path: Path, again: int) -> int:
             break
         print("\n".join(["to be measured again:", *found.values()]), flush=True)
         found, _ = fallen(recorded, condensed(measured_again(path, found)))
-    print("\n".join(["fell:", *found.values()]) if found else f"no ratio of {len(common)} rows fell by more than {FELL:.0%}")
+    within = f", but {len(overlapping)} did within them" if overlapping else ""
+    print("\n".join(["fell:", *found.values()]) if found else f"no ratio of {len(common)} rows fell by more than {FELL:.0%} in rounds worse than the recorded{within}")
     return int(bool(found))
 
 

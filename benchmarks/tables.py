@@ -36,15 +36,25 @@ def times(values: list[float]) -> str:
     return f"{median:.2f} ({least:.2f}–{most:.2f})"
 
 
+def times_ours(row: dict) -> str:
+    return times(row["times ours"]) if "times ours" in row else row.get("failed", "–")
+
+
+def over_floor(row: dict) -> str:
+    return f"{row['over floor']:.2f}" if "over floor" in row else row.get("failed", "–")
+
+
 def mebibytes(row: dict) -> str:
-    return "–" if row.get("extra MiB") is None else f"{max(row['extra MiB'], 0):,.0f} MiB"
+    return "–" if row.get("peak MiB") is None else f"{row['peak MiB']:,.0f} MiB"
 
 
 def head(machine: str) -> str:
-    """A training step's time over ours, by contender; floor and memory."""
+    """A training step's time over ours, by contender; floor and memory. What a machine was not asked for is left out, in each table."""
     found = []
     for (case, dtype, _), contenders in rows_of(machine, "shapes").items():
-        shape = "×".join(f"{size:,}" for size in contenders[OURS]["shape"])
+        some = next(iter(contenders.values()))
+        shape = "×".join(f"{size:,}" for size in some["shape"])
+        shape += f"<br>gradients {some['kept MiB']:,.0f} MiB" if some.get("kept MiB") else ""
         for name, row in contenders.items():
             what = [f"{SHAPE_NAMES[case]}, {dtype}<br>{shape}", f"**{name}**"] if name == OURS else ["", name]
             if "failed" in row:
@@ -57,29 +67,31 @@ def head(machine: str) -> str:
 def operations(machine: str) -> str:
     found = []
     for (_, _, operation), contenders in rows_of(machine, "operations").items():
-        ours, theirs = contenders[OURS], contenders["published code"]
-        found.append([operation, f"{ours['over floor']:.2f}", times(theirs["times ours"]), mebibytes(ours), mebibytes(theirs)])
+        ours, theirs = contenders.get(OURS, {}), contenders.get("published code", {})
+        found.append([operation, over_floor(ours), times_ours(theirs), mebibytes(ours), mebibytes(theirs)])
     return table(["", "time ÷ floor", "the published code's time ÷ ours", "memory", "its memory"], found)
 
 
 def experts(machine: str) -> str:
     """Milliseconds of a step, and of an expert more."""
-    cases = list(rows_of(machine, "experts").items())
+    cases = rows_of(machine, "experts")
+    names = list(dict.fromkeys(name for contenders in cases.values() for name in contenders))
     found = []
-    for (case, _, _), contenders in cases:
-        count = contenders[OURS]["shape"][1]
-        cells = [f"{contenders[name]['ms'][0] / count:.1f}" if "ms" in contenders[name] else contenders[name]["failed"] for name in contenders]
-        found.append([case, *cells, f"{contenders[OURS]['over floor']:.2f}"])
-    return table(["", *(f"{name}, ms an expert" for name in cases[0][1]), "ours ÷ floor"], found)
+    for (case, _, _), contenders in cases.items():
+        rows = [contenders.get(name, {}) for name in names]
+        cells = [f"{row['ms'][0] / row['shape'][1]:.1f}" if "ms" in row else row.get("failed", "–") for row in rows]
+        found.append([case, *cells, over_floor(contenders.get(OURS, {}))])
+    return table(["", *(f"{name}, ms an expert" for name in names), "ours ÷ floor"], found)
 
 
 def vocabulary(machine: str) -> str:
+    cases = rows_of(machine, "vocabulary")
+    names = list(dict.fromkeys(name for contenders in cases.values() for name in contenders if name != OURS))
     found = []
-    for (case, _, _), contenders in rows_of(machine, "vocabulary").items():
-        ours = contenders[OURS]
-        cells = [times(row["times ours"]) if "times ours" in row else row["failed"] for name, row in contenders.items() if name != OURS]
-        found.append([case, f"{ours['ms'][0] / ours['shape'][3] * 1e4:.1f}", f"{ours['over floor']:.2f}", mebibytes(ours), *cells])
-    names = [name for name in next(iter(rows_of(machine, "vocabulary").values())) if name != OURS]
+    for (case, _, _), contenders in cases.items():
+        ours = contenders.get(OURS, {})
+        slope = f"{ours['ms'][0] / ours['shape'][3] * 1e4:.1f}" if "ms" in ours else "–"
+        found.append([case, slope, over_floor(ours), mebibytes(ours), *(times_ours(contenders.get(name, {})) for name in names)])
     return table(["", "ms for each 10,000 words", "time ÷ floor", "memory", *(f"{name}, time ÷ ours" for name in names)], found)
 
 
@@ -87,9 +99,9 @@ def training(machine: str) -> str:
     found = []
     for (case, _, _), contenders in rows_of(machine, "training").items():
         for name, row in contenders.items():
-            cells = ["–", row["failed"]] if "failed" in row else [f"{row['words a second'][0]:,.0f}", times(row["times ours"])]
+            cells = ["–" if "failed" in row else f"{row['words a second'][0]:,.0f}", times_ours(row), mebibytes(row)]
             found.append([f"`{case}`" if name == OURS else "", f"**{name}**" if name == OURS else name, *cells])
-    return table(["recipe", "", "words/s", "time ÷ ours"], found)
+    return table(["recipe", "", "words/s", "time ÷ ours", "memory"], found)
 
 
 def ranks() -> str:

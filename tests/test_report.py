@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import report  # noqa: E402
+from benchmarks import plots, report, tables  # noqa: E402
 
 
 def row(contender="fused_mos", case="ptb", ours=1.0, floor=1.0, spread=(1, 1), **changed):
-    about = {"figure": "shapes", "case": case, "dtype": "float32", "operation": "training step", "contender": contender, "commit": "0123456"}
+    about = {"figure": "shapes", "case": case, "dtype": "float32", "operation": "training step", "contender": contender, "commit": "0123456", "shape": [1, 2, 3, 4]}
     measured = {} if "failed" in changed else {"ms": [floor, floor * spread[0], floor], "times ours": [ours, ours, ours * spread[1]], "over floor": floor}
     return about | measured | changed
 
@@ -28,15 +28,35 @@ def test_a_run_replaces_its_own_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MACHINES", tmp_path)
     report.record(run_file(tmp_path / "a.json", [row(), row("peer", ours=2.0)]))
     file = report.record(run_file(tmp_path / "b.json", [row("peer", ours=3.0), row(case="wikitext2")]))
-    assert file.name == "cpu-avx2.json"
+    assert file.name == "some-cpu-avx2-2-threads.json"
     found = json.loads(file.read_text())
     assert [(r["case"], r["contender"], r["times ours"][0]) for r in found["rows"]] == [
         ("ptb", "fused_mos", 1.0), ("ptb", "peer", 3.0), ("wikitext2", "fused_mos", 1.0)
     ]  # fmt: skip
-    assert found["device"] == "some CPU" and "device" not in found["rows"][0] and found["rows"][0]["commit"] == "0123456" and found["rows"][0]["date"] == "2026-01-02"
+    assert found["device"] == "some CPU" and "device" not in found["rows"][0]
+    assert [found["rows"][0][name] for name in ("torch", "python", "commit", "date")] == ["2.13.0", "3.11", "0123456", "2026-01-02"]
     gpu = report.record(run_file(tmp_path / "c.json", [row()], **{"device": "NVIDIA H100 80GB", "device type": "cuda"}))
     assert gpu.name == "nvidia-h100-80gb.json"
-    assert report.record(run_file(tmp_path / "d.json", [row()], **{"instruction set": "avx512_bf16"})).name == "cpu-avx512_bf16.json"
+    assert report.record(run_file(tmp_path / "d.json", [row()], **{"instruction set": "avx512_bf16"})).name == "some-cpu-avx512_bf16-2-threads.json"
+    assert report.record(run_file(tmp_path / "e.json", [row()], threads=8, device="other CPU")).name == "other-cpu-avx2-8-threads.json"
+
+
+def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
+    """A run of one case, of failed peers, of nothing of ours: tables and the plot are made all the same."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for module in (report, plots):
+        monkeypatch.setattr(module, "MACHINES", tmp_path / "machines")
+    (tmp_path / "machines").mkdir()
+    figures = [{"figure": "experts"}, {"figure": "vocabulary"}, {"figure": "operations", "operation": "forward"}, {"figure": "tokens"}, {"figure": "training"}]
+    for kept in ([], [row()], [row("published code", **about) for about in figures], [row(failed="no", **about) for about in figures]):
+        kept = [r | {"words a second": [1, 1, 1]} if r["figure"] == "training" else r for r in kept]
+        file = report.record(run_file(tmp_path / "a.json", kept))
+        shown = {name: block(file.stem) for name, block in tables.OF_A_MACHINE.items()}
+        rows = {name: text.count("\n") - 1 for name, text in shown.items()}
+        assert rows == {name: sum(r["figure"] == {"head": "shapes"}.get(name, name) for r in kept) for name in rows}
+        plots.head_axes(file.stem)
+        assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+        file.unlink()
 
 
 @pytest.mark.parametrize(
@@ -61,6 +81,7 @@ def test_what_fell_is_named(fresh, fell, named, tmp_path, monkeypatch, capsys):
     assert "recorded with torch 2.13.0, this is 2.14.0" in out and all(text in out for text in named)
     assert fell or "no ratio of" in out
     assert named or "overlap" not in out
+    assert ("did within them" in out) == (not fell and bool(named))
 
 
 @pytest.mark.parametrize(("floor", "fell"), [(0.01, True), (10_000, False)])
@@ -77,7 +98,7 @@ def test_what_fell_is_measured_again(floor, fell, tmp_path, monkeypatch, capsys)
 def test_nothing_to_compare_with(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "MACHINES", tmp_path)
     assert report.compare(run_file(tmp_path / "b.json", [row()]), again=2) == 2
-    assert "nothing is recorded" in capsys.readouterr().err
+    assert "b.json keeps this run in" in capsys.readouterr().err
 
 
 def test_other_files_are_refused(tmp_path):
@@ -108,4 +129,4 @@ def test_tables_of_a_machine_are_shown(capsys):
     assert "--show must be one of" in capsys.readouterr().err
     for machine in report.machines():
         assert report.show(machine) == 0
-        assert "five lines, cut-cross-entropy" in capsys.readouterr().out
+        assert "five lines, cut-cross-entropy" in capsys.readouterr().out  # what all machines were asked for
