@@ -8,14 +8,21 @@ products run in the autocast dtype and the prior stays in float32.
 Values (not shapes) are checked on CPU tensors outside torch.compile: NaN raises ValueError, a target that is
 no class IndexError. Elsewhere a check would stall the device, and such a token's loss is NaN.
 
+Double backward, forward-mode differentiation and the transforms of torch.func are for backend "reference". While a graph is
+traced, `mos_predict`, `mos_topk` and `mos_sample` are those of "tiled", which is plain torch.
+
 `backend` is one of `fused_mos.backends()` or "auto". Source of the mathematics: Yang et al., "Breaking the
 Softmax Bottleneck: A High-Rank RNN Language Model", ICLR 2018, section 2.3.
 """
 
+import contextlib
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from . import _backends, ops
 from ._backends import reference
@@ -94,11 +101,11 @@ def nll_and_loss(
     """
     _check_inputs(latent, prior_logits, weight, bias)
     _check_target(target, latent, weight.shape[0], ignore_index)
-    if grad_filter_eps < 0 or grad_filter_eps >= 1:
+    if not 0 <= grad_filter_eps < 1:
         raise ValueError(f"grad_filter_eps must be in [0, 1), got {grad_filter_eps}")
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with torch.autocast(latent.device.type, enabled=False):
+    with without_autocast(latent.device.type):
         if backend == "reference":
             nll = reference.nll(latent, prior_logits, weight, bias, target, ignore_index)
         else:
@@ -134,7 +141,7 @@ def mos_log_prob(
     _check_inputs(latent, prior_logits, weight, bias)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with torch.autocast(latent.device.type, enabled=False):
+    with without_autocast(latent.device.type):
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias)
         inputs = _contiguous(latent, prior_logits, weight, bias)
@@ -153,7 +160,7 @@ def mos_logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     _check_inputs(latent, None, weight, bias)
     latent, _, weight, bias = _autocast(latent, None, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with torch.autocast(latent.device.type, enabled=False):
+    with without_autocast(latent.device.type):
         if backend == "reference":
             return reference.logsumexp(latent, weight, bias)
         return ops.logsumexp(*_contiguous(latent, weight, bias), backend)[0]
@@ -170,13 +177,13 @@ def mos_predict(
     _check_inputs(latent, prior_logits, weight, bias)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with torch.autocast(latent.device.type, enabled=False):
+    with without_autocast(latent.device.type):
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias).argmax(-1)
         latent, weight, bias = _contiguous(latent, weight, bias)
         _, maximum, log_total = ops.logsumexp(latent, weight, bias, backend)
         log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
-        return _backends.kernels(backend).predict(latent, log_prior, weight, bias, maximum, log_total)
+        return _backends.traceable(backend).predict(latent, log_prior, weight, bias, maximum, log_total)
 
 
 class TopK(NamedTuple):
@@ -197,7 +204,7 @@ def mos_topk(
     _check_k(k, weight.shape[0])
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with torch.autocast(latent.device.type, enabled=False):
+    with without_autocast(latent.device.type):
         if backend == "reference":
             return TopK(*reference.log_prob(latent, prior_logits, weight, bias).topk(k))
         latent, weight, bias = _contiguous(latent, weight, bias)
@@ -225,7 +232,7 @@ def _topk_of_spans(
     columns = max(TOPK_BYTES // (maximum.itemsize * max(n, 1)), 2 * k, 256)
     for start in range(0, n_classes, columns):
         span = slice(start, start + columns)
-        log_p = _backends.kernels(backend).log_prob(latent, log_prior, weight[span], bias if bias is None else bias[span], maximum, log_total)
+        log_p = _backends.traceable(backend).log_prob(latent, log_prior, weight[span], bias if bias is None else bias[span], maximum, log_total)
         candidates = log_p.topk(min(k, log_p.shape[1]))
         candidates_of_all = torch.cat([indices, candidates.indices + start], 1)
         values = torch.cat([values, candidates.values], 1)
@@ -235,7 +242,7 @@ def _topk_of_spans(
 
 
 def _check_k(k: int, n_classes: int) -> None:
-    if not isinstance(k, int):
+    if not isinstance(k, Integral):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if not 1 <= k <= n_classes:
         raise ValueError(f"k must be in [1, V = {n_classes}], got {k}")
@@ -255,7 +262,8 @@ def mos_sample(
     """Draws one class per token from Σ_k π_k softmax(l_k / temperature), (N,) int64.
 
     The expert is drawn from the prior, then the class from that expert alone, so a sample costs one softmax
-    instead of K. The temperature (> 0) divides each expert's logits and leaves the prior as it is.
+    instead of K. The temperature (> 0) divides each expert's logits and leaves the prior as it is: towards 0 it
+    draws the best class of a random expert, not that of the mixture, which is `mos_predict`'s.
     `generator` lives on the inputs' device; each backend turns its state into other samples.
 
     Args and errors as in `mos_nll_loss`.
@@ -264,7 +272,7 @@ def mos_sample(
     _check_temperature(temperature)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with torch.autocast(latent.device.type, enabled=False):
+    with without_autocast(latent.device.type):
         if backend == "reference":
             return reference.sample(latent, prior_logits, weight, bias, temperature, generator)
         n = latent.shape[0]
@@ -272,16 +280,27 @@ def mos_sample(
             return torch.empty(0, dtype=torch.int64, device=latent.device)
         expert = torch.multinomial(log_softmax_prior(prior_logits).exp(), 1, generator=generator).squeeze(1)
         chosen = latent[torch.arange(n, device=latent.device), expert]
-        return _backends.kernels(backend).sample(chosen, *_contiguous(weight, bias), temperature, generator)
+        return _backends.traceable(backend).sample(chosen, *_contiguous(weight, bias), temperature, generator)
 
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+        raise ValueError(f"temperature must be positive, got {temperature} (predict, or topk with k = 1, is greedy)")
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """On the meta device, which has none, it does nothing."""
+    return torch.autocast(device_type, enabled=False) if device_type != "meta" else contextlib.nullcontext()
+
+
+def is_autocast(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What the backends take (see `_backends.Kernels`)."""
+    """What the fused backends take (see `_backends.Kernels`). Raises RuntimeError for what they would ignore: tangents."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
+        raise RuntimeError("the fused MoS ops have no forward-mode derivative; use backend='reference' for that")
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
@@ -290,7 +309,7 @@ def _autocast(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Casts as torch.autocast would, but keeps the prior, whose product is small, in float32."""
     device = latent.device.type
-    if not torch.is_autocast_enabled(device) or latent.dtype == torch.float64:
+    if not is_autocast(device) or latent.dtype == torch.float64:
         return latent, prior_logits, weight, bias
     dtype = torch.get_autocast_dtype(device)
     prior_logits = prior_logits if prior_logits is None else prior_logits.float()
@@ -300,7 +319,7 @@ def _autocast(
 def _check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
     named = {"latent": latent, "prior_logits": prior_logits, "weight": weight, "bias": bias}
     named = {name: tensor for name, tensor in named.items() if tensor is not None}
-    autocast = isinstance(latent, Tensor) and torch.is_autocast_enabled(latent.device.type)
+    autocast = isinstance(latent, Tensor) and is_autocast(latent.device.type)
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
@@ -334,6 +353,8 @@ def _check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, b
 def _check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if target.dtype != torch.int64:
         raise TypeError(f"target must have dtype torch.int64, got {target.dtype}")
     if target.device != latent.device:
@@ -349,4 +370,6 @@ def _check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: 
 
 
 def _values_can_be_read(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return not isinstance(tensor, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -4,13 +4,14 @@ All three put a fused log-likelihood where a model would have `Linear(in_feature
 cross-entropy. The convention is that of torch.nn.AdaptiveLogSoftmaxWithLoss.
 """
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from .dropout import LockedDropout
+from .dropout import LockedDropout, check_probability
 
 
 class HeadOutput(NamedTuple):
@@ -30,10 +31,14 @@ class Head(nn.Module):
         super().__init__()
         for name, value in (("latent_features", latent_features), ("n_classes", n_classes)):
             _check_positive(name, value)
-        if weight is not None and tuple(weight.shape) != (n_classes, latent_features):
-            raise ValueError(
-                f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got {tuple(weight.shape)}"
-            )
+        if weight is not None:
+            _checked_weight(weight)
+            if dtype not in (None, weight.dtype) or device is not None and torch.device(device).type != weight.device.type:
+                raise ValueError(f"device and dtype must be those of weight, {weight.device} and {weight.dtype}, or None, got {device} and {dtype}")
+            if tuple(weight.shape) != (n_classes, latent_features):
+                raise ValueError(
+                    f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got {tuple(weight.shape)}"
+                )
         if backend not in F._backends.NAMES:
             raise ValueError(f"backend must be one of {', '.join(F._backends.NAMES)}, got {backend!r}")
         self.n_classes = n_classes
@@ -43,7 +48,7 @@ class Head(nn.Module):
         if self.tied:  # there never is a second (V, D)
             self.decoder.weight = weight
             if bias:
-                self.decoder.bias = nn.Parameter(torch.empty(n_classes, device=device, dtype=dtype))
+                self.decoder.bias = nn.Parameter(weight.new_empty(n_classes))
 
     def reset_parameters(self) -> None:
         """The paper's initialisation: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
@@ -72,7 +77,7 @@ class Head(nn.Module):
         """Log-likelihood and loss of `target` given `input`.
 
         Args:
-            input: (…, in_features); a time axis, if there is one, comes first: (T, B, in_features).
+            input: (…, in_features). The order of the leading axes matters to `MoS.latent_dropout` alone, for which time comes first.
             target: (…) int64 classes, or `ignore_index`.
             ignore_index, reduction, grad_filter_eps: see `functional.mos_nll_loss`.
 
@@ -80,6 +85,8 @@ class Head(nn.Module):
             output: (…) log-likelihoods in nats, differentiable. loss: () or, for reduction="none", (…).
         """
         latent, prior_logits = self._flat_mixture(input)
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
         if target.shape != input.shape[:-1]:
             raise ValueError(f"target must have input's leading shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
         if reduction not in F.REDUCTIONS:
@@ -110,7 +117,8 @@ class Head(nn.Module):
         return F.TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
 
     def sample(self, input: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """One class per position: (…, in_features) -> (…) int64; `temperature` as in `functional.mos_sample`."""
+        """One class per position: (…, in_features) -> (…) int64; `temperature` divides each expert's logits, not the mixture's
+        (`functional.mos_sample`): for the most probable class take `predict`."""
         latent, prior_logits = self._flat_mixture(input)
         index = self.functions.mos_sample(
             latent, prior_logits, self.decoder.weight, self.decoder.bias,
@@ -123,7 +131,7 @@ class Head(nn.Module):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"input must be (…, in_features = {self.in_features}), got {tuple(input.shape)}")
-        if input.dtype != self.decoder.weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        if input.dtype != self.decoder.weight.dtype and not F.is_autocast(input.device.type):
             raise TypeError(f"input must have the parameters' dtype {self.decoder.weight.dtype}, got {input.dtype}")
         if input.device != self.decoder.weight.device:
             raise ValueError(f"input is on {input.device} but the parameters are on {self.decoder.weight.device}")
@@ -135,7 +143,8 @@ class Head(nn.Module):
 
 
 class Softmax(Head):
-    """One softmax, the head that a mixture replaces: p = softmax(W h + b), of rank at most in_features.
+    """One softmax, the head that a mixture replaces: p = softmax(W h + b), whose logarithms have a rank of at most in_features + 2:
+    one for the bias, one for the normaliser (Yang et al. 2018, section 2.2).
 
     Args:
         in_features: size H of the context vector.
@@ -143,6 +152,9 @@ class Softmax(Head):
         bias: whether the decoder has a bias.
         weight: an embedding's Parameter (V, H) to tie the decoder to.
         backend: one of `fused_mos.backends()`, or "auto".
+        device, dtype: of the parameters; those of `weight` where it is given.
+
+    Raises ValueError, TypeError: an argument that is not as above.
     """
 
     def __init__(
@@ -173,9 +185,12 @@ class MoS(Head):
         latent_features: size D of the experts' vectors; by default that of `weight`, else in_features.
         bias: whether the decoder has a bias.
         latent_dropout: the paper's dropoutl: locked dropout of the latent vectors, one mask for all time steps
-            of an input (T, B, H).
+            of an input (T, B, H), whose first axis is time.
         weight: an embedding's Parameter (V, D) to tie the decoder to.
         backend: one of `fused_mos.backends()`, or "auto".
+        device, dtype: of the parameters; those of `weight` where it is given.
+
+    Raises ValueError, TypeError: an argument that is not as above.
 
     The submodules `prior`, `latent.0` and `decoder` are named as in the paper's published code.
 
@@ -196,15 +211,17 @@ class MoS(Head):
         device=None,
         dtype=None,
     ):
-        if latent_features is None:
-            latent_features = in_features if weight is None else weight.shape[-1]
-        super().__init__(latent_features, n_classes, bias, weight, backend, device, dtype)
         _check_positive("in_features", in_features)
         _check_positive("n_experts", n_experts)
+        check_probability("latent_dropout", latent_dropout)
+        if latent_features is None:
+            latent_features = in_features if weight is None else _checked_weight(weight).shape[-1]
+        super().__init__(latent_features, n_classes, bias, weight, backend, device, dtype)
         self.in_features = in_features
         self.n_experts = n_experts
-        self.prior = nn.Linear(in_features, n_experts, bias=False, device=device, dtype=dtype)
-        self.latent = nn.Sequential(nn.Linear(in_features, n_experts * latent_features, device=device, dtype=dtype), nn.Tanh())
+        like = {"device": self.decoder.weight.device, "dtype": self.decoder.weight.dtype}
+        self.prior = nn.Linear(in_features, n_experts, bias=False, **like)
+        self.latent = nn.Sequential(nn.Linear(in_features, n_experts * latent_features, **like), nn.Tanh())
         self.latent_dropout = LockedDropout(latent_dropout)
         self.reset_parameters()
 
@@ -220,7 +237,7 @@ class MoC(MoS):
     """Mixture of Contexts: p = softmax(W Σ_k π_k tanh(W_k h + c_k) + b) (Yang et al. 2018, section 2.4).
 
     As many parameters as `MoS` and the same arguments, but the mixture is inside one softmax, so the rank
-    stays at most latent_features: the paper's control.
+    stays at most latent_features + 2, as in `Softmax`: the paper's control.
     """
 
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,5 +247,13 @@ class MoC(MoS):
 
 
 def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _checked_weight(weight: nn.Parameter) -> nn.Parameter:
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"weight must be a Parameter, such as embedding.weight, got {type(weight).__name__}")
+    return weight

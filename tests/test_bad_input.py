@@ -108,6 +108,8 @@ def test_module(head):
         module(torch.randn(N, D + 1), target)
     with pytest.raises(TypeError, match="input must be a Tensor, got list"):
         module([1.0], target)
+    with pytest.raises(TypeError, match="target must be a Tensor, got list"):
+        module(torch.randn(N, D), [1])
     with pytest.raises(TypeError, match="input must have the parameters' dtype torch.float32, got torch.float64"):
         module(torch.randn(N, D).double(), target)
     with pytest.raises(ValueError, match="input is on meta but the parameters are on cpu"):
@@ -127,11 +129,20 @@ def test_module(head):
         ({"in_features": 0}, "must be at least 1, got 0"),
         ({"n_classes": -2}, "n_classes must be at least 1, got -2"),
         ({"latent_features": 0}, "latent_features must be at least 1, got 0"),
-        ({"latent_dropout": 1.5}, r"\[0, 1\), got 1.5"),
+        ({"latent_dropout": 1.0}, r"latent_dropout must be in \[0, 1\), got 1.0"),
         ({"backend": "fast"}, "backend must be one of .*, got 'fast'"),
         ({"weight": torch.nn.Parameter(torch.zeros(V + 1, D))}, r"weight must be .* = \(11, 5\), got \(12, 5\)"),
     ],
 )
 def test_constructor(options, message):
     with pytest.raises(ValueError, match=message):
+        fused_mos.MoS(**{"in_features": D, "n_classes": V, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"n_experts": 2.5}, "n_experts must be an int, got 2.5"), ({"weight": torch.nn.Embedding(V, D)}, "weight must be a Parameter, .* got Embedding")],
+)
+def test_constructor_types(options, message):
+    with pytest.raises(TypeError, match=message):
         fused_mos.MoS(**{"in_features": D, "n_classes": V, **options})

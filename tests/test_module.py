@@ -123,6 +123,20 @@ def test_tied_weight_is_the_embedding():
     assert embedding.weight.grad.abs().sum() > 0
 
 
+def test_a_tied_head_is_what_its_weight_is():
+    for head in (fused_mos.MoS, fused_mos.MoC):
+        module = head(H, V, K, weight=nn.Embedding(V, D, dtype=torch.bfloat16).weight)
+        assert all(p.dtype == torch.bfloat16 for p in module.parameters())
+        module(torch.randn(3, H).bfloat16(), torch.tensor([1, 2, 3])).loss.backward()
+        module = head(H, V, K, weight=nn.Embedding(V, D, device="meta").weight)
+        assert all(p.device.type == "meta" for p in module.parameters())
+    module = fused_mos.Softmax(D, V, weight=nn.Embedding(V, D, dtype=torch.float64).weight, device="cpu")
+    assert all(p.dtype == torch.float64 for p in module.parameters())
+    for wrong in ({"dtype": torch.bfloat16}, {"device": "meta"}):
+        with pytest.raises(ValueError, match="device and dtype must be those of weight, cpu and torch.float32, or None, got"):
+            fused_mos.MoS(H, V, K, weight=nn.Embedding(V, D).weight, **wrong)
+
+
 def test_device_and_dtype():
     module = fused_mos.MoS(H, V, K, D, device="meta", dtype=torch.bfloat16)
     assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in module.parameters())

@@ -1,9 +1,12 @@
 """The custom ops: gradcheck, opcheck, torch.compile, torch.export, autocast, and memory."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import CPU, TRITON, _cpu, configurations, cpu, triton
 from problem import EXACT, INPUTS, problem
+from torch._subclasses import FakeTensorMode
 
 import fused_mos
 from fused_mos import functional as F
@@ -95,6 +98,67 @@ def test_exports():
     assert torch.allclose(program.module()(x, target).loss, head(x, target).loss, rtol=0, atol=1e-6)
 
 
+class _Generation(torch.nn.Module):
+    """All that a model asks of a head when it writes text."""
+
+    def __init__(self, backend: str):
+        super().__init__()
+        self.head = fused_mos.MoS(6, V, K, D, backend=backend)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.head.log_prob(x), self.head.predict(x), *self.head.topk(x, 3), self.head.sample(x, temperature=0.01)
+
+
+@pytest.mark.parametrize("how", ["compile", "export"])
+@pytest.mark.parametrize("backend", ["auto", "tiled", "reference", TRITON, CPU])
+def test_generation_compiles_and_exports(backend, how):
+    module, x = _Generation(backend), torch.randn(70, 6)
+    torch.nn.init.normal_(module.head.decoder.weight, std=100)  # at that temperature an expert has one class
+    with torch.no_grad():
+        traced = torch.compile(module, fullgraph=True, backend="aot_eager") if how == "compile" else torch.export.export(module, (x,)).module()
+        log_prob, best, values, indices, drawn = traced(x)
+        expected = module(x)
+        assert torch.allclose(log_prob, expected[0], rtol=0, atol=1e-4) and torch.allclose(values, expected[2], rtol=0, atol=1e-4)
+        assert torch.equal(best, expected[1]) and torch.equal(indices, expected[3])
+        latent = module.head.mixture(x)[0]
+        assert (drawn[:, None] == (latent @ module.head.decoder.weight.t()).argmax(-1)).any(1).all()
+        assert len(set(traced(x)[-1].tolist())) > 1
+
+
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_shapes_without_values(device):
+    """What estimates of memory and operations run."""
+    with FakeTensorMode() if device == "fake" else contextlib.nullcontext():
+        options = {"device": "cpu" if device == "fake" else "meta"}
+        head = fused_mos.MoS(6, V, K, D, **options)
+        x, target = torch.empty(7, 2, 6, **options), torch.empty(7, 2, dtype=torch.int64, **options)
+        output, loss = head(x, target)
+        loss.backward()
+        shapes = [tuple(tensor.shape) for tensor in (output, loss, head.log_prob(x), head.decoder.weight.grad, head.prior.weight.grad)]
+    assert shapes == [(7, 2), (), (7, 2, V), (V, D), (K, 6)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", CPU, TRITON])
+def test_forward_mode_is_refused_where_it_would_be_ignored(backend):
+    head, x, target = fused_mos.MoS(6, V, K, D, backend=backend), torch.randn(7, 6), torch.randint(0, V, (7,))
+    for function in (lambda x: head(x, target).loss, lambda x: head.log_prob(x).sum()):
+        if backend == "reference":
+            gradient = torch.autograd.functional.vjp(function, x)[1]
+            assert torch.allclose(torch.func.jvp(function, (x,), (torch.ones_like(x),))[1], gradient.sum(), atol=1e-5)
+        else:
+            with pytest.raises(RuntimeError, match="no forward-mode derivative; use backend='reference'"):
+                torch.func.jvp(function, (x,), (torch.ones_like(x),))
+
+
+def test_the_reference_goes_through_transforms():
+    head, x, target = fused_mos.MoS(6, V, K, D, backend="reference"), torch.randn(7, 6), torch.randint(0, V, (7,))
+    expected = head(x, target, reduction="none").loss
+    assert torch.allclose(torch.func.vmap(lambda x, target: head(x[None], target[None]).loss)(x, target), expected, atol=1e-6)
+    leaf = x.clone().requires_grad_()
+    head(leaf, target).loss.backward()
+    assert torch.allclose(torch.func.grad(lambda x: head(x, target).loss)(x), leaf.grad, atol=1e-6)
+
+
 def test_target_out_of_range_is_nan_where_values_cannot_be_checked():
     """In a compiled graph (as on a GPU) such a token's loss is NaN; memory is never read out of bounds."""
     case = problem(N, K, D, V)
@@ -157,9 +221,9 @@ def test_extra_memory_does_not_grow_with_nkv(what, eps, backend, monkeypatch):
     workspace, small, large = 2**20, 8_000, 24_000
     monkeypatch.setitem(tiled.WORKSPACE_BYTES, "cpu", workspace)
     if backend == "triton":  # fewer and larger tiles, since the interpreter's time goes with their number
-        workspace, small, large = 2 * 2**20, 4_000, 12_000
+        workspace, small, large = 2 * 2**20, 2_000, 6_000
         monkeypatch.setattr(triton, "WORKSPACE_BYTES", workspace)
-        monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(64, 512, 16, 4, 1))
+        monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(256, 2048, 16, 4, 1))
     if backend == "cpu":
         monkeypatch.setattr(cpu, "WORKSPACE_BYTES", workspace)
         monkeypatch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", workspace)

@@ -54,7 +54,9 @@ class Kernels(Protocol):
 def _why_missing(module: str, error: ImportError) -> str:
     """What setup.py wrote when it could not build the module."""
     recorded = Path(__file__).parent.parent / f"{module}_missing.txt"
-    return recorded.read_text().strip() if recorded.exists() else f"the native kernels cannot be loaded: {error}"
+    if recorded.exists():
+        return recorded.read_text().strip()
+    return f"there is no compiled {module} in {recorded.parent}, whose Python files these are; pip install -e . compiles it there ({error})"
 
 
 _KERNELS = {"tiled": tiled}
@@ -131,6 +133,11 @@ def kernels(name: str) -> ModuleType:
     return _KERNELS[name]
 
 
+def traceable(name: str) -> ModuleType:
+    """The kernels of `name`; while a graph is traced those of `tiled`, since others take addresses, which its tensors do not have."""
+    return _KERNELS["tiled" if torch.compiler.is_compiling() else name]
+
+
 def decoder(name: str, *inputs: Tensor | None) -> "cuda.Decoder | None":
     """What computes the mixture of a few tokens in one pass over `weight`, where the backend has it and no gradient is wanted. (It
     takes addresses, which tensors do not have while a graph is traced.)"""
@@ -138,4 +145,4 @@ def decoder(name: str, *inputs: Tensor | None) -> "cuda.Decoder | None":
     return None if wanted or torch.compiler.is_compiling() else getattr(_KERNELS[name], "DECODER", None)
 
 
-__all__ = ["NAMES", "Kernels", "backends", "decoder", "kernels", "reference", "resolve"]
+__all__ = ["NAMES", "Kernels", "backends", "decoder", "kernels", "reference", "resolve", "traceable"]
