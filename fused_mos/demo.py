@@ -6,6 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import tyro
+
 from .data.pydoc import write_pydoc_corpus
 from .training import RECIPES, Trainer
 from .training.logging import plot_learning_curves
@@ -13,8 +15,12 @@ from .training.logging import plot_learning_curves
 HEADS = ("softmax", "mos")
 
 
-def main(folder: Path = Path("runs/demo")) -> int:
-    data = folder / "data"
+def main(out: Path = Path("runs/demo")) -> int:
+    """
+    Args:
+        out: Folder for the text, both runs, which begin afresh, and the plot.
+    """
+    data = out / "data"
     try:
         write_pydoc_corpus(data)
     except FileNotFoundError as error:
@@ -24,20 +30,19 @@ def main(folder: Path = Path("runs/demo")) -> int:
     results = []
     for head in HEADS:
         print(f"\n{head}: {base.optim.epochs} epochs on Python's own documentation ({data})", flush=True)
-        out = folder / head
-        shutil.rmtree(out, ignore_errors=True)  # the demo's own folder: running it again starts afresh
-        config = dataclasses.replace(base, out=out, model=dataclasses.replace(base.model, head=head))
+        shutil.rmtree(out / head, ignore_errors=True)  # the demo's own folder: running it again starts afresh
+        config = dataclasses.replace(base, out=out / head, model=dataclasses.replace(base.model, head=head))
         results.append(Trainer(config).run())
-    plot = folder / "demo.png"
-    plot_learning_curves({head: folder / head for head in HEADS}, plot)
-    (folder / "result.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    plot = out / "demo.png"
+    plot_learning_curves({head: out / head for head in HEADS}, plot)
+    (out / "result.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     print(f"\n{'head':<10}{'parameters':>12}{'valid ppl':>11}{'test ppl':>10}{'words/s':>9}")
     for r in results:
         print(f"{r['head']:<10}{r['parameters']:>12,}{r['valid_ppl']:>11.2f}{r['test_ppl']:>10.2f}{r['words_per_second']:>9,.0f}")
-    print(f"\nlearning curves: {plot}   all numbers: {folder / 'result.json'}")
+    print(f"\nlearning curves: {plot}   all numbers: {out / 'result.json'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main, prog="python -m fused_mos.demo", description=__doc__))

@@ -1,7 +1,7 @@
 """python -m fused_mos.finetune RUN [--lr VALUE …] [--out DIR] | --resume DIR
 
 Fine-tunes the best model of the run in the folder RUN, which `fused_mos.train` or `fused_mos.convert` left, by ASGD from the first
-step, into RUN/finetune (Merity et al. 2017, section 5; Yang et al. 2018, section 3.1).
+step, into RUN/finetune (Merity et al. 2017, section 5; Yang et al. 2018, section 3.1). What RUN/finetune has of it is continued.
 """
 
 import argparse
@@ -16,20 +16,28 @@ from .training.trainer import resumed_config
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The run's own configuration gives the defaults, with finetune_lr for lr."""
+    """The run's own configuration gives the defaults, with finetune_lr for lr; what was begun is continued."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--resume", type=Path)
+    first.add_argument("--out", type=Path)
+    chosen, flags = first.parse_known_args(arguments)[0], arguments
     if arguments and not arguments[0].startswith("-"):
-        folder, *flags = arguments
-        default = finetuning_config(Path(folder))
+        run, *flags = arguments
+        default = finetuning_config(Path(run))
+        if (begun := chosen.out or default.out) and (begun / "last.safetensors").is_file():
+            default = resumed_config(begun)
+    elif chosen.resume:
+        default = resumed_config(chosen.resume)
+    elif {"-h", "--help"} & set(arguments):
+        default = TrainConfig()
     else:
-        chosen, flags = first.parse_known_args(arguments)[0], arguments
-        default = resumed_config(chosen.resume) if chosen.resume else TrainConfig()
-        if not chosen.resume and not {"-h", "--help"} & set(arguments):
-            raise CheckpointError("name the folder of the run to fine-tune: python -m fused_mos.finetune RUN")
+        raise CheckpointError("name the folder of the run to fine-tune first: python -m fused_mos.finetune RUN [flags]")
     config = override(default, "finetune", "Fine-tune the best model of a run: finetune RUN [flags] | --resume RUN/finetune", flags)
     if config.optim.finetune_lr != default.optim.finetune_lr:
         raise ConfigError(f"finetune_lr is what a run says of its fine-tuning; here name --lr {config.optim.finetune_lr:g}")
+    for name in ("recipe", "start"):
+        if getattr(config, name) != getattr(default, name):
+            raise ConfigError(f"{name} is that of the run, {getattr(default, name)}, got {getattr(config, name)}")
     return config
 
 

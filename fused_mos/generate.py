@@ -15,6 +15,8 @@ from .data import CorpusError
 from .data.corpus import EOS
 from .lm.generation import generate
 from .training import USER_ERRORS, ConfigError
+from .training.config import check_seed
+from .training.config import check_seed
 from .training.run import load_run
 
 
@@ -27,7 +29,7 @@ class Config:
     words: int = 100
     """Words to draw."""
     temperature: float = 1.0
-    """Below 1 the likely words become likelier."""
+    """Below 1 the likely words become likelier; without top_k and top_p within each expert alone. --top-k 1 is greedy."""
     top_k: int = 0
     """Draw from the k most probable words alone; 0: from all."""
     top_p: float = 1.0
@@ -41,6 +43,8 @@ class Config:
 
     def check(self) -> None:
         """Raises ConfigError naming the field and its value."""
+        check_seed(self.seed or 0)
+        check_seed(self.seed or 0)
         for name, valid in (
             ("words", self.words > 0), ("temperature", self.temperature > 0), ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1),
         ):  # fmt: skip

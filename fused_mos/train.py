@@ -49,6 +49,12 @@ def run(parse: Callable[[list[str]], TrainConfig], arguments: list[str]) -> int:
     except (CorpusError, *USER_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # of a file that cannot be written
+        print(f"error: {folder}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # of a file that cannot be written
+        print(f"error: {folder}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except TimeLimitReached:
         print(f"time limit reached; continue with: python -m fused_mos.train --resume {folder}")
         return 0

@@ -54,7 +54,8 @@ class Corpus:
     def __init__(self, folder: str | Path, map_unknown: bool = False):
         folder = Path(folder)
         if not folder.is_dir():
-            raise CorpusError(f"data folder {folder} does not exist; it must hold train.txt, valid.txt and test.txt")
+            wrong = "is not a folder" if folder.exists() else "does not exist"
+            raise CorpusError(f"data folder {folder} {wrong}; it must hold train.txt, valid.txt and test.txt")
         missing = [f"{split}.txt" for split in SPLITS if not (folder / f"{split}.txt").is_file()]
         if missing:
             raise CorpusError(f"data folder {folder} lacks {', '.join(missing)}")
@@ -71,7 +72,7 @@ class Corpus:
                     if not map_unknown:
                         raise CorpusError(
                             f"{path}:{number}: the word {word!r} is not in train.txt's vocabulary of {len(index)} words; "
-                            f"use --map-unknown to count such words as {UNKNOWN}"
+                            f"train with --map-unknown to count such words as {UNKNOWN}"
                         )
                     if UNKNOWN not in index:
                         raise CorpusError(f"{path}:{number}: cannot map {word!r} to {UNKNOWN}, which train.txt does not contain")

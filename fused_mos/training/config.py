@@ -18,6 +18,12 @@ class ConfigError(ValueError):
     """A configuration that cannot be run, with the field and its value."""
 
 
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for what is no seed of torch's."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed must be in [0, 2**63), got {seed}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The AWD-LSTM and its head. Defaults: the paper's Penn Treebank model."""
@@ -151,6 +157,7 @@ class TrainConfig:
         for name in ("checkpoint_minutes", "checkpoint_max_mib", "time_limit", "profile"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_seed(self.seed)
         model.check()
         if optim.small_batch_size and optim.batch_size % optim.small_batch_size:
             raise ConfigError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..data import Corpus
+from ..data import Corpus, CorpusError
 from ..lm import AWDLSTM
 from .checkpoint import CheckpointError, load_checkpoint, load_parameters
 from .config import TrainConfig
@@ -30,7 +30,10 @@ def load_run(folder: Path, data: Path | None = None, device: str = "auto", backe
     """Raises CheckpointError, ConfigError or CorpusError. `data` and `backend` replace those of the run."""
     config = read_config(folder)
     place = device_named(device)
-    corpus = Corpus(data or config.data, config.map_unknown)
+    try:
+        corpus = Corpus(data or config.data, config.map_unknown)
+    except CorpusError as error:
+        raise error if data else CorpusError(f"{error}; if the run's corpus has moved, name it with --data") from None
     check_vocabulary(corpus, folder / "vocabulary.txt")
     check_backend(backend or config.model.backend, place)
     options = dataclasses.asdict(config.model) | ({"backend": backend} if backend else {})

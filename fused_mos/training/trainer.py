@@ -66,7 +66,8 @@ class Trainer:
         saved = load_checkpoint(self.folder / "last.safetensors") if config.resume else None
         start = load_checkpoint(config.start / "best.safetensors")[0] if config.start and not saved else None
         if not config.resume and self.folder.exists() and (not self.folder.is_dir() or any(not begun(path) for path in self.folder.iterdir())):
-            raise ConfigError(f"out: {self.folder} is not empty; continue that run with --resume {self.folder}, or name another --out")
+            resume = f"continue that run with --resume {self.folder}, or " if (self.folder / "last.safetensors").is_file() else ""
+            raise ConfigError(f"out: {self.folder} is not empty; {resume}name another --out")
 
         self.corpus = Corpus(config.data, config.map_unknown)
         for split, batch_size in (("valid", config.valid_batch_size), ("test", config.test_batch_size)):

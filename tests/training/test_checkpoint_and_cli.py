@@ -143,12 +143,18 @@ def test_an_occupied_folder_is_not_overwritten(finished, small_flags, capsys):
         (["--device", "abacus"], ("device 'abacus' cannot be used",)),
         (["--data", "/no/such/folder"], ("/no/such/folder does not exist", "train.txt")),
         (["--batch-size", "1200"], ("too short", "1200")),
+        (["--seed", "9" * 20], ("seed must be in [0, 2**63), got 99999999999999999999",)),
     ],
 )
 def test_bad_flags(flags, parts, small_flags, tmp_path, capsys):
     out = tmp_path / "run"
     assert_refused([*small_flags, *flags, "--out", str(out)], capsys, *parts)
     assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(small_flags, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert_refused([*small_flags, "--out", str(tmp_path / "file" / "run")], capsys, tmp_path / "file" / "run", "Not a directory")
 
 
 def test_bad_texts(small_flags, corpus_folder, tmp_path, capsys):

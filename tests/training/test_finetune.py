@@ -75,14 +75,16 @@ def test_a_kill_in_the_first_validation_costs_nothing(trained, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_validate", interrupted)
         assert finetune.main([*flags, "--out", str(broken)]) == 130
-    assert finetune.main(["--resume", str(broken)]) == 0
+    assert finetune.main(flags[:1] + ["--out", str(broken)]) == 0  # as --resume does
     assert losses(broken) == losses(whole)
     assert load_checkpoint(broken / "best.safetensors")[1]["valid_loss"] == load_checkpoint(whole / "best.safetensors")[1]["valid_loss"]
 
 
 def test_errors_name_what_is_missing(tmp_path, trained, capsys):
     for arguments, message in (
-        ([], "name the folder of the run to fine-tune"),
+        ([], "name the folder of the run to fine-tune first"),
+        (["--lr", "3", str(trained)], "name the folder of the run to fine-tune first"),
+        ([str(trained), "--recipe", "ptb"], "recipe is that of the run, demo, got ptb"),
         ([str(tmp_path / "none")], "is not the folder of a run: it has no config.json"),
         ([str(trained), "--lr", "-1"], "lr must be positive, got -1.0"),
         ([str(trained), "--finetune-lr", "3"], "here name --lr 3"),
