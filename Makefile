@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(PY) -m fused_mos.demo
 
 test: $(VENV)/installed
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n auto --maxprocesses 4 -p no:benchmark
 
 # about fifteen minutes: times beside peers, into benchmarks/results/, and from there into the documents
 benchmark: $(VENV)/peers-installed

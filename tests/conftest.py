@@ -2,8 +2,11 @@
 
 import os
 
-import pytest
-import torch
+# threads that wait for each other sleep: two test processes share the cores, and where threads spin instead, a test has taken eight times as long
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 if ON_GPU:
@@ -17,7 +20,7 @@ try:
 except ImportError:  # installed without a compiler: the tests of the native kernels are skipped
     _cpu = cpu = None
 
-from fused_mos import _backends
+from fused_mos import _backends  # noqa: E402
 
 triton = _backends._KERNELS.get("triton")
 configurations = triton and triton.configurations

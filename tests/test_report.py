@@ -87,6 +87,7 @@ def test_what_fell_is_named(fresh, fell, named, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("floor", "fell"), [(0.01, True), (10_000, False)])
 def test_what_fell_is_measured_again(floor, fell, tmp_path, monkeypatch, capsys):
     """One token's head really is: it took some ten times the floor, whatever the files say."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # by which pytest-benchmark knows that others run beside it
     monkeypatch.setattr(report, "MACHINES", tmp_path)
     about = {"figure": "tokens", "case": "N = 1"}
     report.record(run_file(tmp_path / "a.json", [row(floor=floor) | about]))
