@@ -55,12 +55,16 @@ def head(machine: str) -> str:
         some = next(iter(contenders.values()))
         shape = "×".join(f"{size:,}" for size in some["shape"])
         shape += f"<br>gradients {some['kept MiB']:,.0f} MiB" if some.get("kept MiB") else ""
+        first, failed = f"{SHAPE_NAMES[case]}, {dtype}<br>{shape}", {}
         for name, row in contenders.items():
-            what = [f"{SHAPE_NAMES[case]}, {dtype}<br>{shape}", f"**{name}**"] if name == OURS else ["", name]
             if "failed" in row:
-                found.append([*what, "–", "–", row["failed"]])
-            else:
-                found.append([*what, "1" if name == OURS else times(row["times ours"]), f"{row['over floor']:.2f}", mebibytes(row)])
+                failed.setdefault(row["failed"], []).append(name)
+                continue
+            found.append([first, f"**{name}**" if name == OURS else name, "1" if name == OURS else times(row["times ours"]), over_floor(row), mebibytes(row)])
+            first = ""
+        for reason, names in failed.items():
+            found.append([first, "; ".join(names), "–", "–", reason])
+            first = ""
     return table(["N × K × D × V", "a training step of the head by", "time ÷ ours", "time ÷ floor", "memory"], found)
 
 
