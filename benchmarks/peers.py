@@ -102,6 +102,11 @@ def compiled(name: str) -> Loss:
     return torch.compile(COMPILED[name], dynamic=False)
 
 
+def compiles(name: str, device_type: str) -> bool:
+    """Whether a first call is long because torch.compile has its part in it."""
+    return name.endswith(", compiled") or "cut-cross-entropy" in name and device_type == "cpu"
+
+
 def materialised(name: str, device_type: str) -> int:
     """How many numbers a token, expert and word need at once, forward and backward."""
     name = name.removesuffix(", compiled").removeprefix("five lines, ")
