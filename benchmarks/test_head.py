@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEP = "training step"
 EACH = "training step, loss of each token"
 N_ROUNDS = {"cpu": 5, "cuda": 20}[DEVICE]
-BUDGET = 8.0
+BUDGET = 5.0
 """Seconds of a case after which there are no more rounds than two."""
 PATIENCE = 10.0
 """Seconds that a peer may take five times as long as ours: beyond them its first call is its last."""
