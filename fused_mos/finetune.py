@@ -24,8 +24,11 @@ def parse(arguments: list[str]) -> TrainConfig:
     if arguments and not arguments[0].startswith("-"):
         run, *flags = arguments
         default = finetuning_config(Path(run))
-        if (begun := chosen.out or default.out) and (begun / "last.safetensors").is_file():
-            default = resumed_config(begun)
+        out = chosen.out or default.out
+        if (out / "last.safetensors").is_file():
+            begun = resumed_config(out)
+            if begun.start and begun.start.resolve() == Path(run).resolve():  # and not what another run left there
+                default = begun
     elif chosen.resume:
         default = resumed_config(chosen.resume)
     elif {"-h", "--help"} & set(arguments):

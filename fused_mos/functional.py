@@ -105,7 +105,7 @@ def nll_and_loss(
         raise ValueError(f"grad_filter_eps must be in [0, 1), got {grad_filter_eps}")
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with without_autocast(latent.device.type):
+    with _without_autocast(latent.device.type):
         if backend == "reference":
             nll = reference.nll(latent, prior_logits, weight, bias, target, ignore_index)
         else:
@@ -141,7 +141,7 @@ def mos_log_prob(
     _check_inputs(latent, prior_logits, weight, bias)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with without_autocast(latent.device.type):
+    with _without_autocast(latent.device.type):
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias)
         inputs = _contiguous(latent, prior_logits, weight, bias)
@@ -160,7 +160,7 @@ def mos_logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     _check_inputs(latent, None, weight, bias)
     latent, _, weight, bias = _autocast(latent, None, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with without_autocast(latent.device.type):
+    with _without_autocast(latent.device.type):
         if backend == "reference":
             return reference.logsumexp(latent, weight, bias)
         return ops.logsumexp(*_contiguous(latent, weight, bias), backend)[0]
@@ -177,7 +177,7 @@ def mos_predict(
     _check_inputs(latent, prior_logits, weight, bias)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with without_autocast(latent.device.type):
+    with _without_autocast(latent.device.type):
         if backend == "reference":
             return reference.log_prob(latent, prior_logits, weight, bias).argmax(-1)
         latent, weight, bias = _contiguous(latent, weight, bias)
@@ -204,7 +204,7 @@ def mos_topk(
     _check_k(k, weight.shape[0])
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with without_autocast(latent.device.type):
+    with _without_autocast(latent.device.type):
         if backend == "reference":
             return TopK(*reference.log_prob(latent, prior_logits, weight, bias).topk(k))
         latent, weight, bias = _contiguous(latent, weight, bias)
@@ -272,7 +272,7 @@ def mos_sample(
     _check_temperature(temperature)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
-    with without_autocast(latent.device.type):
+    with _without_autocast(latent.device.type):
         if backend == "reference":
             return reference.sample(latent, prior_logits, weight, bias, temperature, generator)
         n = latent.shape[0]
@@ -288,12 +288,12 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be positive, got {temperature} (predict, or topk with k = 1, is greedy)")
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """On the meta device, which has none, it does nothing."""
     return torch.autocast(device_type, enabled=False) if device_type != "meta" else contextlib.nullcontext()
 
 
-def is_autocast(device_type: str) -> bool:
+def _is_autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
@@ -309,7 +309,7 @@ def _autocast(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Casts as torch.autocast would, but keeps the prior, whose product is small, in float32."""
     device = latent.device.type
-    if not is_autocast(device) or latent.dtype == torch.float64:
+    if not _is_autocast(device) or latent.dtype == torch.float64:
         return latent, prior_logits, weight, bias
     dtype = torch.get_autocast_dtype(device)
     prior_logits = prior_logits if prior_logits is None else prior_logits.float()
@@ -319,7 +319,7 @@ def _autocast(
 def _check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
     named = {"latent": latent, "prior_logits": prior_logits, "weight": weight, "bias": bias}
     named = {name: tensor for name, tensor in named.items() if tensor is not None}
-    autocast = isinstance(latent, Tensor) and is_autocast(latent.device.type)
+    autocast = isinstance(latent, Tensor) and _is_autocast(latent.device.type)
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")

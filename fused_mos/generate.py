@@ -16,7 +16,6 @@ from .data.corpus import EOS
 from .lm.generation import generate
 from .training import USER_ERRORS, ConfigError
 from .training.config import check_seed
-from .training.config import check_seed
 from .training.run import load_run
 
 
@@ -43,7 +42,6 @@ class Config:
 
     def check(self) -> None:
         """Raises ConfigError naming the field and its value."""
-        check_seed(self.seed or 0)
         check_seed(self.seed or 0)
         for name, valid in (
             ("words", self.words > 0), ("temperature", self.temperature > 0), ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1),

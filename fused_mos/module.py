@@ -131,7 +131,7 @@ class Head(nn.Module):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"input must be (…, in_features = {self.in_features}), got {tuple(input.shape)}")
-        if input.dtype != self.decoder.weight.dtype and not F.is_autocast(input.device.type):
+        if input.dtype != self.decoder.weight.dtype and not F._is_autocast(input.device.type):
             raise TypeError(f"input must have the parameters' dtype {self.decoder.weight.dtype}, got {input.dtype}")
         if input.device != self.decoder.weight.device:
             raise ValueError(f"input is on {input.device} but the parameters are on {self.decoder.weight.device}")

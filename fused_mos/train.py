@@ -52,9 +52,6 @@ def run(parse: Callable[[list[str]], TrainConfig], arguments: list[str]) -> int:
     except OSError as error:  # of a file that cannot be written
         print(f"error: {folder}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except OSError as error:  # of a file that cannot be written
-        print(f"error: {folder}: {error.strerror or error}", file=sys.stderr)
-        return 2
     except TimeLimitReached:
         print(f"time limit reached; continue with: python -m fused_mos.train --resume {folder}")
         return 0

@@ -17,7 +17,7 @@ from . import _backends, ops
 from ._backends.reference import log_softmax_prior, mix_target
 from .functional import (
     NLL, REDUCTIONS, TopK, _autocast, _check_inputs, _check_k, _check_target, _check_temperature, _contiguous, _reduced, _topk_of_spans,
-    without_autocast,
+    _without_autocast,
 )  # fmt: skip
 from .module import Head
 
@@ -97,7 +97,7 @@ class VocabShard:
         _check_target(target, latent, self.n_classes, ignore_index)
         own = (target >= self.start) & (target < self.stop)
         local = torch.where(target == ignore_index, IGNORED, torch.where(own, target - self.start, ELSEWHERE))
-        with without_autocast(latent.device.type):
+        with _without_autocast(latent.device.type):
             nll = _ShardedNLL.apply(latent, prior_logits, weight, bias, local, self.group, grad_filter_eps, backend)
             return _reduced(nll, target, ignore_index, reduction)
 

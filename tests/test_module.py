@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fused_mos
+from fused_mos import _backends
 
 H, V, K, D = 9, 61, 4, 7
 
@@ -149,6 +150,17 @@ def test_backends_are_told_with_reasons():
         if not reason.startswith("available"):
             with pytest.raises(RuntimeError, match=f"'{name}' is not available: .*{reason[:20]}"):
                 _make("MoS", backend=name)(torch.randn(1, H), torch.tensor([0]))
+
+
+def test_a_clone_without_compiled_kernels_is_named(tmp_path, monkeypatch):
+    """pip install . compiles them elsewhere, and commands in the clone import the clone's files."""
+    monkeypatch.setattr(_backends, "__file__", str(tmp_path / "fused_mos" / "_backends" / "__init__.py"))
+    (tmp_path / "fused_mos").mkdir()
+    assert _backends._why_missing("_cpu", ImportError("not there")) == f"{tmp_path / 'fused_mos'}, which Python imports, has no compiled _cpu; pip install -e . in its clone compiles it there"
+    (tmp_path / "fused_mos" / "_cpu.cpython-311-x86_64-linux-gnu.so").touch()
+    assert _backends._why_missing("_cpu", ImportError("undefined symbol")) == "the native kernels cannot be loaded: undefined symbol"
+    (tmp_path / "fused_mos" / "_cpu_missing.txt").write_text("no compiler\n")
+    assert _backends._why_missing("_cpu", ImportError("not there")) == "no compiler"
 
 
 def test_mos_has_a_higher_rank_than_softmax_and_moc():

@@ -52,11 +52,14 @@ class Kernels(Protocol):
 
 
 def _why_missing(module: str, error: ImportError) -> str:
-    """What setup.py wrote when it could not build the module."""
-    recorded = Path(__file__).parent.parent / f"{module}_missing.txt"
+    """What setup.py wrote when it could not build the module; or that it never was asked to, in a clone beside an installed package."""
+    package = Path(__file__).parent.parent
+    recorded = package / f"{module}_missing.txt"
     if recorded.exists():
         return recorded.read_text().strip()
-    return f"there is no compiled {module} in {recorded.parent}, whose Python files these are; pip install -e . compiles it there ({error})"
+    if any(package.glob(f"{module}.*")):
+        return f"the native kernels cannot be loaded: {error}"
+    return f"{package}, which Python imports, has no compiled {module}; pip install -e . in its clone compiles it there"
 
 
 _KERNELS = {"tiled": tiled}

@@ -85,6 +85,7 @@ def test_errors_name_what_is_missing(tmp_path, trained, capsys):
         ([], "name the folder of the run to fine-tune first"),
         (["--lr", "3", str(trained)], "name the folder of the run to fine-tune first"),
         ([str(trained), "--recipe", "ptb"], "recipe is that of the run, demo, got ptb"),
+        ([str(trained), "--out", str(trained)], "is not empty; continue that run with --resume"),  # it is no fine-tuning of this run
         ([str(tmp_path / "none")], "is not the folder of a run: it has no config.json"),
         ([str(trained), "--lr", "-1"], "lr must be positive, got -1.0"),
         ([str(trained), "--finetune-lr", "3"], "here name --lr 3"),
