@@ -47,9 +47,13 @@ class CMakeBuild(build_ext):
                 if WANTED == "1" and (module == "_cpu" or NVCC):
                     raise
                 cause = first_error(str(getattr(error, "output", "") or error))
-                (package / f"{module}_missing.txt").write_text(f"the native kernels were not built when the package was installed: {cause}\n")
+                (package / f"{module}_missing.txt").write_text(
+                    f"the native kernels were not built when the package was installed: {cause}\n"
+                )
                 print(f"warning: fused_mos installs without {module}: {cause}", file=sys.stderr)
-        self.extensions = [e for e in self.extensions if e.name.rpartition(".")[2] in built]  # so that setuptools does not look for others
+        self.extensions = [
+            e for e in self.extensions if e.name.rpartition(".")[2] in built
+        ]  # so that setuptools does not look for others
 
     def package_folder(self) -> Path:
         """The package folder that the modules go to: the source tree's for an editable install, else the build's."""
@@ -63,11 +67,20 @@ class CMakeBuild(build_ext):
         work.mkdir(parents=True, exist_ok=True)
         self.call(
             # afresh: an older cache names the ninja of an isolated build environment that is gone
-            "cmake", "--fresh", "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DFUSED_MOS_SANITIZE={os.environ.get('FUSED_MOS_SANITIZE', 'OFF')}", f"-DFUSED_MOS_STRICT={'ON' if WANTED == '1' else 'OFF'}",
+            "cmake",
+            "--fresh",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(work),
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DFUSED_MOS_SANITIZE={os.environ.get('FUSED_MOS_SANITIZE', 'OFF')}",
+            f"-DFUSED_MOS_STRICT={'ON' if WANTED == '1' else 'OFF'}",
             f"-DFUSED_MOS_NVCC={NVCC if module == '_cuda' else ''}",
-        )  # fmt: skip
+        )
         self.call("cmake", "--build", str(work), "--target", module)
         self.call("cmake", "--install", str(work), "--prefix", str(target), "--component", module)
 

@@ -46,7 +46,11 @@ def _instruction_set() -> str:
 @functools.cache
 def _commit() -> str:
     commit = get_commit_info()
-    return commit["id"] if commit["id"] == "unversioned" else commit["id"][:7] + (" and changes" if commit["dirty"] else "")
+    return (
+        commit["id"]
+        if commit["id"] == "unversioned"
+        else commit["id"][:7] + (" and changes" if commit["dirty"] else "")
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +67,10 @@ def _line(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{name:95} {row['failed']}"
     median, least, most = row["times ours"]
-    found = [f"{row['ms'][0]:9.2f} ms" if "ms" in row else f"{row['words a second'][0]:,.0f} words/s", f"{median:5.2f} ({least:.2f}–{most:.2f}) × ours"]
+    found = [
+        f"{row['ms'][0]:9.2f} ms" if "ms" in row else f"{row['words a second'][0]:,.0f} words/s",
+        f"{median:5.2f} ({least:.2f}–{most:.2f}) × ours",
+    ]
     found += [f"{row['over floor']:.2f} × floor"] if "over floor" in row else []
     found += [f"{row['peak MiB']:,.0f} MiB"] if row.get("peak MiB") is not None else []
     return f"{name:95} {', '.join(found)}"

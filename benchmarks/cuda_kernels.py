@@ -32,7 +32,10 @@ def kernels(module: Path) -> list[dict[str, object]]:
     for resources in kernel_resources(module):
         dtype, row_tiles = re.search(r"decode_kernel.*?\d(B?Float16)ELi(\d+)E", resources.function).groups()
         name = f"decode, {dtype.lower()}, {8 * int(row_tiles)} rows"
-        found.append({"kernel": name} | {k: v for k, v in dataclasses.asdict(resources).items() if k not in ("function", "shared")})
+        found.append(
+            {"kernel": name}
+            | {k: v for k, v in dataclasses.asdict(resources).items() if k not in ("function", "shared")}
+        )
     return sorted(found, key=lambda row: (row["kernel"], int(re.sub(r"\D", "", row["architecture"]))))
 
 
@@ -46,7 +49,20 @@ def plans() -> list[dict[str, object]]:
             for n in (1, 4, 8):
                 row = {"architecture": name, "shape": shape, "tokens": n}
                 try:
-                    plan = _cuda.Decode(_cuda.DecodeMode.LogProb, True, n, k, d, v, 0, 0, 0, architecture.multiprocessors, architecture.shared_memory, 0)
+                    plan = _cuda.Decode(
+                        _cuda.DecodeMode.LogProb,
+                        True,
+                        n,
+                        k,
+                        d,
+                        v,
+                        0,
+                        0,
+                        0,
+                        architecture.multiprocessors,
+                        architecture.shared_memory,
+                        0,
+                    )
                 except ValueError as reason:
                     found.append(row | {"not planned": str(reason)})
                 else:
@@ -59,9 +75,11 @@ def main() -> int:
     config = tyro.cli(Config, description=__doc__)
     runtime = _cuda.versions()[0]
     result = {
-        "nvcc": f"{runtime // 1000}.{runtime % 1000 // 10}", "date": date.today().isoformat(),
-        "kernels": kernels(Path(_cuda.__file__)), "plans": plans(),
-    }  # fmt: skip
+        "nvcc": f"{runtime // 1000}.{runtime % 1000 // 10}",
+        "date": date.today().isoformat(),
+        "kernels": kernels(Path(_cuda.__file__)),
+        "plans": plans(),
+    }
     write_json(config.out, result)
     for row in result["kernels"] + result["plans"]:
         print(json.dumps(row))

@@ -67,7 +67,17 @@ def own_mib(pid: int) -> float:
 def prepare(source: Path, out: Path) -> dict[str, Any]:
     """Speed from nothing to the end, and memory over the time."""
     start, samples = time.monotonic(), []
-    command = [sys.executable, "-m", "fused_mos.data.lm1b", "prepare", "--source", str(source), "--out", str(out), "--allow-missing"]
+    command = [
+        sys.executable,
+        "-m",
+        "fused_mos.data.lm1b",
+        "prepare",
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+        "--allow-missing",
+    ]
     process = subprocess.Popen(command)
     while process.poll() is None:
         samples.append(sum(map(own_mib, processes(process.pid))))
@@ -79,16 +89,39 @@ def prepare(source: Path, out: Path) -> dict[str, Any]:
     words = sum(file["tokens"] - 2 * file["sentences"] for file in manifest["train"])
     n_bytes = sum(file.stat().st_size for file in source.glob("training*/*"))
     return {
-        "words": words, "seconds": round(seconds, 1), "words_per_second": round(words / seconds), "mb_per_second": round(n_bytes / seconds / 1e6, 1),
-        "processors": len(os.sched_getaffinity(0)), "vocabulary": manifest["vocabulary"]["words"],
-        "peak_mib_in_each_tenth_of_the_time": [round(max(samples[i * len(samples) // 10 : (i + 1) * len(samples) // 10])) for i in range(10)],
-    }  # fmt: skip
+        "words": words,
+        "seconds": round(seconds, 1),
+        "words_per_second": round(words / seconds),
+        "mb_per_second": round(n_bytes / seconds / 1e6, 1),
+        "processors": len(os.sched_getaffinity(0)),
+        "vocabulary": manifest["vocabulary"]["words"],
+        "peak_mib_in_each_tenth_of_the_time": [
+            round(max(samples[i * len(samples) // 10 : (i + 1) * len(samples) // 10])) for i in range(10)
+        ],
+    }
 
 
 def step(config: Config, corpus: Path, run: Path) -> dict[str, Any]:
     """A step, and the evaluation after it."""
-    flags = ["--recipe", "lm1b-full", "--data", str(corpus), "--out", str(run), "--device", "cpu", "--max-steps", "1", "--log-interval", "1"]
-    sizes = {"batch-size": config.batch_size, "eval-batch-size": config.batch_size, "embedding-size": config.embedding_size}
+    flags = [
+        "--recipe",
+        "lm1b-full",
+        "--data",
+        str(corpus),
+        "--out",
+        str(run),
+        "--device",
+        "cpu",
+        "--max-steps",
+        "1",
+        "--log-interval",
+        "1",
+    ]
+    sizes = {
+        "batch-size": config.batch_size,
+        "eval-batch-size": config.batch_size,
+        "embedding-size": config.embedding_size,
+    }
     flags += [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     _cpu.reset_peak_bytes()
     if status := train_1b.main(flags):
@@ -98,21 +131,37 @@ def step(config: Config, corpus: Path, run: Path) -> dict[str, Any]:
     train, valid = read_metrics(run)
     predicted = memory.table(parsed, result["vocabulary"], 1, "cpu")
     return {
-        "parameters": result["parameters"], "embedding_size": config.embedding_size, "experts": parsed.model.n_experts, "vocabulary": result["vocabulary"],
-        "optimizer": parsed.optimizer, "precision": parsed.precision, "tokens": config.batch_size * parsed.bptt,
-        "step_seconds": round(result["training_seconds"], 1), "loss_before": round(train["loss"], 4), "heldout_loss_after": round(valid["loss"], 4),
-        "heldout_words": result["heldout_words"], "peak_mib": round(result["peak_memory_mib"]), "predicted_mib": round(sum(predicted.values()) / 2**20),
+        "parameters": result["parameters"],
+        "embedding_size": config.embedding_size,
+        "experts": parsed.model.n_experts,
+        "vocabulary": result["vocabulary"],
+        "optimizer": parsed.optimizer,
+        "precision": parsed.precision,
+        "tokens": config.batch_size * parsed.bptt,
+        "step_seconds": round(result["training_seconds"], 1),
+        "loss_before": round(train["loss"], 4),
+        "heldout_loss_after": round(valid["loss"], 4),
+        "heldout_words": result["heldout_words"],
+        "peak_mib": round(result["peak_memory_mib"]),
+        "predicted_mib": round(sum(predicted.values()) / 2**20),
         "head_workspace_mib": round(_cpu.peak_bytes() / 2**20, 1),
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
     config = tyro.cli(Config, description=__doc__)
     source, prepared, run = (config.folder / name for name in ("source", "prepared", "run"))
     result = json.loads(config.out.read_text()) if config.out.is_file() else {}
-    result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat(), "instruction set": _cpu.instruction_set()}
+    result |= {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+        "instruction set": _cpu.instruction_set(),
+    }
     if "prepare" not in result:
-        lm1b_corpus.generate(lm1b_corpus.Config(source, words=config.words, heldout_words=config.heldout_words, heldout_shards=1))
+        lm1b_corpus.generate(
+            lm1b_corpus.Config(source, words=config.words, heldout_words=config.heldout_words, heldout_shards=1)
+        )
         result["prepare"] = prepare(source, prepared)
         write_json(config.out, result)
     if "step" not in result:

@@ -26,22 +26,22 @@ DRY_RUN = "--dry-run" in sys.argv
 if DRY_RUN:  # triton looks at this when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-import tyro  # noqa: E402
-import gpu_decode  # noqa: E402
-from gpu_report import goals, plot  # noqa: E402
-from harness import attempt, clear, inputs, interleaved, memory, mm_calls, spread, step  # noqa: E402
-from peers import MIXTURE, SINGLE, compiled, unavailable  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import gpu_decode
+import torch
+import triton
+import tyro
+from gpu_report import goals, plot
+from harness import attempt, clear, inputs, interleaved, memory, mm_calls, spread, step
+from peers import MIXTURE, SINGLE, compiled, unavailable
+from tqdm import tqdm
 
-import fused_mos  # noqa: E402
-from fused_mos import functional as F  # noqa: E402
-from fused_mos._backends import triton as backend  # noqa: E402
-from fused_mos._backends.triton_kernels.proof import SHAPES, float32_products  # noqa: E402
-from fused_mos.training import RECIPES, Trainer  # noqa: E402
-from fused_mos.training.profile import StepProfile  # noqa: E402
-from fused_mos.training.device import allow_tf32  # noqa: E402
+import fused_mos
+from fused_mos import functional as F
+from fused_mos._backends import triton as backend
+from fused_mos._backends.triton_kernels.proof import SHAPES, float32_products
+from fused_mos.training import RECIPES, Trainer
+from fused_mos.training.device import allow_tf32
+from fused_mos.training.profile import StepProfile
 
 HERE = Path(__file__).parent
 DEVICE = "cpu" if DRY_RUN else "cuda"
@@ -111,16 +111,27 @@ def sanitize(tool: str) -> dict:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"passed": None, "summary": "compute-sanitizer was not found"}
-    decoding = ["tests/test_cuda.py", "-k", "gpu and (log_prob_and_topk or rare or samples) and not 100000 and not 793471"]
+    decoding = [
+        "tests/test_cuda.py",
+        "-k",
+        "gpu and (log_prob_and_topk or rare or samples) and not 100000 and not 793471",
+    ]
     selections = [decoding]
     if tool == "memcheck":
-        selections.append(["tests/test_functional.py", "-k", "triton and (without_bias or predict or topk or non_contiguous or filter or float16)"])
+        selections.append(
+            [
+                "tests/test_functional.py",
+                "-k",
+                "triton and (without_bias or predict or topk or non_contiguous or filter or float16)",
+            ]
+        )
     wrapper = (sanitizer, "--tool", tool, "--error-exitcode", "9")
     results = [run_tests(selection, wrapper, PYTORCH_NO_CUDA_MEMORY_CACHING="1") for selection in selections]
     return {
-        "passed": all(result["passed"] for result in results), "summary": "; ".join(result["summary"] for result in results),
+        "passed": all(result["passed"] for result in results),
+        "summary": "; ".join(result["summary"] for result in results),
         "failures": [line for result in results for line in result["failures"]],
-    }  # fmt: skip
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------- times
@@ -197,7 +208,10 @@ def time_shape(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
             if failure is None:
                 measurable[name] = call
         for name, values in interleaved(measurable, ROUNDS, on_gpu=not DRY_RUN).items():
-            rows[name] |= {"ms": spread([1e3 * value for value in values]), "products": round(statistics.median(values) * rate, 3)}
+            rows[name] |= {
+                "ms": spread([1e3 * value for value in values]),
+                "products": round(statistics.median(values) * rate, 3),
+            }
             if name in ours:
                 rows[name]["needs products"] = round(ours[name][0], 3)
     return {"shape": shape, "product ms": round(1e3 / rate, 4), "torch.mm ms": mm, "rows": rows}
@@ -209,7 +223,9 @@ def filtered(config: Config) -> dict:
     result = measure_run(config.run, config.data, 2 if DRY_RUN else 20, DEVICE, {"bfloat16": torch.bfloat16})
     rate, mm = products_per_second(result["shape"], torch.bfloat16)
     for row in result["rows"].values():
-        row["products, exact"], row["products, filtered"] = (round(row[f"seconds, {what}"] * rate, 3) for what in ("exact", "filtered"))
+        row["products, exact"], row["products, filtered"] = (
+            round(row[f"seconds, {what}"] * rate, 3) for what in ("exact", "filtered")
+        )
     return result | {"torch.mm ms": mm}
 
 
@@ -243,10 +259,14 @@ def about(config: Config) -> dict:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
         "gpu": f"none ({platform.machine()})" if DRY_RUN else torch.cuda.get_device_name(),
-        "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-        "date": date.today().isoformat(), "commit": config.commit or git.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "date": date.today().isoformat(),
+        "commit": config.commit or git.stdout.strip() or "unknown",
         "units": "ms: median, minimum, maximum; products: median time over that of one product at torch.mm's best rate",
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
@@ -284,16 +304,26 @@ def main() -> int:
             with float32_products(dtype_name) as dtype:
                 times[key] = time_shape(SHAPES[shape], dtype)
             for name, row in times[key]["rows"].items():
-                figures = f"{row['ms'][0]:9.3f} ms {row['products']:7.2f} products  {row['peak MiB']} MiB" if "ms" in row else row["failed"]
+                figures = (
+                    f"{row['ms'][0]:9.3f} ms {row['products']:7.2f} products  {row['peak MiB']} MiB"
+                    if "ms" in row
+                    else row["failed"]
+                )
                 print(f"{key:24} {name:32} {figures}", flush=True)
             save()
     has_kernel = fused_mos.backends()["cuda"].startswith("available")
-    for name, shape in ({"tiny": (2, 3, 24, 300)} if DRY_RUN else gpu_decode.SHAPES).items() if "decode" in config.steps else ():
+    for name, shape in (
+        ({"tiny": (2, 3, 24, 300)} if DRY_RUN else gpu_decode.SHAPES).items() if "decode" in config.steps else ()
+    ):
         decoding = result.setdefault("decode", {})
         if config.again or name not in decoding:
-            decoding[name] = gpu_decode.time_decoding(shape, ("cuda", "triton") if has_kernel else ("triton",), DEVICE, ROUNDS)
+            decoding[name] = gpu_decode.time_decoding(
+                shape, ("cuda", "triton") if has_kernel else ("triton",), DEVICE, ROUNDS
+            )
             for call, row in decoding[name]["rows"].items():
-                print(f"{name:24} {call:32} {row['ms'][0]:9.4f} ms {row['over floor']:7.2f} times the floor", flush=True)
+                print(
+                    f"{name:24} {call:32} {row['ms'][0]:9.4f} ms {row['over floor']:7.2f} times the floor", flush=True
+                )
             save()
     if "filter" in config.steps and config.run and (config.again or "filter" not in result):
         result["filter"] = filtered(config)
@@ -303,7 +333,10 @@ def main() -> int:
             key, profiles = f"{recipe} {precision}", result.setdefault("training", {})
             if config.again or key not in profiles:
                 profiles[key] = profile_training(recipe, n_words, precision)
-                print(f"{key}: {profiles[key]['step_ms']['median']:.2f} ms a step, {profiles[key]['words_per_second']:,.0f} words/s", flush=True)
+                print(
+                    f"{key}: {profiles[key]['step_ms']['median']:.2f} ms a step, {profiles[key]['words_per_second']:,.0f} words/s",
+                    flush=True,
+                )
                 save()
     save()
     for goal in result["goals"]:

@@ -10,7 +10,11 @@ from fused_mos import functional as F
 
 SHAPES = {
     f"{name}, {n} tokens": (n, *rest)
-    for name, rest in {"wikitext2": (15, 300, 33_278), "lm1b": (7, 1_024, 100_000), "lm1b-all-words": (7, 1_024, 793_471)}.items()
+    for name, rest in {
+        "wikitext2": (15, 300, 33_278),
+        "lm1b": (7, 1_024, 100_000),
+        "lm1b-all-words": (7, 1_024, 793_471),
+    }.items()
     for n in (1, 8)
 }
 GOAL = 1.3
@@ -28,11 +32,17 @@ def bytes_per_second(device: str, rounds: int) -> float:
 def calls(arguments: list[torch.Tensor], backends: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     """Each backend's, and those of `cuda` replayed from a graph."""
     z, a, w, _, b = (tensor.detach() for tensor in arguments)
-    functions = {"log_prob": F.mos_log_prob, "topk": lambda *x, **options: F.mos_topk(*x, k=5, **options), "sample": F.mos_sample}
+    functions = {
+        "log_prob": F.mos_log_prob,
+        "topk": lambda *x, **options: F.mos_topk(*x, k=5, **options),
+        "sample": F.mos_sample,
+    }
     found = {}
     for backend in backends:
         for name, function in functions.items():
-            call = found[f"{backend} {name}"] = lambda function=function, backend=backend: function(z, a, w, b, backend=backend)
+            call = found[f"{backend} {name}"] = lambda function=function, backend=backend: function(
+                z, a, w, b, backend=backend
+            )
             if backend == "cuda" and name != "sample":  # whose random numbers are torch's, too
                 found[f"cuda {name}, graph"] = captured(call).replay
     return found
@@ -66,5 +76,8 @@ def time_decoding(shape: tuple[int, int, int, int], backends: tuple[str, ...], d
     with torch.no_grad():
         for name, times in interleaved(calls(arguments, backends), rounds, device == "cuda", before).items():
             median = statistics.median(times)
-            rows[name] = {"ms": [round(1e3 * f(times), 5) for f in (statistics.median, min, max)], "over floor": round(median / floor, 3)}
+            rows[name] = {
+                "ms": [round(1e3 * f(times), 5) for f in (statistics.median, min, max)],
+                "over floor": round(median / floor, 3),
+            }
     return {"shape": shape, "floor ms": round(1e3 * floor, 5), "copy GB/s": round(speed / 1e9), "rows": rows}

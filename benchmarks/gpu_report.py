@@ -7,20 +7,34 @@ import matplotlib
 from gpu_decode import GOAL
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 STEP = "forward + backward"
 PEERS = {
-    "published code": 5, "log-sum-exp": 5, "log-sum-exp, compiled": 2, "five lines, F.linear_cross_entropy": 2,
-    "five lines, F.linear_cross_entropy, chunked": 2, "five lines, cut-cross-entropy": 2,
-    "Liger, mean over rows": 2, "F.linear + F.cross_entropy": 1, "F.linear + F.cross_entropy, compiled": 1, "F.linear_cross_entropy": 1,
-    "F.linear_cross_entropy, chunked": 1, "cut-cross-entropy": 1, "Liger": 1,
-}  # fmt: skip
+    "published code": 5,
+    "log-sum-exp": 5,
+    "log-sum-exp, compiled": 2,
+    "five lines, F.linear_cross_entropy": 2,
+    "five lines, F.linear_cross_entropy, chunked": 2,
+    "five lines, cut-cross-entropy": 2,
+    "Liger, mean over rows": 2,
+    "F.linear + F.cross_entropy": 1,
+    "F.linear + F.cross_entropy, compiled": 1,
+    "F.linear_cross_entropy": 1,
+    "F.linear_cross_entropy, chunked": 1,
+    "cut-cross-entropy": 1,
+    "Liger": 1,
+}
 """How many times faster a step is to be than a peer's, at the shapes of the paper's training, and at K = 1."""
 KINDS = {
-    "fused_mos": STEP, "published code": "published", "plain PyTorch": "", "torch.compile": "compiled", "F.linear_cross_entropy": "F.linear_cross",
-    "cut-cross-entropy": "cut-cross", "Liger": "Liger",
-}  # fmt: skip
+    "fused_mos": STEP,
+    "published code": "published",
+    "plain PyTorch": "",
+    "torch.compile": "compiled",
+    "F.linear_cross_entropy": "F.linear_cross",
+    "cut-cross-entropy": "cut-cross",
+    "Liger": "Liger",
+}
 """Bars of the plot, and what is in the names of their rows."""
 
 
@@ -36,8 +50,17 @@ def _goals(result: dict) -> Iterator[tuple[str, object, str, bool]]:
     for key, decoding in result.get("decode", {}).items():
         for name, row in decoding["rows"].items():
             if name.endswith(", graph"):
-                yield f"decode {key}: {name}, times the floor", row["over floor"], f"at most {GOAL}", row["over floor"] <= GOAL
-    steps = {key: profile["step_ms"]["median"] for key, profile in result.get("training", {}).items() if key.startswith("ptb ")}
+                yield (
+                    f"decode {key}: {name}, times the floor",
+                    row["over floor"],
+                    f"at most {GOAL}",
+                    row["over floor"] <= GOAL,
+                )
+    steps = {
+        key: profile["step_ms"]["median"]
+        for key, profile in result.get("training", {}).items()
+        if key.startswith("ptb ")
+    }
     if steps:
         best = min(steps, key=steps.get)
         yield f"training step of {best}, ms", round(steps[best], 2), "below 6", steps[best] < 6
@@ -49,7 +72,11 @@ def _goals(result: dict) -> Iterator[tuple[str, object, str, bool]]:
                 value = rows[name]["products"]
                 yield f"{key}: {name}, in products", value, f"at most {most}", value <= most
         for name, row in rows.items():
-            if "needs products" in row and row["peak MiB"] is not None and name in ("forward", STEP, f"{STEP}, recomputing"):
+            if (
+                "needs products" in row
+                and row["peak MiB"] is not None
+                and name in ("forward", STEP, f"{STEP}, recomputing")
+            ):
                 extra = round(row["peak MiB"] - row["kept MiB"], 1)  # ours has its gradients from the start
                 yield f"{key}: {name}, MiB beside inputs and gradients", extra, "at most 256", extra <= 256
         if "ms" not in rows[STEP]:
@@ -72,7 +99,9 @@ def _row_of(kind: str, rows: dict[str, dict]) -> dict:
     """The row of a kind of contender; empty where a shape has none."""
     if kind == "plain PyTorch":
         return rows.get("log-sum-exp") or rows["F.linear + F.cross_entropy"]
-    return next((row for name, row in rows.items() if KINDS[kind] in name and (kind != "fused_mos" or name == STEP)), {})
+    return next(
+        (row for name, row in rows.items() if KINDS[kind] in name and (kind != "fused_mos" or name == STEP)), {}
+    )
 
 
 def plot(result: dict, path: Path) -> None:
@@ -86,14 +115,25 @@ def plot(result: dict, path: Path) -> None:
         for place, row in zip(places, rows):
             if "failed" in row:
                 reason = "out of memory" if row["failed"] == "out of memory" else "not run"
-                axes.text(place, axes.get_ylim()[0] + 0.2, reason, rotation=90, ha="center", va="bottom", fontsize=7, color=f"C{i}")
+                axes.text(
+                    place,
+                    axes.get_ylim()[0] + 0.2,
+                    reason,
+                    rotation=90,
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                    color=f"C{i}",
+                )
     axes.axhline(3, color="black", linewidth=1, linestyle="--", zorder=3)
     axes.text(len(groups) - 0.5, 3, " floor", va="bottom", ha="right", fontsize=8)
     shapes = [f"{key}\n" + "×".join(f"{size:,}" for size in times["shape"]) for key, times in groups.items()]
     axes.set_xticks(range(len(groups)), shapes, fontsize=8)
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel("time ÷ one product at torch.mm's best rate")
-    axes.set_title(f"forward + backward on {result['gpu']}, torch {result['torch']}, triton {result['triton']}", fontsize=10)
+    axes.set_title(
+        f"forward + backward on {result['gpu']}, torch {result['torch']}, triton {result['triton']}", fontsize=10
+    )
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)

@@ -40,7 +40,9 @@ def measure(model: AWDLSTM, text: torch.Tensor, bptt: int, n_segments: int, dtyp
         z, a, w, b = (x.detach().to(dtype, copy=True).requires_grad_() for x in tensors)
         arguments, gradients, times = [z, a, w, target.flatten(), b], {}, {}
         for value in (0.0, eps, 0.0, eps):  # the first of each warms up
-            times[value] = seconds(lambda: step(lambda *x: F.mos_nll_loss(*x, grad_filter_eps=value), arguments), text.is_cuda)
+            times[value] = seconds(
+                lambda: step(lambda *x: F.mos_nll_loss(*x, grad_filter_eps=value), arguments), text.is_cuda
+            )
             gradients[value] = (z.grad, w.grad)
         rows.append(
             {
@@ -70,7 +72,11 @@ def measure_run(run: Path, data: Path | None, n_segments: int, device: str, dtyp
             row = table[f"{when} {name}"] = measure(model, text, bptt, n_segments, dtype)
             print(f"{when} {name}", *(f"{key} {value:g}" for key, value in row.items()), sep="  ", flush=True)
     v, d = model.head.decoder.weight.shape
-    return {"recipe": config.get("recipe"), "shape": (bptt * text.shape[1], config["model"]["n_experts"], d, v), "rows": table}
+    return {
+        "recipe": config.get("recipe"),
+        "shape": (bptt * text.shape[1], config["model"]["n_experts"], d, v),
+        "rows": table,
+    }
 
 
 @dataclasses.dataclass

@@ -109,10 +109,16 @@ def attempt(call: Callable[[], object]) -> str | None:
 # ------------------------------------------------------------------------------------------------------------------ floor
 
 
-def mm_calls(n: int, k: int, d: int, v: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Callable[[], object]]:
+def mm_calls(
+    n: int, k: int, d: int, v: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Callable[[], object]]:
     """The three products of a training step by torch.mm."""
     z, e, p = (torch.randn(size, device=device, dtype=dtype) for size in ((n * k, d), (v, d), (n * k, v)))
-    return {"mm z·Eᵀ": lambda: torch.mm(z, e.t()), "mm P·E": lambda: torch.mm(p, e), "mm Pᵀ·z": lambda: torch.mm(p.t(), z)}
+    return {
+        "mm z·Eᵀ": lambda: torch.mm(z, e.t()),
+        "mm P·E": lambda: torch.mm(p, e),
+        "mm Pᵀ·z": lambda: torch.mm(p.t(), z),
+    }
 
 
 class Floor:
@@ -162,7 +168,7 @@ def lacking(needed: int, device: str) -> str | None:
 
 
 def memory(call: Callable[[], object], arguments: list[Tensor]) -> dict[str, float | None]:
-    """"peak MiB", the most memory beside the inputs, and "kept MiB", the gradients and the result, which are part of it. (A peak before the
+    """ "peak MiB", the most memory beside the inputs, and "kept MiB", the gradients and the result, which are part of it. (A peak before the
     gradients exist is not a peak beside them: so they are not subtracted.) The peak on a GPU is torch's; on Linux it is the growth of the
     process, within a MiB or so, and at least what is kept and the native kernels' workspace, which one call leaves to the next; else None."""
     clear(arguments)

@@ -34,7 +34,7 @@ from fused_mos.training.run import load_run, write_json
 from fused_mos.training.trainer import train_to_the_end
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 HEADS = ("softmax", "moc", "mos")
 FINETUNING = 0.25
@@ -78,7 +78,9 @@ def recipe(config: Config, head: str) -> TrainConfig:
     return dataclasses.replace(base, data=config.data, precision=config.precision, model=model)
 
 
-def words_per_second(config: Config, known: dict[str, dict[str, float]], rounds: int = 15) -> dict[str, dict[str, float]]:
+def words_per_second(
+    config: Config, known: dict[str, dict[str, float]], rounds: int = 15
+) -> dict[str, dict[str, float]]:
     """Of each head. Those that are not known yet are measured beside one that is, and told at the machine's speed of then."""
     missing = [head for head in config.heads if head not in known]
     if not missing:
@@ -98,7 +100,10 @@ def _measured(config: Config, heads: list[str], rounds: int) -> dict[str, dict[s
             calls[head] = lambda trainer=trainer: trainer.train_step(trainer.config.optim.bptt)
         times = interleaved(calls, rounds, trainer.device.type == "cuda")
     words = trainer.config.optim.bptt * trainer.config.optim.batch_size
-    return {head: {name: words / f(t) for name, f in (("median", statistics.median), ("min", max), ("max", min))} for head, t in times.items()}
+    return {
+        head: {name: words / f(t) for name, f in (("median", statistics.median), ("min", max), ("max", min))}
+        for head, t in times.items()
+    }
 
 
 def compare(config: Config, head: str, speed: float) -> dict[str, Any]:
@@ -114,7 +119,12 @@ def compare(config: Config, head: str, speed: float) -> dict[str, Any]:
     first, second = epochs(1 - FINETUNING if tuned else 1, n_words), epochs(FINETUNING, n_words)
     train_to_the_end(folder, lambda: dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=first)))
     result = json.loads((folder / "result.json").read_text())
-    row = {"parameters": result["parameters"], "seed": result["seed"], "epochs": result["epochs"], "trained": _perplexities(result)}
+    row = {
+        "parameters": result["parameters"],
+        "seed": result["seed"],
+        "epochs": result["epochs"],
+        "trained": _perplexities(result),
+    }
     row["curve"] = _curve(folder, 0.0, n_words / speed / 60)
     if tuned:
         last = folder / "finetune"
@@ -138,7 +148,11 @@ def _perplexities(result: dict[str, Any]) -> dict[str, float]:
 
 def _curve(folder: Path, start: float, minutes_per_epoch: float) -> list[tuple[float, float]]:
     """(minutes, validation perplexity) after each epoch."""
-    return [(round(start + m["epoch"] * minutes_per_epoch, 2), round(m["ppl"], 2)) for m in read_metrics(folder) if m["kind"] == "valid"]
+    return [
+        (round(start + m["epoch"] * minutes_per_epoch, 2), round(m["ppl"], 2))
+        for m in read_metrics(folder)
+        if m["kind"] == "valid"
+    ]
 
 
 def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
@@ -154,7 +168,13 @@ def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
 def plot(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.3), layout="constrained")
     for i, (head, row) in enumerate(result["heads"].items()):
-        axes.plot(*zip(*row["curve"]), color=f"C{i}", marker="o", markersize=3, label=f"{head}, {row['parameters'] / 1e6:.2f} M parameters")
+        axes.plot(
+            *zip(*row["curve"]),
+            color=f"C{i}",
+            marker="o",
+            markersize=3,
+            label=f"{head}, {row['parameters'] / 1e6:.2f} M parameters",
+        )
     axes.set_yscale("log")
     ticks = [80, 90, 100, 110, 120, 140, 160, 200, 250, 300, 400, 600]
     lowest = min(ppl for row in result["heads"].values() for _, ppl in row["curve"])
@@ -175,10 +195,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> int:
     config = tyro.cli(Config, description=__doc__)
     path = config.out or Path(__file__).parent / "results" / f"heads-{config.recipe}.json"
-    result = json.loads(path.read_text()) if path.is_file() else {"recipe": config.recipe, "minutes": config.minutes, "precision": config.precision}
+    result = (
+        json.loads(path.read_text())
+        if path.is_file()
+        else {"recipe": config.recipe, "minutes": config.minutes, "precision": config.precision}
+    )
     for name in ("recipe", "minutes", "precision"):
         if result[name] != getattr(config, name):
-            raise SystemExit(f"error: {path} is of {name} {result[name]}, got {getattr(config, name)}; name another --out")
+            raise SystemExit(
+                f"error: {path} is of {name} {result[name]}, got {getattr(config, name)}; name another --out"
+            )
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
 
     def save() -> None:
@@ -187,7 +213,9 @@ def main() -> int:
     if unknown := [head for head in config.heads if head not in (*HEADS, "softmax-wide")]:
         raise SystemExit(f"error: heads must be of {', '.join(HEADS)}, softmax-wide, got {unknown[0]}")
     if "softmax-wide" in config.heads and config.recipe not in WIDE_SOFTMAX:
-        raise SystemExit(f"error: softmax-wide has sizes for {', '.join(WIDE_SOFTMAX)} only, got recipe {config.recipe}")
+        raise SystemExit(
+            f"error: softmax-wide has sizes for {', '.join(WIDE_SOFTMAX)} only, got recipe {config.recipe}"
+        )
     result["words per second"] = words_per_second(config, result.get("words per second", {}))
     save()
     for head in config.heads:

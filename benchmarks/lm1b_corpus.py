@@ -43,15 +43,22 @@ class Config:
     """Of the random words."""
 
     def check(self) -> None:
-        for name, value, most in (("shards", self.shards, len(SHARDS["train"])), ("heldout_shards", self.heldout_shards, len(SHARDS["heldout"]))):
+        for name, value, most in (
+            ("shards", self.shards, len(SHARDS["train"])),
+            ("heldout_shards", self.heldout_shards, len(SHARDS["heldout"])),
+        ):
             if not 1 <= value <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, got {value}")
         if self.vocabulary < 1:
             raise ValueError(f"vocabulary must be at least 1, got {self.vocabulary}")
         if self.words < self.shards * self.heldout_shards:
-            raise ValueError(f"words must be at least shards x heldout_shards, {self.shards * self.heldout_shards}, got {self.words}")
+            raise ValueError(
+                f"words must be at least shards x heldout_shards, {self.shards * self.heldout_shards}, got {self.words}"
+            )
         if self.heldout_words and self.heldout_words < self.heldout_shards:
-            raise ValueError(f"heldout_words must be at least heldout_shards, {self.heldout_shards}, got {self.heldout_words}")
+            raise ValueError(
+                f"heldout_words must be at least heldout_shards, {self.heldout_shards}, got {self.heldout_words}"
+            )
 
 
 def words(n: int) -> list[bytes]:
@@ -90,8 +97,13 @@ def generate(config: Config) -> None:
     table = np.array([word + end for end in (b" ", b"\n") for word in vocabulary], dtype=object)
     needed = MIN_COUNT * config.vocabulary if MIN_COUNT * config.vocabulary <= config.words else 0
     heldout_words = config.heldout_words or config.words // config.shards
-    with tqdm(total=config.words + heldout_words, unit="words", unit_scale=True, mininterval=0.5, dynamic_ncols=True) as bar:
-        for split, n_shards, n_words in (("train", config.shards, config.words), ("heldout", config.heldout_shards, heldout_words)):
+    with tqdm(
+        total=config.words + heldout_words, unit="words", unit_scale=True, mininterval=0.5, dynamic_ncols=True
+    ) as bar:
+        for split, n_shards, n_words in (
+            ("train", config.shards, config.words),
+            ("heldout", config.heldout_shards, heldout_words),
+        ):
             folder = config.out / FOLDERS[split]
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(n_shards):
@@ -102,7 +114,9 @@ def generate(config: Config) -> None:
                 n_bytes += write_shard(folder / SHARDS[split][i], last - first, often_enough, table, generator)
                 bar.update(last - first)
     seconds = time.monotonic() - start
-    print(f"{config.out}: {bar.n:,} words, {n_bytes / 1e6:,.0f} MB in {seconds:.1f} s, {bar.n / seconds / 1e6:.2f} M words/s")
+    print(
+        f"{config.out}: {bar.n:,} words, {n_bytes / 1e6:,.0f} MB in {seconds:.1f} s, {bar.n / seconds / 1e6:.2f} M words/s"
+    )
 
 
 def main() -> int:

@@ -48,15 +48,32 @@ def main() -> int:
             rows = result.setdefault("heads", {}).setdefault(head, {})
             if str(seed) not in rows:
                 out = config.runs / f"{head}-{seed}"
-                command = ["--recipe", "lm1b-tiny", "--data", str(config.data), "--seed", str(seed), "--device", "cpu", "--out", str(out), *flags]
+                command = [
+                    "--recipe",
+                    "lm1b-tiny",
+                    "--data",
+                    str(config.data),
+                    "--seed",
+                    str(seed),
+                    "--device",
+                    "cpu",
+                    "--out",
+                    str(out),
+                    *flags,
+                ]
                 if status := train_1b.main(command):
                     return status
                 run = json.loads((out / "result.json").read_text())
-                rows[str(seed)] = {name: run[name] for name in ("parameters", "heldout_ppl", "heldout_words", "steps", "best_step", "words")}
+                rows[str(seed)] = {
+                    name: run[name]
+                    for name in ("parameters", "heldout_ppl", "heldout_words", "steps", "best_step", "words")
+                }
                 write_json(config.out, result)
     ppl = {head: [result["heads"][head][str(seed)]["heldout_ppl"] for seed in config.seeds] for head in HEADS}
     for head, values in ppl.items():
-        print(f"{head}: held-out perplexity {statistics.mean(values):.2f} ({min(values):.2f}–{max(values):.2f}), {len(values)} seeds")
+        print(
+            f"{head}: held-out perplexity {statistics.mean(values):.2f} ({min(values):.2f}–{max(values):.2f}), {len(values)} seeds"
+        )
     differences = [mos - softmax for mos, softmax in zip(ppl["mos"], ppl["softmax"])]
     print(f"mos − softmax: {statistics.mean(differences):+.2f} ({min(differences):+.2f} to {max(differences):+.2f})")
     return 0

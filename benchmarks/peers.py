@@ -82,7 +82,9 @@ MIXTURE: dict[str, Loss] = {
     "published code": published,
     "log-sum-exp": log_sum_exp,
     "five lines, F.linear_cross_entropy": _five_lines(functools.partial(_torch, chunked=False, reduction="none")),
-    "five lines, F.linear_cross_entropy, chunked": _five_lines(functools.partial(_torch, chunked=True, reduction="none")),
+    "five lines, F.linear_cross_entropy, chunked": _five_lines(
+        functools.partial(_torch, chunked=True, reduction="none")
+    ),
     "five lines, cut-cross-entropy": five_lines_cce,
     "Liger, mean over rows": liger,
 }
@@ -111,7 +113,13 @@ def materialised(name: str, device_type: str) -> int:
     """How many numbers a token, expert and word need at once, forward and backward."""
     name = name.removesuffix(", compiled").removeprefix("five lines, ")
     of_cce = 0 if device_type == "cuda" else 1
-    return {"published code": 4, "log-sum-exp": 3, "F.linear + F.cross_entropy": 3, "F.linear_cross_entropy": 3, "cut-cross-entropy": of_cce}.get(name, 0)
+    return {
+        "published code": 4,
+        "log-sum-exp": 3,
+        "F.linear + F.cross_entropy": 3,
+        "F.linear_cross_entropy": 3,
+        "cut-cross-entropy": of_cce,
+    }.get(name, 0)
 
 
 def unavailable(name: str, device_type: str) -> str | None:

@@ -3,11 +3,16 @@
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 from .tables import MACHINES, OURS, rows_of
 
-AXES = {"experts": (1, "experts K"), "vocabulary": (3, "words V"), "features": (2, "features D"), "tokens": (0, "tokens N")}
+AXES = {
+    "experts": (1, "experts K"),
+    "vocabulary": (3, "words V"),
+    "features": (2, "features D"),
+    "tokens": (0, "tokens N"),
+}
 """Figures of test_head.py: which of N, K, D, V grows, and its name."""
 COLOURS = {OURS: "tab:blue", "published code": "tab:red", "five lines, F.linear_cross_entropy": "tab:orange"}
 
@@ -21,7 +26,11 @@ def head_axes(machine: str) -> None:
             panel.set_axis_off()  # this machine was not asked for it
             continue
         for contender, colour in COLOURS.items():
-            points = [(rows[contender]["shape"][axis], rows[contender]["ms"]) for rows in cases if "ms" in rows.get(contender, {})]
+            points = [
+                (rows[contender]["shape"][axis], rows[contender]["ms"])
+                for rows in cases
+                if "ms" in rows.get(contender, {})
+            ]
             if not points:
                 continue
             places, (median, least, most) = [x for x, _ in points], zip(*(ms for _, ms in points))
@@ -29,7 +38,9 @@ def head_axes(machine: str) -> None:
             panel.fill_between(places, least, most, color=colour, alpha=0.2, linewidth=0)
         floor = [(rows[OURS]["shape"][axis], rows[OURS]["ms"][0] / rows[OURS]["over floor"]) for rows in cases]
         panel.plot(*zip(*floor), color="black", linestyle="--", linewidth=1, label="floor: three products")
-        fixed = ", ".join(f"{letter} = {size:,}" for i, (letter, size) in enumerate(zip("NKDV", cases[0][OURS]["shape"])) if i != axis)
+        fixed = ", ".join(
+            f"{letter} = {size:,}" for i, (letter, size) in enumerate(zip("NKDV", cases[0][OURS]["shape"])) if i != axis
+        )
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel="ms", title=fixed)
         panel.title.set_fontsize(10)
         panel.grid(alpha=0.3, which="both", linewidth=0.5)

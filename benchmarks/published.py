@@ -30,8 +30,8 @@ from harness import interleaved
 
 from fused_mos.data import batchify, segment
 from fused_mos.training import RECIPES, TrainConfig, Trainer
-from fused_mos.training.run import write_json
 from fused_mos.training.logging import perplexity, read_metrics
+from fused_mos.training.run import write_json
 
 
 @dataclasses.dataclass
@@ -59,12 +59,28 @@ def options(config: TrainConfig) -> dict[str, Any]:
     """The flags of the published main.py that say what `config` says."""
     model, optim = config.model, config.optim
     return {
-        "emsize": model.embedding_size, "nhid": model.hidden_sizes[0], "nhidlast": model.hidden_sizes[-1], "nlayers": len(model.hidden_sizes),
-        "n_experts": model.n_experts, "dropout": model.dropout, "dropouth": model.dropouth, "dropouti": model.dropouti, "dropoute": model.dropoute,
-        "dropoutl": model.dropoutl, "wdrop": model.wdrop, "lr": optim.lr, "clip": optim.clip, "batch_size": optim.batch_size, "bptt": optim.bptt,
-        "small_batch_size": optim.small_batch_size or optim.batch_size, "max_seq_len_delta": optim.bptt_delta, "alpha": optim.alpha,
-        "beta": optim.beta, "wdecay": optim.weight_decay, "nonmono": optim.nonmono,
-    }  # fmt: skip
+        "emsize": model.embedding_size,
+        "nhid": model.hidden_sizes[0],
+        "nhidlast": model.hidden_sizes[-1],
+        "nlayers": len(model.hidden_sizes),
+        "n_experts": model.n_experts,
+        "dropout": model.dropout,
+        "dropouth": model.dropouth,
+        "dropouti": model.dropouti,
+        "dropoute": model.dropoute,
+        "dropoutl": model.dropoutl,
+        "wdrop": model.wdrop,
+        "lr": optim.lr,
+        "clip": optim.clip,
+        "batch_size": optim.batch_size,
+        "bptt": optim.bptt,
+        "small_batch_size": optim.small_batch_size or optim.batch_size,
+        "max_seq_len_delta": optim.bptt_delta,
+        "alpha": optim.alpha,
+        "beta": optim.beta,
+        "wdecay": optim.weight_decay,
+        "nonmono": optim.nonmono,
+    }
 
 
 def published_module(code: Path) -> ModuleType:
@@ -75,11 +91,17 @@ def published_module(code: Path) -> ModuleType:
     return module
 
 
-def published_step(code: Path, n_words: int, config: TrainConfig, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], None]:
+def published_step(
+    code: Path, n_words: int, config: TrainConfig, inputs: torch.Tensor, targets: torch.Tensor
+) -> Callable[[], None]:
     """A step of the published model as its main.py takes it."""
     o, optim = options(config), config.optim
     names = ("emsize", "nhid", "nhidlast", "nlayers", "dropout", "dropouth", "dropouti", "dropoute", "wdrop")
-    model = published_module(code).RNNModel("LSTM", n_words, *(o[name] for name in names), True, o["dropoutl"], o["n_experts"]).to(inputs.device)
+    model = (
+        published_module(code)
+        .RNNModel("LSTM", n_words, *(o[name] for name in names), True, o["dropoutl"], o["n_experts"])
+        .to(inputs.device)
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
     size, total = o["small_batch_size"], 0
     parts = [slice(start, start + size) for start in range(0, optim.batch_size, size)]
@@ -93,7 +115,9 @@ def published_step(code: Path, n_words: int, config: TrainConfig, inputs: torch.
             hidden[i] = [(h.detach(), c.detach()) for h, c in hidden[i]]
             log_prob, hidden[i], raw, dropped = model(inputs[:, part], hidden[i], return_h=True)
             nll = torch.nn.functional.nll_loss(log_prob.flatten(0, 1), targets[:, part].flatten())
-            loss = nll + optim.alpha * dropped[-1].pow(2).mean() + optim.beta * (raw[-1][1:] - raw[-1][:-1]).pow(2).mean()
+            loss = (
+                nll + optim.alpha * dropped[-1].pow(2).mean() + optim.beta * (raw[-1][1:] - raw[-1][:-1]).pow(2).mean()
+            )
             total += nll.detach() * size / optim.batch_size
             (loss * (size / optim.batch_size)).backward()
             gc.collect()
@@ -117,11 +141,15 @@ def speed(config: Config) -> dict[str, Any]:
         times = interleaved(calls, config.rounds, trainer.device.type == "cuda")
     words = inputs.numel()
     return {
-        "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if trainer.device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "words_per_step": words,
         "words_per_second": {name: _spread([words / t for t in values]) for name, values in times.items()},
         "times_as_fast": {
-            name: _spread([theirs / ours for theirs, ours in zip(times["published"], values)]) for name, values in times.items() if name != "published"
+            name: _spread([theirs / ours for theirs, ours in zip(times["published"], values)])
+            for name, values in times.items()
+            if name != "published"
         },
     }
 
@@ -139,7 +167,9 @@ def train_published(config: Config, seed: int) -> list[float]:
         flags.append("--cuda")  # there, this flag turns it off
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-u", "main.py", *flags, f"--save={folder}/run"]
-        process = subprocess.Popen(command, cwd=config.code, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, cwd=config.code, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         lines = []
         for line in process.stdout:
             lines.append(line)
@@ -157,7 +187,9 @@ def train_ours(config: Config, seed: int) -> list[float]:
     folder = config.runs / f"{config.recipe}-{seed}"
     default = dataclasses.replace(RECIPES[config.recipe](), data=config.data, out=folder, seed=seed)
     resume = folder if (folder / "last.safetensors").is_file() else None
-    trainer = Trainer(dataclasses.replace(default, resume=resume, optim=dataclasses.replace(default.optim, epochs=config.epochs)))
+    trainer = Trainer(
+        dataclasses.replace(default, resume=resume, optim=dataclasses.replace(default.optim, epochs=config.epochs))
+    )
     trainer.run()
     rows = trainer.corpus.valid.numel() // default.valid_batch_size
     return [round(perplexity(m["loss"] * (rows - 1) / rows), 2) for m in read_metrics(folder) if m["kind"] == "valid"]

@@ -17,15 +17,15 @@ from typing import Annotated, Any, Literal
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from torch import Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import matplotlib.pyplot as plt
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
 
-from fused_mos.data import batchify, segment  # noqa: E402
-from fused_mos.lm.rank import Spectrum, numerical_rank, rank_threshold  # noqa: E402
-from fused_mos.training.run import Run, load_run, write_json  # noqa: E402
+from fused_mos.data import batchify, segment
+from fused_mos.lm.rank import Spectrum, numerical_rank, rank_threshold
+from fused_mos.training.run import Run, load_run, write_json
 
 COLUMNS = 10
 """Parts of the text that are read beside each other."""
@@ -69,24 +69,45 @@ def measure(run: Run, split: str) -> dict[str, Any]:
     model = run.config.model
     values, n_rows = spectrum(run, getattr(run.corpus, split), run.folder.name)
     n_columns = len(run.corpus.vocabulary)
-    places = torch.unique(torch.logspace(0, torch.tensor(float(len(values))).log10().item(), POINTS, dtype=torch.float64).round().long()).clamp(max=len(values))
+    places = torch.unique(
+        torch.logspace(0, torch.tensor(float(len(values))).log10().item(), POINTS, dtype=torch.float64).round().long()
+    ).clamp(max=len(values))
     return {
-        "head": model.head, "n_experts": 1 if model.head == "softmax" else model.n_experts, "d": model.embedding_size,
-        "rank": numerical_rank(values, n_rows, n_columns), "rows": n_rows, "columns": n_columns,
-        "threshold": rank_threshold(n_rows, n_columns), "test_ppl": json.loads((run.folder / "result.json").read_text()).get("test_ppl"),
+        "head": model.head,
+        "n_experts": 1 if model.head == "softmax" else model.n_experts,
+        "d": model.embedding_size,
+        "rank": numerical_rank(values, n_rows, n_columns),
+        "rows": n_rows,
+        "columns": n_columns,
+        "threshold": rank_threshold(n_rows, n_columns),
+        "test_ppl": json.loads((run.folder / "result.json").read_text()).get("test_ppl"),
         "singular values over the largest": [[int(i), float(f"{values[i - 1] / values[0]:.4g}")] for i in places],
-    }  # fmt: skip
+    }
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for row in rows.values():
         experts = f", K = {row['n_experts']}" if row["n_experts"] > 1 else ""
-        label = f"{ {'mos': 'MoS', 'moc': 'MoC'}.get(row['head'], row['head'])}{experts}, d = {row['d']}: rank {row['rank']:,}"
+        label = f"{ {'mos': 'MoS', 'moc': 'MoC'}.get(row['head'], row['head']) }{experts}, d = {row['d']}: rank {row['rank']:,}"
         axes.plot(*zip(*row["singular values over the largest"]), label=label)
     axes.axhline(row["threshold"], color="gray", linewidth=0.8)
-    axes.annotate("counts as 0", (1, row["threshold"]), xytext=(2, -3), textcoords="offset points", va="top", color="gray", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="index", ylabel="singular value ÷ the largest", title=f"log-probabilities, {row['rows']:,} contexts × {row['columns']:,} words")
+    axes.annotate(
+        "counts as 0",
+        (1, row["threshold"]),
+        xytext=(2, -3),
+        textcoords="offset points",
+        va="top",
+        color="gray",
+        fontsize=8,
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="index",
+        ylabel="singular value ÷ the largest",
+        title=f"log-probabilities, {row['rows']:,} contexts × {row['columns']:,} words",
+    )
     axes.legend(loc="lower left")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -96,14 +117,19 @@ def main() -> int:
     config = tyro.cli(Config, description=__doc__)
     result = json.loads(config.out.read_text()) if config.out.is_file() else {"split": config.split, "runs": {}}
     if result["split"] != config.split:
-        raise SystemExit(f"error: {config.out} is of the {result['split']} text, not of {config.split}; name another --out")
+        raise SystemExit(
+            f"error: {config.out} is of the {result['split']} text, not of {config.split}; name another --out"
+        )
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
     for folder in config.runs:
         if folder.name not in result["runs"]:
             result["runs"][folder.name] = measure(load_run(folder, config.data), config.split)
             write_json(config.out, result)
         row = result["runs"][folder.name]
-        print(f"{folder.name}: rank {row['rank']:,} of {row['columns']:,} (d = {row['d']}, K = {row['n_experts']})", flush=True)
+        print(
+            f"{folder.name}: rank {row['rank']:,} of {row['columns']:,} (d = {row['d']}, K = {row['n_experts']})",
+            flush=True,
+        )
     plot(result["runs"], config.out.with_suffix(".png"))
     return 0
 

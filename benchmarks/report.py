@@ -58,14 +58,26 @@ def condensed(path: Path) -> dict[str, Any]:
         found = [bench["extra_info"] for bench in run["benchmarks"] if "contender" in bench["extra_info"]]
         about = {name: run["machine_info"][name] for name in MACHINE}
     except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"error: {path} must be a file that pytest benchmarks --benchmark-only --benchmark-json wrote: {type(error).__name__}: {error}") from None
-    rows = [{name: value for name, value in row.items() if name not in MACHINE} | {"date": run["datetime"][:10]} for row in found]
-    return about | {"units": "median, minimum, maximum; ms; MiB beside the inputs, of which gradients and results are kept", "rows": rows}
+        raise SystemExit(
+            f"error: {path} must be a file that pytest benchmarks --benchmark-only --benchmark-json wrote: {type(error).__name__}: {error}"
+        ) from None
+    rows = [
+        {name: value for name, value in row.items() if name not in MACHINE} | {"date": run["datetime"][:10]}
+        for row in found
+    ]
+    return about | {
+        "units": "median, minimum, maximum; ms; MiB beside the inputs, of which gradients and results are kept",
+        "rows": rows,
+    }
 
 
 def results_of(about: dict[str, Any]) -> Path:
     """Of a machine: a GPU by its name, a CPU with the instruction set and the number of threads that were used."""
-    name = about["device"] if about["device type"] == "cuda" else "{} {} {} threads".format(*(about[name] for name in MACHINE if name != "device type"))
+    name = (
+        about["device"]
+        if about["device type"] == "cuda"
+        else "{} {} {} threads".format(*(about[name] for name in MACHINE if name != "device type"))
+    )
     return MACHINES / (re.sub(r"\W+", "-", name.lower()) + ".json")
 
 
@@ -113,9 +125,17 @@ def fallen(recorded: dict[str, Any], fresh: dict[str, Any]) -> tuple[dict[tuple[
 
 def measured_again(path: Path, rows: Iterable[tuple[str, ...]]) -> Path:
     """A file of --benchmark-json beside `path`, of these of its rows."""
-    tests = [bench["fullname"] for bench in json.loads(path.read_text(encoding="utf-8"))["benchmarks"] if key(bench["extra_info"]) in rows]
+    tests = [
+        bench["fullname"]
+        for bench in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+        if key(bench["extra_info"]) in rows
+    ]
     file = path.with_name(f"{path.stem}-again.json")
-    subprocess.run([sys.executable, "-m", "pytest", *tests, "--benchmark-only", "-q", f"--benchmark-json={file.resolve()}"], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *tests, "--benchmark-only", "-q", f"--benchmark-json={file.resolve()}"],
+        cwd=ROOT,
+        check=True,
+    )
     return file
 
 
@@ -123,7 +143,10 @@ def compare(path: Path, again: int) -> int:
     run = condensed(path)
     file = results_of(run)
     if not file.is_file():
-        print(f"error: nothing is recorded for this machine; python -m benchmarks.report --record {path} keeps this run in {file}", file=sys.stderr)
+        print(
+            f"error: nothing is recorded for this machine; python -m benchmarks.report --record {path} keeps this run in {file}",
+            file=sys.stderr,
+        )
         return 2
     recorded = json.loads(file.read_text(encoding="utf-8"))
     for name in VERSIONS:
@@ -140,7 +163,11 @@ def compare(path: Path, again: int) -> int:
         print("\n".join(["to be measured again:", *found.values()]), flush=True)
         found, _ = fallen(recorded, condensed(measured_again(path, found)))
     within = f", but {len(overlapping)} did within them" if overlapping else ""
-    print("\n".join(["fell:", *found.values()]) if found else f"no ratio of {len(common)} rows fell by more than {FELL:.0%} in rounds worse than the recorded{within}")
+    print(
+        "\n".join(["fell:", *found.values()])
+        if found
+        else f"no ratio of {len(common)} rows fell by more than {FELL:.0%} in rounds worse than the recorded{within}"
+    )
     return int(bool(found))
 
 
@@ -152,8 +179,12 @@ def with_tables(text: str, name: str) -> str:
         if block not in BLOCKS | OF_A_MACHINE:
             raise SystemExit(f"error: {name} asks for table {block!r}; there are {', '.join(BLOCKS | OF_A_MACHINE)}")
         if bool(machine) != (block in OF_A_MACHINE) or machine and machine[0] not in machines():
-            raise SystemExit(f"error: {name} asks for table {match[1]!r}; {', '.join(OF_A_MACHINE)} need one of {', '.join(machines())}, others none")
-        return f"<!-- table: {match[1]} -->\n{OF_A_MACHINE[block](*machine) if machine else BLOCKS[block]()}\n<!-- end -->"
+            raise SystemExit(
+                f"error: {name} asks for table {match[1]!r}; {', '.join(OF_A_MACHINE)} need one of {', '.join(machines())}, others none"
+            )
+        return (
+            f"<!-- table: {match[1]} -->\n{OF_A_MACHINE[block](*machine) if machine else BLOCKS[block]()}\n<!-- end -->"
+        )
 
     return re.sub(r"<!-- table: (.*?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 
@@ -187,7 +218,10 @@ def main() -> int:
             if not config.verify:
                 document.write_text(made, encoding="utf-8")
     if config.verify:
-        print("\n".join(f"{name} shows other tables than python -m benchmarks.report makes" for name in different) or "all tables are those of the results")
+        print(
+            "\n".join(f"{name} shows other tables than python -m benchmarks.report makes" for name in different)
+            or "all tables are those of the results"
+        )
         return int(bool(different))
     for name in machines():
         head_axes(name)

@@ -56,7 +56,9 @@ class Plan:
         # torch's Adagrad by foreach, the norm, clipping, and the sum of the tied matrix's two gradients: some 20 passes over P numbers
         optimizer = 20 * gradients / MACHINE.memory_bytes
         rest = gradients - 4 * (WORDS // self.n_vocab) * (d + 1)
-        shared = tokens * (2 * k * d + 4 * d + 12 * k) + (rest if self.n_vocab > 1 else 0)  # bfloat16 gradients of the latent vectors
+        shared = tokens * (2 * k * d + 4 * d + 12 * k) + (
+            rest if self.n_vocab > 1 else 0
+        )  # bfloat16 gradients of the latent vectors
         vocabulary = self._all_reduce(shared, self.n_vocab, within_node=True)
         data = self._all_reduce(gradients, self.n_data, within_node=self.n_gpus <= 8)
         step = head + lstm + optimizer + vocabulary + data
@@ -81,7 +83,9 @@ PLANS = [Plan(1, 1), Plan(8, 1), Plan(2, 4), Plan(1, 8), Plan(64, 1), Plan(8, 8)
 
 
 def main() -> None:
-    print("| GPUs | data × vocabulary | memory, GiB | sent, GiB | head, ms | LSTM | optimizer | vocabulary | gradients | step | 1,000 words/s | hours an epoch |")
+    print(
+        "| GPUs | data × vocabulary | memory, GiB | sent, GiB | head, ms | LSTM | optimizer | vocabulary | gradients | step | 1,000 words/s | hours an epoch |"
+    )
     print("|---" * 12 + "|")
     for plan in PLANS:
         print(plan.row())

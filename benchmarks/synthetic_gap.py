@@ -18,14 +18,14 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-import tyro  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import matplotlib.pyplot as plt
+import torch
+import tyro
+from tqdm import tqdm
 
-import fused_mos  # noqa: E402
-from fused_mos.data.synthetic import SyntheticLanguage  # noqa: E402
-from fused_mos.training.run import write_json  # noqa: E402
+import fused_mos
+from fused_mos.data.synthetic import SyntheticLanguage
+from fused_mos.training.run import write_json
 
 
 @dataclasses.dataclass
@@ -45,7 +45,9 @@ class Config:
     out: Path = Path(__file__).parent / "results" / "synthetic-gap.json"
 
 
-def gap(language: SyntheticLanguage, head: fused_mos.module.Head, context_features: int, steps: int, name: str) -> dict[str, float]:
+def gap(
+    language: SyntheticLanguage, head: fused_mos.module.Head, context_features: int, steps: int, name: str
+) -> dict[str, float]:
     """Nats a word above the entropy, after training."""
     context = torch.nn.Parameter(torch.randn(language.n_words, context_features))
     parameters = [context, *head.parameters()]
@@ -61,8 +63,10 @@ def gap(language: SyntheticLanguage, head: fused_mos.module.Head, context_featur
     with torch.no_grad():
         loss = language.cross_entropy(head.log_prob(context))
     return {
-        "gap": round(loss - language.entropy, 4), "parameters": sum(p.numel() for p in parameters), "seconds": round(time.perf_counter() - start, 1),
-    }  # fmt: skip
+        "gap": round(loss - language.entropy, 4),
+        "parameters": sum(p.numel() for p in parameters),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def plot(result: dict, path: Path) -> None:
@@ -71,15 +75,30 @@ def plot(result: dict, path: Path) -> None:
     shades = iter(plt.cm.viridis(torch.linspace(0.85, 0.1, sum(name.startswith("MoS") for name in names)).tolist()))
     for name in names:
         points = sorted((row["d"], row["gap"]) for row in result["rows"].values() if row["head"] == name)
-        style = {"color": next(shades)} if name.startswith("MoS") else {"color": "black" if name == "softmax" else "tab:red", "linestyle": "--"}
+        style = (
+            {"color": next(shades)}
+            if name.startswith("MoS")
+            else {"color": "black" if name == "softmax" else "tab:red", "linestyle": "--"}
+        )
         axes.plot(*zip(*points), marker="o", label=name, **style)
     axes.axvline(result["rank"] - 1, color="gray", linewidth=0.8)
-    axes.annotate("rank − 1", (result["rank"] - 1, axes.get_ylim()[1]), xytext=(-3, -3), textcoords="offset points", ha="right", va="top", color="gray")
+    axes.annotate(
+        "rank − 1",
+        (result["rank"] - 1, axes.get_ylim()[1]),
+        xytext=(-3, -3),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color="gray",
+    )
     axes.set(xlabel="features d of the decoder", ylabel="nats a word above the entropy", xscale="log", ylim=(0, None))
     axes.set_xticks(sorted({row["d"] for row in result["rows"].values()}), minor=False)
     axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.minorticks_off()
-    axes.set_title(f"{result['n_words']} words, log-probabilities of rank {result['rank']}, entropy {result['entropy']:.2f} nats", fontsize=10)
+    axes.set_title(
+        f"{result['n_words']} words, log-probabilities of rank {result['rank']}, entropy {result['entropy']:.2f} nats",
+        fontsize=10,
+    )
     axes.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -88,10 +107,14 @@ def plot(result: dict, path: Path) -> None:
 def main() -> int:
     config = tyro.cli(Config, description=__doc__)
     language = SyntheticLanguage(config.n_words, config.rank)
-    about = {name: getattr(config, name) for name in ("n_words", "rank", "context_features", "steps")} | {"entropy": language.entropy}
+    about = {name: getattr(config, name) for name in ("n_words", "rank", "context_features", "steps")} | {
+        "entropy": language.entropy
+    }
     result = json.loads(config.out.read_text()) if config.out.is_file() else about | {"rows": {}}
     if different := [name for name in about if result[name] != about[name]]:
-        raise SystemExit(f"error: {config.out} has another {different[0]}, {result[different[0]]}, than {about[different[0]]}; name another --out")
+        raise SystemExit(
+            f"error: {config.out} has another {different[0]}, {result[different[0]]}, than {about[different[0]]}; name another --out"
+        )
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
     for d in config.features:
         # a softmax takes the context's vector as it is
@@ -106,7 +129,10 @@ def main() -> int:
                 head, size = make()
                 result["rows"][key] = {"head": name, "d": d} | gap(language, head, size, config.steps, key)
                 write_json(config.out, result)
-            print(f"{key}: {result['rows'][key]['gap']:.4f} nats above the entropy, {result['rows'][key]['parameters']:,} parameters", flush=True)
+            print(
+                f"{key}: {result['rows'][key]['gap']:.4f} nats above the entropy, {result['rows'][key]['parameters']:,} parameters",
+                flush=True,
+            )
     plot(result, config.out.with_suffix(".png"))
     return 0
 

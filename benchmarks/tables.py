@@ -60,7 +60,15 @@ def head(machine: str) -> str:
             if "failed" in row:
                 failed.setdefault(row["failed"], []).append(name)
                 continue
-            found.append([first, f"**{name}**" if name == OURS else name, "1" if name == OURS else times(row["times ours"]), over_floor(row), mebibytes(row)])
+            found.append(
+                [
+                    first,
+                    f"**{name}**" if name == OURS else name,
+                    "1" if name == OURS else times(row["times ours"]),
+                    over_floor(row),
+                    mebibytes(row),
+                ]
+            )
             first = ""
         for reason, names in failed.items():
             found.append([first, "; ".join(names), "–", "–", reason])
@@ -95,8 +103,12 @@ def vocabulary(machine: str) -> str:
     for (case, _, _), contenders in cases.items():
         ours = contenders.get(OURS, {})
         slope = f"{ours['ms'][0] / ours['shape'][3] * 1e4:.1f}" if "ms" in ours else "–"
-        found.append([case, slope, over_floor(ours), mebibytes(ours), *(times_ours(contenders.get(name, {})) for name in names)])
-    return table(["", "ms for each 10,000 words", "time ÷ floor", "memory", *(f"{name}, time ÷ ours" for name in names)], found)
+        found.append(
+            [case, slope, over_floor(ours), mebibytes(ours), *(times_ours(contenders.get(name, {})) for name in names)]
+        )
+    return table(
+        ["", "ms for each 10,000 words", "time ÷ floor", "memory", *(f"{name}, time ÷ ours" for name in names)], found
+    )
 
 
 def training(machine: str) -> str:
@@ -110,7 +122,13 @@ def training(machine: str) -> str:
 
 def ranks() -> str:
     found = [
-        [HEAD_NAMES[row["head"]], str(row["n_experts"]), str(row["d"]), f"{row['rank']:,} of {row['columns']:,}", f"{row['test_ppl']:.2f}"]
+        [
+            HEAD_NAMES[row["head"]],
+            str(row["n_experts"]),
+            str(row["d"]),
+            f"{row['rank']:,} of {row['columns']:,}",
+            f"{row['test_ppl']:.2f}",
+        ]
         for row in load("rank-ptb.json")["runs"].values()
     ]
     return table(["head", "K", "d", "rank", "test perplexity"], found)
@@ -120,7 +138,10 @@ def synthetic() -> str:
     rows = load("synthetic-gap.json")["rows"].values()
     sizes, names = sorted({row["d"] for row in rows}), list(dict.fromkeys(row["head"] for row in rows))
     gaps = {(row["head"], row["d"]): f"{row['gap']:.3f}" for row in rows}
-    return table(["nats above the entropy", *(f"d = {d}" for d in sizes)], [[name, *(gaps.get((name, d), "–") for d in sizes)] for name in names])
+    return table(
+        ["nats above the entropy", *(f"d = {d}" for d in sizes)],
+        [[name, *(gaps.get((name, d), "–") for d in sizes)] for name in names],
+    )
 
 
 def heads() -> str:
@@ -128,11 +149,14 @@ def heads() -> str:
     facts = load("heads-ptb-small.json")
     found = [
         [
-            HEAD_NAMES[head], f"{row['parameters'] / 1e6:.2f} M", f"{facts['words per second'][head]['median']:,}", f"{row['epochs']} + {row['fine-tuning epochs']}",
+            HEAD_NAMES[head],
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{facts['words per second'][head]['median']:,}",
+            f"{row['epochs']} + {row['fine-tuning epochs']}",
             *(f"{row[stage]['test']:.2f}" for stage in ("trained", "fine-tuned", "dynamic")),
         ]
         for head, row in facts["heads"].items()
-    ]  # fmt: skip
+    ]
     return table(["head", "parameters", "words/s", "epochs", "trained", "fine-tuned", "with dynamic evaluation"], found)
 
 
@@ -140,7 +164,8 @@ def lm1b_heads() -> str:
     heads = load("lm1b-heads.json")["heads"]
     seeds = list(heads["mos"])
     found = [
-        [HEAD_NAMES[head], f"{rows[seeds[0]]['parameters']:,}", *(f"{rows[seed]['heldout_ppl']:.1f}" for seed in seeds)] for head, rows in heads.items()
+        [HEAD_NAMES[head], f"{rows[seeds[0]]['parameters']:,}", *(f"{rows[seed]['heldout_ppl']:.1f}" for seed in seeds)]
+        for head, rows in heads.items()
     ]
     return table(["head", "parameters", *(f"seed {seed}" for seed in seeds)], found)
 
@@ -154,12 +179,37 @@ def published() -> str:
     for name in (OURS, "published"):
         rate = next(value for key, value in speed.items() if key.split(",")[0] == name)
         measured = f"{rate['median']:.0f} ({rate['min']:.0f}–{rate['max']:.0f})"
-        found.append([f"**{name}**" if name == OURS else f"{name} code", measured, *(f"{epochs[name][s][-1]:.2f}" if s in epochs.get(name, {}) else "–" for s in seeds)])
-    return table(["`ptb`, float32", "words/s", *(f"validation perplexity after {len(epochs[OURS][s])} epoch, seed {s}" for s in seeds)], found)
+        found.append(
+            [
+                f"**{name}**" if name == OURS else f"{name} code",
+                measured,
+                *(f"{epochs[name][s][-1]:.2f}" if s in epochs.get(name, {}) else "–" for s in seeds),
+            ]
+        )
+    return table(
+        [
+            "`ptb`, float32",
+            "words/s",
+            *(f"validation perplexity after {len(epochs[OURS][s])} epoch, seed {s}" for s in seeds),
+        ],
+        found,
+    )
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"ranks": ranks, "synthetic": synthetic, "heads": heads, "lm1b-heads": lm1b_heads, "published": published}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "ranks": ranks,
+    "synthetic": synthetic,
+    "heads": heads,
+    "lm1b-heads": lm1b_heads,
+    "published": published,
+}
 """What a document's `<!-- table: NAME -->` stands for."""
 
-OF_A_MACHINE: dict[str, Callable[[str], str]] = {"head": head, "operations": operations, "experts": experts, "vocabulary": vocabulary, "training": training}
+OF_A_MACHINE: dict[str, Callable[[str], str]] = {
+    "head": head,
+    "operations": operations,
+    "experts": experts,
+    "vocabulary": vocabulary,
+    "training": training,
+}
 """And its `<!-- table: NAME MACHINE -->`."""

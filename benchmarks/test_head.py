@@ -41,9 +41,19 @@ class Case(NamedTuple):
 
 
 SHAPES: dict[str, Shape] = (
-    {"ptb": (840, 15, 280, 10_000), "wikitext2": (1_050, 15, 300, 33_278), "lm1b": (2_560, 7, 1_024, 100_000), "softmax": (12_600, 1, 280, 10_000)}
+    {
+        "ptb": (840, 15, 280, 10_000),
+        "wikitext2": (1_050, 15, 300, 33_278),
+        "lm1b": (2_560, 7, 1_024, 100_000),
+        "softmax": (12_600, 1, 280, 10_000),
+    }
     if DEVICE == "cuda"
-    else {"ptb": (210, 15, 280, 10_000), "wikitext2": (210, 15, 300, 33_278), "lm1b": (128, 7, 512, 100_000), "softmax": (3_150, 1, 280, 10_000)}
+    else {
+        "ptb": (210, 15, 280, 10_000),
+        "wikitext2": (210, 15, 300, 33_278),
+        "lm1b": (128, 7, 512, 100_000),
+        "softmax": (3_150, 1, 280, 10_000),
+    }
 )
 """Training steps of the paper; on a CPU a part of their tokens."""
 SOME = {"cpu": 1, "cuda": 8}[DEVICE]
@@ -53,7 +63,9 @@ def _cases() -> Iterable[Case]:
     for name, shape in SHAPES.items():
         for dtype in ("float32", "bfloat16"):
             # on a CPU compiling takes its time
-            yield Case("shapes", name, shape, dtype, compiled=DEVICE == "cuda" or (name != "lm1b" and dtype == "float32"))
+            yield Case(
+                "shapes", name, shape, dtype, compiled=DEVICE == "cuda" or (name != "lm1b" and dtype == "float32")
+            )
     for operation in ("forward", EACH, "log_prob", "sample"):
         yield Case("operations", "ptb", SHAPES["ptb"], operation=operation)
     n, k, d, v = SHAPES["ptb"]
@@ -71,7 +83,9 @@ CASES = list(_cases())
 
 
 def _contenders(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
-    if case.operation == EACH:  # ours recomputes the logits, since it cannot form gradients before it knows the tokens' weights
+    if (
+        case.operation == EACH
+    ):  # ours recomputes the logits, since it cannot form gradients before it knows the tokens' weights
         return {OURS: lambda *x: F.mos_nll_loss(*x, reduction="none").mean(), "published code": peers.published}
     if case.operation != STEP:
         return {OURS: None, "published code": None}
@@ -90,12 +104,20 @@ def _without_grad(case: Case, arguments: list[torch.Tensor]) -> dict[str, Callab
     z, a, w, y, b = (tensor.detach() for tensor in arguments)
 
     def log_prob() -> torch.Tensor:
-        return torch.log((torch.softmax(torch.nn.functional.linear(z, w, b), -1) * torch.softmax(a, -1)[..., None]).sum(1) + 1e-8)
+        return torch.log(
+            (torch.softmax(torch.nn.functional.linear(z, w, b), -1) * torch.softmax(a, -1)[..., None]).sum(1) + 1e-8
+        )
 
     return {
-        "forward": {OURS: lambda: F.mos_nll_loss(z, a, w, y, b), "published code": lambda: peers.published(z, a, w, y, b)},
+        "forward": {
+            OURS: lambda: F.mos_nll_loss(z, a, w, y, b),
+            "published code": lambda: peers.published(z, a, w, y, b),
+        },
         "log_prob": {OURS: lambda: F.mos_log_prob(z, a, w, b), "published code": log_prob},
-        "sample": {OURS: lambda: F.mos_sample(z, a, w, b), "published code": lambda: torch.multinomial(log_prob().exp(), 1)},
+        "sample": {
+            OURS: lambda: F.mos_sample(z, a, w, b),
+            "published code": lambda: torch.multinomial(log_prob().exp(), 1),
+        },
     }[case.operation]
 
 
@@ -154,7 +176,14 @@ def measure(case: Case) -> tuple[dict[str, dict], dict[str, Callable[[], object]
 def test_head(benchmark, case, name):
     rows, calls, arguments = measure(case)
     row = rows[name]
-    about = {"figure": case.figure, "case": case.name, "operation": case.operation, "dtype": case.dtype, "shape": case.shape, "contender": name}
+    about = {
+        "figure": case.figure,
+        "case": case.name,
+        "operation": case.operation,
+        "dtype": case.dtype,
+        "shape": case.shape,
+        "contender": name,
+    }
     benchmark.extra_info |= about | row
     benchmark.group = f"{case}: N, K, D, V = {case.shape}"
     if "failed" in row:

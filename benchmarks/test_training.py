@@ -61,7 +61,14 @@ def _needed(recipe: str) -> int:
     """Bytes of the distributions that the published head holds."""
     config = RECIPES[recipe]()
     columns = config.optim.small_batch_size or config.optim.batch_size
-    return materialised("published code", DEVICE.type) * 4 * columns * config.optim.bptt * config.model.n_experts * RECIPE_WORDS[recipe]
+    return (
+        materialised("published code", DEVICE.type)
+        * 4
+        * columns
+        * config.optim.bptt
+        * config.model.n_experts
+        * RECIPE_WORDS[recipe]
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -73,7 +80,13 @@ def measure(recipe: str) -> tuple[dict[str, dict], dict[str, Step]]:
         else:
             steps[name] = _step(recipe, name)
             steps[name].part()
-    times = interleaved({name: step.run for name, step in steps.items()}, N_ROUNDS, DEVICE.type == "cuda", warm_up=DEVICE.type == "cuda", budget=BUDGET)
+    times = interleaved(
+        {name: step.run for name, step in steps.items()},
+        N_ROUNDS,
+        DEVICE.type == "cuda",
+        warm_up=DEVICE.type == "cuda",
+        budget=BUDGET,
+    )
     for name, values in times.items():
         rows[name] = {
             "words a second": spread((steps[name].n_words / t for t in values), 1),
@@ -88,7 +101,13 @@ def measure(recipe: str) -> tuple[dict[str, dict], dict[str, Step]]:
 def test_training(benchmark, recipe, name):
     rows, steps = measure(recipe)
     row = rows[name]
-    benchmark.extra_info |= {"figure": "training", "case": recipe, "operation": "training step", "dtype": "float32", "contender": name} | row
+    benchmark.extra_info |= {
+        "figure": "training",
+        "case": recipe,
+        "operation": "training step",
+        "dtype": "float32",
+        "contender": name,
+    } | row
     benchmark.group = f"{recipe}: a training step"
     if "failed" in row:
         benchmark.pedantic(lambda: None)

@@ -18,34 +18,38 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-Head head(Address weight, Address bias, int64_t n_classes, int64_t n_features, bool bf16, int n_threads, int64_t workspace_bytes) {
+Head head(Address weight, Address bias, int64_t n_classes, int64_t n_features, bool bf16, int n_threads,
+          int64_t workspace_bytes) {
   return {at<const void>(weight), at<const float>(bias), n_classes, n_features, bf16, n_threads, workspace_bytes};
 }
 
 void row_statistics(const Head& head, Address rows, int64_t n_rows, Address target, Address maximum, Address log_total,
                     Address target_logit) {
-  chosen_kernels().row_statistics(head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<float>(maximum), at<float>(log_total),
-                                         at<float>(target_logit)});
+  chosen_kernels().row_statistics(head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<float>(maximum),
+                                         at<float>(log_total), at<float>(target_logit)});
 }
 
-void rows_backward(const Head& head, Address rows, int64_t n_rows, Address target, Address maximum, Address log_total, Address grad_lse,
-                   Address grad_target, Address grad_rows, Address grad_weight, Address grad_bias) {
+void rows_backward(const Head& head, Address rows, int64_t n_rows, Address target, Address maximum, Address log_total,
+                   Address grad_lse, Address grad_target, Address grad_rows, Address grad_weight, Address grad_bias) {
   chosen_kernels().rows_backward(
-      head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<const float>(maximum), at<const float>(log_total),
-             at<const float>(grad_lse), at<const float>(grad_target), at<void>(grad_rows), at<void>(grad_weight), at<float>(grad_bias)});
+      head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<const float>(maximum),
+             at<const float>(log_total), at<const float>(grad_lse), at<const float>(grad_target), at<void>(grad_rows),
+             at<void>(grad_weight), at<float>(grad_bias)});
 }
 
-void nll_with_gradients(const Head& head, Address latent, Address log_prior, Address target, Address valid, int64_t n_tokens,
-                        int64_t n_experts, int64_t tokens_of_block, float scale, float filter_eps, Address nll, Address maximum,
-                        Address log_total, Address target_logit, Address grad_latent, Address grad_prior, Address grad_weight, Address grad_bias) {
+void nll_with_gradients(const Head& head, Address latent, Address log_prior, Address target, Address valid,
+                        int64_t n_tokens, int64_t n_experts, int64_t tokens_of_block, float scale, float filter_eps,
+                        Address nll, Address maximum, Address log_total, Address target_logit, Address grad_latent,
+                        Address grad_prior, Address grad_weight, Address grad_bias) {
   chosen_kernels().nll_with_gradients(
-      head, {at<const void>(latent), at<const float>(log_prior), at<const int64_t>(target), at<const bool>(valid), n_tokens, n_experts,
-             tokens_of_block, scale, filter_eps, at<float>(nll), at<float>(maximum), at<float>(log_total), at<float>(target_logit),
-             at<void>(grad_latent), at<float>(grad_prior), at<void>(grad_weight), at<float>(grad_bias)});
+      head, {at<const void>(latent), at<const float>(log_prior), at<const int64_t>(target), at<const bool>(valid),
+             n_tokens, n_experts, tokens_of_block, scale, filter_eps, at<float>(nll), at<float>(maximum),
+             at<float>(log_total), at<float>(target_logit), at<void>(grad_latent), at<float>(grad_prior),
+             at<void>(grad_weight), at<float>(grad_bias)});
 }
 
-MixtureArguments mixture_arguments(Address latent, Address log_prior, Address maximum, Address log_total, int64_t n_tokens,
-                                   int64_t n_experts) {
+MixtureArguments mixture_arguments(Address latent, Address log_prior, Address maximum, Address log_total,
+                                   int64_t n_tokens, int64_t n_experts) {
   MixtureArguments a{};
   a.latent = at<const void>(latent);
   a.log_prior = at<const float>(log_prior);
@@ -62,8 +66,8 @@ void mixture(const Head& head, MixtureArguments a, Address log_prob, Address bes
   chosen_kernels().mixture(head, a);
 }
 
-void mixture_backward(const Head& head, MixtureArguments a, Address grad, Address grad_latent, Address grad_prior, Address grad_weight,
-                      Address grad_bias) {
+void mixture_backward(const Head& head, MixtureArguments a, Address grad, Address grad_latent, Address grad_prior,
+                      Address grad_weight, Address grad_bias) {
   a.grad = at<const float>(grad);
   a.grad_latent = at<void>(grad_latent);
   a.grad_prior = at<float>(grad_prior);
@@ -72,8 +76,10 @@ void mixture_backward(const Head& head, MixtureArguments a, Address grad, Addres
   chosen_kernels().mixture_backward(head, a);
 }
 
-void sample(const Head& head, Address rows, int64_t n_rows, float inverse_temperature, Address uniform, Address result) {
-  chosen_kernels().sample(head, {at<const void>(rows), n_rows, inverse_temperature, at<const double>(uniform), at<int64_t>(result)});
+void sample(const Head& head, Address rows, int64_t n_rows, float inverse_temperature, Address uniform,
+            Address result) {
+  chosen_kernels().sample(
+      head, {at<const void>(rows), n_rows, inverse_temperature, at<const double>(uniform), at<int64_t>(result)});
 }
 
 }  // namespace
@@ -98,7 +104,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("bf16_products", [] { return chosen_kernels().bf16_products; });
   m.def("peak_bytes", &peak_bytes);
   m.def("reset_peak_bytes", &reset_peak_bytes);
-  m.def("exponentials", [](Address from, Address to, int64_t n) { chosen_kernels().exponentials(at<const float>(from), at<float>(to), n); });
-  m.def("logarithms", [](Address from, Address to, int64_t n) { chosen_kernels().logarithms(at<const float>(from), at<float>(to), n); });
-  m.def("peak_gflops", [](int n_threads, bool bf16) { return chosen_kernels().peak_gflops(n_threads, bf16); }, released);
+  m.def("exponentials", [](Address from, Address to, int64_t n) {
+    chosen_kernels().exponentials(at<const float>(from), at<float>(to), n);
+  });
+  m.def("logarithms", [](Address from, Address to, int64_t n) {
+    chosen_kernels().logarithms(at<const float>(from), at<float>(to), n);
+  });
+  m.def(
+      "peak_gflops", [](int n_threads, bool bf16) { return chosen_kernels().peak_gflops(n_threads, bf16); }, released);
 }

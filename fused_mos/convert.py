@@ -25,14 +25,22 @@ def convert(old: Path, new: Path, data: Path = Path("data"), recipe: str = "ptb"
     tensors, dropouts = read_published(old)
     model = AWDLSTM.from_published(tensors, **dropouts)
     config = dataclasses.replace(
-        RECIPES[recipe](), data=data,
+        RECIPES[recipe](),
+        data=data,
         model=ModelConfig(
-            n_experts=model.head.n_experts, embedding_size=model.encoder.embedding_dim, hidden_sizes=tuple(rnn.hidden_size for rnn in model.rnns),
-            tied=model.head.decoder.weight is model.encoder.weight, **dropouts,
+            n_experts=model.head.n_experts,
+            embedding_size=model.encoder.embedding_dim,
+            hidden_sizes=tuple(rnn.hidden_size for rnn in model.rnns),
+            tied=model.head.decoder.weight is model.encoder.weight,
+            **dropouts,
         ),
-    )  # fmt: skip
+    )
     new.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(new / "best.safetensors", dict(model.named_parameters()), {"config": config.to_json(), "epoch": 0, "valid_loss": None})
+    save_checkpoint(
+        new / "best.safetensors",
+        dict(model.named_parameters()),
+        {"config": config.to_json(), "epoch": 0, "valid_loss": None},
+    )
     write_json(new / "config.json", config.to_json())
     return model
 
@@ -57,7 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     n_words, size = model.encoder.weight.shape
-    print(f"{config.new}: {sum(p.numel() for p in model.parameters()):,} parameters, {n_words:,} words, K = {model.head.n_experts}, d = {size}")
+    print(
+        f"{config.new}: {sum(p.numel() for p in model.parameters()):,} parameters, {n_words:,} words, K = {model.head.n_experts}, d = {size}"
+    )
     return 0
 
 

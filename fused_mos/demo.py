@@ -39,7 +39,9 @@ def main(out: Path = Path("runs/demo")) -> int:
 
     print(f"\n{'head':<10}{'parameters':>12}{'valid ppl':>11}{'test ppl':>10}{'words/s':>9}")
     for r in results:
-        print(f"{r['head']:<10}{r['parameters']:>12,}{r['valid_ppl']:>11.2f}{r['test_ppl']:>10.2f}{r['words_per_second']:>9,.0f}")
+        print(
+            f"{r['head']:<10}{r['parameters']:>12,}{r['valid_ppl']:>11.2f}{r['test_ppl']:>10.2f}{r['words_per_second']:>9,.0f}"
+        )
     print(f"\nlearning curves: {plot}   all numbers: {out / 'result.json'}")
     return 0
 

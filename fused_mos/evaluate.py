@@ -70,7 +70,11 @@ def parse(arguments: list[str]) -> Config:
     """The recipe of the run gives the defaults of its rule. Raises ConfigError."""
     folder = next((Path(argument) for argument in arguments if (Path(argument) / "config.json").is_file()), None)
     rule = dynamic_rule(read_config(folder).recipe) if folder else DynamicRule()
-    options = {"prog": "python -m fused_mos.evaluate", "description": __doc__, "default": Config(run=tyro.MISSING, rule=rule)}
+    options = {
+        "prog": "python -m fused_mos.evaluate",
+        "description": __doc__,
+        "default": Config(run=tyro.MISSING, rule=rule),
+    }
     return tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=arguments, **options)
 
 
@@ -80,9 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
         if config.tune and not config.dynamic:
             raise ConfigError("--tune searches the rule of --dynamic; give both")
         if config.dynamic and config.eval_context:
-            raise ConfigError(f"eval_context is for static evaluation, got {config.eval_context} with --dynamic, whose segments are --bptt")
+            raise ConfigError(
+                f"eval_context is for static evaluation, got {config.eval_context} with --dynamic, whose segments are --bptt"
+            )
         if not config.dynamic and config.rule != dynamic_rule(read_config(config.run).recipe):
-            raise ConfigError(f"lr, lamb, epsilon and bptt are for --dynamic evaluation, got {config.rule} without it (--eval-context: static segments)")
+            raise ConfigError(
+                f"lr, lamb, epsilon and bptt are for --dynamic evaluation, got {config.rule} without it (--eval-context: static segments)"
+            )
         for name in ("eval_context", "checkpoint_minutes", "time_limit"):
             if not getattr(config, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
@@ -103,8 +111,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     path = config.run / "evaluation.json"
     write_json(path, [*(json.loads(path.read_text()) if path.is_file() else []), result])
-    how = f"dynamic with {config.rule if not config.tune else DynamicRule(**result['rule'])}" if config.dynamic else f"context {result['eval_context']}"
-    print(f"{config.split}, {how}: ppl {result['ppl']:.2f} ({result['ppl_published']:.2f} as the published code counts), loss {result['loss']:.4f}")
+    how = (
+        f"dynamic with {config.rule if not config.tune else DynamicRule(**result['rule'])}"
+        if config.dynamic
+        else f"context {result['eval_context']}"
+    )
+    print(
+        f"{config.split}, {how}: ppl {result['ppl']:.2f} ({result['ppl_published']:.2f} as the published code counts), loss {result['loss']:.4f}"
+    )
     return 0
 
 

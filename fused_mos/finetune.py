@@ -35,9 +35,13 @@ def parse(arguments: list[str]) -> TrainConfig:
         default = TrainConfig()
     else:
         raise CheckpointError("name the folder of the run to fine-tune first: python -m fused_mos.finetune RUN [flags]")
-    config = override(default, "finetune", "Fine-tune the best model of a run: finetune RUN [flags] | --resume RUN/finetune", flags)
+    config = override(
+        default, "finetune", "Fine-tune the best model of a run: finetune RUN [flags] | --resume RUN/finetune", flags
+    )
     if config.optim.finetune_lr != default.optim.finetune_lr:
-        raise ConfigError(f"finetune_lr is what a run says of its fine-tuning; here name --lr {config.optim.finetune_lr:g}")
+        raise ConfigError(
+            f"finetune_lr is what a run says of its fine-tuning; here name --lr {config.optim.finetune_lr:g}"
+        )
     for name in ("recipe", "start"):
         if getattr(config, name) != getattr(default, name):
             raise ConfigError(f"{name} is that of the run, {getattr(default, name)}, got {getattr(config, name)}")
@@ -48,7 +52,9 @@ def finetuning_config(folder: Path) -> TrainConfig:
     """The configuration that fine-tunes the run in `folder`. Raises CheckpointError or ConfigError."""
     config = read_config(folder)
     optim = dataclasses.replace(config.optim, lr=config.optim.finetune_lr)
-    return dataclasses.replace(config, start=folder, out=folder / "finetune", resume=None, time_limit=0.0, profile=0, optim=optim)
+    return dataclasses.replace(
+        config, start=folder, out=folder / "finetune", resume=None, time_limit=0.0, profile=0, optim=optim
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

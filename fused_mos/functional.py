@@ -71,9 +71,16 @@ def mos_nll_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     result = nll_and_loss(
-        latent, prior_logits, weight, target, bias,
-        ignore_index=ignore_index, reduction=reduction, backend=backend, grad_filter_eps=grad_filter_eps,
-    )  # fmt: skip
+        latent,
+        prior_logits,
+        weight,
+        target,
+        bias,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=backend,
+        grad_filter_eps=grad_filter_eps,
+    )
     return result.loss
 
 
@@ -115,7 +122,9 @@ def nll_and_loss(
             in_forward = reduction != "none" and any(needs)
             if in_forward and kernels.gradient_in_forward_pays(latent.shape[0], latent.shape[1], weight):
                 mean = reduction == "mean"
-                loss, nll = ops.nll_with_gradients(*inputs, target, ignore_index, grad_filter_eps, mean, needs, backend)[:2]
+                loss, nll = ops.nll_with_gradients(
+                    *inputs, target, ignore_index, grad_filter_eps, mean, needs, backend
+                )[:2]
                 return NLL(nll, loss)
             nll = ops.nll(*inputs, target, ignore_index, grad_filter_eps, backend)[0]
     return _reduced(nll, target, ignore_index, reduction)
@@ -213,7 +222,9 @@ def mos_topk(
             if top is not None:
                 return TopK(*top)
         _, maximum, log_total = ops.logsumexp(latent, weight, bias, backend)
-        return _topk_of_spans(latent, log_softmax_prior(prior_logits).to(maximum.dtype), weight, bias, maximum, log_total, k, backend)
+        return _topk_of_spans(
+            latent, log_softmax_prior(prior_logits).to(maximum.dtype), weight, bias, maximum, log_total, k, backend
+        )
 
 
 def _topk_of_spans(
@@ -232,7 +243,9 @@ def _topk_of_spans(
     columns = max(TOPK_BYTES // (maximum.itemsize * max(n, 1)), 2 * k, 256)
     for start in range(0, n_classes, columns):
         span = slice(start, start + columns)
-        log_p = _backends.traceable(backend).log_prob(latent, log_prior, weight[span], bias if bias is None else bias[span], maximum, log_total)
+        log_p = _backends.traceable(backend).log_prob(
+            latent, log_prior, weight[span], bias if bias is None else bias[span], maximum, log_total
+        )
         candidates = log_p.topk(min(k, log_p.shape[1]))
         candidates_of_all = torch.cat([indices, candidates.indices + start], 1)
         values = torch.cat([values, candidates.values], 1)
@@ -299,7 +312,9 @@ def _is_autocast(device_type: str) -> bool:
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What the fused backends take (see `_backends.Kernels`). Raises RuntimeError for what they would ignore: tangents."""
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None
+    ):
         raise RuntimeError("the fused MoS ops have no forward-mode derivative; use backend='reference' for that")
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 

@@ -44,8 +44,11 @@ class Config:
         """Raises ConfigError naming the field and its value."""
         check_seed(self.seed or 0)
         for name, valid in (
-            ("words", self.words > 0), ("temperature", self.temperature > 0), ("top_k", self.top_k >= 0), ("top_p", 0 < self.top_p <= 1),
-        ):  # fmt: skip
+            ("words", self.words > 0),
+            ("temperature", self.temperature > 0),
+            ("top_k", self.top_k >= 0),
+            ("top_p", 0 < self.top_p <= 1),
+        ):
             if not valid:
                 wanted = {"top_p": "in (0, 1]", "top_k": "0 or more"}.get(name, "positive")
                 raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)}")
@@ -60,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = [word for word in config.prompt.split() if word not in vocabulary.index]
         if unknown:
             raise ConfigError(f"prompt: {unknown[0]!r} is not one of the model's {len(vocabulary):,} words")
-        prompt = torch.tensor([vocabulary.index[word] for word in (EOS, *config.prompt.split())], device=run.device)[:, None]
+        prompt = torch.tensor([vocabulary.index[word] for word in (EOS, *config.prompt.split())], device=run.device)[
+            :, None
+        ]
         generator = torch.Generator(run.device)
         if config.seed is None:
             generator.seed()

@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    print(f"{config.split}: ppl {report['ppl']:.2f}; {report['effective_experts']:.1f} of {len(report['experts'])} experts speak at a time")
+    print(
+        f"{config.split}: ppl {report['ppl']:.2f}; {report['effective_experts']:.1f} of {len(report['experts'])} experts speak at a time"
+    )
     print(f"\n{'expert':>6}{'prior':>8}{'speaks':>8}  most frequent words | most characteristic words")
     for i, expert in enumerate(report["experts"], start=1):
         words = " ".join(expert["frequent"][:6]) + " | " + " ".join(expert["characteristic"][:6])

@@ -27,14 +27,22 @@ class Head(nn.Module):
     functions = F
     """What computes with the mixture: fused_mos.functional, or the VocabShard that `vocab_parallel.parallelize` puts in its place."""
 
-    def __init__(self, latent_features: int, n_classes: int, bias: bool, weight: nn.Parameter | None, backend: str, device, dtype):
+    def __init__(
+        self, latent_features: int, n_classes: int, bias: bool, weight: nn.Parameter | None, backend: str, device, dtype
+    ):
         super().__init__()
         for name, value in (("latent_features", latent_features), ("n_classes", n_classes)):
             _check_positive(name, value)
         if weight is not None:
             _checked_weight(weight)
-            if dtype not in (None, weight.dtype) or device is not None and torch.device(device).type != weight.device.type:
-                raise ValueError(f"device and dtype must be those of weight, {weight.device} and {weight.dtype}, or None, got {device} and {dtype}")
+            if (
+                dtype not in (None, weight.dtype)
+                or device is not None
+                and torch.device(device).type != weight.device.type
+            ):
+                raise ValueError(
+                    f"device and dtype must be those of weight, {weight.device} and {weight.dtype}, or None, got {device} and {dtype}"
+                )
             if tuple(weight.shape) != (n_classes, latent_features):
                 raise ValueError(
                     f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got {tuple(weight.shape)}"
@@ -88,32 +96,47 @@ class Head(nn.Module):
         if not isinstance(target, Tensor):
             raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
         if target.shape != input.shape[:-1]:
-            raise ValueError(f"target must have input's leading shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
+            raise ValueError(
+                f"target must have input's leading shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}"
+            )
         if reduction not in F.REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(F.REDUCTIONS)}, got {reduction!r}")
         nll, loss = self.functions.nll_and_loss(
-            latent, prior_logits, self.decoder.weight, target.reshape(-1), self.decoder.bias,
-            ignore_index=ignore_index, reduction=reduction, backend=self.backend, grad_filter_eps=grad_filter_eps,
-        )  # fmt: skip
+            latent,
+            prior_logits,
+            self.decoder.weight,
+            target.reshape(-1),
+            self.decoder.bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=self.backend,
+            grad_filter_eps=grad_filter_eps,
+        )
         return HeadOutput(-nll.view(target.shape), loss.view(target.shape) if reduction == "none" else loss)
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes: (…, in_features) -> (…, n_classes)."""
         latent, prior_logits = self._flat_mixture(input)
-        log_prob = self.functions.mos_log_prob(latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend)
+        log_prob = self.functions.mos_log_prob(
+            latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend
+        )
         return log_prob.view(*input.shape[:-1], self.n_classes)
 
     def predict(self, input: Tensor) -> Tensor:
         """The most probable class: (…, in_features) -> (…) int64."""
         latent, prior_logits = self._flat_mixture(input)
-        index = self.functions.mos_predict(latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend)
+        index = self.functions.mos_predict(
+            latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend
+        )
         return index.view(input.shape[:-1])
 
     def topk(self, input: Tensor, k: int) -> F.TopK:
         """The k most probable classes, most probable first: (…, in_features) -> values (…, k), log-probabilities, and
         indices (…, k) int64."""
         latent, prior_logits = self._flat_mixture(input)
-        values, indices = self.functions.mos_topk(latent, prior_logits, self.decoder.weight, self.decoder.bias, k=k, backend=self.backend)
+        values, indices = self.functions.mos_topk(
+            latent, prior_logits, self.decoder.weight, self.decoder.bias, k=k, backend=self.backend
+        )
         return F.TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
 
     def sample(self, input: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -121,9 +144,14 @@ class Head(nn.Module):
         (`functional.mos_sample`): for the most probable class take `predict`."""
         latent, prior_logits = self._flat_mixture(input)
         index = self.functions.mos_sample(
-            latent, prior_logits, self.decoder.weight, self.decoder.bias,
-            temperature=temperature, generator=generator, backend=self.backend,
-        )  # fmt: skip
+            latent,
+            prior_logits,
+            self.decoder.weight,
+            self.decoder.bias,
+            temperature=temperature,
+            generator=generator,
+            backend=self.backend,
+        )
         return index.view(input.shape[:-1])
 
     def _flat_mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +270,7 @@ class MoC(MoS):
 
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
         latent, prior_logits = super().mixture(input)
-        context = (torch.softmax(prior_logits, dim=-1).unsqueeze(-2) @ latent)
+        context = torch.softmax(prior_logits, dim=-1).unsqueeze(-2) @ latent
         return context, context.new_zeros(*context.shape[:-1])
 
 

@@ -66,7 +66,9 @@ def nll(
     """nll (N,), and for the backward pass maximum, log_total and target_logit, (N, K) each."""
     n, k, d = latent.shape
     valid, target = _valid_target(target, ignore_index)
-    statistics = _backends.kernels(backend).row_statistics(latent.view(n * k, d), weight, bias, target.repeat_interleave(k))
+    statistics = _backends.kernels(backend).row_statistics(
+        latent.view(n * k, d), weight, bias, target.repeat_interleave(k)
+    )
     statistics = [statistic.view(n, k) for statistic in statistics]
     losses, _ = mix_target(log_softmax_prior(prior_logits).to(statistics[0].dtype), *statistics)
     return torch.where(valid, losses, 0), *statistics
@@ -124,7 +126,21 @@ def nll_backward(
 
 
 @nll_backward.register_fake
-def _(grad, latent, prior_logits, weight, bias, target, maximum, log_total, target_logit, ignore_index, filter_eps, needs, backend):
+def _(
+    grad,
+    latent,
+    prior_logits,
+    weight,
+    bias,
+    target,
+    maximum,
+    log_total,
+    target_logit,
+    ignore_index,
+    filter_eps,
+    needs,
+    backend,
+):
     return _empty_gradients((latent, prior_logits, weight, bias), needs)
 
 
@@ -215,7 +231,11 @@ def _nll_with_gradients_backward(ctx, grad_loss, grad_nll, *_):
     if grad_nll is not None:
         recomputed = nll_backward(grad_nll.contiguous(), *inputs, ignore_index, filter_eps, needs, backend)
         recomputed = _as_gradients(recomputed, needs)
-        result = recomputed if grad_loss is None else tuple(a + b if need else None for a, b, need in zip(result, recomputed, needs))
+        result = (
+            recomputed
+            if grad_loss is None
+            else tuple(a + b if need else None for a, b, need in zip(result, recomputed, needs))
+        )
     return *result, None, None, None, None, None, None
 
 
@@ -251,7 +271,15 @@ def logsumexp_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, k, d = latent.shape
     grad_rows, grad_weight, grad_bias = _backends.kernels(backend).rows_backward(
-        latent.view(n * k, d), weight, bias, None, maximum.view(-1), log_total.view(-1), grad.view(-1), None, tuple(needs)
+        latent.view(n * k, d),
+        weight,
+        bias,
+        None,
+        maximum.view(-1),
+        log_total.view(-1),
+        grad.view(-1),
+        None,
+        tuple(needs),
     )
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_weight, grad_bias
 

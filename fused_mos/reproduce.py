@@ -66,9 +66,15 @@ def reproduce(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
         return left if config.time_limit else 0.0
 
     recipe = dataclasses.replace(RECIPES[config.recipe](), data=config.data, precision=config.precision)
-    finetuned, flags = config.folder / "finetune", {
-        "data": config.data, "device": config.device, "precision": config.precision, "checkpoint_max_mib": config.checkpoint_max_mib,
-    }  # fmt: skip
+    finetuned, flags = (
+        config.folder / "finetune",
+        {
+            "data": config.data,
+            "device": config.device,
+            "precision": config.precision,
+            "checkpoint_max_mib": config.checkpoint_max_mib,
+        },
+    )
     train_to_the_end(config.folder, lambda: recipe, **flags, time_limit=seconds_left())
     train_to_the_end(finetuned, lambda: finetuning_config(config.folder), **flags, time_limit=seconds_left())
 
@@ -81,7 +87,12 @@ def reproduce(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
                 print(f"{stage}: {split}", flush=True)
                 run = load_run(folder, config.data, config.device)
                 evaluation = Evaluation(
-                    folder, split, dynamic=dynamic, tune=dynamic and config.tune, rule=dynamic_rule(config.recipe), time_limit=seconds_left()
+                    folder,
+                    split,
+                    dynamic=dynamic,
+                    tune=dynamic and config.tune,
+                    rule=dynamic_rule(config.recipe),
+                    time_limit=seconds_left(),
                 )
                 results[stage][split] = run_evaluation(evaluation, run)
                 write_json(path, results)
@@ -91,7 +102,9 @@ def reproduce(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
 def table(recipe: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Markdown: perplexities, exact and as the published code counts, and the paper's."""
     paper = PAPER.get(recipe, {})
-    lines = [f"| {recipe}, valid / test perplexity | exact | as the published code counts |" + (" paper |" if paper else "")]
+    lines = [
+        f"| {recipe}, valid / test perplexity | exact | as the published code counts |" + (" paper |" if paper else "")
+    ]
     lines.append("|---" * (4 if paper else 3) + "|")
     for stage in STAGES:
         valid, test = results[stage]["valid"], results[stage]["test"]

@@ -27,7 +27,11 @@ def parse(arguments: list[str]) -> TrainConfig:
 def override(default: TrainConfig, command: str, description: str, arguments: list[str]) -> TrainConfig:
     """`default` with the fields that flags name; of a run to resume only those that may change."""
     config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[TrainConfig], prog=f"python -m fused_mos.{command}", description=description, args=arguments, default=default
+        tyro.conf.OmitArgPrefixes[TrainConfig],
+        prog=f"python -m fused_mos.{command}",
+        description=description,
+        args=arguments,
+        default=default,
     )
     if default.resume:
         check_resumable(default, config)
@@ -44,7 +48,9 @@ def run(parse: Callable[[list[str]], TrainConfig], arguments: list[str]) -> int:
     folder = config.run_folder
     try:
         trainer = Trainer(config)
-        print(f"run folder {folder}, device {trainer.device}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters")
+        print(
+            f"run folder {folder}, device {trainer.device}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters"
+        )
         result = trainer.run()
     except (CorpusError, *USER_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,7 +63,11 @@ def run(parse: Callable[[list[str]], TrainConfig], arguments: list[str]) -> int:
         return 0
     except KeyboardInterrupt:
         # before its first checkpoint a run has not begun
-        how = f"continue with: python -m fused_mos.train --resume {folder}" if (folder / "last.safetensors").is_file() else "nothing was written"
+        how = (
+            f"continue with: python -m fused_mos.train --resume {folder}"
+            if (folder / "last.safetensors").is_file()
+            else "nothing was written"
+        )
         print(f"\nstopped; {how}", file=sys.stderr)
         return 130
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""

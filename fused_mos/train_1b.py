@@ -25,9 +25,12 @@ def parse(arguments: list[str]) -> LM1BConfig:
     if chosen.recipe not in RECIPES:
         raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, got {chosen.recipe!r}")
     config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[LM1BConfig], prog="python -m fused_mos.train_1b", description=f"Recipes: {', '.join(RECIPES)}.", args=arguments,
+        tyro.conf.OmitArgPrefixes[LM1BConfig],
+        prog="python -m fused_mos.train_1b",
+        description=f"Recipes: {', '.join(RECIPES)}.",
+        args=arguments,
         default=RECIPES[chosen.recipe](),
-    )  # fmt: skip
+    )
     config.check()
     return config
 
@@ -41,8 +44,12 @@ def run(config: LM1BConfig, ranks: Ranks) -> None:
     if config.evaluate:
         result = trainer.final_evaluation()
     else:
-        tell(f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {len(trainer.corpus.vocabulary):,} words")
-        tell(f"{ranks.n_ranks} ranks on {ranks.device.type}: {ranks.n_data} read other text, {ranks.n_vocab} share a decoder; memory of one:\n{trainer.memory}")
+        tell(
+            f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {len(trainer.corpus.vocabulary):,} words"
+        )
+        tell(
+            f"{ranks.n_ranks} ranks on {ranks.device.type}: {ranks.n_data} read other text, {ranks.n_vocab} share a decoder; memory of one:\n{trainer.memory}"
+        )
         if trainer.resumed:
             tell(f"goes on at step {trainer.progress.step} of {trainer.total_steps}")
         result = trainer.run()

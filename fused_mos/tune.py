@@ -63,16 +63,27 @@ def compile_only(config: TuneConfig) -> int:
         raise TuneError("--compile-only is for --shapes, got --shape")
     calls = proof.distinct_calls(config.arch, config.shapes, config.dtypes, config.brief)
     compiled = []
-    for kernel in tqdm(proof.compile_all(calls, config.arch), total=len(calls), desc=config.arch, unit="kernel", mininterval=0.5, dynamic_ncols=True):
+    for kernel in tqdm(
+        proof.compile_all(calls, config.arch),
+        total=len(calls),
+        desc=config.arch,
+        unit="kernel",
+        mininterval=0.5,
+        dynamic_ncols=True,
+    ):
         compiled.append(kernel)
         for fault in kernel.faults(config.arch):
             tqdm.write(f"FAULT {kernel.kernel} {kernel.dtype} ({kernel.key}) {kernel.tile}: {fault}", file=sys.stderr)
     compiled.sort(key=lambda kernel: (kernel.kernel, kernel.key, kernel.dtype, kernel.shapes))
-    print(f"{'kernel':24} {'configuration':30} {'dtype':5} {'tile, warps, stages':20} {'registers':>9} {'stack':>5} {'shared':>7}  instructions")
+    print(
+        f"{'kernel':24} {'configuration':30} {'dtype':5} {'tile, warps, stages':20} {'registers':>9} {'stack':>5} {'shared':>7}  instructions"
+    )
     for kernel in compiled:
         tile = "x".join(map(str, kernel.tile))
         found = ", ".join(f"{count} {name}" for name, count in kernel.instructions.items() if count)
-        print(f"{kernel.kernel:24} {kernel.key:30} {kernel.dtype:5} {tile:20} {kernel.registers:9} {kernel.stack:5} {kernel.shared:7}  {found}")
+        print(
+            f"{kernel.kernel:24} {kernel.key:30} {kernel.dtype:5} {tile:20} {kernel.registers:9} {kernel.stack:5} {kernel.shared:7}  {found}"
+        )
     n_faults = sum(len(kernel.faults(config.arch)) for kernel in compiled)
     print(f"{len(compiled)} kernels compiled for {config.arch} with triton {triton.__version__}, {n_faults} faults")
     if config.json:
@@ -91,13 +102,19 @@ def tune(config: TuneConfig) -> None:
         raise TuneError(reason)
     gpu, compile_for = "interpreter", None
     if device.type == "cuda":
-        gpu, compile_for = torch.cuda.get_device_name(), configurations.architecture_name(torch.cuda.get_device_capability())
+        gpu, compile_for = (
+            torch.cuda.get_device_name(),
+            configurations.architecture_name(torch.cuda.get_device_capability()),
+        )
     shapes = {"your shape": config.shape} if config.shape else {name: proof.SHAPES[name] for name in config.shapes}
     tuned = configurations.load_tuned(gpu)
     done = set() if config.again or config.shape else set(tuned)
     for dtype_name in config.dtypes:
         for name, shape in shapes.items():
-            with proof.float32_products(dtype_name) as dtype, tqdm(desc=f"{name} {dtype_name}", unit="tile", dynamic_ncols=True) as bar:
+            with (
+                proof.float32_products(dtype_name) as dtype,
+                tqdm(desc=f"{name} {dtype_name}", unit="tile", dynamic_ncols=True) as bar,
+            ):
                 for progress in tuning.tune(shape, dtype, device, done, compile_for):
                     bar.n, bar.total = progress.done, progress.total
                     bar.set_postfix_str(f"{progress.key}: {progress.seconds_before / progress.seconds:.2f}x")

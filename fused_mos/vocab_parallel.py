@@ -16,9 +16,19 @@ from torch.distributed.tensor import DTensor, Shard
 from . import _backends, ops
 from ._backends.reference import log_softmax_prior, mix_target
 from .functional import (
-    NLL, REDUCTIONS, TopK, _autocast, _check_inputs, _check_k, _check_target, _check_temperature, _contiguous, _reduced, _topk_of_spans,
+    NLL,
+    REDUCTIONS,
+    TopK,
+    _autocast,
+    _check_inputs,
+    _check_k,
+    _check_target,
+    _check_temperature,
+    _contiguous,
+    _reduced,
+    _topk_of_spans,
     _without_autocast,
-)  # fmt: skip
+)
 from .module import Head
 
 IGNORED, ELSEWHERE = -100, -1
@@ -40,13 +50,17 @@ class VocabShard:
 
     def __init__(self, n_classes: int, group: dist.ProcessGroup | None = None):
         if not dist.is_initialized():
-            raise RuntimeError("vocab_parallel needs torch.distributed: call torch.distributed.init_process_group, or start with torchrun")
+            raise RuntimeError(
+                "vocab_parallel needs torch.distributed: call torch.distributed.init_process_group, or start with torchrun"
+            )
         self.n_classes = n_classes
         self.group = group if group is not None else dist.group.WORLD
         self.n_ranks = dist.get_world_size(self.group)
         size = -(-n_classes // self.n_ranks)
         if size * (self.n_ranks - 1) >= n_classes:
-            raise ValueError(f"n_classes = {n_classes} in spans of {size} leaves one of {self.n_ranks} ranks without a class")
+            raise ValueError(
+                f"n_classes = {n_classes} in spans of {size} leaves one of {self.n_ranks} ranks without a class"
+            )
         self.start = size * dist.get_rank(self.group)
         self.stop = min(self.start + size, n_classes)
         self._largest = size
@@ -102,21 +116,34 @@ class VocabShard:
             return _reduced(nll, target, ignore_index, reduction)
 
     @torch.no_grad()
-    def mos_log_prob(self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    def mos_log_prob(
+        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+    ) -> Tensor:
         """Log-probabilities of all classes, (N, V) on every rank, for evaluation: not differentiable."""
         latent, prior_logits, weight, bias, backend = self._prepared(latent, prior_logits, weight, bias, backend)
         log_prior, maximum, log_total = self._normalisers(latent, prior_logits, weight, bias, backend)
         own = maximum.new_zeros(latent.shape[0], self._largest)
-        own[:, : self.stop - self.start] = _backends.kernels(backend).log_prob(latent, log_prior, weight, bias, maximum, log_total)
+        own[:, : self.stop - self.start] = _backends.kernels(backend).log_prob(
+            latent, log_prior, weight, bias, maximum, log_total
+        )
         return torch.cat(self._gathered(own), 1)[:, : self.n_classes]
 
-    def mos_predict(self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    def mos_predict(
+        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+    ) -> Tensor:
         """The most probable class, (N,) int64."""
         return self.mos_topk(latent, prior_logits, weight, bias, k=1, backend=backend).indices.squeeze(1)
 
     @torch.no_grad()
     def mos_topk(
-        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, k: int, backend: str = "auto"
+        self,
+        latent: Tensor,
+        prior_logits: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        k: int,
+        backend: str = "auto",
     ) -> TopK:
         """The k most probable classes, (N, k): each rank gathers every rank's candidates."""
         _check_k(k, self.n_classes)
@@ -177,7 +204,9 @@ class VocabShard:
         latent, prior_logits, weight, bias = _contiguous(*_autocast(latent, prior_logits, weight, bias))
         return latent, prior_logits, weight, bias, _backends.resolve(backend, latent.device, latent.dtype)
 
-    def _normalisers(self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, ...]:
+    def _normalisers(
+        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+    ) -> tuple[Tensor, ...]:
         """log π, and the two terms of L over all shards, (N, K) each."""
         maximum, log_total, _ = _combined_statistics(latent, weight, bias, None, self.group, backend)
         return log_softmax_prior(prior_logits).to(maximum.dtype), maximum, log_total
@@ -223,7 +252,9 @@ def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> Voc
     head.decoder.weight = rows
     head.decoder.out_features = rows.shape[0]
     if head.decoder.bias is not None:
-        head.decoder.bias = nn.Parameter(shard.rows(head.decoder.bias.detach()).clone(), head.decoder.bias.requires_grad)
+        head.decoder.bias = nn.Parameter(
+            shard.rows(head.decoder.bias.detach()).clone(), head.decoder.bias.requires_grad
+        )
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Embedding) and module.weight is whole:
@@ -242,7 +273,9 @@ def _combined_statistics(
     """maximum and log_total over all shards, and the target's logit: three numbers a row travel."""
     n, k, d = latent.shape
     targets = None if target is None else target.repeat_interleave(k)
-    own_maximum, own_log_total, own_logit = _backends.kernels(backend).row_statistics(latent.view(n * k, d), weight, bias, targets)
+    own_maximum, own_log_total, own_logit = _backends.kernels(backend).row_statistics(
+        latent.view(n * k, d), weight, bias, targets
+    )
     maximum = own_maximum.clone()
     dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
     sums = [(own_log_total + (own_maximum - maximum)).exp()]

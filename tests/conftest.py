@@ -5,8 +5,8 @@ import os
 # threads that wait for each other sleep: two test processes share the cores, and where threads spin instead, a test has taken eight times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 ON_GPU = torch.cuda.is_available()
 if ON_GPU:
@@ -20,7 +20,7 @@ try:
 except ImportError:  # installed without a compiler: the tests of the native kernels are skipped
     _cpu = cpu = None
 
-from fused_mos import _backends  # noqa: E402
+from fused_mos import _backends
 
 triton = _backends._KERNELS.get("triton")
 configurations = triton and triton.configurations

@@ -28,7 +28,9 @@ class Problem:
         cast = {}
         for name in INPUTS:
             tensor = getattr(self, name)
-            cast[name] = None if tensor is None else tensor.detach().to(dtype).clone().requires_grad_(name in requires_grad)
+            cast[name] = (
+                None if tensor is None else tensor.detach().to(dtype).clone().requires_grad_(name in requires_grad)
+            )
         return Problem(**cast, target=self.target)
 
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -38,10 +40,16 @@ class Problem:
         return F.mos_nll_loss(self.latent, self.prior_logits, self.weight, self.target, self.bias, **options)
 
     def gradients(self) -> dict[str, Tensor]:
-        return {n: getattr(self, n).grad for n in INPUTS if getattr(self, n) is not None and getattr(self, n).grad is not None}
+        return {
+            n: getattr(self, n).grad
+            for n in INPUTS
+            if getattr(self, n) is not None and getattr(self, n).grad is not None
+        }
 
 
-def problem(n: int, k: int, d: int, v: int, bias: bool = True, scale: float = 1.0, seed: int = 0, ignored: bool = True) -> Problem:
+def problem(
+    n: int, k: int, d: int, v: int, bias: bool = True, scale: float = 1.0, seed: int = 0, ignored: bool = True
+) -> Problem:
     """float64, values exact in bfloat16, so that every dtype gets the same problem; biases of order 1;
     logits of order `scale`. On torch's default device; the same numbers on each."""
     generator = torch.Generator().manual_seed(seed)
@@ -61,7 +69,9 @@ def problem(n: int, k: int, d: int, v: int, bias: bool = True, scale: float = 1.
     )
 
 
-def assert_meets_criterion(ours: Tensor, unfused: Tensor, oracle: Tensor, factor: float, dtype: torch.dtype, what: str, slack: float = 0.0) -> None:
+def assert_meets_criterion(
+    ours: Tensor, unfused: Tensor, oracle: Tensor, factor: float, dtype: torch.dtype, what: str, slack: float = 0.0
+) -> None:
     """max error ≤ factor × the error of the unfused same-dtype computation + the dtype's floor + `slack`."""
     assert ours.shape == oracle.shape
     assert torch.equal(ours.isfinite(), oracle.isfinite()), f"{what}: not finite where the oracle is, or the reverse"
@@ -73,7 +83,14 @@ def assert_meets_criterion(ours: Tensor, unfused: Tensor, oracle: Tensor, factor
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def check_forward_and_gradients(case: Problem, compute, dtype: torch.dtype, backend: str = "tiled", requires_grad=INPUTS, relative_slack: float = 0.0) -> None:
+def check_forward_and_gradients(
+    case: Problem,
+    compute,
+    dtype: torch.dtype,
+    backend: str = "tiled",
+    requires_grad=INPUTS,
+    relative_slack: float = 0.0,
+) -> None:
     """`compute(problem, backend)` -> tensor; backpropagates a fixed random gradient and checks everything.
 
     `relative_slack` adds to the criterion: relative to the largest number of a result, and, in float32's rounding, to that of
@@ -84,7 +101,9 @@ def check_forward_and_gradients(case: Problem, compute, dtype: torch.dtype, back
         p = case.to(d, requires_grad)
         output = compute(p, b)
         if requires_grad:
-            weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu").to(output.device)
+            weights = torch.randn(
+                output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu"
+            ).to(output.device)
             if output.dim() == 0:
                 weights = torch.ones_like(weights)
             # −inf outputs (masked classes) take no gradient
@@ -102,4 +121,12 @@ def check_forward_and_gradients(case: Problem, compute, dtype: torch.dtype, back
     assert our_grads.keys() == oracle_grads.keys()
     for name, gradient in our_grads.items():
         assert gradient.dtype == (dtype if name in INPUTS else None)
-        assert_meets_criterion(gradient, unfused_grads[name], oracle_grads[name], 3, dtype, f"gradient of {name}", slack(oracle_grads[name]))
+        assert_meets_criterion(
+            gradient,
+            unfused_grads[name],
+            oracle_grads[name],
+            3,
+            dtype,
+            f"gradient of {name}",
+            slack(oracle_grads[name]),
+        )

@@ -19,7 +19,13 @@ def run_on_ranks(n_ranks: int, function, *arguments, init: bool = True) -> None:
 
 def _rank(rank: int, n_ranks: int, port: int, init: bool, function, arguments) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     if init:
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
     try:

@@ -30,21 +30,51 @@ CASES = [
     ("latent", torch.randn(N, D), ValueError, r"latent must be \(N, K, D\), got shape \(4, 5\)"),
     ("latent", torch.randn(N, 0, D), ValueError, r"K = 0"),
     ("latent", [[1.0]], TypeError, r"latent must be a Tensor, got list"),
-    ("latent", torch.ones(N, K, D, dtype=torch.int64), TypeError, r"latent must have a floating dtype, got torch.int64"),
+    (
+        "latent",
+        torch.ones(N, K, D, dtype=torch.int64),
+        TypeError,
+        r"latent must have a floating dtype, got torch.int64",
+    ),
     ("latent", _nan(N, K, D), ValueError, r"latent contains NaN \(60 of 60"),
-    ("prior_logits", torch.randn(N, K + 1), ValueError, r"prior_logits must be .* \(4, 3\) to match latent, got \(4, 4\)"),
-    ("prior_logits", torch.randn(N, K).half(), TypeError, r"prior_logits must have latent's dtype torch.float32, got torch.float16"),
+    (
+        "prior_logits",
+        torch.randn(N, K + 1),
+        ValueError,
+        r"prior_logits must be .* \(4, 3\) to match latent, got \(4, 4\)",
+    ),
+    (
+        "prior_logits",
+        torch.randn(N, K).half(),
+        TypeError,
+        r"prior_logits must have latent's dtype torch.float32, got torch.float16",
+    ),
     ("prior_logits", _nan(N, K), ValueError, r"prior_logits contains NaN"),
     ("weight", torch.randn(V, D + 1), ValueError, r"weight must be \(V, D\) with latent's D = 5, got \(11, 6\)"),
     ("weight", torch.randn(0, D), ValueError, r"V = 0"),
-    ("weight", torch.randn(V, D).double(), TypeError, r"weight must have latent's dtype torch.float32, got torch.float64"),
+    (
+        "weight",
+        torch.randn(V, D).double(),
+        TypeError,
+        r"weight must have latent's dtype torch.float32, got torch.float64",
+    ),
     ("weight", torch.randn(V, D, device="meta"), ValueError, r"weight is on meta but latent is on cpu"),
     ("weight", _nan(V, D), ValueError, r"weight contains NaN"),
     ("bias", torch.randn(V + 1), ValueError, r"bias must be \(V,\) = \(11,\) to match weight, got \(12,\)"),
     ("bias", _nan(V), ValueError, r"bias contains NaN"),
-    ("target", torch.randint(0, V, (N + 1,)), ValueError, r"target must be \(N,\) = \(4,\) to match latent, got \(5,\)"),
+    (
+        "target",
+        torch.randint(0, V, (N + 1,)),
+        ValueError,
+        r"target must be \(N,\) = \(4,\) to match latent, got \(5,\)",
+    ),
     ("target", torch.zeros(N), TypeError, r"target must have dtype torch.int64, got torch.float32"),
-    ("target", torch.tensor([0, V, 1, 2]), IndexError, r"target must be in \[0, V = 11\) or ignore_index = -100, got 11"),
+    (
+        "target",
+        torch.tensor([0, V, 1, 2]),
+        IndexError,
+        r"target must be in \[0, V = 11\) or ignore_index = -100, got 11",
+    ),
     ("target", torch.tensor([0, 1, -1, 2]), IndexError, r"got -1"),
 ]
 
@@ -91,7 +121,11 @@ def test_temperature(temperature):
 
 @pytest.mark.parametrize(
     ("k", "error", "message"),
-    [(0, ValueError, r"k must be in \[1, V = 11\], got 0"), (12, ValueError, "got 12"), (2.0, TypeError, "k must be an int, got float")],
+    [
+        (0, ValueError, r"k must be in \[1, V = 11\], got 0"),
+        (12, ValueError, "got 12"),
+        (2.0, TypeError, "k must be an int, got float"),
+    ],
 )
 def test_topk(k, error, message):
     inputs = _inputs()
@@ -141,7 +175,10 @@ def test_constructor(options, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"n_experts": 2.5}, "n_experts must be an int, got 2.5"), ({"weight": torch.nn.Embedding(V, D)}, "weight must be a Parameter, .* got Embedding")],
+    [
+        ({"n_experts": 2.5}, "n_experts must be an int, got 2.5"),
+        ({"weight": torch.nn.Embedding(V, D)}, "weight must be a Parameter, .* got Embedding"),
+    ],
 )
 def test_constructor_types(options, message):
     with pytest.raises(TypeError, match=message):

@@ -12,9 +12,9 @@ from problem import EXACT, INPUTS, check_forward_and_gradients, problem
 
 _cpu = pytest.importorskip("fused_mos._cpu")
 
-import fused_mos  # noqa: E402
-from fused_mos import functional as F  # noqa: E402
-from fused_mos._backends import cpu  # noqa: E402
+import fused_mos
+from fused_mos import functional as F
+from fused_mos._backends import cpu
 
 
 def _map(function, x: torch.Tensor) -> torch.Tensor:
@@ -81,29 +81,44 @@ def test_the_number_of_threads_changes_no_bit(dtype, instruction_set, workspace)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @settings(max_examples=100, deadline=None)
 @given(
-    n=st.integers(1, 70), k=st.integers(1, 6), d=st.integers(1, 70), v=st.integers(1, 600),
-    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]), seed=st.integers(0, 1000),
-    workspace_bytes=st.sampled_from([1, 2**14, 2**18, 2**25]), isa=st.sampled_from(_cpu.instruction_sets()),
-    reduction=st.sampled_from(["mean", "none"]), strided=st.booleans(),
-)  # fmt: skip
+    n=st.integers(1, 70),
+    k=st.integers(1, 6),
+    d=st.integers(1, 70),
+    v=st.integers(1, 600),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    seed=st.integers(0, 1000),
+    workspace_bytes=st.sampled_from([1, 2**14, 2**18, 2**25]),
+    isa=st.sampled_from(_cpu.instruction_sets()),
+    reduction=st.sampled_from(["mean", "none"]),
+    strided=st.booleans(),
+)
 def test_any_shape(dtype, n, k, d, v, scale, seed, workspace_bytes, isa, reduction, strided):
     """Random shapes, strides, magnitudes, workspaces and instruction sets against the float64 reference."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_MOS_ISA", isa)
         patch.setattr(cpu, "WORKSPACE_BYTES", workspace_bytes)
-        patch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", workspace_bytes + 4 * v * d)  # so that 16-bit gradients come in blocks too
+        patch.setattr(
+            cpu, "FORWARD_WORKSPACE_BYTES", workspace_bytes + 4 * v * d
+        )  # so that 16-bit gradients come in blocks too
         patch.setattr(cpu, "MIN_GRADIENT_ROWS", 1 if seed % 2 else 96)
         case = problem(n, k, d, v, scale=scale, seed=seed, bias=seed % 3 > 0)
 
         def nll(p, backend):
             latent, weight = p.latent, p.weight
             if strided:
-                latent, weight = latent.transpose(0, 2).contiguous().transpose(0, 2), weight.repeat_interleave(2, 1)[:, ::2]
-            return F.mos_nll_loss(latent, p.prior_logits, weight, p.target, p.bias, reduction=reduction, backend=backend)
+                latent, weight = (
+                    latent.transpose(0, 2).contiguous().transpose(0, 2),
+                    weight.repeat_interleave(2, 1)[:, ::2],
+                )
+            return F.mos_nll_loss(
+                latent, p.prior_logits, weight, p.target, p.bias, reduction=reduction, backend=backend
+            )
 
         slack = 32 * torch.finfo(dtype).eps if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
         check_forward_and_gradients(case, nll, dtype, "cpu", relative_slack=slack)
-        check_forward_and_gradients(case, lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend), dtype, "cpu", relative_slack=slack)
+        check_forward_and_gradients(
+            case, lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend), dtype, "cpu", relative_slack=slack
+        )
 
 
 def test_many_rows_of_several_panels(instruction_set, workspace):
@@ -124,7 +139,9 @@ def test_many_features(n_threads, instruction_set):
         for n, dtype in ((3, torch.float32), (70, torch.float32), (3, torch.bfloat16), (70, torch.bfloat16)):
             case = problem(n, 2, 810, 300, scale=0.2)
             check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), dtype, "cpu")
-            check_forward_and_gradients(case, lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend), dtype, "cpu")
+            check_forward_and_gradients(
+                case, lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend), dtype, "cpu"
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -148,7 +165,9 @@ def test_filter_agrees_with_tiled(reduction, instruction_set, workspace):
 def test_no_features(instruction_set):
     """D = 0: every logit is its bias."""
     case = problem(5, 2, 0, 30, ignored=False).to(torch.float32)
-    assert torch.allclose(case.nll(backend="cpu"), torch.nn.functional.cross_entropy(case.bias.expand(5, -1), case.target))
+    assert torch.allclose(
+        case.nll(backend="cpu"), torch.nn.functional.cross_entropy(case.bias.expand(5, -1), case.target)
+    )
     case.nll(backend="cpu").backward()
     case.nll(backend="cpu", reduction="none").sum().backward()
     F.mos_log_prob(*case.inputs(), backend="cpu").sum().backward()
@@ -206,7 +225,9 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
 def test_one_openmp_runtime_is_loaded():
     """With two, their threads compete for the cores and small operations slow down a hundredfold."""
     code = "import fused_mos; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.rsplit('/', 1)[-1]})"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    ).stdout.split()
     runtimes = [path for path in loaded if "gomp" in path or "iomp" in path]
     assert len(runtimes) == 1, runtimes
 

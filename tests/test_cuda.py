@@ -38,9 +38,21 @@ def emulation(sources: Path, folder: Path):
     """The module of bindings.cpp over the emulated kernel."""
     path = folder / f"_cuda_emulation{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
     files = [str(sources / name) for name in ("bindings.cpp", "plan.cpp", "decode_emulation.cpp")]
-    subprocess.run(["g++", *flags, "-DFUSED_MOS_MODULE=_cuda_emulation", *includes, *files, "-o", str(path)], check=True)
+    subprocess.run(
+        ["g++", *flags, "-DFUSED_MOS_MODULE=_cuda_emulation", *includes, *files, "-o", str(path)], check=True
+    )
     spec = importlib.util.spec_from_file_location("_cuda_emulation", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -57,7 +69,9 @@ def module(tmp_path_factory):
     return emulation(SOURCES, tmp_path_factory.mktemp("emulation"))
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.skipif(not ON_GPU, reason="torch finds no CUDA GPU"))])
+@pytest.fixture(
+    params=["emulated", pytest.param("gpu", marks=pytest.mark.skipif(not ON_GPU, reason="torch finds no CUDA GPU"))]
+)
 def decoder(request):
     if request.param == "gpu":
         torch.set_default_device("cuda")
@@ -83,8 +97,15 @@ def check(case, decoder, dtype):
 
 # one row; rows of two, eight and sixteen tiles of eight; V in one tile, of one class in the last, in many; copies of 16, 8 and 4 bytes
 SHAPES = [
-    (1, 1, 16, 2), (1, 3, 40, 3), (1, 15, 280, 507), (2, 7, 66, 545), (3, 5, 34, 129), (4, 15, 64, 1_000), (8, 1, 300, 999), (8, 15, 24, 257),
-]  # fmt: skip
+    (1, 1, 16, 2),
+    (1, 3, 40, 3),
+    (1, 15, 280, 507),
+    (2, 7, 66, 545),
+    (3, 5, 34, 129),
+    (4, 15, 64, 1_000),
+    (8, 1, 300, 999),
+    (8, 15, 24, 257),
+]
 LARGE = [(1, 15, 280, 10_000), (8, 15, 300, 33_278), (1, 7, 1_024, 100_000), (4, 7, 1_024, 793_471)] if ON_GPU else []
 
 
@@ -133,7 +154,10 @@ def test_rows_of_a_larger_matrix(decoder):
     weight = torch.cat([case.weight[:1], case.weight])[1:]
     assert decoder.plan("LogProb", case.latent, weight, None).copy_bytes == 4
     log_prior = F.log_softmax_prior(case.prior_logits).float()
-    assert torch.equal(decoder.log_prob(case.latent, log_prior, weight, case.bias), decoder.log_prob(case.latent, log_prior, case.weight, case.bias))
+    assert torch.equal(
+        decoder.log_prob(case.latent, log_prior, weight, case.bias),
+        decoder.log_prob(case.latent, log_prior, case.weight, case.bias),
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 34, 600), (8, 15, 24, 257)], ids=str)
@@ -159,7 +183,9 @@ def test_samples(decoder):
     rows = case.latent[:, 0].expand(128, -1)
     seeds = torch.arange(40)[:, None]
     drawn = torch.cat([decoder.sample(rows, case.weight, case.bias, 1.5, seed) for seed in seeds])
-    expected = torch.softmax((case.latent[0, 0].double() @ case.weight.double().t() + case.bias.double()) / 1.5, 0) * len(drawn)
+    expected = torch.softmax(
+        (case.latent[0, 0].double() @ case.weight.double().t() + case.bias.double()) / 1.5, 0
+    ) * len(drawn)
     counts, there = torch.bincount(drawn, minlength=60), expected > 0
     assert counts[7] == 0
     statistic = ((counts - expected)[there].square() / expected[there]).sum().item()
@@ -168,14 +194,18 @@ def test_samples(decoder):
     best = (case.weight.double() @ case.latent[0, 0].double() + case.bias.double()).argmax()
     assert (decoder.sample(rows, case.weight, case.bias, 1e-4, seeds[0]) == best).all()
     masked = torch.full_like(case.bias, -torch.inf)
-    assert (decoder.sample(rows, case.weight, masked, 1.0, seeds[0]) == 0).all()  # a class, since others are looked up with it
+    assert (
+        decoder.sample(rows, case.weight, masked, 1.0, seeds[0]) == 0
+    ).all()  # a class, since others are looked up with it
 
 
 def test_samples_depend_on_seed_row_and_class_alone(module):
     case = problem(40, 1, 16, 500).to(torch.bfloat16, ())
     seed = torch.tensor([12345])
     drawn = emulated(module).sample(case.latent[:, 0], case.weight, case.bias, 1.0, seed)
-    assert torch.equal(emulated(module, multiprocessors=8, order=9).sample(case.latent[:, 0], case.weight, case.bias, 1.0, seed), drawn)
+    assert torch.equal(
+        emulated(module, multiprocessors=8, order=9).sample(case.latent[:, 0], case.weight, case.bias, 1.0, seed), drawn
+    )
     assert torch.equal(emulated(module).sample(case.latent[:9, 0], case.weight, case.bias, 1.0, seed), drawn[:9])
     assert not torch.equal(emulated(module).sample(case.latent[:, 0], case.weight, case.bias, 1.0, seed + 1), drawn)
 
@@ -195,17 +225,37 @@ def test_random_words_are_those_of_philox(tmp_path):
 
 
 def plan(module, n, k, d, v, multiprocessors=132, mode="LogProb", top=5):
-    return module.Decode(getattr(module.DecodeMode, mode), True, n, k, d, v, 0, 0, 0, multiprocessors, SHARED_BYTES, top)
+    return module.Decode(
+        getattr(module.DecodeMode, mode), True, n, k, d, v, 0, 0, 0, multiprocessors, SHARED_BYTES, top
+    )
 
 
 def test_plans_of_the_papers_decoders(module):
     """On an H100: logits stay in shared memory up to four tokens of Penn Treebank and WikiText-2, and two of 100,000 words."""
-    for shape in [(1, 15, 280, 10_000), (4, 15, 280, 10_000), (1, 15, 300, 33_278), (4, 15, 300, 33_278), (2, 7, 1_024, 100_000)]:
+    for shape in [
+        (1, 15, 280, 10_000),
+        (4, 15, 280, 10_000),
+        (1, 15, 300, 33_278),
+        (4, 15, 300, 33_278),
+        (2, 7, 1_024, 100_000),
+    ]:
         made = plan(module, *shape)
-        assert made.logits_in_shared and made.n_blocks == 132 and made.shared_bytes <= SHARED_BYTES and made.workspace_bytes < 2**20
-    assert not plan(module, 1, 7, 1_024, 793_471).logits_in_shared and not plan(module, 8, 15, 300, 33_278).logits_in_shared
+        assert (
+            made.logits_in_shared
+            and made.n_blocks == 132
+            and made.shared_bytes <= SHARED_BYTES
+            and made.workspace_bytes < 2**20
+        )
+    assert (
+        not plan(module, 1, 7, 1_024, 793_471).logits_in_shared
+        and not plan(module, 8, 15, 300, 33_278).logits_in_shared
+    )
     large = plan(module, 8, 7, 1_024, 793_471)
-    assert not large.logits_in_shared and large.shared_bytes <= SHARED_BYTES and large.workspace_bytes == pytest.approx(4 * 56 * 793_471, rel=0.03)
+    assert (
+        not large.logits_in_shared
+        and large.shared_bytes <= SHARED_BYTES
+        and large.workspace_bytes == pytest.approx(4 * 56 * 793_471, rel=0.03)
+    )
     assert plan(module, 1, 1, 280, 100).n_blocks == 4
 
 
@@ -262,9 +312,13 @@ def test_gpu_functions():
     torch.set_default_device("cuda")
     case = problem(4, 3, 64, 2_000).to(torch.bfloat16, ())
     for function in (F.mos_log_prob, lambda *x, **options: F.mos_topk(*x, k=7, **options).values):
-        torch.testing.assert_close(function(*case.inputs(), backend="cuda"), function(*case.inputs(), backend="triton"), rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            function(*case.inputs(), backend="cuda"), function(*case.inputs(), backend="triton"), rtol=0, atol=1e-3
+        )
     single = case.latent[:, :1], case.prior_logits[:, :1], case.weight, case.bias
-    assert torch.equal(F.mos_sample(*single, temperature=1e-6, backend="cuda"), F.mos_predict(*single, backend="triton"))
+    assert torch.equal(
+        F.mos_sample(*single, temperature=1e-6, backend="cuda"), F.mos_predict(*single, backend="triton")
+    )
     assert "auto does not choose it" in fused_mos.backends()["cuda"]
 
 
@@ -278,14 +332,20 @@ def test_functions_take_it_where_no_gradient_is_wanted(module, monkeypatch):
             return made
 
     names = {name: getattr(tiled, name) for name in dir(tiled)}
-    monkeypatch.setitem(_backends._KERNELS, "tiled", SimpleNamespace(**names, DECODER=Recorded(module, lambda _: (2, SHARED_BYTES), lambda _: nullcontext(1))))
+    monkeypatch.setitem(
+        _backends._KERNELS,
+        "tiled",
+        SimpleNamespace(**names, DECODER=Recorded(module, lambda _: (2, SHARED_BYTES), lambda _: nullcontext(1))),
+    )
     case = problem(4, 3, 16, 200).to(torch.bfloat16)
     oracle = reference.log_prob(*case.to(torch.float64, ()).inputs())
     with torch.no_grad():
         torch.testing.assert_close(F.mos_log_prob(*case.inputs(), backend="tiled").double(), oracle, rtol=0, atol=1e-3)
     assert len(used) == 1 and used[0]
     assert F.mos_log_prob(*case.inputs(), backend="tiled").requires_grad and len(used) == 1
-    torch.testing.assert_close(F.mos_topk(*case.inputs(), k=3, backend="tiled").values.double(), oracle.topk(3).values, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        F.mos_topk(*case.inputs(), k=3, backend="tiled").values.double(), oracle.topk(3).values, rtol=0, atol=1e-3
+    )
     assert len(used) == 2 and used[1]
     many = problem(100, 3, 16, 200).to(torch.bfloat16, ())
     assert F.mos_log_prob(*many.inputs(), backend="tiled").shape == (100, 200) and used[2] is None

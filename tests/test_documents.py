@@ -16,7 +16,12 @@ BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
 def blocks(language):
-    return [(document, match[2]) for document in DOCUMENTS for match in BLOCK.finditer(document.read_text(encoding="utf-8")) if match[1] == language]
+    return [
+        (document, match[2])
+        for document in DOCUMENTS
+        for match in BLOCK.finditer(document.read_text(encoding="utf-8"))
+        if match[1] == language
+    ]
 
 
 def commands():
@@ -85,5 +90,7 @@ def test_commands_are_understood(document, command, only_parse, monkeypatch, cap
 
 
 def test_tables_are_those_of_the_results():
-    result = subprocess.run([sys.executable, "-m", "benchmarks.report", "--verify"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.report", "--verify"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -51,7 +51,9 @@ def test_nll(shape, dtype, reduction, workspace, backend):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_log_prob(shape, dtype, workspace, backend):
     if backend == "triton" and not ON_GPU and workspace == "many tiles" and shape[3] > 1000:
-        pytest.skip("takes a minute in Triton's interpreter; several tiles of a large vocabulary also exist in the other workspace")
+        pytest.skip(
+            "takes a minute in Triton's interpreter; several tiles of a large vocabulary also exist in the other workspace"
+        )
     check_forward_and_gradients(problem(*shape), log_prob, dtype, backend)
 
 
@@ -85,7 +87,9 @@ def test_one_hot_prior(compute, workspace, backend):
     check_forward_and_gradients(case, compute, torch.float32, backend, requires_grad=("latent", "weight", "bias"))
     only = Problem(case.latent[:5, :1], torch.zeros(5, 1, dtype=torch.float64), case.weight, case.bias, case.target[:5])
     mixed = Problem(case.latent[:5], case.prior_logits[:5], case.weight, case.bias, case.target[:5])
-    assert torch.allclose(compute(mixed.to(torch.float32, ()), backend), compute(only.to(torch.float32, ()), backend), atol=1e-6)
+    assert torch.allclose(
+        compute(mixed.to(torch.float32, ()), backend), compute(only.to(torch.float32, ()), backend), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -101,7 +105,9 @@ def test_masked_classes(reduction, workspace, backend):
     with torch.no_grad():
         masked.bias[~allowed] = -math.inf
     renumbered = allowed.cumsum(0) - 1
-    only = Problem(without.latent, without.prior_logits, without.weight[allowed], without.bias[allowed], renumbered[case.target])
+    only = Problem(
+        without.latent, without.prior_logits, without.weight[allowed], without.bias[allowed], renumbered[case.target]
+    )
     log_p = F.mos_log_prob(*masked.inputs(), backend=backend)
     assert log_p[:, ~allowed].eq(-math.inf).all()
     scale = torch.linspace(-1, 1, 11, dtype=dtype)[:, None]
@@ -110,7 +116,9 @@ def test_masked_classes(reduction, workspace, backend):
     assert torch.allclose(log_p[:, allowed].double(), expected, rtol=0, atol=tolerance)
     (only.nll(reduction=reduction, backend="reference").sum() + (expected * scale).sum()).backward()
     for name in INPUTS:
-        assert torch.allclose(masked.gradients()[name].double(), without.gradients()[name], rtol=0, atol=tolerance), name
+        assert torch.allclose(masked.gradients()[name].double(), without.gradients()[name], rtol=0, atol=tolerance), (
+            name
+        )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -119,7 +127,9 @@ def test_one_expert_or_equal_experts_are_cross_entropy(k, reduction, workspace, 
     """K = 1 is F.cross_entropy, and with equal experts the prior does not matter."""
     dtype, tolerance = EXACT[backend]
     case = problem(23, 1, 15, 507).to(dtype)
-    expected = torch.nn.functional.cross_entropy(case.latent[:, 0] @ case.weight.t() + case.bias, case.target, reduction=reduction)
+    expected = torch.nn.functional.cross_entropy(
+        case.latent[:, 0] @ case.weight.t() + case.bias, case.target, reduction=reduction
+    )
     expanded = case.latent.expand(-1, k, -1)  # stride 0: also a non-contiguous input
     prior = torch.randn(23, k, dtype=dtype)
     loss = F.mos_nll_loss(expanded, prior, case.weight, case.target, case.bias, reduction=reduction, backend=backend)
@@ -134,7 +144,15 @@ def test_permuting_experts_changes_nothing(workspace, backend):
     case = problem(23, 5, 15, 507).to(dtype, ())
     order = torch.tensor([3, 1, 4, 0, 2])
     a = case.nll(reduction="none", backend=backend)
-    b = F.mos_nll_loss(case.latent[:, order], case.prior_logits[:, order], case.weight, case.target, case.bias, reduction="none", backend=backend)
+    b = F.mos_nll_loss(
+        case.latent[:, order],
+        case.prior_logits[:, order],
+        case.weight,
+        case.target,
+        case.bias,
+        reduction="none",
+        backend=backend,
+    )
     assert torch.allclose(a, b, rtol=0, atol=tolerance)
 
 
@@ -190,7 +208,9 @@ def test_ignored_token_with_infinite_loss_gives_no_gradient(workspace, backend):
 
 
 @pytest.mark.parametrize("compute", [nll("mean"), nll("none"), log_prob], ids=["mean", "none", "log_prob"])
-@pytest.mark.parametrize("requires_grad", [(name,) for name in INPUTS] + [("latent", "weight"), ("prior_logits", "bias"), ()], ids=str)
+@pytest.mark.parametrize(
+    "requires_grad", [(name,) for name in INPUTS] + [("latent", "weight"), ("prior_logits", "bias"), ()], ids=str
+)
 def test_only_some_inputs_require_grad(compute, requires_grad, workspace, backend):
     check_forward_and_gradients(problem(11, 3, 12, 200), compute, torch.float32, backend, requires_grad=requires_grad)
 
@@ -205,7 +225,9 @@ def test_non_contiguous_inputs(workspace, backend):
         bias=case.bias.repeat_interleave(2)[::2],
         target=case.target.repeat_interleave(2)[::2],
     )
-    assert not strided.latent.is_contiguous() and not strided.weight.is_contiguous() and not strided.bias.is_contiguous()
+    assert (
+        not strided.latent.is_contiguous() and not strided.weight.is_contiguous() and not strided.bias.is_contiguous()
+    )
     for compute in (nll("mean"), nll("none"), log_prob, logsumexp):
         leaves = [tensor.requires_grad_() for tensor in strided.inputs()]
         ours = torch.autograd.grad(compute(strided, backend).sum(), leaves, allow_unused=True)
@@ -295,7 +317,9 @@ def test_gradient_filter_error_is_bounded(eps, reduction, workspace, backend):
 
 def _responsibility(case: Problem) -> torch.Tensor:
     log_softmax = torch.log_softmax(case.latent @ case.weight.t() + case.bias, -1)
-    at_target = log_softmax.gather(2, case.target.clamp_min(0)[:, None, None].expand(-1, log_softmax.shape[1], 1))[..., 0]
+    at_target = log_softmax.gather(2, case.target.clamp_min(0)[:, None, None].expand(-1, log_softmax.shape[1], 1))[
+        ..., 0
+    ]
     return torch.softmax(torch.log_softmax(case.prior_logits, -1) + at_target, -1)
 
 
@@ -306,7 +330,9 @@ def test_mixture_survives_underflow_of_all_but_the_log(workspace, backend):
     ours = F.mos_log_prob(*case.to(torch.float32, ()).inputs(), backend=backend)
     oracle = reference.log_prob(*case.inputs())
     assert oracle[:, 7].max() < -250
-    assert_meets_criterion(ours, reference.log_prob(*case.to(torch.float32, ()).inputs()), oracle, 2, torch.float32, "log_prob")
+    assert_meets_criterion(
+        ours, reference.log_prob(*case.to(torch.float32, ()).inputs()), oracle, 2, torch.float32, "log_prob"
+    )
 
 
 def test_predict(workspace, backend):
@@ -341,7 +367,8 @@ def test_sample_follows_the_distribution(sampler, temperature, monkeypatch, work
     draws, v = 20_000, 150
     case = problem(1, 3, 6, v)
     probability = (
-        torch.softmax(case.prior_logits, -1)[..., None] * torch.softmax((case.latent @ case.weight.t() + case.bias) / temperature, -1)
+        torch.softmax(case.prior_logits, -1)[..., None]
+        * torch.softmax((case.latent @ case.weight.t() + case.bias) / temperature, -1)
     ).sum(1)[0]
     repeated = case.latent.expand(draws, -1, -1), case.prior_logits.expand(draws, -1), case.weight, case.bias
     if backend in ("cpu", "triton"):
@@ -358,9 +385,14 @@ def test_sample_follows_the_distribution(sampler, temperature, monkeypatch, work
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 12), k=st.integers(1, 6), d=st.integers(1, 40), v=st.integers(1, 300),
-    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]), seed=st.integers(0, 1000), bytes=st.sampled_from([1, 4096, 2**20]),
-)  # fmt: skip
+    n=st.integers(1, 12),
+    k=st.integers(1, 6),
+    d=st.integers(1, 40),
+    v=st.integers(1, 300),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    seed=st.integers(0, 1000),
+    bytes=st.sampled_from([1, 4096, 2**20]),
+)
 def test_any_shape(n, k, d, v, scale, seed, bytes):
     """Random shapes, magnitudes and workspaces, in float64, where nothing but rounding may differ."""
     with pytest.MonkeyPatch.context() as patch:

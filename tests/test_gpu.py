@@ -23,7 +23,13 @@ if not triton:
 only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="torch finds no CUDA GPU")
 
 # N, K, D, V: the training steps of the paper, rows by the hundred of odd width, and the head of a large model
-SHAPES = [(840, 15, 280, 10_000), (140, 15, 300, 33_278), (301, 10, 123, 9_999), (64, 7, 1_024, 50_000), (3_000, 1, 280, 10_000)]
+SHAPES = [
+    (840, 15, 280, 10_000),
+    (140, 15, 300, 33_278),
+    (301, 10, 123, 9_999),
+    (64, 7, 1_024, 50_000),
+    (3_000, 1, 280, 10_000),
+]
 if not ON_GPU:
     SHAPES = [(37, 3, 33, 507)]
 
@@ -69,7 +75,11 @@ def test_fifty_repeats_give_equal_bits(dtype, eps):
     def run():
         case = problem(*SHAPES[0]).to(dtype)
         loss = case.nll(grad_filter_eps=eps, backend="triton")
-        (loss + F.mos_log_prob(*case.inputs(), backend="triton").mean() + case.nll(reduction="none", backend="triton").sum()).backward()
+        (
+            loss
+            + F.mos_log_prob(*case.inputs(), backend="triton").mean()
+            + case.nll(reduction="none", backend="triton").sum()
+        ).backward()
         return [loss.detach(), *case.gradients().values()]
 
     first = run()
@@ -84,7 +94,9 @@ def test_classes_of_all_functions_agree():
     assert torch.equal(F.mos_predict(*case.inputs(), backend="triton"), log_p.argmax(-1))
     assert torch.allclose(F.mos_topk(*case.inputs(), k=5, backend="triton").values, log_p.topk(5).values, atol=1e-4)
     single = case.latent[:, :1], case.prior_logits[:, :1], case.weight, case.bias
-    assert torch.equal(F.mos_sample(*single, temperature=1e-6, backend="triton"), F.mos_predict(*single, backend="triton"))
+    assert torch.equal(
+        F.mos_sample(*single, temperature=1e-6, backend="triton"), F.mos_predict(*single, backend="triton")
+    )
 
 
 @pytest.mark.skipif(ON_GPU, reason="on a GPU the script itself is to be run")
@@ -92,12 +104,28 @@ def test_the_benchmark_script_is_rehearsed(tmp_path):
     """benchmarks/gpu.py on the CPU, all but the device's own lines; a second call repeats nothing."""
     path = tmp_path / "gpu.json"
     script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
-    command = [sys.executable, str(script), "--dry-run", "--steps", "memcheck", "times", "decode", "--shapes", "ptb", "--dtypes", "bfloat16", "--out", str(path)]
+    command = [
+        sys.executable,
+        str(script),
+        "--dry-run",
+        "--steps",
+        "memcheck",
+        "times",
+        "decode",
+        "--shapes",
+        "ptb",
+        "--dtypes",
+        "bfloat16",
+        "--out",
+        str(path),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     result = json.loads(path.read_text())
     rows = result["times"]["ptb bfloat16"]["rows"]
     assert all(len(row["ms"]) == 3 for name, row in rows.items() if "needs products" in row)
-    assert {"forward", "forward + backward", "published code", "log-sum-exp", "log-sum-exp, compiled"} <= {name for name, row in rows.items() if "ms" in row}
+    assert {"forward", "forward + backward", "published code", "log-sum-exp", "log-sum-exp, compiled"} <= {
+        name for name, row in rows.items() if "ms" in row
+    }
     assert {"triton log_prob", "triton topk", "triton sample"} <= result["decode"]["tiny"]["rows"].keys()
     assert result["goals"] and path.with_suffix(".png").stat().st_size > 0
     subprocess.run(command, check=True, capture_output=True)
@@ -114,7 +142,11 @@ def test_auto_takes_triton_for_cuda_tensors():
     assert torch.equal(case.to(torch.float32).nll(), case.to(torch.float32).nll(backend="triton"))
     assert torch.equal(case.nll(), case.nll(backend="tiled"))  # float64
     with pytest.raises(ValueError, match="it is for CUDA tensors, but latent is on cpu"):
-        F.mos_nll_loss(*(tensor.float().cpu() for tensor in (case.latent, case.prior_logits, case.weight)), case.target.cpu(), backend="triton")
+        F.mos_nll_loss(
+            *(tensor.float().cpu() for tensor in (case.latent, case.prior_logits, case.weight)),
+            case.target.cpu(),
+            backend="triton",
+        )
 
 
 @only_on_gpu
@@ -132,7 +164,9 @@ def test_extra_memory(shape, dtype):
             tensor.grad = None
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        F.mos_nll_loss(latent, prior_logits, weight, target, bias, reduction=reduction, backend="triton").sum().backward()
+        F.mos_nll_loss(
+            latent, prior_logits, weight, target, bias, reduction=reduction, backend="triton"
+        ).sum().backward()
         extra = torch.cuda.max_memory_allocated() - before - gradients
         if reduction == "none":
             assert extra <= 256 * 2**20, f"{extra / 2**20:.0f} MiB"

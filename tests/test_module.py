@@ -25,7 +25,12 @@ def _paper(head: str, state: dict[str, torch.Tensor], h: torch.Tensor) -> torch.
             context = sum(p * c for p, c in zip(prior, contexts))
             rows.append(torch.softmax(state["decoder.weight"] @ context + state["decoder.bias"], 0))
         else:
-            rows.append(sum(p * torch.softmax(state["decoder.weight"] @ c + state["decoder.bias"], 0) for p, c in zip(prior, contexts)))
+            rows.append(
+                sum(
+                    p * torch.softmax(state["decoder.weight"] @ c + state["decoder.bias"], 0)
+                    for p, c in zip(prior, contexts)
+                )
+            )
     return torch.stack(rows)
 
 
@@ -134,7 +139,9 @@ def test_a_tied_head_is_what_its_weight_is():
     module = fused_mos.Softmax(D, V, weight=nn.Embedding(V, D, dtype=torch.float64).weight, device="cpu")
     assert all(p.dtype == torch.float64 for p in module.parameters())
     for wrong in ({"dtype": torch.bfloat16}, {"device": "meta"}):
-        with pytest.raises(ValueError, match="device and dtype must be those of weight, cpu and torch.float32, or None, got"):
+        with pytest.raises(
+            ValueError, match="device and dtype must be those of weight, cpu and torch.float32, or None, got"
+        ):
             fused_mos.MoS(H, V, K, weight=nn.Embedding(V, D).weight, **wrong)
 
 
@@ -156,9 +163,15 @@ def test_a_clone_without_compiled_kernels_is_named(tmp_path, monkeypatch):
     """pip install . compiles them elsewhere, and commands in the clone import the clone's files."""
     monkeypatch.setattr(_backends, "__file__", str(tmp_path / "fused_mos" / "_backends" / "__init__.py"))
     (tmp_path / "fused_mos").mkdir()
-    assert _backends._why_missing("_cpu", ImportError("not there")) == f"{tmp_path / 'fused_mos'}, which Python imports, has no compiled _cpu; pip install -e . in its clone compiles it there"
+    assert (
+        _backends._why_missing("_cpu", ImportError("not there"))
+        == f"{tmp_path / 'fused_mos'}, which Python imports, has no compiled _cpu; pip install -e . in its clone compiles it there"
+    )
     (tmp_path / "fused_mos" / "_cpu.cpython-311-x86_64-linux-gnu.so").touch()
-    assert _backends._why_missing("_cpu", ImportError("undefined symbol")) == "the native kernels cannot be loaded: undefined symbol"
+    assert (
+        _backends._why_missing("_cpu", ImportError("undefined symbol"))
+        == "the native kernels cannot be loaded: undefined symbol"
+    )
     (tmp_path / "fused_mos" / "_cpu_missing.txt").write_text("no compiler\n")
     assert _backends._why_missing("_cpu", ImportError("not there")) == "no compiler"
 

@@ -25,7 +25,9 @@ def _arguments(dtype=torch.float64):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gradcheck_nll(reduction, workspace):
     case, inputs = _arguments()
-    assert torch.autograd.gradcheck(lambda z, a, w, b: F.mos_nll_loss(z, a, w, case.target, b, reduction=reduction), inputs)
+    assert torch.autograd.gradcheck(
+        lambda z, a, w, b: F.mos_nll_loss(z, a, w, case.target, b, reduction=reduction), inputs
+    )
 
 
 def test_gradcheck_log_prob_and_logsumexp(workspace):
@@ -53,7 +55,21 @@ def test_opcheck(bias, dtype, backend):
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
     z, a, w, b = case.to(dtype, ()).inputs()
     checks = {
-        ops.nll_backward: (torch.randn(N), z, a, w, b, case.target, maximum, log_total, target_logit, -100, 0.0, needs, backend),
+        ops.nll_backward: (
+            torch.randn(N),
+            z,
+            a,
+            w,
+            b,
+            case.target,
+            maximum,
+            log_total,
+            target_logit,
+            -100,
+            0.0,
+            needs,
+            backend,
+        ),
         ops.logsumexp_backward: (torch.randn(N, K), z, w, b, maximum, log_total, [True, True, bias], backend),
         ops.log_prob_backward: (torch.randn(N, V), z, a, w, b, maximum, log_total, needs, backend),
     }
@@ -115,10 +131,16 @@ def test_generation_compiles_and_exports(backend, how):
     module, x = _Generation(backend), torch.randn(70, 6)
     torch.nn.init.normal_(module.head.decoder.weight, std=100)  # at that temperature an expert has one class
     with torch.no_grad():
-        traced = torch.compile(module, fullgraph=True, backend="aot_eager") if how == "compile" else torch.export.export(module, (x,)).module()
+        traced = (
+            torch.compile(module, fullgraph=True, backend="aot_eager")
+            if how == "compile"
+            else torch.export.export(module, (x,)).module()
+        )
         log_prob, best, values, indices, drawn = traced(x)
         expected = module(x)
-        assert torch.allclose(log_prob, expected[0], rtol=0, atol=1e-4) and torch.allclose(values, expected[2], rtol=0, atol=1e-4)
+        assert torch.allclose(log_prob, expected[0], rtol=0, atol=1e-4) and torch.allclose(
+            values, expected[2], rtol=0, atol=1e-4
+        )
         assert torch.equal(best, expected[1]) and torch.equal(indices, expected[3])
         latent = module.head.mixture(x)[0]
         assert (drawn[:, None] == (latent @ module.head.decoder.weight.t()).argmax(-1)).any(1).all()
@@ -134,7 +156,10 @@ def test_shapes_without_values(device):
         x, target = torch.empty(7, 2, 6, **options), torch.empty(7, 2, dtype=torch.int64, **options)
         output, loss = head(x, target)
         loss.backward()
-        shapes = [tuple(tensor.shape) for tensor in (output, loss, head.log_prob(x), head.decoder.weight.grad, head.prior.weight.grad)]
+        shapes = [
+            tuple(tensor.shape)
+            for tensor in (output, loss, head.log_prob(x), head.decoder.weight.grad, head.prior.weight.grad)
+        ]
     assert shapes == [(7, 2), (), (7, 2, V), (V, D), (K, 6)]
 
 
@@ -153,7 +178,9 @@ def test_forward_mode_is_refused_where_it_would_be_ignored(backend):
 def test_the_reference_goes_through_transforms():
     head, x, target = fused_mos.MoS(6, V, K, D, backend="reference"), torch.randn(7, 6), torch.randint(0, V, (7,))
     expected = head(x, target, reduction="none").loss
-    assert torch.allclose(torch.func.vmap(lambda x, target: head(x[None], target[None]).loss)(x, target), expected, atol=1e-6)
+    assert torch.allclose(
+        torch.func.vmap(lambda x, target: head(x[None], target[None]).loss)(x, target), expected, atol=1e-6
+    )
     leaf = x.clone().requires_grad_()
     head(leaf, target).loss.backward()
     assert torch.allclose(torch.func.grad(lambda x: head(x, target).loss)(x), leaf.grad, atol=1e-6)
@@ -163,7 +190,9 @@ def test_target_out_of_range_is_nan_where_values_cannot_be_checked():
     """In a compiled graph (as on a GPU) such a token's loss is NaN; memory is never read out of bounds."""
     case = problem(N, K, D, V)
     case.target[:2] = torch.tensor([V, -1])
-    compiled = torch.compile(lambda z: F.mos_nll_loss(z, *case.inputs()[1:3], case.target, case.bias, reduction="none"), backend="aot_eager")
+    compiled = torch.compile(
+        lambda z: F.mos_nll_loss(z, *case.inputs()[1:3], case.target, case.bias, reduction="none"), backend="aot_eager"
+    )
     loss = compiled(case.latent)
     assert loss[:2].isnan().all() and loss[2:].isfinite().all()
     with pytest.raises(IndexError):
@@ -212,7 +241,17 @@ def _peak_bytes(function) -> int:
 
 @pytest.mark.parametrize("backend", ["tiled", TRITON, CPU])
 @pytest.mark.parametrize(
-    "what, eps", [("mean", 0.0), ("mean", 1e-3), ("none", 0.0), ("none", 1e-3), ("log_prob", 0.0), ("evaluate", 0.0), ("predict", 0.0), ("sample", 0.0)]
+    "what, eps",
+    [
+        ("mean", 0.0),
+        ("mean", 1e-3),
+        ("none", 0.0),
+        ("none", 1e-3),
+        ("log_prob", 0.0),
+        ("evaluate", 0.0),
+        ("predict", 0.0),
+        ("sample", 0.0),
+    ],
 )
 def test_extra_memory_does_not_grow_with_nkv(what, eps, backend, monkeypatch):
     """Bytes above inputs at two vocabulary sizes: their difference is that of outputs and gradients, a small
@@ -239,7 +278,9 @@ def test_extra_memory_does_not_grow_with_nkv(what, eps, backend, monkeypatch):
             elif what == "sample":
                 F.mos_sample(*case.inputs(), backend=backend)
             else:
-                loss = case.nll(reduction="none" if what == "none" else "mean", grad_filter_eps=eps, backend=backend).sum()
+                loss = case.nll(
+                    reduction="none" if what == "none" else "mean", grad_filter_eps=eps, backend=backend
+                ).sum()
                 if loss.requires_grad:
                     loss.backward()
 
@@ -265,6 +306,8 @@ def test_activation_checkpointing(backend):
     case = problem(6, 3, 8, 50, ignored=False).to(torch.float32, ("latent", "prior_logits", "weight", "bias"))
     inputs = (case.latent, case.prior_logits, case.weight, case.target, case.bias)
     expected = torch.autograd.grad(F.mos_nll_loss(*inputs, backend=backend), [case.latent, case.weight])
-    loss = torch.utils.checkpoint.checkpoint(lambda *x: F.mos_nll_loss(*x, backend=backend), *inputs, use_reentrant=False)
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda *x: F.mos_nll_loss(*x, backend=backend), *inputs, use_reentrant=False
+    )
     for gradient, wanted in zip(torch.autograd.grad(loss, [case.latent, case.weight]), expected):
         assert torch.equal(gradient, wanted)

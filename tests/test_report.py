@@ -7,18 +7,44 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks import plots, report, tables  # noqa: E402
+from benchmarks import plots, report, tables
 
 
 def row(contender="fused_mos", case="ptb", ours=1.0, floor=1.0, spread=(1, 1), **changed):
-    about = {"figure": "shapes", "case": case, "dtype": "float32", "operation": "training step", "contender": contender, "commit": "0123456", "shape": [1, 2, 3, 4]}
-    measured = {} if "failed" in changed else {"ms": [floor, floor * spread[0], floor], "times ours": [ours, ours, ours * spread[1]], "over floor": floor}
+    about = {
+        "figure": "shapes",
+        "case": case,
+        "dtype": "float32",
+        "operation": "training step",
+        "contender": contender,
+        "commit": "0123456",
+        "shape": [1, 2, 3, 4],
+    }
+    measured = (
+        {}
+        if "failed" in changed
+        else {
+            "ms": [floor, floor * spread[0], floor],
+            "times ours": [ours, ours, ours * spread[1]],
+            "over floor": floor,
+        }
+    )
     return about | measured | changed
 
 
 def run_file(path, rows, **machine):
-    machine = {"device": "some CPU", "device type": "cpu", "instruction set": "avx2", "threads": 2, "torch": "2.13.0", "python": "3.11"} | machine
-    benchmarks = [{"extra_info": machine | info, "fullname": "benchmarks/test_head.py::test_head[tokens N = 1 float32-fused_mos]"} for info in [*rows, {}]]
+    machine = {
+        "device": "some CPU",
+        "device type": "cpu",
+        "instruction set": "avx2",
+        "threads": 2,
+        "torch": "2.13.0",
+        "python": "3.11",
+    } | machine
+    benchmarks = [
+        {"extra_info": machine | info, "fullname": "benchmarks/test_head.py::test_head[tokens N = 1 float32-fused_mos]"}
+        for info in [*rows, {}]
+    ]
     text = {"machine_info": machine | {"backends": {}}, "datetime": "2026-01-02T03:04:05", "benchmarks": benchmarks}
     path.write_text(json.dumps(text))
     return path
@@ -31,14 +57,27 @@ def test_a_run_replaces_its_own_rows(tmp_path, monkeypatch):
     assert file.name == "some-cpu-avx2-2-threads.json"
     found = json.loads(file.read_text())
     assert [(r["case"], r["contender"], r["times ours"][0]) for r in found["rows"]] == [
-        ("ptb", "fused_mos", 1.0), ("ptb", "peer", 3.0), ("wikitext2", "fused_mos", 1.0)
-    ]  # fmt: skip
+        ("ptb", "fused_mos", 1.0),
+        ("ptb", "peer", 3.0),
+        ("wikitext2", "fused_mos", 1.0),
+    ]
     assert found["device"] == "some CPU" and "device" not in found["rows"][0]
-    assert [found["rows"][0][name] for name in ("torch", "python", "commit", "date")] == ["2.13.0", "3.11", "0123456", "2026-01-02"]
+    assert [found["rows"][0][name] for name in ("torch", "python", "commit", "date")] == [
+        "2.13.0",
+        "3.11",
+        "0123456",
+        "2026-01-02",
+    ]
     gpu = report.record(run_file(tmp_path / "c.json", [row()], **{"device": "NVIDIA H100 80GB", "device type": "cuda"}))
     assert gpu.name == "nvidia-h100-80gb.json"
-    assert report.record(run_file(tmp_path / "d.json", [row()], **{"instruction set": "avx512_bf16"})).name == "some-cpu-avx512_bf16-2-threads.json"
-    assert report.record(run_file(tmp_path / "e.json", [row()], threads=8, device="other CPU")).name == "other-cpu-avx2-8-threads.json"
+    assert (
+        report.record(run_file(tmp_path / "d.json", [row()], **{"instruction set": "avx512_bf16"})).name
+        == "some-cpu-avx512_bf16-2-threads.json"
+    )
+    assert (
+        report.record(run_file(tmp_path / "e.json", [row()], threads=8, device="other CPU")).name
+        == "other-cpu-avx2-8-threads.json"
+    )
 
 
 def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
@@ -47,8 +86,19 @@ def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
     for module in (report, plots):
         monkeypatch.setattr(module, "MACHINES", tmp_path / "machines")
     (tmp_path / "machines").mkdir()
-    figures = [{"figure": "experts"}, {"figure": "vocabulary"}, {"figure": "operations", "operation": "forward"}, {"figure": "tokens"}, {"figure": "training"}]
-    for kept in ([], [row()], [row("published code", **about) for about in figures], [row(failed="no", **about) for about in figures]):
+    figures = [
+        {"figure": "experts"},
+        {"figure": "vocabulary"},
+        {"figure": "operations", "operation": "forward"},
+        {"figure": "tokens"},
+        {"figure": "training"},
+    ]
+    for kept in (
+        [],
+        [row()],
+        [row("published code", **about) for about in figures],
+        [row(failed="no", **about) for about in figures],
+    ):
         kept = [r | {"words a second": [1, 1, 1]} if r["figure"] == "training" else r for r in kept]
         file = report.record(run_file(tmp_path / "a.json", kept))
         shown = {name: block(file.stem) for name, block in tables.OF_A_MACHINE.items()}
@@ -63,9 +113,21 @@ def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
     ("fresh", "fell", "named"),
     [
         ([row(floor=1.09), row("peer", ours=1.85)], False, []),
-        ([row(floor=1.2), row("peer", ours=2.0)], True, ["time ÷ floor was 1.00 (at most 1.00) and is 1.20 (at least 1.20)"]),
-        ([row(floor=1.2, spread=(0.8, 1))], False, ["note: in rounds that overlap, shapes, ptb", "is 1.20 (at least 0.96)"]),
-        ([row(), row("peer", ours=1.7)], True, ["peer took 2.00 times as long as ours (at least 2.00) and takes 1.70 (at most 1.70)"]),
+        (
+            [row(floor=1.2), row("peer", ours=2.0)],
+            True,
+            ["time ÷ floor was 1.00 (at most 1.00) and is 1.20 (at least 1.20)"],
+        ),
+        (
+            [row(floor=1.2, spread=(0.8, 1))],
+            False,
+            ["note: in rounds that overlap, shapes, ptb", "is 1.20 (at least 0.96)"],
+        ),
+        (
+            [row(), row("peer", ours=1.7)],
+            True,
+            ["peer took 2.00 times as long as ours (at least 2.00) and takes 1.70 (at most 1.70)"],
+        ),
         ([row(), row("peer", ours=1.7, spread=(1, 1.2))], False, ["takes 1.70 (at most 2.04)"]),
         ([row(floor=0.5), row("peer", ours=4.0)], False, []),
         ([row(failed="out of memory")], True, ["out of memory"]),
@@ -87,7 +149,9 @@ def test_what_fell_is_named(fresh, fell, named, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("floor", "fell"), [(0.01, True), (10_000, False)])
 def test_what_fell_is_measured_again(floor, fell, tmp_path, monkeypatch, capsys):
     """One token's head really is: it took some ten times the floor, whatever the files say."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # by which pytest-benchmark knows that others run beside it
+    monkeypatch.delenv(
+        "PYTEST_XDIST_WORKER", raising=False
+    )  # by which pytest-benchmark knows that others run beside it
     monkeypatch.setattr(report, "MACHINES", tmp_path)
     about = {"figure": "tokens", "case": "N = 1"}
     report.record(run_file(tmp_path / "a.json", [row(floor=floor) | about]))
@@ -114,12 +178,18 @@ def test_tables_are_spliced_in(monkeypatch):
     monkeypatch.setitem(report.OF_A_MACHINE, "times", lambda machine: f"| {machine} |")
     text = "before\n<!-- table: some -->\n| old |\n\n<!-- end -->\nafter <!-- table: some -->\n<!-- end -->\n"
     made = report.with_tables(text, "x.md")
-    assert made == "before\n<!-- table: some -->\n| new |\n<!-- end -->\nafter <!-- table: some -->\n| new |\n<!-- end -->\n"
+    assert (
+        made
+        == "before\n<!-- table: some -->\n| new |\n<!-- end -->\nafter <!-- table: some -->\n| new |\n<!-- end -->\n"
+    )
     assert report.with_tables(made, "x.md") == made
     with pytest.raises(SystemExit, match="x.md asks for table 'other'"):
         report.with_tables("<!-- table: other -->\n<!-- end -->", "x.md")
     machine = report.machines()[0]
-    assert report.with_tables(f"<!-- table: times {machine} -->\n<!-- end -->", "x.md") == f"<!-- table: times {machine} -->\n| {machine} |\n<!-- end -->"
+    assert (
+        report.with_tables(f"<!-- table: times {machine} -->\n<!-- end -->", "x.md")
+        == f"<!-- table: times {machine} -->\n| {machine} |\n<!-- end -->"
+    )
     for wrong in ("times", "times abacus", f"some {machine}"):
         with pytest.raises(SystemExit, match=f"x.md asks for table '{wrong}'; .*times need one of .*{machine}"):
             report.with_tables(f"<!-- table: {wrong} -->\n<!-- end -->", "x.md")

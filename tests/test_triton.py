@@ -25,10 +25,10 @@ from fused_mos import functional as F
 if not triton or not triton.INTERPRETED:
     pytest.skip("triton is not installed, or not interpreting", allow_module_level=True)
 
-from triton_interpreter import run_program  # noqa: E402
+from triton_interpreter import run_program
 
-from fused_mos import tune  # noqa: E402
-from fused_mos._backends.triton_kernels import gradients, launch, mixture, operands, proof, rows, tuning  # noqa: E402
+from fused_mos import tune
+from fused_mos._backends.triton_kernels import gradients, launch, mixture, operands, proof, rows, tuning
 
 TILE = {"CLASSES": 64, "FEATURES": 64, "PRECISION": "ieee"}
 
@@ -55,16 +55,48 @@ def test_rows_and_classes_beyond_two_billion_numbers(what):
     constants = {"D": d, "HAS_BIAS": False, "HAS_TARGET": False, "ROWS": 64} | TILE
     maximum, total = (torch.full((class_tile + 1, z.shape[0]), math.nan) for _ in range(2))
     run_program(
-        rows.statistics_kernel, (row_block, class_tile), z, e, None, None, maximum, total, None, z.shape[0], e.shape[0], 1,
-        EXPERTS=1, RESIDENT=False, **constants,
-    )  # fmt: skip
+        rows.statistics_kernel,
+        (row_block, class_tile),
+        z,
+        e,
+        None,
+        None,
+        maximum,
+        total,
+        None,
+        z.shape[0],
+        e.shape[0],
+        1,
+        EXPERTS=1,
+        RESIDENT=False,
+        **constants,
+    )
     assert torch.allclose(maximum[class_tile, -64:], logits.amax(1), atol=1e-4)
     assert torch.allclose(total[class_tile, -64:], (logits - logits.amax(1, keepdim=True)).exp().sum(1), rtol=1e-4)
-    dl, zero, two = _untouched(z.shape[0], 64, dtype=torch.bfloat16), torch.zeros(z.shape[0]), torch.full((z.shape[0],), 2.0)
+    dl, zero, two = (
+        _untouched(z.shape[0], 64, dtype=torch.bfloat16),
+        torch.zeros(z.shape[0]),
+        torch.full((z.shape[0],), 2.0),
+    )
     run_program(
-        gradients.gradient_kernel, (row_block, 0), z, e, None, None, zero, zero, two, two, dl, z.shape[0], e.shape[0],
-        e.shape[0] - 64, 64, 64, **constants,
-    )  # fmt: skip
+        gradients.gradient_kernel,
+        (row_block, 0),
+        z,
+        e,
+        None,
+        None,
+        zero,
+        zero,
+        two,
+        two,
+        dl,
+        z.shape[0],
+        e.shape[0],
+        e.shape[0] - 64,
+        64,
+        64,
+        **constants,
+    )
     assert torch.allclose(dl[-64:].float(), 2 * logits.exp(), rtol=1e-2)
 
 
@@ -89,7 +121,9 @@ def test_log_probabilities_beyond_two_billion_numbers():
 
     out[tokens, first:] = torch.randn(32, v - first)
     s = torch.full((v // 64 + 1, n, k), math.nan)
-    run_program(mixture.mixture_gradient_kernel, program, *inputs, out, s, None, n, v, 0, v, 0, SECOND_SWEEP=False, **constants)
+    run_program(
+        mixture.mixture_gradient_kernel, program, *inputs, out, s, None, n, v, 0, v, 0, SECOND_SWEEP=False, **constants
+    )
     logits = z[tokens] @ e[first:].t()
     posterior = (log_prior[tokens][..., None] + logits - expected[:, None, first - classes.start :]).exp()
     assert torch.allclose(s[v // 64, tokens], (posterior * out[tokens, None, first:]).sum(-1), atol=1e-4)
@@ -114,20 +148,34 @@ def test_a_first_tile_that_says_nothing_about_the_maximum(masked, dtype, monkeyp
     assert triton.gradient_in_forward_pays(40, 3, case.weight.to(dtype))
     logits = case.latent @ case.weight.t() + case.bias
     assert ((logits.amax(-1) - logits[..., :128].amax(-1)) > 90).any()
-    check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), dtype, "triton", relative_slack=2**-7 if dtype == torch.bfloat16 else 1e-6)
+    check_forward_and_gradients(
+        case,
+        lambda p, backend: p.nll(backend=backend),
+        dtype,
+        "triton",
+        relative_slack=2**-7 if dtype == torch.bfloat16 else 1e-6,
+    )
 
 
-@pytest.mark.parametrize("compute", [
-    lambda p, backend: p.nll(backend=backend),
-    lambda p, backend: p.nll(backend=backend, reduction="none"),
-    lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend),
-    lambda p, backend: F.mos_logsumexp(p.latent, p.weight, p.bias, backend=backend),
-], ids=["mean", "none", "log_prob", "logsumexp"])  # fmt: skip
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda p, backend: p.nll(backend=backend),
+        lambda p, backend: p.nll(backend=backend, reduction="none"),
+        lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend),
+        lambda p, backend: F.mos_logsumexp(p.latent, p.weight, p.bias, backend=backend),
+    ],
+    ids=["mean", "none", "log_prob", "logsumexp"],
+)
 def test_float16(compute, workspace):
     """Weights of a mean are scaled into float16's range; a mean over many tokens would underflow."""
     requires_grad = ("latent", "prior_logits", "weight", "bias")
     case = problem(61, 3, 19, 333)
-    names = requires_grad if compute(case, "reference").dim() < 2 or compute(case, "reference").shape[-1] != 3 else ("latent", "weight", "bias")
+    names = (
+        requires_grad
+        if compute(case, "reference").dim() < 2 or compute(case, "reference").shape[-1] != 3
+        else ("latent", "weight", "bias")
+    )
     check_forward_and_gradients(case, compute, torch.float16, "triton", requires_grad=names)
 
 
@@ -151,10 +199,13 @@ def test_the_vocabulary_is_split_where_rows_are_few(monkeypatch):
         monkeypatch.setattr(configurations, "INTERPRETER", configurations.Architecture(multiprocessors, 2**30, {}))
         assert triton._splits(6, 2_000, tile, case.latent.device)[0] == multiprocessors
         generator = torch.Generator().manual_seed(0)
-        results.append([
-            F.mos_logsumexp(case.latent, case.weight, case.bias, backend="triton"), F.mos_predict(*case.inputs(), backend="triton"),
-            F.mos_sample(*case.inputs(), generator=generator, backend="triton"),
-        ])  # fmt: skip
+        results.append(
+            [
+                F.mos_logsumexp(case.latent, case.weight, case.bias, backend="triton"),
+                F.mos_predict(*case.inputs(), backend="triton"),
+                F.mos_sample(*case.inputs(), generator=generator, backend="triton"),
+            ]
+        )
     for split, whole in zip(*results):
         assert torch.allclose(split.double(), whole.double(), rtol=1e-6)
 
@@ -181,9 +232,16 @@ class _PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        before = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, torch.Tensor)
+        }
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before | self.storages.keys():
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage()._cdata not in before | self.storages.keys()
+            ):
                 storage = tensor.untyped_storage()
                 key, n_bytes = storage._cdata, storage.nbytes()
                 self.storages[key] = weakref.ref(storage, lambda _, key=key, n_bytes=n_bytes: self._freed(key, n_bytes))
@@ -209,8 +267,12 @@ def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
             with _PeakBytes() as memory:
                 result = operation()
             assert memory.peak > 0
-            kept = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tree_leaves(result)}
-            extra = memory.peak - sum(kept.values()) - (4 * n * v if name == "log_prob backward" else 0)  # it makes a gradient
+            kept = {
+                tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tree_leaves(result)
+            }
+            extra = (
+                memory.peak - sum(kept.values()) - (4 * n * v if name == "log_prob backward" else 0)
+            )  # it makes a gradient
             assert extra <= 256 * 2**20, f"{name}: {extra / 2**20:.1f} MiB"
 
 
@@ -222,21 +284,35 @@ def test_gpus_that_are_too_old_are_named():
     assert triton.too_old("NVIDIA A100", (8, 0)) is None
     message = "it needs a GPU of compute capability 8.0 or newer, and Tesla T4 has 7.5; use backend='tiled'"
     assert triton.too_old("Tesla T4", (7, 5)) == message
-    with pytest.raises(ValueError, match="backend 'triton' cannot be used: it is for CUDA tensors, but latent is on meta"):
+    with pytest.raises(
+        ValueError, match="backend 'triton' cannot be used: it is for CUDA tensors, but latent is on meta"
+    ):
         _backends.resolve("triton", torch.device("meta"), torch.float32)
-    with pytest.raises(TypeError, match="'triton' computes torch.float32, torch.bfloat16, torch.float16, got torch.float64"):
+    with pytest.raises(
+        TypeError, match="'triton' computes torch.float32, torch.bfloat16, torch.float16, got torch.float64"
+    ):
         _backends.resolve("triton", torch.device("cpu"), torch.float64)
 
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((12, 1), "sm_120")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 9), "sm_86"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((10, 3), "sm_100"),
+        ((12, 1), "sm_120"),
+    ],
 )
 def test_every_supported_gpu_has_tiles(capability, name):
     assert configurations.architecture_name(capability) == name
     for precision, rows_, features in itertools.product(configurations.PRECISIONS, (1, 17, 10_000), (8, 280, 1_024)):
         for family in configurations.FAMILIES:
-            assert configurations.tile_key(family, precision, rows_, features) in configurations.ARCHITECTURES[name].tiles
+            assert (
+                configurations.tile_key(family, precision, rows_, features) in configurations.ARCHITECTURES[name].tiles
+            )
 
 
 def test_float32_products_follow_torch():
@@ -272,12 +348,16 @@ def test_tuned_tiles_are_used(cache, monkeypatch):
     for content in ("{", '{"unknown key": [1, 2, 3, 4, 5, false]}', f'{{"{key}": [64]}}'):
         path.write_text(content)
         configurations.of_device.cache_clear()
-        with pytest.raises(ValueError, match=r"H100.*is not a table of tiles .*; delete it, or run `python -m fused_mos.tune` again"):
+        with pytest.raises(
+            ValueError, match=r"H100.*is not a table of tiles .*; delete it, or run `python -m fused_mos.tune` again"
+        ):
             configurations.of_device(0)
 
 
 def test_candidates_fit():
-    for family, precision, rows_ in itertools.product(configurations.FAMILIES, configurations.PRECISIONS, configurations.ROW_CLASSES):
+    for family, precision, rows_ in itertools.product(
+        configurations.FAMILIES, configurations.PRECISIONS, configurations.ROW_CLASSES
+    ):
         found = list(tuning.candidates(family, precision, rows_, 280, 101_376))
         assert len(found) == len(set(found)) > 5
         assert all(tile.rows * tile.classes <= 128 * 32 * tile.warps for tile in found)
@@ -292,7 +372,10 @@ def test_tuning_saves_the_fastest_and_goes_on_where_it_stopped(cache, monkeypatc
     assert tune.main(arguments) == 0
     tuned = configurations.load_tuned("interpreter")
     assert set(tuned) == {f"few ieee {family} narrow" for family in configurations.FAMILIES}
-    assert f"{len(configurations.FAMILIES)} configurations in {configurations.cache_file('interpreter')}" in capsys.readouterr().out
+    assert (
+        f"{len(configurations.FAMILIES)} configurations in {configurations.cache_file('interpreter')}"
+        in capsys.readouterr().out
+    )
     monkeypatch.setattr(tuning, "_seconds", lambda operation: pytest.fail("measured what the cache has"))
     assert tune.main(arguments) == 0
     assert configurations.load_tuned("interpreter") == tuned
@@ -301,7 +384,10 @@ def test_tuning_saves_the_fastest_and_goes_on_where_it_stopped(cache, monkeypatc
 def test_the_tuner_says_what_it_needs():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-m", "fused_mos.tune"], env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (2, "error: torch finds no CUDA GPU to tune for; --compile-only needs none\n")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: torch finds no CUDA GPU to tune for; --compile-only needs none\n",
+    )
     assert tune.main(["--compile-only"]) == 2
 
 
@@ -310,19 +396,39 @@ def test_the_tuner_says_what_it_needs():
 
 def _compile(architecture: str, path: Path, *flags: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fused_mos.tune", "--compile-only", "--arch", architecture, "--json", str(path), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "fused_mos.tune",
+        "--compile-only",
+        "--arch",
+        architecture,
+        "--json",
+        str(path),
+        *flags,
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     return result, json.loads(path.read_text())["kernels"]
 
 
 def _assert_sound(result, kernels) -> None:
-    assert result.returncode == 0, "\n".join(line for line in result.stderr.splitlines() if "FAULT" in line) or result.stderr[-2000:]
+    assert result.returncode == 0, (
+        "\n".join(line for line in result.stderr.splitlines() if "FAULT" in line) or result.stderr[-2000:]
+    )
     assert "0 faults" in result.stdout
     products = [kernel for kernel in kernels if kernel["key"]]
-    every = {f"{rows_} {p} {f} {w}" for rows_ in configurations.ROW_CLASSES for p in configurations.PRECISIONS for f in configurations.FAMILIES for w in configurations.WIDTH_CLASSES}  # fmt: skip
+    every = {
+        f"{rows_} {p} {f} {w}"
+        for rows_ in configurations.ROW_CLASSES
+        for p in configurations.PRECISIONS
+        for f in configurations.FAMILIES
+        for w in configurations.WIDTH_CLASSES
+    }
     assert {kernel["key"] for kernel in products} == every, "a configuration of the table was not compiled"
     for kernel in products:
-        multiplies = "ieee" in kernel["key"] or any(kernel["instructions"][name] for name in ("wgmma", "tcgen05", "mma.sync"))
+        multiplies = "ieee" in kernel["key"] or any(
+            kernel["instructions"][name] for name in ("wgmma", "tcgen05", "mma.sync")
+        )
         assert multiplies, f"{kernel} has no tensor-core product"
         assert kernel["instructions"]["cp.async"], f"{kernel} has no asynchronous copy"
 
@@ -369,4 +475,6 @@ def test_the_proof_compiles_what_a_launch_would():
         kind, value, aligned = proof._specialisation(argument)
         theirs_kind, theirs = native_specialize_impl(CUDABackend, argument, False, True, True)
         assert kind == theirs_kind, argument
-        assert (value if kind == "constexpr" else "D" if aligned else "") == (theirs or (None if kind == "constexpr" else "")), argument
+        assert (value if kind == "constexpr" else "D" if aligned else "") == (
+            theirs or (None if kind == "constexpr" else "")
+        ), argument

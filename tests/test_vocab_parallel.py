@@ -21,7 +21,9 @@ def problem(n, k, d, v, dtype=torch.float32, scale=0.3, bias=True):
 def assert_equal(actual, expected, what, tolerance=1e-6):
     """Within `tolerance` of the largest number."""
     largest = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(largest, 1.0), equal_nan=True, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=tolerance * max(largest, 1.0), equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
 
 
 def check_loss(shard, inputs, target, tolerance, **options):
@@ -36,14 +38,22 @@ def check_loss(shard, inputs, target, tolerance, **options):
     assert loss.dtype == expected.dtype
     assert_equal(loss, expected, f"loss {options}", tolerance)
     for name, actual, wanted in zip(("latent", "prior", "weight", "bias"), gradients, whole):
-        assert_equal(actual, wanted if name in ("latent", "prior") else shard.rows(wanted), f"gradient of {name}, {options}", tolerance)
+        assert_equal(
+            actual,
+            wanted if name in ("latent", "prior") else shard.rows(wanted),
+            f"gradient of {name}, {options}",
+            tolerance,
+        )
 
 
 def losses_and_gradients():
     for v, backend, dtype, tolerance in [
-        (507, "tiled", torch.float64, 1e-13), (507, "auto", torch.float32, 1e-6), (507, "tiled", torch.float32, 1e-6),
-        (10, "auto", torch.float32, 1e-6), (1000, "auto", torch.bfloat16, 2e-2),
-    ]:  # fmt: skip
+        (507, "tiled", torch.float64, 1e-13),
+        (507, "auto", torch.float32, 1e-6),
+        (507, "tiled", torch.float32, 1e-6),
+        (10, "auto", torch.float32, 1e-6),
+        (1000, "auto", torch.bfloat16, 2e-2),
+    ]:
         *inputs, target = problem(20, 3, 17, v, dtype)
         shard = VocabShard(v)
         for reduction in functional.REDUCTIONS:
@@ -63,7 +73,6 @@ def losses_and_gradients():
     inputs[3].data[3] = -torch.inf  # a masked class
     target[target == 3] = 4
     check_loss(VocabShard(31), inputs, target, 1e-6)
-
 
 
 def heads_compute_what_they_did_before():
@@ -90,7 +99,6 @@ def heads_compute_what_they_did_before():
         assert f"of {head.n_classes}" in repr(shard) and head.decoder.weight.shape[0] == shard.stop - shard.start
 
 
-
 def samples_have_the_mixture_s_distribution():
     torch.manual_seed(2)
     head = MoS(6, 11, 3, 5)
@@ -113,7 +121,6 @@ def samples_have_the_mixture_s_distribution():
     assert sharded.sample(hidden[:0]).shape == (0,)
 
 
-
 def a_tied_language_model_trains_alike():
     torch.manual_seed(3)
     whole = AWDLSTM(29, embedding_size=8, hidden_sizes=(12, 10), n_experts=3, dropoute=0.2, wdrop=0.3)
@@ -130,7 +137,6 @@ def a_tied_language_model_trains_alike():
             optimizer.step()
     for (name, p), q in zip(model.named_parameters(), whole.parameters()):
         assert_equal(p, shard.rows(q) if p.shape != q.shape else q, name)
-
 
 
 def checks():

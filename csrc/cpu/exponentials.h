@@ -26,7 +26,8 @@ ALWAYS_INLINE void store_lanes(float* to, const Vector (&v)[NV]) {
 // Returns in `total` the sums of exp(tile − largest) over n classes; keeps the exponentials in `to` unless it is null.
 // A factor other than 1, the inverse of a temperature, multiplies the difference.
 template <int NV, class Stored>
-ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&largest)[NV], float factor, Stored* to, Vector (&total)[NV]) {
+ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&largest)[NV], float factor, Stored* to,
+                                Vector (&total)[NV]) {
   fill(total, 0);
   for (Index v = 0; v < n; ++v) {
 #pragma GCC unroll 3
@@ -39,8 +40,8 @@ ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&large
 }
 
 // From parts with maxima and sums, `stride` apart, of `n` lanes each: maximum and log_total of the whole.
-inline void merge_statistics(const float* maxima, const float* totals, Index n_parts, Index stride, Index n, float* maximum_out,
-                             float* log_total_out) {
+inline void merge_statistics(const float* maxima, const float* totals, Index n_parts, Index stride, Index n,
+                             float* maximum_out, float* log_total_out) {
   constexpr Index kTerms = 64;  // summed apart, so that rounding does not grow with the number of parts
   for (Index first = 0; first < n; first += kLanes) {
     Vector largest = broadcast(kLowest);
@@ -61,8 +62,8 @@ inline void merge_statistics(const float* maxima, const float* totals, Index n_p
 }
 
 // The logits of this panel's targets, read from a tile of logits.
-inline void pick_targets(const float* tile, const RowBlocks& blocks, Index block, const int64_t* target, Index panel, Index n,
-                         float* target_logit) {
+inline void pick_targets(const float* tile, const RowBlocks& blocks, Index block, const int64_t* target, Index panel,
+                         Index n, float* target_logit) {
   for (Index lane = 0; lane < blocks.filled[block]; ++lane) {
     const Index row = blocks.source[block * kBlock + lane], v = target[row] - panel * kPanel;
     if (v >= 0 && v < n) target_logit[row] = tile[v * kBlock + lane];

@@ -10,13 +10,14 @@
 namespace {
 
 constexpr Index kTile = kPanel * kBlock;
-constexpr Index kLine = 64;  // bytes of a cache line
+constexpr Index kLine = 64;             // bytes of a cache line
 constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their tiles of a panel stay in the L2 cache
 
 // Prefetches the part-th of `parts` shares: what is read next lies far apart, and each line's latency would be seen.
 ALWAYS_INLINE void prefetch_share(const void* from, Index bytes, Index part, Index parts) {
   const Index lines = bytes / kLine;
-  for (Index line = lines * part / parts; line < lines * (part + 1) / parts; ++line) prefetch((const char*)from + line * kLine);
+  for (Index line = lines * part / parts; line < lines * (part + 1) / parts; ++line)
+    prefetch((const char*)from + line * kLine);
 }
 
 // Where the gradients go; null where they are not needed.
@@ -73,8 +74,8 @@ class GradientTiles {
     for (Index b = 0; b < kept.n_blocks; ++b) {
       if (right_) {
         // by blocks of columns, each of which a product reads from end to end
-        pack_columns<T>(rows_, kept.source + b * kBlock, kept.filled[b], head_.n_features, 0, head_.n_features, right_block_,
-                        right_ + b * kBlock / kDepth * kBlock);
+        pack_columns<T>(rows_, kept.source + b * kBlock, kept.filled[b], head_.n_features, 0, head_.n_features,
+                        right_block_, right_ + b * kBlock / kDepth * kBlock);
       }
       for (Index d = 0; row_sums_ && d < head_.n_features; d += kBlock) {
         memset(row_sums_ + d * lanes_ + b * kBlock * kBlock, 0, sizeof(float) * kBlock * kBlock);
@@ -117,7 +118,8 @@ class GradientTiles {
     }
     if constexpr (!kDirect) {
       if (!padded) return;
-      for (Index v = 0; v < n; ++v) narrow_row(out + v * width_, features, gradients_.weight + (panel * kPanel + v) * features);
+      for (Index v = 0; v < n; ++v)
+        narrow_row(out + v * width_, features, gradients_.weight + (panel * kPanel + v) * features);
     }
   }
 

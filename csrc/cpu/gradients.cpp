@@ -13,13 +13,20 @@ constexpr Index kPanelsOfSpan = 16;  // for which a recomputing backward pass ha
 // The rows whose gradients are formed, lane by lane: where their exponentials are, and what makes dl of them.
 struct KeptRows {
   explicit KeptRows(Index max_lanes)
-      : source(max_lanes), origin(max_lanes), filled(max_lanes / kBlock), target(max_lanes), maximum(max_lanes), log_total(max_lanes),
-        grad_lse(max_lanes), grad_target(max_lanes) {}
+      : source(max_lanes),
+        origin(max_lanes),
+        filled(max_lanes / kBlock),
+        target(max_lanes),
+        maximum(max_lanes),
+        log_total(max_lanes),
+        grad_lse(max_lanes),
+        grad_target(max_lanes) {}
 
   void clear() { n_rows = 0; }
 
   // `lane` is where its exponentials are, `row` which row it is.
-  void add(Index lane, Index row, Index class_of_target, float row_maximum, float row_log_total, float lse_weight, float target_weight) {
+  void add(Index lane, Index row, Index class_of_target, float row_maximum, float row_log_total, float lse_weight,
+           float target_weight) {
     origin[n_rows] = lane;
     source[n_rows] = row;
     target[n_rows] = class_of_target;
@@ -46,12 +53,13 @@ struct KeptRows {
 
 // Fills the tiles of a span of panels with exp(l − the panel's maximum), and the panels' maxima and sums.
 template <class T>
-void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const RowBlocks& blocks, Index first_panel, Index n_panels,
-                       const int64_t* target, float* target_logit, float* maxima, float* totals) {
+void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const RowBlocks& blocks, Index first_panel,
+                       Index n_panels, const int64_t* target, float* target_logit, float* maxima, float* totals) {
   const Index n_lanes = blocks.n_blocks * kBlock, sets = ceil_div(blocks.n_blocks, kBlocksOfProduct);
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
   for (Index task = 0; task < n_panels * sets; ++task) {
-    const Index p = task / sets, first = task % sets * kBlocksOfProduct, last = smaller(first + kBlocksOfProduct, blocks.n_blocks);
+    const Index p = task / sets, first = task % sets * kBlocksOfProduct,
+                last = smaller(first + kBlocksOfProduct, blocks.n_blocks);
     const int thread = omp_get_thread_num();
     const auto e = logits_operand<T>(head, first_panel + p, tiles.scratch(thread));
     for (Index b = first; b < last; ++b) {
@@ -79,8 +87,8 @@ void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const Ro
 // Turns the exponentials of one panel into dl, in place, the kept rows moving up, and adds their sums to the bias's gradient.
 // A kept row's lane never lies behind the lane it comes from, so nothing is overwritten before it is read.
 template <class T>
-void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks, Index panel,
-                  Index panel_of_span, const float* maxima, float* grad_bias) {
+void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks,
+                  Index panel, Index panel_of_span, const float* maxima, float* grad_bias) {
   const Index n = classes_in(head, panel);
   float bias_sums[kPanel * kLanes];
   memset(bias_sums, 0, sizeof bias_sums);
@@ -97,12 +105,14 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
       in_place &= origin[i] == b * kBlock + i;
     }
     for (Index j = 0; j < n_lanes; j += kLanes) {
-      store(factor + j, load(kept.grad_lse + b * kBlock + j) * exp_nonpositive(load(factor + j) - load(kept.log_total + b * kBlock + j)));
+      store(factor + j, load(kept.grad_lse + b * kBlock + j) *
+                            exp_nonpositive(load(factor + j) - load(kept.log_total + b * kBlock + j)));
     }
     const auto* from = tiles.tile(panel_of_span, 0);
     for (Index i = 0; i < filled; ++i) {
       const Index v = kept.target[b * kBlock + i] - panel * kPanel;
-      if (v >= 0 && v < n) at_target[i] = factor[i] * widen(from[offset[i] + v * kBlock]) - kept.grad_target[b * kBlock + i];
+      if (v >= 0 && v < n)
+        at_target[i] = factor[i] * widen(from[offset[i] + v * kBlock]) - kept.grad_target[b * kBlock + i];
     }
     for (Index v = 0; v < n; ++v) {
       auto* row = to + v * kBlock;
@@ -128,8 +138,9 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
 
 // dl, then dE, then dz, of a span whose tiles hold exponentials.
 template <class T>
-void add_gradients(const Head& head, GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks, Index n_lanes, Index first_panel,
-                   Index n_panels, const float* maxima, const Gradients<T>& gradients) {
+void add_gradients(const Head& head, GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks,
+                   Index n_lanes, Index first_panel, Index n_panels, const float* maxima,
+                   const Gradients<T>& gradients) {
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
   for (Index p = 0; p < n_panels; ++p) {
     finish_panel(head, tiles, kept, blocks, first_panel + p, p, maxima + p * n_lanes, gradients.bias);
@@ -159,7 +170,8 @@ void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
     const Index n = smaller(chunk, a.n_rows - first);
     kept.clear();
     for (Index i = first; i < first + n; ++i) {
-      kept.add(i - first, i, a.target ? a.target[i] : -1, a.maximum[i], a.log_total[i], a.grad_lse[i], a.grad_target ? a.grad_target[i] : 0.0f);
+      kept.add(i - first, i, a.target ? a.target[i] : -1, a.maximum[i], a.log_total[i], a.grad_lse[i],
+               a.grad_target ? a.grad_target[i] : 0.0f);
     }
     const RowBlocks blocks = kept.blocks();
     tiles.pack(blocks);
@@ -178,16 +190,20 @@ inline void mix_token(const NllArguments& a, Index token, float* responsibility)
   const Index k = a.n_experts, first = token * k;
   double largest = -INFINITY, total = 0;
   for (Index e = 0; e < k; ++e) {
-    const double joint = double(a.log_prior[first + e]) + (double(a.target_logit[first + e]) - a.maximum[first + e] - a.log_total[first + e]);
+    const double joint = double(a.log_prior[first + e]) +
+                         (double(a.target_logit[first + e]) - a.maximum[first + e] - a.log_total[first + e]);
     largest = joint > largest || joint != joint ? joint : largest;
     responsibility[e] = float(joint);
   }
-  const double shift = largest == -INFINITY ? 0 : largest;  // where no expert gives it any probability, nobody is responsible
+  const double shift =
+      largest == -INFINITY ? 0 : largest;  // where no expert gives it any probability, nobody is responsible
   for (Index e = 0; e < k; ++e) total += exp(responsibility[e] - shift);
   a.nll[token] = float(-(shift + log(total)));
   for (Index e = 0; e < k; ++e) {
     responsibility[e] = !a.valid[token] || total == 0 ? 0.0f : float(exp(responsibility[e] - shift) / total);
-    if (a.grad_prior) a.grad_prior[first + e] = a.valid[token] ? a.scale * (float(exp(double(a.log_prior[first + e]))) - responsibility[e]) : 0.0f;
+    if (a.grad_prior)
+      a.grad_prior[first + e] =
+          a.valid[token] ? a.scale * (float(exp(double(a.log_prior[first + e]))) - responsibility[e]) : 0.0f;
   }
 }
 
@@ -203,7 +219,8 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
   const Gradients<T> gradients{(In*)a.grad_latent, sums ? nullptr : (In*)a.grad_weight, weight_sums, a.grad_bias};
   GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, panels);
   KeptRows kept(max_blocks * kBlock);
-  Buffer<float> maxima(panels * max_blocks * kBlock), totals(panels * max_blocks * kBlock), responsibility(tokens_of_block * k);
+  Buffer<float> maxima(panels * max_blocks * kBlock), totals(panels * max_blocks * kBlock),
+      responsibility(tokens_of_block * k);
   for (Index i = 0; i < n_rows; ++i) a.target_logit[i] = NAN;
   Buffer<int64_t> target(n_rows);
   for (Index i = 0; i < n_rows; ++i) target[i] = a.target[i / k];
@@ -217,7 +234,8 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
 #pragma omp parallel for num_threads(head.n_threads)
     for (Index b = 0; b < all.n_blocks; ++b) {
       const Index lane = b * kBlock;
-      merge_statistics(maxima + lane, totals + lane, panels, n_lanes, all.filled[b], a.maximum + first + lane, a.log_total + first + lane);
+      merge_statistics(maxima + lane, totals + lane, panels, n_lanes, all.filled[b], a.maximum + first + lane,
+                       a.log_total + first + lane);
     }
     for (Index t = 0; t < n_tokens; ++t) mix_token(a, token + t, responsibility + t * k);
     kept.clear();

@@ -21,7 +21,7 @@ struct Head {
 // A row's log-sum-exp is kept in two terms, L = maximum + log_total: in one number, the rounding of a large L would
 // spoil exp(l − L).
 struct StatisticsArguments {
-  const void* rows;       // (R, D) operand
+  const void* rows;  // (R, D) operand
   int64_t n_rows;
   const int64_t* target;  // (R,) or null
   float* maximum;         // (R,)
@@ -31,7 +31,7 @@ struct StatisticsArguments {
 
 // dl = grad_lse·exp(l − L) − grad_target·1[v = target]
 struct RowsBackwardArguments {
-  const void* rows;          // (R, D) operand
+  const void* rows;  // (R, D) operand
   int64_t n_rows;
   const int64_t* target;     // (R,) or null
   const float* maximum;      // (R,)
@@ -70,17 +70,17 @@ struct MixtureArguments {
   const float* log_total;  // (N, K)
   int64_t n_tokens;
   int64_t n_experts;
-  float* log_prob;     // (N, V), or null where only `best` is wanted
-  int64_t* best;       // (N,), the most probable class, or null
-  const float* grad;   // (N, V), for the backward pass
-  void* grad_latent;   // (N, K, D) operand, or null
-  float* grad_prior;   // (N, K) or null
-  void* grad_weight;   // (V, D) operand, zeros at first, or null
-  float* grad_bias;    // (V,), zeros at first, or null
+  float* log_prob;    // (N, V), or null where only `best` is wanted
+  int64_t* best;      // (N,), the most probable class, or null
+  const float* grad;  // (N, V), for the backward pass
+  void* grad_latent;  // (N, K, D) operand, or null
+  float* grad_prior;  // (N, K) or null
+  void* grad_weight;  // (V, D) operand, zeros at first, or null
+  float* grad_bias;   // (V,), zeros at first, or null
 };
 
 struct SampleArguments {
-  const void* rows;       // (R, D) operand
+  const void* rows;  // (R, D) operand
   int64_t n_rows;
   float inverse_temperature;
   const double* uniform;  // (R,), in [0, 1)

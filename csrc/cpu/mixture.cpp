@@ -8,14 +8,16 @@ namespace {
 
 using fused_mos::MixtureArguments;
 
-constexpr Index kGroups = 16;               // of panels, as tasks, however many threads there are
-constexpr float kSmallest = 0x1p-100f;      // a mixture below this has lost terms that underflowed
+constexpr Index kGroups = 16;           // of panels, as tasks, however many threads there are
+constexpr float kSmallest = 0x1p-100f;  // a mixture below this has lost terms that underflowed
 
 // The blocks of some tokens: block b·K + k holds expert k of the tokens of token block b.
 class ExpertBlocks {
  public:
   ExpertBlocks(Index first, Index n_tokens, Index n_experts)
-      : n_token_blocks(ceil_div(n_tokens, kBlock)), n_experts(n_experts), source_(n_token_blocks * n_experts * kBlock),
+      : n_token_blocks(ceil_div(n_tokens, kBlock)),
+        n_experts(n_experts),
+        source_(n_token_blocks * n_experts * kBlock),
         filled_(n_token_blocks * n_experts) {
     for (Index block = 0; block < n_token_blocks * n_experts; ++block) {
       const Index b = block / n_experts, k = block % n_experts;
@@ -36,7 +38,9 @@ class ExpertBlocks {
 // What makes probabilities of logits, by lane: log π, π, and the two terms of L. Empty lanes have π = 1 and L = 0.
 struct LaneStatistics {
   LaneStatistics(const MixtureArguments& a, const RowBlocks& blocks)
-      : log_prior(blocks.n_blocks * kBlock), prior(blocks.n_blocks * kBlock), maximum(blocks.n_blocks * kBlock),
+      : log_prior(blocks.n_blocks * kBlock),
+        prior(blocks.n_blocks * kBlock),
+        maximum(blocks.n_blocks * kBlock),
         log_total(blocks.n_blocks * kBlock) {
     for (Index lane = 0; lane < blocks.n_blocks * kBlock; ++lane) {
       const Index row = blocks.source[lane];
@@ -126,7 +130,8 @@ struct Tile {
           const Vector joint = load(scratch + at) + (load(lanes.log_prior + lane) - load(lanes.log_total + lane));
           const Vector before = load(largest + at), now = maximum(joint, before);
           store(largest + at, now);
-          store(mixture + at, (k ? load(mixture + at) : Vector{}) * exp_nonpositive(before - now) + exp_nonpositive(joint - now));
+          store(mixture + at,
+                (k ? load(mixture + at) : Vector{}) * exp_nonpositive(before - now) + exp_nonpositive(joint - now));
         }
       }
     }
@@ -160,7 +165,8 @@ struct Tile {
         }
         Vector largest = broadcast(kLowest), sum{};
         for (Index k = 0; k < n_experts; ++k) {
-          const Vector joint = load(share + k * kTile + at) + (load(lanes.log_prior + lane + k * kBlock) - load(lanes.log_total + lane + k * kBlock));
+          const Vector joint = load(share + k * kTile + at) +
+                               (load(lanes.log_prior + lane + k * kBlock) - load(lanes.log_total + lane + k * kBlock));
           store(share + k * kTile + at, joint);
           largest = maximum(joint, largest);
         }
@@ -223,12 +229,18 @@ void mixture_of(const Head& head, const MixtureArguments& a) {
       for (Index task = 0; task < groups * experts.n_token_blocks; ++task) {
         const Index group = task / experts.n_token_blocks, b = task % experts.n_token_blocks;
         for (Index panel = panels * group / groups; panel < panels * (group + 1) / groups; ++panel) {
-          const Tile<T> problem{logits_operand<T>(head, panel, scratch + scratch_bytes * thread), packed + b * k * kBlock * steps,
-                                kBlock * steps, lanes, b * k * kBlock, k};
-          with_vectors(blocks.vectors(b * k), [&](auto vectors) { problem.template log_prob<decltype(vectors)::value>(tile, tile + kTile); });
+          const Tile<T> problem{logits_operand<T>(head, panel, scratch + scratch_bytes * thread),
+                                packed + b * k * kBlock * steps,
+                                kBlock * steps,
+                                lanes,
+                                b * k * kBlock,
+                                k};
+          with_vectors(blocks.vectors(b * k),
+                       [&](auto vectors) { problem.template log_prob<decltype(vectors)::value>(tile, tile + kTile); });
           const Index n = problem.weight.n_classes, filled = blocks.filled[b * k];
           if (a.log_prob) {
-            write_transposed(tile, n, filled, head.n_classes, a.log_prob + (first + b * kBlock) * head.n_classes + panel * kPanel);
+            write_transposed(tile, n, filled, head.n_classes,
+                             a.log_prob + (first + b * kBlock) * head.n_classes + panel * kPanel);
           }
           for (Index t = 0; a.best && t < filled; ++t) {
             const Index at = group * n_tokens + b * kBlock + t;
@@ -254,14 +266,16 @@ void mixture_backward_of(const Head& head, const MixtureArguments& a) {
   const Index k = a.n_experts, panels = panels_of(head), groups = smaller(kGroups, panels);
   // 16-bit gradients of the weight are summed in float32 by panel, so all tokens must pass while the panel is at hand
   const bool direct = sizeof(In) == sizeof(float);
-  const Index chunk = direct ? tokens_of_chunk(k, sizeof(float) * head.n_features, head.workspace_bytes / 4) : a.n_tokens;
+  const Index chunk =
+      direct ? tokens_of_chunk(k, sizeof(float) * head.n_features, head.workspace_bytes / 4) : a.n_tokens;
   const Gradients<T> gradients{(In*)a.grad_latent, (In*)a.grad_weight, nullptr, a.grad_bias};
   const bool products = gradients.rows || gradients.of_weight() || gradients.bias;
   const Index max_token_blocks = ceil_div(smaller(chunk, a.n_tokens), kBlock), max_blocks = max_token_blocks * k;
   const Index bytes_of_panel = max_blocks * kTile * sizeof(typename T::Stored);
   const Index span = products ? smaller(panels, larger(head.workspace_bytes / bytes_of_panel, 1)) : 1;
   GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, span);
-  Buffer<float> scratch((2 * k + 1) * kTile * head.n_threads), partial(groups * max_blocks * kBlock), s(max_blocks * kBlock);
+  Buffer<float> scratch((2 * k + 1) * kTile * head.n_threads), partial(groups * max_blocks * kBlock),
+      s(max_blocks * kBlock);
   for (Index first = 0; first < a.n_tokens; first += chunk) {
     const Index n_tokens = smaller(chunk, a.n_tokens - first);
     const ExpertBlocks experts(first, n_tokens, k);
@@ -271,12 +285,17 @@ void mixture_backward_of(const Head& head, const MixtureArguments& a) {
     tiles.pack(blocks);
     // q and exp(l − L) of one tile in this thread's scratch, and the gradient G of a class as a vector of tokens
     auto tile_of = [&](Index panel, Index b, int thread) {
-      return Tile<T>{logits_operand<T>(head, panel, tiles.scratch(thread)), tiles.packed(b * k), tiles.packed(1) - tiles.packed(0), lanes,
-                     b * k * kBlock, k};
+      return Tile<T>{logits_operand<T>(head, panel, tiles.scratch(thread)),
+                     tiles.packed(b * k),
+                     tiles.packed(1) - tiles.packed(0),
+                     lanes,
+                     b * k * kBlock,
+                     k};
     };
     auto gradient_of = [&](Index panel, Index b, Index v, float* to) {
       for (Index t = 0; t < kBlock; ++t) {
-        to[t] = t < blocks.filled[b * k] ? a.grad[(first + b * kBlock + t) * head.n_classes + panel * kPanel + v] : 0.0f;
+        to[t] =
+            t < blocks.filled[b * k] ? a.grad[(first + b * kBlock + t) * head.n_classes + panel * kPanel + v] : 0.0f;
       }
     };
     memset(partial, 0, sizeof(float) * groups * n_lanes);
@@ -284,7 +303,8 @@ void mixture_backward_of(const Head& head, const MixtureArguments& a) {
     for (Index task = 0; task < groups * experts.n_token_blocks; ++task) {
       const Index group = task / experts.n_token_blocks, b = task % experts.n_token_blocks;
       const int thread = omp_get_thread_num();
-      float *softmax = scratch + (2 * k + 1) * kTile * thread, *share = softmax + k * kTile, *mixture = share + k * kTile;
+      float *softmax = scratch + (2 * k + 1) * kTile * thread, *share = softmax + k * kTile,
+            *mixture = share + k * kTile;
       float* sums_of_block = partial + group * n_lanes + b * k * kBlock;
       for (Index panel = panels * group / groups; panel < panels * (group + 1) / groups; ++panel) {
         const auto problem = tile_of(panel, b, thread);
@@ -324,7 +344,8 @@ void mixture_backward_of(const Head& head, const MixtureArguments& a) {
       for (Index task = 0; task < n_panels * experts.n_token_blocks; ++task) {
         const Index p = task / experts.n_token_blocks, b = task % experts.n_token_blocks;
         const int thread = omp_get_thread_num();
-        float *softmax = scratch + (2 * k + 1) * kTile * thread, *share = softmax + k * kTile, *mixture = share + k * kTile;
+        float *softmax = scratch + (2 * k + 1) * kTile * thread, *share = softmax + k * kTile,
+              *mixture = share + k * kTile;
         const auto problem = tile_of(from + p, b, thread);
         with_vectors(blocks.vectors(b * k), [&](auto vectors) {
           constexpr int NV = decltype(vectors)::value;
@@ -336,7 +357,8 @@ void mixture_backward_of(const Head& head, const MixtureArguments& a) {
               for (int j = 0; j < NV; ++j) {
                 const Index at = v * kBlock + j * kLanes;
                 const Vector total = load(s + (b * k + e) * kBlock + j * kLanes);
-                const Vector dl = load(g + j * kLanes) * load(share + e * kTile + at) - total * load(softmax + e * kTile + at);
+                const Vector dl =
+                    load(g + j * kLanes) * load(share + e * kTile + at) - total * load(softmax + e * kTile + at);
                 store(tiles.tile(p, b * k + e) + at, dl);
               }
             }

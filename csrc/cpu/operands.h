@@ -104,7 +104,8 @@ inline void pack_lane(const Bfloat16* row, Index features, int lane, Pair* to) {
 
 // zᵀ of one block, (steps, kBlock); empty lanes are zero.
 template <class T>
-void pack_block(const Head& head, const typename T::In* rows, const RowBlocks& blocks, Index block, typename T::Op* to) {
+void pack_block(const Head& head, const typename T::In* rows, const RowBlocks& blocks, Index block,
+                typename T::Op* to) {
   const Index filled = blocks.filled[block];
   for (Index lane = 0; lane < filled; ++lane) {
     pack_lane(rows + blocks.source[block * kBlock + lane] * head.n_features, head.n_features, int(lane), to);
@@ -200,8 +201,8 @@ inline void merge_rows(const Bfloat16* row, const Bfloat16* next, Index n, Pair*
 // Columns [start, end) of the rows source[0..n), or 0..n where it is null: a block of kBlock of them after the other, `stride` elements
 // apart, each (ceil(n / depth), kBlock), zero beyond the features.
 template <class T>
-void pack_columns(const typename T::In* rows, const Index* source, Index n, Index features, Index start, Index end, Index stride,
-                  typename T::Op* to) {
+void pack_columns(const typename T::In* rows, const Index* source, Index n, Index features, Index start, Index end,
+                  Index stride, typename T::Op* to) {
   constexpr int kDepth = Element<typename T::Op>::kDepth;
   for (Index r = 0; r < n; r += kDepth, to += kBlock) {
     const auto* row = rows + (source ? source[r] : r) * features;

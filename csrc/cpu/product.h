@@ -8,7 +8,7 @@ namespace {
 using Index = int64_t;
 
 constexpr int kBlock = kTileVectors * kLanes;  // rows (n, k) of a block, one a lane
-constexpr Index kPanel = 128;                  // classes of a panel: a (kPanel, kBlock) tile of logits fits in the L1 cache
+constexpr Index kPanel = 128;  // classes of a panel: a (kPanel, kBlock) tile of logits fits in the L1 cache
 
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr Index ceil_div(Index n, Index divisor) { return (n + divisor - 1) / divisor; }

@@ -6,15 +6,15 @@ namespace {
 
 using fused_mos::StatisticsArguments;
 
-constexpr Index kGroups = 16;         // of panels; a task is a group and a set of blocks, however many threads there are
-constexpr Index kBlocksOfTask = 16;   // a panel of E is read from memory once for so many
+constexpr Index kGroups = 16;        // of panels; a task is a group and a set of blocks, however many threads there are
+constexpr Index kBlocksOfTask = 16;  // a panel of E is read from memory once for so many
 
 inline Index panels_of_group(const Head& head) { return ceil_div(panels_of(head), smaller(kGroups, panels_of(head))); }
 
 // Maxima and sums of (group, lane), each group of panels in order.
 template <class T>
-void partial_statistics(const Head& head, const typename T::In* rows, const RowBlocks& blocks, const int64_t* target, float* target_logit,
-                        float factor, float* maxima, float* totals) {
+void partial_statistics(const Head& head, const typename T::In* rows, const RowBlocks& blocks, const int64_t* target,
+                        float* target_logit, float factor, float* maxima, float* totals) {
   using Op = typename T::Op;
   const Index steps = steps_of<Op>(head.n_features), n_lanes = blocks.n_blocks * kBlock;
   const Index panels = panels_of(head), of_group = panels_of_group(head), groups = ceil_div(panels, of_group);
@@ -74,7 +74,8 @@ void row_statistics_of(const Head& head, const StatisticsArguments& a) {
     const ConsecutiveRows rows(first, n);
     const Index n_lanes = rows.blocks().n_blocks * kBlock;
     Buffer<float> maxima(groups * n_lanes), totals(groups * n_lanes);
-    partial_statistics<T>(head, (const typename T::In*)a.rows, rows.blocks(), a.target, a.target_logit, 1.0f, maxima, totals);
+    partial_statistics<T>(head, (const typename T::In*)a.rows, rows.blocks(), a.target, a.target_logit, 1.0f, maxima,
+                          totals);
     merge_statistics(maxima, totals, groups, n_lanes, n, a.maximum + first, a.log_total + first);
   }
 }
@@ -94,8 +95,8 @@ float logit(const Head& head, const typename T::In* row, Index v) {
 // from the group's logits, computed once more for this row alone. Whatever rounding does, a class of probability 0 is
 // never drawn.
 template <class T>
-Index search(const Head& head, const typename T::In* row, const float* maxima, const float* totals, Index groups, Index stride,
-             float factor, double uniform, float* logits) {
+Index search(const Head& head, const typename T::In* row, const float* maxima, const float* totals, Index groups,
+             Index stride, float factor, double uniform, float* logits) {
   float largest = kLowest;
   for (Index g = 0; g < groups; ++g) largest = maxima[g * stride] > largest ? maxima[g * stride] : largest;
   double mass[kGroups], total = 0;
@@ -132,7 +133,8 @@ Index search(const Head& head, const typename T::In* row, const float* maxima, c
 
 template <class T>
 void sample_of(const Head& head, const fused_mos::SampleArguments& a) {
-  const Index of_group = panels_of_group(head), groups = ceil_div(panels_of(head), of_group), chunk = rows_of_chunk(head);
+  const Index of_group = panels_of_group(head), groups = ceil_div(panels_of(head), of_group),
+              chunk = rows_of_chunk(head);
   const auto* rows = (const typename T::In*)a.rows;
   for (Index first = 0; first < a.n_rows; first += chunk) {
     const Index n = smaller(chunk, a.n_rows - first);
@@ -142,8 +144,9 @@ void sample_of(const Head& head, const fused_mos::SampleArguments& a) {
     partial_statistics<T>(head, rows, lanes.blocks(), nullptr, nullptr, a.inverse_temperature, maxima, totals);
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
     for (Index i = 0; i < n; ++i) {
-      a.sample[first + i] = search<T>(head, rows + (first + i) * head.n_features, maxima + i, totals + i, groups, n_lanes,
-                                      a.inverse_temperature, a.uniform[first + i], logits + of_group * kPanel * omp_get_thread_num());
+      a.sample[first + i] =
+          search<T>(head, rows + (first + i) * head.n_features, maxima + i, totals + i, groups, n_lanes,
+                    a.inverse_temperature, a.uniform[first + i], logits + of_group * kPanel * omp_get_thread_num());
     }
   }
 }

@@ -13,8 +13,8 @@ namespace fused_mos {
 namespace {
 
 struct alignas(64) Block {  // what precedes the memory, on a cache line of its own
-  std::size_t bytes;     // asked for
-  std::size_t capacity;  // with this header
+  std::size_t bytes;        // asked for
+  std::size_t capacity;     // with this header
 };
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;

@@ -22,12 +22,15 @@ struct Decode {
   DecodeArguments arguments{};
   DecodePlan plan{};
 
-  Decode(DecodeMode mode, bool bf16, int n_tokens, int n_experts, int n_features, int64_t n_classes, Address latent, Address weight, Address bias,
-         int n_multiprocessors, int shared_limit, int k) {
+  Decode(DecodeMode mode, bool bf16, int n_tokens, int n_experts, int n_features, int64_t n_classes, Address latent,
+         Address weight, Address bias, int n_multiprocessors, int shared_limit, int k) {
     arguments.mode = mode, arguments.bf16 = bf16, arguments.k = k;
-    arguments.n_tokens = n_tokens, arguments.n_experts = n_experts, arguments.n_features = n_features, arguments.n_classes = n_classes;
-    arguments.latent = at<const void>(latent), arguments.weight = at<const void>(weight), arguments.bias = at<const void>(bias);
-    if (const char* reason = plan_decode(arguments, n_multiprocessors, shared_limit, plan)) throw std::invalid_argument(reason);
+    arguments.n_tokens = n_tokens, arguments.n_experts = n_experts, arguments.n_features = n_features,
+    arguments.n_classes = n_classes;
+    arguments.latent = at<const void>(latent), arguments.weight = at<const void>(weight),
+    arguments.bias = at<const void>(bias);
+    if (const char* reason = plan_decode(arguments, n_multiprocessors, shared_limit, plan))
+      throw std::invalid_argument(reason);
   }
 
   void launch(Address workspace, Address stream) {
@@ -41,7 +44,8 @@ struct Decode {
     launch(workspace, stream);
   }
   void topk(Address log_prior, Address values, Address indices, Address workspace, Address stream) {
-    arguments.log_prior = at<const float>(log_prior), arguments.values = at<float>(values), arguments.indices = at<int64_t>(indices);
+    arguments.log_prior = at<const float>(log_prior), arguments.values = at<float>(values),
+    arguments.indices = at<int64_t>(indices);
     launch(workspace, stream);
   }
   void sample(float inverse_temperature, Address seed, Address indices, Address workspace, Address stream) {

@@ -24,9 +24,11 @@ const void* kernel_of(int row_tiles) {
 int launch_decode(const DecodeArguments& arguments, const DecodePlan& plan, void* stream) {
   const void* kernel = arguments.bf16 ? kernel_of<BFloat16>(plan.row_tiles) : kernel_of<Float16>(plan.row_tiles);
   // always the same limit: a launch that was captured before must not find it lowered
-  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_limit)) return error;
+  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_limit))
+    return error;
   void* parameters[] = {const_cast<DecodeArguments*>(&arguments), const_cast<DecodePlan*>(&plan)};
-  return cudaLaunchCooperativeKernel(kernel, dim3(plan.n_blocks), dim3(THREADS), parameters, plan.shared_bytes, static_cast<cudaStream_t>(stream));
+  return cudaLaunchCooperativeKernel(kernel, dim3(plan.n_blocks), dim3(THREADS), parameters, plan.shared_bytes,
+                                     static_cast<cudaStream_t>(stream));
 }
 
 void cuda_versions(int& runtime, int& driver) {

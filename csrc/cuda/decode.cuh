@@ -20,7 +20,9 @@ struct Candidate {
   float value;
   int index;
 
-  FUSED_MOS_DEVICE bool beats(const Candidate& other) const { return key() > other.key() || (key() == other.key() && index < other.index); }
+  FUSED_MOS_DEVICE bool beats(const Candidate& other) const {
+    return key() > other.key() || (key() == other.key() && index < other.index);
+  }
   FUSED_MOS_DEVICE float key() const { return value == value ? value : INFINITY; }  // NaN comes first, to be seen
 };
 FUSED_MOS_DEVICE Candidate nobody() { return {LOWEST, INT32_MAX}; }
@@ -40,14 +42,16 @@ struct LogSum {
   FUSED_MOS_DEVICE void add(const LogSum& other) {
     const float larger = fmaxf(maximum, other.maximum);
     if (larger == LOWEST && sum == 0 && other.sum == 0) return;  // no classes, or masked ones: −∞ − −∞ is no number
-    sum = (sum == 0 ? 0 : sum * device::exp(maximum - larger)) + (other.sum == 0 ? 0 : other.sum * device::exp(other.maximum - larger));
+    sum = (sum == 0 ? 0 : sum * device::exp(maximum - larger)) +
+          (other.sum == 0 ? 0 : other.sum * device::exp(other.maximum - larger));
     maximum = larger;
   }
 };
 
 // Philox 4×32-10 (Salmon et al. 2011): the first word for a counter.
 FUSED_MOS_DEVICE uint32_t random_word(uint64_t seed, uint32_t token, uint32_t index) {
-  uint32_t x0 = index, x1 = token, x2 = 0, x3 = 0, k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t x0 = index, x1 = token, x2 = 0, x3 = 0, k0 = static_cast<uint32_t>(seed),
+           k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint32_t h0 = device::high_product(0xD2511F53u, x0), l0 = 0xD2511F53u * x0;
     const uint32_t h1 = device::high_product(0xCD9E8D57u, x2), l1 = 0xCD9E8D57u * x2;
@@ -67,12 +71,15 @@ struct Decoder {
   char* shared;
   const int thread = device::thread(), warp = thread / 32, lane = thread % 32, group = lane / 4, pair = 2 * (lane % 4);
   const int rows = a.n_tokens * a.n_experts;
-  const int64_t first_tile = p.n_tiles * device::block() / p.n_blocks, last_tile = p.n_tiles * (device::block() + 1) / p.n_blocks;
-  const int n_classes = static_cast<int>((last_tile * TILE < a.n_classes ? last_tile * TILE : a.n_classes) - first_tile * TILE);  // of this block
+  const int64_t first_tile = p.n_tiles * device::block() / p.n_blocks,
+                last_tile = p.n_tiles * (device::block() + 1) / p.n_blocks;
+  const int n_classes = static_cast<int>((last_tile * TILE < a.n_classes ? last_tile * TILE : a.n_classes) -
+                                         first_tile * TILE);  // of this block
   uint16_t* const latent = reinterpret_cast<uint16_t*>(shared);
   float* const statistics = reinterpret_cast<float*>(shared + p.statistics_at);
-  float* const logits = p.logits_in_shared ? reinterpret_cast<float*>(shared + p.logits_at)
-                                           : in_workspace<float>(p.scratch_at) + int64_t{device::block()} * rows * p.logits_stride;
+  float* const logits = p.logits_in_shared
+                            ? reinterpret_cast<float*>(shared + p.logits_at)
+                            : in_workspace<float>(p.scratch_at) + int64_t{device::block()} * rows * p.logits_stride;
 
   template <class Number>
   FUSED_MOS_DEVICE Number* in_workspace(int64_t at) const {
@@ -83,7 +90,8 @@ struct Decoder {
     return {statistics[2 * w * 8 * ROW_TILES + row], statistics[(2 * w + 1) * 8 * ROW_TILES + row]};
   }
   FUSED_MOS_DEVICE void keep(const LogSum& sum, int row) const {
-    statistics[2 * warp * 8 * ROW_TILES + row] = sum.maximum, statistics[(2 * warp + 1) * 8 * ROW_TILES + row] = sum.sum;
+    statistics[2 * warp * 8 * ROW_TILES + row] = sum.maximum,
+                                          statistics[(2 * warp + 1) * 8 * ROW_TILES + row] = sum.sum;
   }
   FUSED_MOS_DEVICE int class_of(int i) const { return static_cast<int>(first_tile * TILE) + i; }
 
@@ -109,18 +117,23 @@ struct Decoder {
   // The logits of the warp's tiles, and the sums of their exponentials.
   FUSED_MOS_DEVICE void stream() {
     const int n_chunks = (a.n_features + CHUNK - 1) / CHUNK;
-    const int n_tiles = static_cast<int>(last_tile - first_tile), own_tiles = warp < n_tiles ? (n_tiles - warp - 1) / WARPS + 1 : 0;
+    const int n_tiles = static_cast<int>(last_tile - first_tile),
+              own_tiles = warp < n_tiles ? (n_tiles - warp - 1) / WARPS + 1 : 0;
     const int n_steps = own_tiles * n_chunks;
     auto* ring = reinterpret_cast<uint16_t*>(shared + p.ring_at + warp * RING_BYTES);
     auto fetch = [&](int step) {
       if (step < n_steps) {
         uint16_t* to = ring + step % STAGES * TILE * STAGE_STRIDE;
         const int tile = warp + step / n_chunks * WARPS, chunk = step % n_chunks;
-        if (p.copy_bytes == 16) copy<16>(to, tile, chunk);
-        else if (p.copy_bytes == 8) copy<8>(to, tile, chunk);
-        else copy<4>(to, tile, chunk);
+        if (p.copy_bytes == 16)
+          copy<16>(to, tile, chunk);
+        else if (p.copy_bytes == 8)
+          copy<8>(to, tile, chunk);
+        else
+          copy<4>(to, tile, chunk);
       }
-      device::commit_copies();  // one group a step, also where there is nothing left, so that their number tells the step
+      device::
+          commit_copies();  // one group a step, also where there is nothing left, so that their number tells the step
     };
     Accumulators c;
     for (int row = lane; row < rows; row += 32) keep({}, row);
@@ -160,7 +173,8 @@ struct Decoder {
     for (int i = lane; i < TILE * COPIES; i += 32) {
       const int in_tile = i / COPIES, feature = i % COPIES * ELEMENTS, local = tile * TILE + in_tile;
       const bool there = local < n_classes && chunk * CHUNK + feature < a.n_features;
-      const uint16_t* from = there ? weight + int64_t{class_of(local)} * a.n_features + chunk * CHUNK + feature : weight;
+      const uint16_t* from =
+          there ? weight + int64_t{class_of(local)} * a.n_features + chunk * CHUNK + feature : weight;
       device::copy_async<BYTES>(to + in_tile * STAGE_STRIDE + feature, from, there);
     }
   }
@@ -168,7 +182,8 @@ struct Decoder {
   FUSED_MOS_DEVICE static uint32_t two(const uint16_t* at) { return *reinterpret_cast<const uint32_t*>(at); }
 
   FUSED_MOS_DEVICE void multiply_chunk(Accumulators& c, const uint16_t* stage, int feature) const {
-    const int n_products = (a.n_features - feature + 15) / 16 < CHUNK / 16 ? (a.n_features - feature + 15) / 16 : CHUNK / 16;
+    const int n_products =
+        (a.n_features - feature + 15) / 16 < CHUNK / 16 ? (a.n_features - feature + 15) / 16 : CHUNK / 16;
 #pragma unroll(ROW_TILES > 2 ? 1 : CHUNK / 16)  // many accumulators leave no registers for more
     for (int product = 0; product < n_products; ++product) {
       uint32_t left[HALVES][4];
@@ -197,7 +212,8 @@ struct Decoder {
 #pragma unroll
       for (int tile = 0; tile < ROW_TILES; ++tile, at += 8 * int64_t{p.logits_stride})
         for (int j = 0; j < 2; ++j)
-          if (8 * tile + pair + j < rows) at[j * int64_t{p.logits_stride}] = there ? c[i / 2][tile][2 * (i % 2) + j] + added : LOWEST;
+          if (8 * tile + pair + j < rows)
+            at[j * int64_t{p.logits_stride}] = there ? c[i / 2][tile][2 * (i % 2) + j] + added : LOWEST;
     }
   }
 
@@ -224,7 +240,8 @@ struct Decoder {
     for (int row = warp; row < rows; row += WARPS) {
       LogSum all;
       for (int i = lane; i < p.n_blocks; i += 32) all.add({maxima[row * p.n_blocks + i], sums[row * p.n_blocks + i]});
-      for (int mask = 16; mask; mask /= 2) all.add({device::shuffle_xor(all.maximum, mask), device::shuffle_xor(all.sum, mask)});
+      for (int mask = 16; mask; mask /= 2)
+        all.add({device::shuffle_xor(all.maximum, mask), device::shuffle_xor(all.sum, mask)});
       if (lane == 0) {
         statistics[row] = all.maximum;
         statistics[8 * ROW_TILES + row] = a.log_prior[row] - device::log(all.sum);
@@ -243,7 +260,8 @@ struct Decoder {
       for (int i = thread; i < n_classes; i += THREADS) {
         float* of_class = logits + int64_t{row} * p.logits_stride + i;
         float total = 0;
-        for (int k = 0; k < a.n_experts; ++k) total += device::exp(of_class[int64_t{k} * p.logits_stride] - maximum[k] + shift[k]);
+        for (int k = 0; k < a.n_experts; ++k)
+          total += device::exp(of_class[int64_t{k} * p.logits_stride] - maximum[k] + shift[k]);
         float log_p = device::log(total);
         if (total < 1e-30f) {  // exponentials that are nearly or quite 0: relative to the largest instead
           LogSum sum;
@@ -253,16 +271,18 @@ struct Decoder {
           }
           log_p = sum.sum == 0 ? LOWEST : sum.maximum + device::log(sum.sum);
         }
-        if (a.mode == DecodeMode::LogProb) a.log_prob[token * a.n_classes + class_of(i)] = log_p;
-        else *of_class = log_p;
+        if (a.mode == DecodeMode::LogProb)
+          a.log_prob[token * a.n_classes + class_of(i)] = log_p;
+        else
+          *of_class = log_p;
       }
     }
   }
 
   // The k best of this block, a warp a token; then of those of all blocks, a block a token.
   FUSED_MOS_DEVICE void topk() {
-    auto *values = in_workspace<float>(p.candidates_at);
-    auto *classes = in_workspace<int>(p.candidate_classes_at);
+    auto* values = in_workspace<float>(p.candidates_at);
+    auto* classes = in_workspace<int>(p.candidate_classes_at);
     device::sync_block();
     for (int token = warp; token < a.n_tokens; token += WARPS) {
       const float* log_p = logits + int64_t{token} * a.n_experts * p.logits_stride;
@@ -280,11 +300,13 @@ struct Decoder {
     }
     device::sync_grid();
     for (int token = device::block(); token < a.n_tokens; token += p.n_blocks) {
-      const int list = (thread * a.n_tokens + token) * a.k;  // of the thread's block: as many threads as blocks, at least
+      const int list =
+          (thread * a.n_tokens + token) * a.k;  // of the thread's block: as many threads as blocks, at least
       int taken = 0;
       for (int j = 0; j < a.k; ++j) {
         const bool any = thread < p.n_blocks && taken < a.k;
-        const Candidate own = any ? Candidate{values[list + taken], classes[list + taken]} : nobody(), best = best_of_block(own);
+        const Candidate own = any ? Candidate{values[list + taken], classes[list + taken]} : nobody(),
+                        best = best_of_block(own);
         if (any && own.index == best.index) ++taken;
         if (thread == 0) {
           a.values[token * a.k + j] = best.value;
@@ -307,8 +329,8 @@ struct Decoder {
 
   // Gumbel-max. Of a uniform u, −log(−log u) is exact to its last bit for the large ones, near u = 1, if 1 − u is what is drawn.
   FUSED_MOS_DEVICE void sample() {
-    auto *values = in_workspace<float>(p.candidates_at);
-    auto *classes = in_workspace<int>(p.candidate_classes_at);
+    auto* values = in_workspace<float>(p.candidates_at);
+    auto* classes = in_workspace<int>(p.candidate_classes_at);
     const auto seed = static_cast<uint64_t>(*a.seed);
     for (int token = 0; token < a.n_tokens; ++token) {
       Candidate best = nobody();
@@ -328,7 +350,8 @@ struct Decoder {
     for (int token = device::block(); token < a.n_tokens; token += p.n_blocks) {
       const int at = thread * a.n_tokens + token;
       const Candidate best = best_of_block(thread < p.n_blocks ? Candidate{values[at], classes[at]} : nobody());
-      if (thread == 0) a.indices[token] = best.index == INT32_MAX ? 0 : best.index;  // of nothing but −∞, which has no distribution
+      if (thread == 0)
+        a.indices[token] = best.index == INT32_MAX ? 0 : best.index;  // of nothing but −∞, which has no distribution
     }
   }
 };

@@ -30,12 +30,12 @@ struct DecodeArguments {
 // How a launch is cut up. A *tile* is 16 or 32 classes, read by one warp; a block has a span of tiles, whose logits it keeps.
 struct DecodePlan {
   int n_blocks;
-  int row_tiles;             // tiles of 8 rows that the kernel is compiled for
-  int64_t n_tiles;           // of classes
-  int copy_bytes;            // of one asynchronous copy: 16, 8 or 4, whatever the rows' addresses are multiples of
-  int latent_stride;         // elements between rows of latent in shared memory
-  int logits_stride;         // floats between rows of logits
-  bool logits_in_shared;     // else they are in the workspace: they do not fit
+  int row_tiles;          // tiles of 8 rows that the kernel is compiled for
+  int64_t n_tiles;        // of classes
+  int copy_bytes;         // of one asynchronous copy: 16, 8 or 4, whatever the rows' addresses are multiples of
+  int latent_stride;      // elements between rows of latent in shared memory
+  int logits_stride;      // floats between rows of logits
+  bool logits_in_shared;  // else they are in the workspace: they do not fit
   int shared_bytes, shared_limit;
   int64_t workspace_bytes;
   // offsets in bytes: of shared memory …

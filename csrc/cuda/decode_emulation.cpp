@@ -9,9 +9,12 @@ namespace {
 template <class T>
 void run(const DecodeArguments& arguments, const DecodePlan& plan, unsigned order) {
   device::launch(plan.n_blocks, THREADS, plan.shared_bytes, order, [&](char* shared) {
-    if (plan.row_tiles == 2) Decoder<T, 2>{arguments, plan, shared}.run();
-    else if (plan.row_tiles == 8) Decoder<T, 8>{arguments, plan, shared}.run();
-    else Decoder<T, 16>{arguments, plan, shared}.run();
+    if (plan.row_tiles == 2)
+      Decoder<T, 2>{arguments, plan, shared}.run();
+    else if (plan.row_tiles == 8)
+      Decoder<T, 8>{arguments, plan, shared}.run();
+    else
+      Decoder<T, 16>{arguments, plan, shared}.run();
   });
 }
 

@@ -43,7 +43,7 @@ struct Copy {
 
 struct Warp {
   Barrier barrier{32};
-  uint32_t exchanged[32][2];                // of shuffles, twice in turns, so that one barrier is enough
+  uint32_t exchanged[32][2];                 // of shuffles, twice in turns, so that one barrier is enough
   uint32_t left[2][32][4], right[2][32][2];  // of products, too
 };
 
@@ -141,11 +141,14 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T t
   std::copy(a, a + 4, left[lane]);
   std::copy(b, b + 2, right[lane]);
   sync_warp();
-  auto half = [&](uint32_t two, int second) { return as_float(static_cast<uint16_t>(second ? two >> 16 : two & 0xffff), type); };
+  auto half = [&](uint32_t two, int second) {
+    return as_float(static_cast<uint16_t>(second ? two >> 16 : two & 0xffff), type);
+  };
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4, column = 2 * (lane % 4) + i % 2;  // row + 8 for the last two
     for (int k = 0; k < 16; ++k)
-      c[i] += half(left[4 * row + k % 8 / 2][i / 2 + 2 * (k / 8)], k % 2) * half(right[4 * column + k % 8 / 2][k / 8], k % 2);
+      c[i] += half(left[4 * row + k % 8 / 2][i / 2 + 2 * (k / 8)], k % 2) *
+              half(right[4 * column + k % 8 / 2][k / 8], k % 2);
   }
 }
 
@@ -164,8 +167,10 @@ template <int PENDING>
 void wait_for_copies() {
   while (self->groups.size() > PENDING) {
     for (const Copy& copy : self->groups.front())
-      if (copy.from) std::memcpy(copy.to, copy.from, copy.bytes);
-      else std::memset(copy.to, 0, copy.bytes);
+      if (copy.from)
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      else
+        std::memset(copy.to, 0, copy.bytes);
     self->groups.erase(self->groups.begin());
   }
 }

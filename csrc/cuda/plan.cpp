@@ -44,7 +44,7 @@ const char* plan_decode(const DecodeArguments& a, int n_multiprocessors, int sha
   plan.statistics_at = plan.ring_at + WARPS * RING_BYTES;
   plan.logits_at = aligned(plan.statistics_at + 2 * WARPS * 8 * plan.row_tiles * 4);
   const int64_t classes = (plan.n_tiles + plan.n_blocks - 1) / plan.n_blocks * tile;  // of the longest span
-  const int64_t logits_bytes = rows * (classes + 1) * 4;                             // an odd stride: lanes of other rows, other banks
+  const int64_t logits_bytes = rows * (classes + 1) * 4;  // an odd stride: lanes of other rows, other banks
   plan.logits_stride = static_cast<int>(classes + 1);
   plan.logits_in_shared = plan.logits_at + logits_bytes <= shared_limit;
   plan.shared_limit = shared_limit;

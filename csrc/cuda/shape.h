@@ -4,8 +4,9 @@
 namespace fused_mos {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int CHUNK = 64;                // features of a stage
-constexpr int STAGE_STRIDE = CHUNK + 8;  // elements; rows begin 4 banks apart, so that fragments are read without conflicts
+constexpr int CHUNK = 64;  // features of a stage
+constexpr int STAGE_STRIDE =
+    CHUNK + 8;  // elements; rows begin 4 banks apart, so that fragments are read without conflicts
 
 // A warp's tile is one or two times 16 classes: two need twice the accumulators, of which many rows leave no room for more.
 constexpr int halves_of_tile(int row_tiles) { return row_tiles > 8 ? 1 : 2; }

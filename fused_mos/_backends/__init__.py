@@ -29,13 +29,17 @@ class Kernels(Protocol):
     def row_statistics(self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None):
         """(R, D), (V, D), (V,), (R,) -> maximum (R,), log_total (R,), target_logit (R,; NaN where the target is no class)."""
 
-    def rows_backward(self, rows, weight, bias, target, maximum, log_total, grad_lse, grad_target, needs: tuple[bool, bool, bool]):
+    def rows_backward(
+        self, rows, weight, bias, target, maximum, log_total, grad_lse, grad_target, needs: tuple[bool, bool, bool]
+    ):
         """Gradients of (rows, weight, bias) for dl = grad_lse·exp(l − L) − grad_target·1[v = target]."""
 
     def gradient_in_forward_pays(self, n_tokens: int, n_experts: int, weight: Tensor) -> bool:
         """Whether `nll_with_gradients` is cheaper than `row_statistics` and `rows_backward`."""
 
-    def nll_with_gradients(self, latent, prior_logits, weight, bias, target, valid, scale: Tensor, filter_eps: float, needs):
+    def nll_with_gradients(
+        self, latent, prior_logits, weight, bias, target, valid, scale: Tensor, filter_eps: float, needs
+    ):
         """nll (N,), maximum, log_total and target_logit (N, K), and the gradients of scale·nll[valid].sum()."""
 
     def log_prob(self, latent, log_prior, weight, bias, maximum, log_total) -> Tensor:

@@ -51,11 +51,19 @@ def _statistics(like: Tensor, *shape: int, count: int = 3) -> list[Tensor]:
     return [like.new_empty(shape, dtype=accumulation_dtype(like.dtype)) for _ in range(count)]
 
 
-def row_statistics(rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def row_statistics(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     head, bias = _head(weight, bias)
     maximum, log_total, target_logit = _statistics(rows, rows.shape[0])
     _cpu.row_statistics(
-        head, _address(rows), rows.shape[0], _address(target), _address(maximum), _address(log_total), _address(target_logit)
+        head,
+        _address(rows),
+        rows.shape[0],
+        _address(target),
+        _address(maximum),
+        _address(log_total),
+        _address(target_logit),
     )
     return maximum, log_total, target_logit
 
@@ -89,9 +97,18 @@ def rows_backward(
     grad_lse = grad_lse.float().contiguous()
     grad_target = None if grad_target is None else grad_target.float().contiguous()
     _cpu.rows_backward(
-        head, _address(rows), rows.shape[0], _address(target), _address(maximum), _address(log_total), _address(grad_lse),
-        _address(grad_target), _address(gradients.rows), _address(gradients.weight), _address(gradients.bias),
-    )  # fmt: skip
+        head,
+        _address(rows),
+        rows.shape[0],
+        _address(target),
+        _address(maximum),
+        _address(log_total),
+        _address(grad_lse),
+        _address(grad_target),
+        _address(gradients.rows),
+        _address(gradients.weight),
+        _address(gradients.bias),
+    )
     return gradients.results()
 
 
@@ -144,10 +161,25 @@ def nll_with_gradients(
     grad_prior = maximum.new_empty((n, k) if needs[1] else (0,))
     log_prior = torch.log_softmax(prior_logits, -1, dtype=torch.float32)
     _cpu.nll_with_gradients(
-        head, _address(latent), _address(log_prior), _address(target), _address(valid), n, k,
-        max(_tokens_of_block(n, k, weight), 1) if n else 1, scale.item(), filter_eps, _address(nll), _address(maximum), _address(log_total),
-        _address(target_logit), _address(gradients.rows), _address(grad_prior), _address(gradients.weight), _address(gradients.bias),
-    )  # fmt: skip
+        head,
+        _address(latent),
+        _address(log_prior),
+        _address(target),
+        _address(valid),
+        n,
+        k,
+        max(_tokens_of_block(n, k, weight), 1) if n else 1,
+        scale.item(),
+        filter_eps,
+        _address(nll),
+        _address(maximum),
+        _address(log_total),
+        _address(target_logit),
+        _address(gradients.rows),
+        _address(grad_prior),
+        _address(gradients.weight),
+        _address(gradients.bias),
+    )
     grad_latent, grad_weight, grad_bias = gradients.results()
     return nll, maximum, log_total, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
 
@@ -158,14 +190,18 @@ def _mixture(latent: Tensor, log_prior: Tensor, maximum: Tensor, log_total: Tens
     )
 
 
-def log_prob(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+def log_prob(
+    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
+) -> Tensor:
     head, bias = _head(weight, bias)
     result = maximum.new_empty(latent.shape[0], weight.shape[0])
     _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), _address(result), 0)
     return result
 
 
-def predict(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+def predict(
+    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
+) -> Tensor:
     head, bias = _head(weight, bias)
     result = torch.empty(latent.shape[0], dtype=torch.int64)
     _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), 0, _address(result))
@@ -187,14 +223,21 @@ def log_prob_backward(
     grad_prior = torch.zeros_like(maximum) if needs[1] else maximum.new_empty(0)
     grad = grad.float().contiguous()
     _cpu.mixture_backward(
-        head, _mixture(latent, log_prior, maximum, log_total), _address(grad), _address(gradients.rows), _address(grad_prior),
-        _address(gradients.weight), _address(gradients.bias),
-    )  # fmt: skip
+        head,
+        _mixture(latent, log_prior, maximum, log_total),
+        _address(grad),
+        _address(gradients.rows),
+        _address(grad_prior),
+        _address(gradients.weight),
+        _address(gradients.bias),
+    )
     grad_latent, grad_weight, grad_bias = gradients.results()
     return grad_latent, grad_prior, grad_weight, grad_bias
 
 
-def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None) -> Tensor:
+def sample(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None
+) -> Tensor:
     """Inverts each row's cumulative distribution: one uniform number a row, not one for each class."""
     head, bias = _head(weight, bias)
     rows = rows.contiguous()

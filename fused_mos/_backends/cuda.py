@@ -15,8 +15,15 @@ from torch import Tensor
 from .. import _cuda
 from . import triton
 from .triton import (  # noqa: F401  (what this backend shares with that one)
-    DTYPES, gradient_in_forward_pays, log_prob, log_prob_backward, nll_with_gradients, predict, row_statistics, rows_backward,
-)  # fmt: skip
+    DTYPES,
+    gradient_in_forward_pays,
+    log_prob,
+    log_prob_backward,
+    nll_with_gradients,
+    predict,
+    row_statistics,
+    rows_backward,
+)
 
 
 class Decoder:
@@ -29,7 +36,10 @@ class Decoder:
     """
 
     def __init__(
-        self, native: ModuleType, limits: Callable[[torch.device], tuple[int, int]], on: Callable[[torch.device], AbstractContextManager[int]]
+        self,
+        native: ModuleType,
+        limits: Callable[[torch.device], tuple[int, int]],
+        on: Callable[[torch.device], AbstractContextManager[int]],
     ):
         self.native, self.limits, self.on = native, limits, on
 
@@ -41,9 +51,18 @@ class Decoder:
         bias_address = 0 if bias is None else bias.data_ptr()
         try:
             return self.native.Decode(
-                getattr(self.native.DecodeMode, mode), latent.dtype == torch.bfloat16, n, n_experts, d, weight.shape[0],
-                latent.data_ptr(), weight.data_ptr(), bias_address, *self.limits(latent.device), k,
-            )  # fmt: skip
+                getattr(self.native.DecodeMode, mode),
+                latent.dtype == torch.bfloat16,
+                n,
+                n_experts,
+                d,
+                weight.shape[0],
+                latent.data_ptr(),
+                weight.data_ptr(),
+                bias_address,
+                *self.limits(latent.device),
+                k,
+            )
         except ValueError:  # of what it cannot do, such as an odd D, or a latent that fills the shared memory
             return None
 
@@ -55,7 +74,9 @@ class Decoder:
         self._launch(decode.log_prob, decode, log_prior, result)
         return result
 
-    def topk(self, latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor] | None:
+    def topk(
+        self, latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, k: int
+    ) -> tuple[Tensor, Tensor] | None:
         """The k largest log-probabilities (N, k), descending, and their classes, or None."""
         if (decode := self.plan("TopK", latent, weight, bias, k)) is None:
             return None
@@ -64,7 +85,9 @@ class Decoder:
         self._launch(decode.topk, decode, log_prior, values, indices)
         return values, indices
 
-    def sample(self, rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor) -> Tensor | None:
+    def sample(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor
+    ) -> Tensor | None:
         """One class (R,) from each row's softmax(l / temperature), which depends on the seed (1,), int64, the row and the class alone; or None."""
         latent = rows.contiguous()[:, None]
         if (decode := self.plan("Sample", latent, weight, bias)) is None:
@@ -92,7 +115,9 @@ def _on(device: torch.device) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None) -> Tensor:
+def sample(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None
+) -> Tensor:
     """As in the Triton backend, by the decode kernel where that can."""
     if not torch.compiler.is_compiling():
         state = torch.randint(2**62, (1,), generator=generator, device=rows.device)
@@ -105,7 +130,10 @@ def availability() -> str:
     """What `fused_mos.backends()` says of this backend: "available …", or why not."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU"
-    return unsupported(torch.device("cuda", torch.cuda.current_device())) or "available; auto does not choose it, for no recorded run shows it right and faster"
+    return (
+        unsupported(torch.device("cuda", torch.cuda.current_device()))
+        or "available; auto does not choose it, for no recorded run shows it right and faster"
+    )
 
 
 def unsupported(device: torch.device) -> str | None:

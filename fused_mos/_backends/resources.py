@@ -32,5 +32,7 @@ def kernel_resources(path: str | Path) -> list[Resources]:
             function = match[1]
         elif "REG:" in line:
             used = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line))
-            found.append(Resources(architecture, function, *(int(used[name]) for name in ("REG", "STACK", "LOCAL", "SHARED"))))
+            found.append(
+                Resources(architecture, function, *(int(used[name]) for name in ("REG", "STACK", "LOCAL", "SHARED")))
+            )
     return found

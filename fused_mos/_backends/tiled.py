@@ -107,7 +107,9 @@ def row_statistics(
     total = torch.zeros_like(maximum)
     target_logit = torch.full_like(maximum, math.nan)
     for r, c in _tiles(workspace, n, n_classes):
-        tile = _logits(rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start))
+        tile = _logits(
+            rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start)
+        )
         if target is not None:
             local, inside = _local_target(target[r], c)
             target_logit[r] = torch.where(inside, tile.gather(1, local), target_logit[r])
@@ -135,7 +137,9 @@ def rows_backward(
     accumulation = workspace.accumulation
     grad_rows, grad_weight, grad_bias = _zero_gradients(rows, weight, needs, accumulation)
     for r, c in _tiles(workspace, rows.shape[0], weight.shape[0]):
-        tile = _logits(rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start))
+        tile = _logits(
+            rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start)
+        )
         _exp_(tile, maximum[r, None], log_total[r, None]).mul_(grad_lse[r, None])
         if target is not None:
             local, inside = _local_target(target[r], c)
@@ -200,7 +204,9 @@ def nll_with_gradients(
             kept_gradient = torch.zeros_like(z_kept, dtype=accumulation)
             # a copy of the kept rows in slices, so that it stays small beside the workspace
             for c in spans(n_classes, max(n_classes // 8, 1)):
-                _add_gradients(tile[:, c][kept], z_kept, weight, c, (kept_gradient, grad_weight, grad_bias), product_needs)
+                _add_gradients(
+                    tile[:, c][kept], z_kept, weight, c, (kept_gradient, grad_weight, grad_bias), product_needs
+                )
             if needs[0]:
                 grad_rows[rows][kept] = kept_gradient
     grad_rows, grad_weight, grad_bias = _cast_gradients((grad_rows, grad_weight, grad_bias), dtype)
@@ -208,7 +214,9 @@ def nll_with_gradients(
     return nll, maximum, log_total, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
 
 
-def log_prob(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+def log_prob(
+    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
+) -> Tensor:
     n, n_classes = latent.shape[0], weight.shape[0]
     result = maximum.new_empty(n, n_classes)
     for tokens, c, tile in _mixture_tiles(latent, log_prior, weight, bias, maximum, log_total):
@@ -216,7 +224,9 @@ def log_prob(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | N
     return result
 
 
-def predict(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+def predict(
+    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
+) -> Tensor:
     best = maximum.new_full((latent.shape[0],), -math.inf)
     index = torch.zeros(latent.shape[0], dtype=torch.int64, device=latent.device)
     for tokens, c, tile in _mixture_tiles(latent, log_prior, weight, bias, maximum, log_total):
@@ -275,7 +285,9 @@ def log_prob_backward(
         """G·q of one tile, (tokens, K, columns), with q = softmax_k(log π + l − L): as a softmax over the experts it
         sums to one however large the logits are, and needs no saved log-probabilities."""
         tokens = slice(r.start // k, r.stop // k)
-        tile = _logits(rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start))
+        tile = _logits(
+            rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start)
+        )
         joint = tile.view(-1, k, c.stop - c.start).sub_(maximum[tokens, :, None]).add_(log_scale[tokens, :, None])
         q = _exp_(joint, joint.amax(1, keepdim=True).clamp_min_(torch.finfo(joint.dtype).min))
         # the largest term is 1, so the sum is at least 1, but for a masked class, where all are 0
@@ -289,7 +301,9 @@ def log_prob_backward(
     if any(product_needs):
         for r, c in _tiles(workspace, n * k, n_classes, group=k):
             tokens, gq = weighted_responsibility(r, c)
-            softmax = _logits(rows[r], weight[c], None if bias is None else bias[c], torch.empty_like(gq).view(r.stop - r.start, -1))
+            softmax = _logits(
+                rows[r], weight[c], None if bias is None else bias[c], torch.empty_like(gq).view(r.stop - r.start, -1)
+            )
             _exp_(softmax, maximum.view(-1, 1)[r], log_total.view(-1, 1)[r]).mul_(s.view(-1, 1)[r])
             gradients = (grad_rows[r] if needs[0] else None, grad_weight, grad_bias)
             _add_gradients(gq.view_as(softmax).sub_(softmax), rows[r], weight, c, gradients, product_needs)
@@ -298,14 +312,18 @@ def log_prob_backward(
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
 
-def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None) -> Tensor:
+def sample(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None
+) -> Tensor:
     """Gumbel-max: argmax_v (l/temperature − log(−log u)), with the running best over the tiles."""
     rows, weight, bias = _operands(rows, weight, bias)
     workspace = Workspace(rows, copies=2)
     best = rows.new_full((rows.shape[0],), -math.inf, dtype=workspace.accumulation)
     index = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
     for r, c in _tiles(workspace, rows.shape[0], weight.shape[0]):
-        tile = _logits(rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start))
+        tile = _logits(
+            rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start)
+        )
         # −log(exponential) is a Gumbel variate; exponential_ draws from (0, inf), so the logarithm is finite
         gumbel = torch.empty_like(tile).exponential_(generator=generator).log_()
         value, column = tile.div_(temperature).sub_(gumbel).max(dim=1)
@@ -315,12 +333,16 @@ def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
     return index
 
 
-def _zero_gradients(rows: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _zero_gradients(
+    rows: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     shapes = (rows.shape, weight.shape, weight.shape[:1])
     return tuple(rows.new_zeros(shape if need else (0,), dtype=dtype) for shape, need in zip(shapes, needs))
 
 
-def _add_gradients(tile: Tensor, rows: Tensor, weight: Tensor, columns: slice, gradients, needs: tuple[bool, bool, bool]) -> None:
+def _add_gradients(
+    tile: Tensor, rows: Tensor, weight: Tensor, columns: slice, gradients, needs: tuple[bool, bool, bool]
+) -> None:
     """Adds one tile of dl to (dz of these rows, dE, db)."""
     grad_rows, grad_weight, grad_bias = gradients
     if needs[0]:

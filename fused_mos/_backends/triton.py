@@ -48,7 +48,9 @@ def availability() -> str:
         return "available (interpreted: TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU"
-    return unsupported(torch.device("cuda", torch.cuda.current_device())) or f"available ({torch.cuda.get_device_name()})"
+    return (
+        unsupported(torch.device("cuda", torch.cuda.current_device())) or f"available ({torch.cuda.get_device_name()})"
+    )
 
 
 def unsupported(device: torch.device) -> str | None:
@@ -71,7 +73,9 @@ def too_old(gpu: str, capability: tuple[int, int]) -> str | None:
 def _splits(n_rows: int, n_classes: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """How many splits of the vocabulary occupy the device, and the tiles of each."""
     tiles = triton.cdiv(n_classes, tile.classes)
-    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * architecture_of(device).multiprocessors, triton.cdiv(n_rows, tile.rows))
+    wanted = triton.cdiv(
+        PROGRAMS_PER_MULTIPROCESSOR * architecture_of(device).multiprocessors, triton.cdiv(n_rows, tile.rows)
+    )
     tiles_of_split = triton.cdiv(tiles, min(wanted, tiles))
     return triton.cdiv(tiles, tiles_of_split), tiles_of_split
 
@@ -88,7 +92,9 @@ def _not_a_class(like: Tensor, n_rows: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- single rows
 
 
-def row_statistics(rows_: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def row_statistics(
+    rows_: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     rows_, weight = aligned(rows_), aligned(weight)
     maximum, log_total = (_float32(rows_, rows_.shape[0]) for _ in range(2))
     target_logit = _not_a_class(rows_, rows_.shape[0])
@@ -112,17 +118,34 @@ def _statistics(
     splits, tiles_of_split = _splits(n, n_classes, tile, rows_.device)
     maxima, totals = _float32(rows_, splits, n), _float32(rows_, splits, n)
     launch(
-        rows.statistics_kernel, (triton.cdiv(n, tile.rows), splits),
-        rows_, weight, bias, target, maxima, totals, target_logit, n, n_classes, tiles_of_split,
-        D=weight.shape[1], EXPERTS=1, HAS_BIAS=bias is not None, HAS_TARGET=target is not None, ROWS=tile.rows,
-        RESIDENT=tile.resident, **constants,
-    )  # fmt: skip
+        rows.statistics_kernel,
+        (triton.cdiv(n, tile.rows), splits),
+        rows_,
+        weight,
+        bias,
+        target,
+        maxima,
+        totals,
+        target_logit,
+        n,
+        n_classes,
+        tiles_of_split,
+        D=weight.shape[1],
+        EXPERTS=1,
+        HAS_BIAS=bias is not None,
+        HAS_TARGET=target is not None,
+        ROWS=tile.rows,
+        RESIDENT=tile.resident,
+        **constants,
+    )
     launch(
         rows.combine_kernel, (triton.cdiv(n, 32),), maxima, totals, maximum, log_total, n, splits, BLOCK=32, SPLITS=32
     )
 
 
-def sample(rows_: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None) -> Tensor:
+def sample(
+    rows_: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None
+) -> Tensor:
     """Gumbel-max, with random numbers that depend on the seed, the row and the class alone."""
     rows_, weight = aligned(rows_.contiguous()), aligned(weight)
     n, n_classes = rows_.shape[0], weight.shape[0]
@@ -131,10 +154,24 @@ def sample(rows_: Tensor, weight: Tensor, bias: Tensor | None, temperature: floa
     seed = torch.randint(2**62, (1,), generator=generator, device=rows_.device)
     best, index = _float32(rows_, splits, n), seed.new_empty(splits, n)
     launch(
-        rows.sample_kernel, (triton.cdiv(n, tile.rows), splits),
-        rows_, weight, bias, seed, best, index, 1 / temperature, n, n_classes, tiles_of_split,
-        D=weight.shape[1], HAS_BIAS=bias is not None, ROWS=tile.rows, RESIDENT=tile.resident, **constants,
-    )  # fmt: skip
+        rows.sample_kernel,
+        (triton.cdiv(n, tile.rows), splits),
+        rows_,
+        weight,
+        bias,
+        seed,
+        best,
+        index,
+        1 / temperature,
+        n,
+        n_classes,
+        tiles_of_split,
+        D=weight.shape[1],
+        HAS_BIAS=bias is not None,
+        ROWS=tile.rows,
+        RESIDENT=tile.resident,
+        **constants,
+    )
     return _first_of_best(best, index)
 
 
@@ -163,7 +200,9 @@ def _recomputed_gradients(
     if n and any(needs):
         augmented = with_column(z, d, None) if needs[2] else z
         height = max(min(n, MAX_ROWS) // group, 1) * group
-        n_bytes = WORKSPACE_BYTES - grad_rows.nbytes - (augmented.nbytes if needs[2] else 0) - bytes_of_padded(n, weight)
+        n_bytes = (
+            WORKSPACE_BYTES - grad_rows.nbytes - (augmented.nbytes if needs[2] else 0) - bytes_of_padded(n, weight)
+        )
         bytes_of_column = height * z.itemsize + 4 * augmented.shape[1]  # of dl, and the sums of dE
         columns = max(n_bytes, WORKSPACE_BYTES // 4) // bytes_of_column // 128 * 128
         columns = min(max(columns, MIN_COLUMNS), row_length(n_classes, z))
@@ -207,11 +246,28 @@ def rows_backward(
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         tile, constants = choose_tile("gradient", z, dl.shape[0])
         launch(
-            gradients.gradient_kernel, (triton.cdiv(dl.shape[0], tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
-            z[r], e, bias, None if target is None else target[r], maximum[r], log_total[r], grad_lse[r], grad_target[r],
-            dl, dl.shape[0], weight.shape[0], c.start, dl.shape[1], dl.stride(0),
-            D=e.shape[1], HAS_BIAS=bias is not None, HAS_TARGET=target is not None, ROWS=tile.rows, **constants,
-        )  # fmt: skip
+            gradients.gradient_kernel,
+            (triton.cdiv(dl.shape[0], tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
+            z[r],
+            e,
+            bias,
+            None if target is None else target[r],
+            maximum[r],
+            log_total[r],
+            grad_lse[r],
+            grad_target[r],
+            dl,
+            dl.shape[0],
+            weight.shape[0],
+            c.start,
+            dl.shape[1],
+            dl.stride(0),
+            D=e.shape[1],
+            HAS_BIAS=bias is not None,
+            HAS_TARGET=target is not None,
+            ROWS=tile.rows,
+            **constants,
+        )
 
     return _recomputed_gradients(write_dl, z, e, weight, needs, 1, unscale)
 
@@ -264,11 +320,30 @@ def nll_with_gradients(
         a = exponentials[: r.stop - r.start]
         totals = _exponentials(z[r], e, bias, target[t], reference[r], a, target_logit[r], k)
         launch(
-            gradients.mix_kernel, (triton.cdiv(t.stop - t.start, 2),),
-            reference[r], totals, target_logit[r], prior_logits[t], target[t], valid[t], scale, nll[t], log_total[r],
-            responsibility[r], factor[r], grad_prior[t], a, t.stop - t.start, n_classes, totals.shape[0], a.stride(0),
-            K=k, TOKENS=2, EXPERTS=triton.next_power_of_2(k), TILES=32,
-        )  # fmt: skip
+            gradients.mix_kernel,
+            (triton.cdiv(t.stop - t.start, 2),),
+            reference[r],
+            totals,
+            target_logit[r],
+            prior_logits[t],
+            target[t],
+            valid[t],
+            scale,
+            nll[t],
+            log_total[r],
+            responsibility[r],
+            factor[r],
+            grad_prior[t],
+            a,
+            t.stop - t.start,
+            n_classes,
+            totals.shape[0],
+            a.stride(0),
+            K=k,
+            TOKENS=2,
+            EXPERTS=triton.next_power_of_2(k),
+            TILES=32,
+        )
         block, z_block, f_block, kept = a[:, :n_classes], z[r], factor[r], slice(None)
         survivors = kept_rows(responsibility[r], responsibility[r], filter_eps)
         if survivors is not None:
@@ -301,7 +376,15 @@ def _exponentials(
     n, n_classes = z.shape[0], e.shape[0]
     tile, constants = choose_tile("gradient", z, n)
     first_classes = min(tile.classes, n_classes)
-    _statistics(z, e[:first_classes], None if bias is None else bias[:first_classes], None, reference, torch.empty_like(reference), None)
+    _statistics(
+        z,
+        e[:first_classes],
+        None if bias is None else bias[:first_classes],
+        None,
+        reference,
+        torch.empty_like(reference),
+        None,
+    )
     n_tiles = triton.cdiv(n_classes, tile.classes)
     maxima, totals = _float32(z, n_tiles, n), _float32(z, n_tiles, n)
     arguments = z, e, bias, target, reference, a, maxima, totals, target_logit, n, n_classes, a.stride(0)
@@ -319,23 +402,41 @@ def _exponentials(
 def _mixture_constants(latent: Tensor, z: Tensor, bias: Tensor | None, family: str = "mixture") -> tuple[Tile, dict]:
     tile, constants = choose_tile(family, z, latent.shape[0])
     return tile, constants | {
-        "K": latent.shape[1], "D": z.shape[1], "HAS_BIAS": bias is not None, "TOKENS": tile.rows, "RESIDENT": tile.resident,
-    }  # fmt: skip
+        "K": latent.shape[1],
+        "D": z.shape[1],
+        "HAS_BIAS": bias is not None,
+        "TOKENS": tile.rows,
+        "RESIDENT": tile.resident,
+    }
 
 
-def log_prob(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+def log_prob(
+    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
+) -> Tensor:
     n, n_classes = latent.shape[0], weight.shape[0]
     z, e = aligned(latent.view(-1, latent.shape[-1])), aligned(weight)
     tile, constants = _mixture_constants(latent, z, bias)
     result = _float32(latent, n, n_classes)
     launch(
-        mixture.log_prob_kernel, (triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.classes)),
-        z, e, bias, log_prior, maximum, log_total, result, n, n_classes, **constants,
-    )  # fmt: skip
+        mixture.log_prob_kernel,
+        (triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.classes)),
+        z,
+        e,
+        bias,
+        log_prior,
+        maximum,
+        log_total,
+        result,
+        n,
+        n_classes,
+        **constants,
+    )
     return result
 
 
-def predict(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor) -> Tensor:
+def predict(
+    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
+) -> Tensor:
     n, n_classes = latent.shape[0], weight.shape[0]
     if n == 0:
         return torch.empty(0, dtype=torch.int64, device=latent.device)
@@ -344,9 +445,21 @@ def predict(latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | No
     splits, tiles_of_split = _splits(n, n_classes, tile, latent.device)
     best, index = _float32(latent, splits, n), torch.empty((splits, n), dtype=torch.int64, device=latent.device)
     launch(
-        mixture.predict_kernel, (triton.cdiv(n, tile.rows), splits),
-        z, e, bias, log_prior, maximum, log_total, best, index, n, n_classes, tiles_of_split, **constants,
-    )  # fmt: skip
+        mixture.predict_kernel,
+        (triton.cdiv(n, tile.rows), splits),
+        z,
+        e,
+        bias,
+        log_prior,
+        maximum,
+        log_total,
+        best,
+        index,
+        n,
+        n_classes,
+        tiles_of_split,
+        **constants,
+    )
     return _first_of_best(best, index)
 
 
@@ -373,10 +486,25 @@ def log_prob_backward(
         t = slice(r.start // k, r.stop // k)
         tile, constants = _mixture_constants(latent[t], z, bias, "mixture-gradient")
         launch(
-            mixture.mixture_gradient_kernel, (triton.cdiv(t.stop - t.start, tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
-            z[r], e, bias, log_prior[t], maximum[t], log_total[t], scaled_grad[t], scaled_s[t], dl,
-            t.stop - t.start, n_classes, c.start, dl.shape[1], dl.stride(0), SECOND_SWEEP=True, **constants,
-        )  # fmt: skip
+            mixture.mixture_gradient_kernel,
+            (triton.cdiv(t.stop - t.start, tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
+            z[r],
+            e,
+            bias,
+            log_prior[t],
+            maximum[t],
+            log_total[t],
+            scaled_grad[t],
+            scaled_s[t],
+            dl,
+            t.stop - t.start,
+            n_classes,
+            c.start,
+            dl.shape[1],
+            dl.stride(0),
+            SECOND_SWEEP=True,
+            **constants,
+        )
 
     grad_rows, grad_weight, grad_bias = _recomputed_gradients(write_dl, z, e, weight, product_needs, k, unscale)
     grad_prior = s - log_prior.exp() * s.sum(-1, keepdim=True) if needs[1] else s.new_empty(0)
@@ -395,8 +523,19 @@ def _sums_of_weighted_posteriors(grad: Tensor, latent: Tensor, inputs: tuple[Ten
         span = c.stop - c.start
         terms = partial[: triton.cdiv(span, tile.classes)]
         launch(
-            mixture.mixture_gradient_kernel, (triton.cdiv(n, tile.rows), terms.shape[0]),
-            *inputs, grad, terms, None, n, n_classes, c.start, span, 0, SECOND_SWEEP=False, **constants,
-        )  # fmt: skip
+            mixture.mixture_gradient_kernel,
+            (triton.cdiv(n, tile.rows), terms.shape[0]),
+            *inputs,
+            grad,
+            terms,
+            None,
+            n,
+            n_classes,
+            c.start,
+            span,
+            0,
+            SECOND_SWEEP=False,
+            **constants,
+        )
         s += terms.sum(0)
     return s

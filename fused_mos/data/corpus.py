@@ -75,7 +75,9 @@ class Corpus:
                             f"train with --map-unknown to count such words as {UNKNOWN}"
                         )
                     if UNKNOWN not in index:
-                        raise CorpusError(f"{path}:{number}: cannot map {word!r} to {UNKNOWN}, which train.txt does not contain")
+                        raise CorpusError(
+                            f"{path}:{number}: cannot map {word!r} to {UNKNOWN}, which train.txt does not contain"
+                        )
                     token = index[UNKNOWN]
                 tokens.append(token)
         return torch.tensor(tokens, dtype=torch.int64)

@@ -51,7 +51,9 @@ def download(config: Download) -> Path:
     if config.sha256 is None:
         print(f"{name}: sha256 {digest.hexdigest()}; with --sha256 it is compared")
     elif digest.hexdigest() != config.sha256.lower():
-        raise CorpusError(f"{fetched}: its sha256 is {digest.hexdigest()}, not {config.sha256}; delete it to fetch it again, or correct --sha256")
+        raise CorpusError(
+            f"{fetched}: its sha256 is {digest.hexdigest()}, not {config.sha256}; delete it to fetch it again, or correct --sha256"
+        )
     os.replace(fetched, archive)
     return _extract(archive, config.out)
 
@@ -65,19 +67,26 @@ def _fetch(url: str, path: Path) -> None:
             size = size if response.status == 206 else 0
             length = response.headers["Content-Length"]
             total = size + int(length) if length else None
-            with path.open("ab" if size else "wb") as file, bar(desc="download", total=total, initial=size, unit="B", unit_scale=True) as progress:
+            with (
+                path.open("ab" if size else "wb") as file,
+                bar(desc="download", total=total, initial=size, unit="B", unit_scale=True) as progress,
+            ):
                 while block := response.read1(BLOCK_BYTES):
                     file.write(block)
                     size += len(block)
                     progress.update(len(block))
     except urllib.error.HTTPError as error:
         if error.code != 416:  # there is nothing behind what it has
-            raise CorpusError(f"{url}: the server answers {error.code} {error.reason}; try again later, or another --url") from None
+            raise CorpusError(
+                f"{url}: the server answers {error.code} {error.reason}; try again later, or another --url"
+            ) from None
     except (OSError, http.client.HTTPException) as error:
         raise CorpusError(f"{url}: {error}; the same command continues") from None
     else:
         if total not in (None, size):
-            raise CorpusError(f"{url}: the connection ended after {size:,} of {total:,} bytes; the same command continues")
+            raise CorpusError(
+                f"{url}: the connection ended after {size:,} of {total:,} bytes; the same command continues"
+            )
 
 
 def _extract(archive: Path, out: Path) -> Path:
@@ -95,7 +104,9 @@ def _extract(archive: Path, out: Path) -> Path:
             while file.read(BLOCK_BYTES):  # to its end, where the check sum is
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise CorpusError(f"{archive} is damaged ({error}); delete it and {out / FOLDER}, and the same command fetches it again") from None
+        raise CorpusError(
+            f"{archive} is damaged ({error}); delete it and {out / FOLDER}, and the same command fetches it again"
+        ) from None
     if not n_files:
         raise CorpusError(f"{archive} has no file in {FOLDER}; url must be that of the benchmark")
     print(f"{out / FOLDER}: {n_files} files; next: python -m fused_mos.data.lm1b prepare --source {out} --out …")

@@ -40,7 +40,9 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise CorpusError(f"the disk that holds {path} is full; free space and run the same command, which continues") from None
+        raise CorpusError(
+            f"the disk that holds {path} is full; free space and run the same command, which continues"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -32,7 +32,10 @@ from .files import BLOCK_BYTES, bar, write_json, writing
 
 BOS, EOS, UNKNOWN = MARKS = ("<S>", "</S>", "<UNK>")
 FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "heldout": "heldout-monolingual.tokenized.shuffled"}
-SHARDS = {"train": [f"news.en-{i:05}-of-00100" for i in range(1, 100)], "heldout": [f"news.en.heldout-{i:05}-of-00050" for i in range(50)]}
+SHARDS = {
+    "train": [f"news.en-{i:05}-of-00100" for i in range(1, 100)],
+    "heldout": [f"news.en.heldout-{i:05}-of-00050" for i in range(50)],
+}
 """The benchmark's files: the held-out ones are what would be training shard 0."""
 MIN_COUNT = 3
 START, END = b"\xfe", b"\xff"
@@ -59,10 +62,14 @@ class Prepare:
     """Go on with fewer shards than the benchmark has."""
 
     def check(self) -> None:
-        given = [(name, value) for name in ("min_count", "top", "vocabulary") if (value := getattr(self, name)) is not None]
+        given = [
+            (name, value) for name in ("min_count", "top", "vocabulary") if (value := getattr(self, name)) is not None
+        ]
         if len(given) > 1:
             (a, first), (b, second) = given[:2]
-            raise CorpusError(f"--{a.replace('_', '-')} {first} and --{b} {second} both choose the vocabulary; give one of them")
+            raise CorpusError(
+                f"--{a.replace('_', '-')} {first} and --{b} {second} both choose the vocabulary; give one of them"
+            )
         for name, least in (("min_count", 1), ("top", len(MARKS) + 1), ("workers", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -87,7 +94,9 @@ class Shard:
                     block.decode()
                 except UnicodeDecodeError as error:
                     line = before + block.count(b"\n", 0, error.start) + 1
-                    raise CorpusError(f"{self.path}:{line} is not UTF-8 text ({error.reason}); download the shard again") from None
+                    raise CorpusError(
+                        f"{self.path}:{line} is not UTF-8 text ({error.reason}); download the shard again"
+                    ) from None
                 before += block.count(b"\n")
                 yield block
 
@@ -130,10 +139,18 @@ def prepare(config: Prepare) -> dict[str, Any]:
         with writing(path) as file:
             file.write(text)
     description = f"tokenise {len(pending)} of {len(entries)} shards"
-    entries |= _each(functools.partial(_tokenise, digest=digest), pending, config.workers, description, lambda e: e["tokens"] - 2 * e["sentences"])
+    entries |= _each(
+        functools.partial(_tokenise, digest=digest),
+        pending,
+        config.workers,
+        description,
+        lambda e: e["tokens"] - 2 * e["sentences"],
+    )
     manifest = {"format": 1, "vocabulary": {"words": len(words), "sha256": digest}}
     for split, of_split in shards.items():
-        manifest[split] = [{key: value for key, value in entries[shard].items() if key != "vocabulary"} for shard in of_split]
+        manifest[split] = [
+            {key: value for key, value in entries[shard].items() if key != "vocabulary"} for shard in of_split
+        ]
     write_json(manifest_path, manifest)
     return manifest
 
@@ -148,7 +165,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CorpusError(f"{path} is damaged ({error}); run python -m fused_mos.data.lm1b prepare again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != 1 or not manifest.keys() >= {"vocabulary", *FOLDERS}:
-        raise CorpusError(f"{path} is not of format 1, which python -m fused_mos.data.lm1b prepare writes; run it first, with another --out")
+        raise CorpusError(
+            f"{path} is not of format 1, which python -m fused_mos.data.lm1b prepare writes; run it first, with another --out"
+        )
     return manifest
 
 
@@ -157,11 +176,15 @@ def _find_shards(config: Prepare, split: str) -> list[Shard]:
     folder, out, names = root / FOLDERS[split], config.out, SHARDS[split]
     missing = [name for name in names if not (folder / name).is_file()]
     if len(missing) == len(names):
-        raise CorpusError(f"{folder} has no shard such as {names[0]}; --source must name the benchmark's folder, got {config.source}")
+        raise CorpusError(
+            f"{folder} has no shard such as {names[0]}; --source must name the benchmark's folder, got {config.source}"
+        )
     if missing and not config.allow_missing:
         listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         have = len(names) - len(missing)
-        raise CorpusError(f"{folder} has {have} of {len(names)} shards and lacks {listed}; complete it, or give --allow-missing to do with fewer")
+        raise CorpusError(
+            f"{folder} has {have} of {len(names)} shards and lacks {listed}; complete it, or give --allow-missing to do with fewer"
+        )
     shards = []
     for name in sorted({*names} - {*missing}):
         path = folder / name
@@ -169,7 +192,9 @@ def _find_shards(config: Prepare, split: str) -> list[Shard]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             if file.read() != b"\n":
-                raise CorpusError(f"{path} is truncated: its {size:,} bytes do not end with a newline; download it again")
+                raise CorpusError(
+                    f"{path} is truncated: its {size:,} bytes do not end with a newline; download it again"
+                )
         shards.append(Shard(path, size, out / "counts" / f"{name}.tsv", out / split / f"{name}.tokens"))
     return shards
 
@@ -184,7 +209,9 @@ def _read_vocabulary(path: Path) -> list[bytes]:
         if word.split() != [word] or word.decode(errors="ignore") != shown:
             raise CorpusError(f"{path}:{number} must be one word of UTF-8 text, got {shown!r}")
         if lines.setdefault(word, number) != number:
-            raise CorpusError(f"{path}:{number}: the word {shown!r} is on line {lines[word]} already; remove one of them")
+            raise CorpusError(
+                f"{path}:{number}: the word {shown!r} is on line {lines[word]} already; remove one of them"
+            )
     missing = [mark for mark in MARKS if mark.encode() not in lines]
     if missing:
         raise CorpusError(f"{path} lacks {', '.join(missing)}; a vocabulary must hold {', '.join(MARKS)}")
@@ -207,10 +234,14 @@ def _count_vocabulary(config: Prepare, shards: list[Shard]) -> list[bytes]:
     words = sorted((word for word, count in counts.items() if count >= least), key=lambda word: (-counts[word], word))
     if not words:
         most = max(counts.values(), default=0)
-        raise CorpusError(f"no word is in the training shards {least} times, the most frequent one is there {most} times; lower min_count")
+        raise CorpusError(
+            f"no word is in the training shards {least} times, the most frequent one is there {most} times; lower min_count"
+        )
     words = [*marks, *words]
     if config.top and config.top > len(words):
-        raise CorpusError(f"top {config.top} is more than the {len(words)} that the words of the training shards and the marks make; lower it")
+        raise CorpusError(
+            f"top {config.top} is more than the {len(words)} that the words of the training shards and the marks make; lower it"
+        )
     return words[: config.top]
 
 
@@ -236,7 +267,11 @@ def _finished(shard: Shard, digest: str) -> dict[str, Any] | None:
     """What an earlier run says of the shard, if its token ids are those of this source and vocabulary."""
     try:
         entry = json.loads(shard.tokens.with_suffix(".json").read_bytes())
-        fits = (entry["vocabulary"], entry["source"]["bytes"], 4 * entry["tokens"]) == (digest, shard.bytes, shard.tokens.stat().st_size)
+        fits = (entry["vocabulary"], entry["source"]["bytes"], 4 * entry["tokens"]) == (
+            digest,
+            shard.bytes,
+            shard.tokens.stat().st_size,
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return entry if fits else None
@@ -269,33 +304,51 @@ def _tokenise(shard: Shard, digest: str) -> dict[str, Any]:
         if not totals["sentences"]:
             raise CorpusError(f"{shard.path} has no sentence in its {lines} lines, all blank; download it again")
     source = {"name": shard.path.name, "bytes": shard.bytes, "sha256": source_sha256.hexdigest()}
-    entry = {"file": shard.tokens.relative_to(out).as_posix(), **totals, "empty": lines - totals["sentences"], "sha256": sha256.hexdigest()}
+    entry = {
+        "file": shard.tokens.relative_to(out).as_posix(),
+        **totals,
+        "empty": lines - totals["sentences"],
+        "sha256": sha256.hexdigest(),
+    }
     entry |= {"vocabulary": digest, "source": source}
     write_json(shard.tokens.with_suffix(".json"), entry)
     return entry
 
 
 def _each(
-    function: Callable[[Shard], Any], shards: list[Shard], workers: int | None, description: str, n_words: Callable[[Any], int]
+    function: Callable[[Shard], Any],
+    shards: list[Shard],
+    workers: int | None,
+    description: str,
+    n_words: Callable[[Any], int],
 ) -> dict[Shard, Any]:
     """The function's result for every shard, computed in processes, or in this one where one is enough. Prints the speed."""
     if not shards:
         return {}
     start, results, n_bytes = time.monotonic(), {}, sum(shard.bytes for shard in shards)
-    workers = min(len(shards), workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    workers = min(
+        len(shards),
+        workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
+    )
     with bar(desc=description, total=n_bytes, unit="B", unit_scale=True) as progress:
-        for shard, result in _in_processes(function, shards, workers) if workers > 1 else ((shard, function(shard)) for shard in shards):
+        for shard, result in (
+            _in_processes(function, shards, workers) if workers > 1 else ((shard, function(shard)) for shard in shards)
+        ):
             results[shard] = result
             progress.update(shard.bytes)
     seconds, words = time.monotonic() - start, sum(map(n_words, results.values()))
-    print(f"{description}: {words:,} words in {seconds:.1f} s, {words / seconds / 1e6:.2f} M words/s, {n_bytes / seconds / 1e6:.1f} MB/s")
+    print(
+        f"{description}: {words:,} words in {seconds:.1f} s, {words / seconds / 1e6:.2f} M words/s, {n_bytes / seconds / 1e6:.1f} MB/s"
+    )
     return results
 
 
 def _in_processes(function: Callable[[Shard], Any], shards: list[Shard], workers: int) -> Iterator[tuple[Shard, Any]]:
     """(shard, result) as they come."""
     # a server that has imported this package forks workers at once; where there is none, each imports it
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
     multiprocessing.set_forkserver_preload(["fused_mos.data.corpus"])
     ours, theirs = context.Pipe()
     with ours, ProcessPoolExecutor(workers, context, _start_worker, (theirs,)) as pool:
@@ -304,7 +357,9 @@ def _in_processes(function: Callable[[Shard], Any], shards: list[Shard], workers
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
-            raise CorpusError("a worker process was killed, perhaps for want of memory; run the same command, which continues") from None
+            raise CorpusError(
+                "a worker process was killed, perhaps for want of memory; run the same command, which continues"
+            ) from None
         except (KeyboardInterrupt, GeneratorExit):
             ours.close()
             raise
@@ -333,9 +388,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     print(f"{config.out}: a vocabulary of {manifest['vocabulary']['words']:,} words")
     for split in FOLDERS:
-        tokens, sentences, unknown, empty = (sum(entry[key] for entry in manifest[split]) for key in ("tokens", "sentences", "unknown", "empty"))
+        tokens, sentences, unknown, empty = (
+            sum(entry[key] for entry in manifest[split]) for key in ("tokens", "sentences", "unknown", "empty")
+        )
         share = unknown / (tokens - 2 * sentences)
-        print(f"{split}: {tokens:,} tokens in {sentences:,} sentences, {share:.2%} of the words {UNKNOWN}, {empty:,} blank lines skipped")
+        print(
+            f"{split}: {tokens:,} tokens in {sentences:,} sentences, {share:.2%} of the words {UNKNOWN}, {empty:,} blank lines skipped"
+        )
     return 0
 
 

@@ -57,7 +57,9 @@ class SyntheticLanguage:
     def cross_entropy(self, log_prob: Tensor) -> float:
         """Expected loss in nats a word of a model with these log-probabilities (V, V), exactly: over all texts, not over a sample."""
         if log_prob.shape != self.log_prob.shape:
-            raise ValueError(f"log_prob must be (n_words, n_words) = {tuple(self.log_prob.shape)}, got {tuple(log_prob.shape)}")
+            raise ValueError(
+                f"log_prob must be (n_words, n_words) = {tuple(self.log_prob.shape)}, got {tuple(log_prob.shape)}"
+            )
         return -(self.stationary @ (self.log_prob.exp() * log_prob.double()).sum(1)).item()
 
     def sample(self, n: int, seed: int) -> Tensor:
@@ -76,7 +78,9 @@ class SyntheticLanguage:
 def _stationary(transition: Tensor) -> Tensor:
     """The distribution that stays itself, of a matrix all of whose entries are positive: unique."""
     n = len(transition)
-    equations = torch.cat([transition.T - torch.eye(n, dtype=transition.dtype), torch.ones(1, n, dtype=transition.dtype)])
+    equations = torch.cat(
+        [transition.T - torch.eye(n, dtype=transition.dtype), torch.ones(1, n, dtype=transition.dtype)]
+    )
     right = torch.zeros(n + 1, 1, dtype=transition.dtype)
     right[-1] = 1
     found = torch.linalg.lstsq(equations, right).solution[:, 0].clamp_(min=0)
@@ -106,19 +110,27 @@ def write(config: Config) -> dict[str, float]:
     language = SyntheticLanguage(config.n_words, config.rank, config.concentration, config.seed)
     texts = {
         split: language.sample(n, config.seed + i)
-        for i, (split, n) in enumerate({"train": config.train, "valid": config.heldout, "test": config.heldout}.items(), start=1)
+        for i, (split, n) in enumerate(
+            {"train": config.train, "valid": config.heldout, "test": config.heldout}.items(), start=1
+        )
     }
     if missing := config.n_words - len(texts["train"].unique()):
-        raise ValueError(f"train must be longer for each of n_words = {config.n_words} words to occur in it: {config.train} words lack {missing}")
+        raise ValueError(
+            f"train must be longer for each of n_words = {config.n_words} words to occur in it: {config.train} words lack {missing}"
+        )
     config.out.mkdir(parents=True, exist_ok=True)
     words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
     for split, tokens in texts.items():
         # a line's end is a word, and the corpus ends the last line by itself
         (config.out / f"{split}.txt").write_text("".join(words[i] for i in tokens.tolist()), encoding="utf-8")
     facts = {
-        "entropy": language.entropy, "perplexity": math.exp(language.entropy), "rank": language.rank, "n_words": config.n_words,
-        "concentration": config.concentration, "seed": config.seed,
-    }  # fmt: skip
+        "entropy": language.entropy,
+        "perplexity": math.exp(language.entropy),
+        "rank": language.rank,
+        "n_words": config.n_words,
+        "concentration": config.concentration,
+        "seed": config.seed,
+    }
     (config.out / "language.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
 
@@ -130,7 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{config.out}: {config.n_words} words, rank {config.rank}; no model's perplexity can be below {facts['perplexity']:.2f}")
+    print(
+        f"{config.out}: {config.n_words} words, rank {config.rank}; no model's perplexity can be below {facts['perplexity']:.2f}"
+    )
     return 0
 
 

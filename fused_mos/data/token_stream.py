@@ -35,9 +35,13 @@ class TokenFile:
         try:
             size = self.path.stat().st_size
         except FileNotFoundError:
-            raise CorpusError(f"the shard {self.path} is missing; prepare the corpus again, finished shards are kept") from None
+            raise CorpusError(
+                f"the shard {self.path} is missing; prepare the corpus again, finished shards are kept"
+            ) from None
         if size != 4 * self.n_tokens:
-            raise CorpusError(f"the shard {self.path} has {size} bytes, {4 * self.n_tokens} in the manifest: delete it and prepare the corpus again")
+            raise CorpusError(
+                f"the shard {self.path} has {size} bytes, {4 * self.n_tokens} in the manifest: delete it and prepare the corpus again"
+            )
         return np.memmap(self.path, dtype="<i4", mode="r")
 
     def check(self, progress: Callable[[int], Any]) -> None:
@@ -66,17 +70,29 @@ class PreparedCorpus:
         self.digest = manifest["vocabulary"]["sha256"]
         path = folder / "vocabulary.txt"
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.digest:
-            raise CorpusError(f"{path} is not the vocabulary that the shards were prepared with; prepare the corpus again")
+            raise CorpusError(
+                f"{path} is not the vocabulary that the shards were prepared with; prepare the corpus again"
+            )
         self.vocabulary = Vocabulary.load(path)
         self.bos = self.vocabulary.index[BOS]
-        self.train, self.heldout = ([TokenFile(folder / f["file"], f["tokens"], f["sha256"]) for f in manifest[split]] for split in ("train", "heldout"))
+        self.train, self.heldout = (
+            [TokenFile(folder / f["file"], f["tokens"], f["sha256"]) for f in manifest[split]]
+            for split in ("train", "heldout")
+        )
         for file in (*self.train, *self.heldout):
             file.open()
 
     def check(self, rank: int = 0, n_ranks: int = 1) -> None:
         """Compares the digests of the files that are this rank's to check; see `TokenFile.check`."""
         files = [*self.train, *self.heldout][rank::n_ranks]
-        with tqdm(total=4 * sum(f.n_tokens for f in files), desc="check shards", unit="B", unit_scale=True, leave=False, disable=rank > 0) as bar:
+        with tqdm(
+            total=4 * sum(f.n_tokens for f in files),
+            desc="check shards",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=rank > 0,
+        ) as bar:
             for file in files:
                 file.check(bar.update)
 
@@ -118,7 +134,9 @@ class TrainStream:
     def __post_init__(self):
         for file in self.files:
             if file.n_tokens // self.n_columns < 2:
-                raise CorpusError(f"the shard {file.path} of {file.n_tokens} tokens is too short for {self.n_columns} columns of at least 2")
+                raise CorpusError(
+                    f"the shard {file.path} of {file.n_tokens} tokens is too short for {self.n_columns} columns of at least 2"
+                )
 
     def order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
@@ -131,7 +149,9 @@ class TrainStream:
     @property
     def fraction(self) -> float:
         """Epochs done, with the share of the present one."""
-        done = sum(self.files[i].n_tokens // self.n_columns - 1 for i in self.order(self.position.epoch)[: self.position.shard])
+        done = sum(
+            self.files[i].n_tokens // self.n_columns - 1 for i in self.order(self.position.epoch)[: self.position.shard]
+        )
         return self.position.epoch + (done + self.position.row) / self.rows_per_epoch
 
     def segments(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,7 +161,9 @@ class TrainStream:
         while position.shard < len(order):
             file = self.files[order[position.shard]]
             rows = file.n_tokens // self.n_columns
-            text = file.open()[: rows * self.n_columns].reshape(self.n_columns, rows)[self.columns.start : self.columns.stop]
+            text = file.open()[: rows * self.n_columns].reshape(self.n_columns, rows)[
+                self.columns.start : self.columns.stop
+            ]
             while position.row < rows - 1:
                 start, stop = position.row, min(position.row + self.bptt, rows - 1)
                 segment = torch.from_numpy(text[:, start : stop + 1].T.astype(np.int64))
@@ -154,13 +176,18 @@ class TrainStream:
             position.shard, position.row = position.shard + 1, 0
 
 
-def evaluation_segments(file: TokenFile, bos: int, n_columns: int, columns: range, bptt: int) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_segments(
+    file: TokenFile, bos: int, n_columns: int, columns: range, bptt: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """A held-out shard as segments (T, columns of this rank) of all its sentences: the columns start with sentences, so that every word
     is predicted once whatever their number. Behind the end of a column stands `bos`, which is no target."""
     text = file.open()
     starts = np.flatnonzero(text == bos)
     # the sentences nearest to equal shares of the tokens; a column may have none
-    bounds = np.append(starts[np.minimum(np.searchsorted(starts, np.arange(n_columns) * len(text) / n_columns), len(starts) - 1)], len(text))
+    bounds = np.append(
+        starts[np.minimum(np.searchsorted(starts, np.arange(n_columns) * len(text) / n_columns), len(starts) - 1)],
+        len(text),
+    )
     bounds[0] = 0
     rows = int(np.diff(bounds).max())
     for start in range(0, rows - 1, bptt):

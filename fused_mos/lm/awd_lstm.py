@@ -99,10 +99,14 @@ class AWDLSTM(nn.Module):
         Raises ValueError where names are missing, left over or do not fit each other.
         """
         names, count = set(state_dict), len({name.split(".")[1] for name in state_dict if name.startswith("rnns.")})
-        recurrent = [next((n for n in names if n.startswith(f"rnns.{i}.") and "weight_hh_l0" in n), None) for i in range(count)]
+        recurrent = [
+            next((n for n in names if n.startswith(f"rnns.{i}.") and "weight_hh_l0" in n), None) for i in range(count)
+        ]
         missing = {"encoder.weight", "prior.weight", "latent.0.weight", "decoder.weight"} - names
         if missing or not recurrent or None in recurrent:
-            raise ValueError(f"state_dict is not of the published code: it lacks {', '.join(sorted(missing)) or 'weight_hh_l0 of an LSTM'}")
+            raise ValueError(
+                f"state_dict is not of the published code: it lacks {', '.join(sorted(missing)) or 'weight_hh_l0 of an LSTM'}"
+            )
         (n_words, size), (n_experts, _) = state_dict["encoder.weight"].shape, state_dict["prior.weight"].shape
         tied = torch.equal(state_dict["encoder.weight"], state_dict["decoder.weight"])
         widths = tuple(state_dict[name].shape[1] for name in recurrent)

@@ -37,7 +37,9 @@ def next_word(
 
 
 @torch.no_grad()
-def generate(model: AWDLSTM, prompt: Tensor, n_words: int, generator: torch.Generator | None = None, **options) -> Iterator[Tensor]:
+def generate(
+    model: AWDLSTM, prompt: Tensor, n_words: int, generator: torch.Generator | None = None, **options
+) -> Iterator[Tensor]:
     """prompt (T, B), T ≥ 1 -> n_words times the next word of each column, (B,). `options` are those of `next_word`."""
     model.eval()
     tokens, hidden = prompt, None

@@ -81,7 +81,9 @@ class _FlatWeights:
     def holds(self, lstm: WeightDropLSTM) -> bool:
         """Not after the parameters were moved to another device or dtype."""
         storage = self.buffer.untyped_storage().data_ptr()
-        return all(p.untyped_storage().data_ptr() == storage for p in (lstm.weight_ih_l0, lstm.bias_ih_l0, lstm.bias_hh_l0))
+        return all(
+            p.untyped_storage().data_ptr() == storage for p in (lstm.weight_ih_l0, lstm.bias_ih_l0, lstm.bias_hh_l0)
+        )
 
     def write(self, weight: Tensor, mask: Tensor | None) -> Tensor:
         """weight·mask, differentiable with respect to weight."""

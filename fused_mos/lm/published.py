@@ -61,7 +61,11 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in (("builtins", "getattr"), ("__builtin__", "getattr")):
             return _Record  # a bound method, which weight drop puts in place of one of the LSTM's
         if name in _TENSORS.get(module, ()):
-            return collections.OrderedDict if module == "collections" else getattr(__import__(module, fromlist=[name]), name)
+            return (
+                collections.OrderedDict
+                if module == "collections"
+                else getattr(__import__(module, fromlist=[name]), name)
+            )
         raise PublishedError(f"it names {module}.{name}, which no model of the published code needs")
 
 
@@ -88,7 +92,9 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     try:
         with path.open("rb") as file:
             # torch.load would give a TorchScript archive to another loader, which runs the code in it
-            if torch.serialization._is_zipfile(file) and torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl"):
+            if torch.serialization._is_zipfile(file) and torch._C.PyTorchFileReader(str(path)).has_record(
+                "constants.pkl"
+            ):
                 raise PublishedError("it is a TorchScript archive")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
@@ -104,7 +110,11 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         raise PublishedError(f"{path} is not a model of the published code: it holds no parameters")
     layers = _children(_children(model).get("rnns")).values()
     wdrop = [layer.dropout for layer in layers if "module" in _children(layer)]
-    dropouts = {name: float(model.__dict__[name]) for name in ("dropout", "dropoute", "dropouti", "dropouth", "dropoutl") if name in model.__dict__}
+    dropouts = {
+        name: float(model.__dict__[name])
+        for name in ("dropout", "dropoute", "dropouti", "dropouth", "dropoutl")
+        if name in model.__dict__
+    }
     return tensors, dropouts | {"wdrop": float(wdrop[0]) if wdrop else 0.0}
 
 

@@ -124,7 +124,9 @@ def load_parameters(model, tensors: dict[str, Tensor], path: Path) -> None:
     """Copies `tensors` into the model's parameters, tied ones once. Raises CheckpointError unless names and shapes fit."""
     parameters = dict(model.named_parameters())
     for name in sorted(parameters.keys() ^ tensors.keys()):
-        raise CheckpointError(f"checkpoint {path} does not fit the model: {name} is only in {'the model' if name in parameters else 'the checkpoint'}")
+        raise CheckpointError(
+            f"checkpoint {path} does not fit the model: {name} is only in {'the model' if name in parameters else 'the checkpoint'}"
+        )
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise CheckpointError(

@@ -145,9 +145,15 @@ class TrainConfig:
         """Raises ConfigError for a value that no run can have."""
         model, optim = self.model, self.optim
         positive = {
-            "batch_size": optim.batch_size, "epochs": optim.epochs, "bptt": optim.bptt, "lr": optim.lr, "finetune_lr": optim.finetune_lr, "valid_batch_size": self.valid_batch_size,
-            "test_batch_size": self.test_batch_size, "log_interval": self.log_interval,
-        }  # fmt: skip
+            "batch_size": optim.batch_size,
+            "epochs": optim.epochs,
+            "bptt": optim.bptt,
+            "lr": optim.lr,
+            "finetune_lr": optim.finetune_lr,
+            "valid_batch_size": self.valid_batch_size,
+            "test_batch_size": self.test_batch_size,
+            "log_interval": self.log_interval,
+        }
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"{name} must be positive, got {value}")
@@ -171,7 +177,9 @@ class TrainConfig:
         return self.out or Path("runs") / f"{self.recipe}-{self.model.head}-seed{self.seed}"
 
     def to_json(self) -> dict[str, Any]:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
@@ -180,7 +188,9 @@ class TrainConfig:
         try:
             model, optim = values.pop("model"), OptimConfig(**values.pop("optim"))
             model = ModelConfig(**{**model, "hidden_sizes": tuple(model["hidden_sizes"])})
-            paths = {name: path and Path(path) for name, path in values.items() if name in ("data", "out", "resume", "start")}
+            paths = {
+                name: path and Path(path) for name, path in values.items() if name in ("data", "out", "resume", "start")
+            }
             return cls(**{**values, **paths}, model=model, optim=optim)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the saved configuration does not fit this version: {error}") from None
@@ -206,11 +216,18 @@ def ptb_small() -> TrainConfig:
     return TrainConfig(
         recipe="ptb-small",
         model=ModelConfig(
-            n_experts=4, embedding_size=128, hidden_sizes=(400, 256),
-            dropoute=0.05, dropouti=0.15, dropouth=0.1, dropout=0.15, dropoutl=0.1, wdrop=0.15,
+            n_experts=4,
+            embedding_size=128,
+            hidden_sizes=(400, 256),
+            dropoute=0.05,
+            dropouti=0.15,
+            dropouth=0.1,
+            dropout=0.15,
+            dropoutl=0.1,
+            wdrop=0.15,
         ),
         optim=OptimConfig(batch_size=20, bptt=35, bptt_delta=20, epochs=10, nonmono=1),
-    )  # fmt: skip
+    )
 
 
 def wikitext2_small() -> TrainConfig:
@@ -219,11 +236,18 @@ def wikitext2_small() -> TrainConfig:
         recipe="wikitext2-small",
         seed=1882,
         model=ModelConfig(
-            n_experts=4, embedding_size=100, hidden_sizes=(400, 256),
-            dropoute=0.02, dropouti=0.1, dropouth=0.1, dropout=0.1, dropoutl=0.05, wdrop=0.1,
+            n_experts=4,
+            embedding_size=100,
+            hidden_sizes=(400, 256),
+            dropoute=0.02,
+            dropouti=0.1,
+            dropouth=0.1,
+            dropout=0.1,
+            dropoutl=0.05,
+            wdrop=0.1,
         ),
         optim=OptimConfig(batch_size=20, bptt=35, bptt_delta=20, epochs=10, nonmono=1, finetune_lr=20.0),
-    )  # fmt: skip
+    )
 
 
 def demo() -> TrainConfig:
@@ -232,17 +256,28 @@ def demo() -> TrainConfig:
     return TrainConfig(
         recipe="demo",
         model=ModelConfig(
-            n_experts=5, embedding_size=32, hidden_sizes=(192, 128),
-            dropoute=0.1, dropouti=0.1, dropouth=0.1, dropout=0.2, dropoutl=0.0, wdrop=0.2,
+            n_experts=5,
+            embedding_size=32,
+            hidden_sizes=(192, 128),
+            dropoute=0.1,
+            dropouti=0.1,
+            dropouth=0.1,
+            dropout=0.2,
+            dropoutl=0.0,
+            wdrop=0.2,
         ),
         optim=OptimConfig(lr=10.0, finetune_lr=12.5, batch_size=10, bptt=35, bptt_delta=20, epochs=10, nonmono=2),
         log_interval=20,
-    )  # fmt: skip
+    )
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "ptb": ptb, "wikitext2": wikitext2, "ptb-small": ptb_small, "wikitext2-small": wikitext2_small, "demo": demo,
-}  # fmt: skip
+    "ptb": ptb,
+    "wikitext2": wikitext2,
+    "ptb-small": ptb_small,
+    "wikitext2-small": wikitext2_small,
+    "demo": demo,
+}
 
 
 def dynamic_rule(recipe: str) -> DynamicRule:

@@ -71,7 +71,9 @@ class DynamicRun:
         """Mean NLL in nats of `tokens` (n,) under a model that learns them as it reads; `name` is that of the text.
 
         Raises ConfigError where the rule makes the model diverge."""
-        key = hashlib.sha256(json.dumps([digest(tokens), self.train_digest, dataclasses.astuple(rule)]).encode()).hexdigest()[:12]
+        key = hashlib.sha256(
+            json.dumps([digest(tokens), self.train_digest, dataclasses.astuple(rule)]).encode()
+        ).hexdigest()[:12]
         path = self.folder / f"{name}-{key}.safetensors"
         root_mean_squares = self.statistics()
         self._reset()
@@ -86,7 +88,9 @@ class DynamicRun:
 
         def save() -> None:
             tensors = {f"model.{n}": p for n, p in self.run.model.named_parameters()} | _named(evaluation.hidden)
-            self._save(path, tensors | {"total": evaluation.total}, {"row": evaluation.row, "rule": dataclasses.asdict(rule)})
+            self._save(
+                path, tensors | {"total": evaluation.total}, {"row": evaluation.row, "rule": dataclasses.asdict(rule)}
+            )
 
         try:
             self._work(evaluation, source, f"dynamic, {name}", save, lambda: f"ppl {perplexity(evaluation.loss):.2f}")
@@ -149,12 +153,22 @@ class DynamicRun:
         """Of what the search has tried: other models and texts have other bests."""
         return {"model": self.model_digest, "train": self.train_digest, "valid": self.valid_digest}
 
-    def _work(self, work: GradientStatistics | DynamicEvaluation, source: Tensor, description: str, save, postfix=None) -> None:
+    def _work(
+        self, work: GradientStatistics | DynamicEvaluation, source: Tensor, description: str, save, postfix=None
+    ) -> None:
         """Runs to the end, saving at intervals and once at the end."""
         rows = source.shape[0] - 1
         if work.row == rows:
             return
-        with tqdm(total=rows, initial=work.row, desc=description, unit="rows", mininterval=0.5, dynamic_ncols=True, leave=False) as bar:
+        with tqdm(
+            total=rows,
+            initial=work.row,
+            desc=description,
+            unit="rows",
+            mininterval=0.5,
+            dynamic_ncols=True,
+            leave=False,
+        ) as bar:
             for i, n in enumerate(work):
                 bar.update(n)
                 if postfix and i % POSTFIX_INTERVAL == 0:

@@ -43,7 +43,9 @@ def inspect_run(run: Run, split: str, n_words: int, nearest: tuple[str, ...] = (
     words = run.corpus.vocabulary.words
     plot_experts(reading, [words[i] for i in reading.tokens[:WORDS_IN_PLOT]], folder / "experts.png")
     write_json(folder / "experts.json", {"split": split, **report})
-    (folder / "index.html").write_text(page(reading, words, n_words, report, f"{run.folder.name}, {split}"), encoding="utf-8")
+    (folder / "index.html").write_text(
+        page(reading, words, n_words, report, f"{run.folder.name}, {split}"), encoding="utf-8"
+    )
     return report
 
 
@@ -98,14 +100,22 @@ def plot_experts(reading: Reading, words: list[str], path: Path) -> None:
     n, k = len(words), reading.shares.prior.shape[1]
     figure = Figure(figsize=(12, 2.2 + 0.28 * k), layout="constrained")
     (top, bars), (bottom, legend) = figure.subplots(2, 2, width_ratios=[5, 1])
-    for axes, values, title in ((top, reading.shares.prior, "prior"), (bottom, reading.shares.responsibility, "responsibility for the word")):
-        image = axes.imshow(values[:n].T.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    for axes, values, title in (
+        (top, reading.shares.prior, "prior"),
+        (bottom, reading.shares.responsibility, "responsibility for the word"),
+    ):
+        image = axes.imshow(
+            values[:n].T.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest"
+        )
         axes.set_title(title, fontsize="medium")
         axes.set_ylabel("expert")
         axes.set_yticks(range(k), range(1, k + 1), fontsize="small")
         axes.set_xticks(range(n), words if axes is bottom else [], rotation=90, fontsize="small", parse_math=False)
     figure.colorbar(image, ax=[top, bottom], pad=0.01)
-    for offset, values, label in ((-0.2, reading.shares.prior, "prior"), (0.2, reading.shares.responsibility, "responsibility")):
+    for offset, values, label in (
+        (-0.2, reading.shares.prior, "prior"),
+        (0.2, reading.shares.responsibility, "responsibility"),
+    ):
         bars.barh([i + 1 + offset for i in range(k)], values.mean(0).tolist(), height=0.4, label=label)
     bars.set_yticks(range(1, k + 1), range(1, k + 1), fontsize="small")
     bars.invert_yaxis()
@@ -133,10 +143,15 @@ def page(reading: Reading, words: list[str], n_words: int, report: dict[str, Any
     k = reading.shares.prior.shape[1]
     spans = []
     for i in range(min(n_words, reading.tokens.numel())):
-        word, prior, responsibility = words[reading.tokens[i]], reading.shares.prior[i], reading.shares.responsibility[i]
+        word, prior, responsibility = (
+            words[reading.tokens[i]],
+            reading.shares.prior[i],
+            reading.shares.responsibility[i],
+        )
         best = responsibility.topk(min(3, k))
         note = f"{word}: probability {math.exp(reading.shares.log_likelihood[i]):.2g}; " + ", ".join(
-            f"expert {e + 1} {r:.0%} (prior {prior[e]:.0%})" for r, e in zip(best.values.tolist(), best.indices.tolist())
+            f"expert {e + 1} {r:.0%} (prior {prior[e]:.0%})"
+            for r, e in zip(best.values.tolist(), best.indices.tolist())
         )
         spans.append(
             f'<span style="--p:{_colour(prior)};--r:{_colour(responsibility)}" title="{html.escape(note)}">{html.escape(word)}</span>'
@@ -148,7 +163,9 @@ def page(reading: Reading, words: list[str], n_words: int, report: dict[str, Any
         f"<td>{html.escape(' '.join(x['characteristic']))}</td></tr>"
         for e, x in enumerate(report["experts"], start=1)
     )
-    neighbours = "".join(f"<tr><td>{html.escape(w)}</td><td>{html.escape(' '.join(o))}</td></tr>" for w, o in report["nearest"].items())
+    neighbours = "".join(
+        f"<tr><td>{html.escape(w)}</td><td>{html.escape(' '.join(o))}</td></tr>" for w, o in report["nearest"].items()
+    )
     newline = "\n"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Experts of {html.escape(title)}</title><style>{STYLE}</style>

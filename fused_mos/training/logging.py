@@ -67,7 +67,9 @@ def plot_learning_curves(folders: dict[str, Path], path: Path) -> None:
             axes.plot(*zip(*valid), color=f"C{i}", marker="o", markersize=4, label=f"{label}, validation")
         averaging = [m["epoch"] for m in metrics if m["kind"] == "valid" and m["averaging"]]
         if averaging and averaging[0] > 1:
-            axes.axvline(averaging[0] - 1, color=f"C{i}", linestyle=":", linewidth=1, label=f"{label}, averaging starts")
+            axes.axvline(
+                averaging[0] - 1, color=f"C{i}", linestyle=":", linewidth=1, label=f"{label}, averaging starts"
+            )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(ScalarFormatter())

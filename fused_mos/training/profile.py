@@ -74,7 +74,9 @@ class StepProfile:
         self._handles += [
             module.register_forward_pre_hook(lambda *_: self.mark(f"{before}, forward")),
             module.register_forward_hook(lambda *_: self.mark(f"{name}, forward")),
-            module.register_full_backward_pre_hook(lambda *_: self.mark("regularisers" if name == "head" else "dropout, backward")),
+            module.register_full_backward_pre_hook(
+                lambda *_: self.mark("regularisers" if name == "head" else "dropout, backward")
+            ),
             module.register_full_backward_hook(lambda *_: self.mark(f"{name}, backward")),
         ]
 

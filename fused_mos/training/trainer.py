@@ -22,7 +22,17 @@ from .logging import MetricsLog, perplexity, plot_learning_curves
 from .profile import StepProfile, as_table
 from .run import check_vocabulary, write_json
 
-RESUMABLE_FLAGS = ("epochs", "log_interval", "checkpoint_minutes", "checkpoint_max_mib", "time_limit", "profile", "data", "device", "backend")
+RESUMABLE_FLAGS = (
+    "epochs",
+    "log_interval",
+    "checkpoint_minutes",
+    "checkpoint_max_mib",
+    "time_limit",
+    "profile",
+    "data",
+    "device",
+    "backend",
+)
 """What may be changed when a run is resumed; anything else would make it another run."""
 
 
@@ -65,13 +75,23 @@ class Trainer:
         check_backend(config.model.backend, self.device, config.precision == "bfloat16")
         saved = load_checkpoint(self.folder / "last.safetensors") if config.resume else None
         start = load_checkpoint(config.start / "best.safetensors")[0] if config.start and not saved else None
-        if not config.resume and self.folder.exists() and (not self.folder.is_dir() or any(not begun(path) for path in self.folder.iterdir())):
-            resume = f"continue that run with --resume {self.folder}, or " if (self.folder / "last.safetensors").is_file() else ""
+        if (
+            not config.resume
+            and self.folder.exists()
+            and (not self.folder.is_dir() or any(not begun(path) for path in self.folder.iterdir()))
+        ):
+            resume = (
+                f"continue that run with --resume {self.folder}, or "
+                if (self.folder / "last.safetensors").is_file()
+                else ""
+            )
             raise ConfigError(f"out: {self.folder} is not empty; {resume}name another --out")
 
         self.corpus = Corpus(config.data, config.map_unknown)
         for split, batch_size in (("valid", config.valid_batch_size), ("test", config.test_batch_size)):
-            batchify(getattr(self.corpus, split), batch_size)  # too short a text is better found now than after an epoch
+            batchify(
+                getattr(self.corpus, split), batch_size
+            )  # too short a text is better found now than after an epoch
         self.source = batchify(self.corpus.train, config.optim.batch_size).to(self.device)
 
         torch.manual_seed(config.seed)
@@ -105,7 +125,9 @@ class Trainer:
 
     def _initial_hidden(self):
         """One hidden state per sub-batch: each is a slice of columns with a state of its own."""
-        return [self.model.initial_hidden(self._sub_batch) for _ in range(0, self.config.optim.batch_size, self._sub_batch)]
+        return [
+            self.model.initial_hidden(self._sub_batch) for _ in range(0, self.config.optim.batch_size, self._sub_batch)
+        ]
 
     def run(self) -> dict[str, Any]:
         """Trains to the last epoch, evaluates the best model, and returns what it writes to result.json.
@@ -114,7 +136,9 @@ class Trainer:
         """
         try:
             if self.config.start and self.progress.best is None:
-                self._keep_if_best(self._validate(), epoch=0)  # the model that is fine-tuned is the best until another is better
+                self._keep_if_best(
+                    self._validate(), epoch=0
+                )  # the model that is fine-tuned is the best until another is better
                 self._save_last()
             while self.progress.epoch < self.config.optim.epochs and not self.progress.stopped:
                 self._train_epoch()
@@ -131,7 +155,14 @@ class Trainer:
         description = f"epoch {progress.epoch + 1}/{config.optim.epochs}"
         # where no person watches, a line every half minute is enough
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        with tqdm(total=rows - 1, initial=progress.row, desc=description, unit="rows", mininterval=interval, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=rows - 1,
+            initial=progress.row,
+            desc=description,
+            unit="rows",
+            mininterval=interval,
+            dynamic_ncols=True,
+        ) as bar:
             self._since = time.monotonic()
             while progress.row < rows - 1:
                 length = self.train_step()
@@ -216,7 +247,9 @@ class Trainer:
             raise self._diverged(f"parameters are no longer finite at step {self.progress.step}") from error
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        return TrainingDiverged(f"training diverged: {what}; the checkpoints in {self.folder} are from before that; try a lower --lr or --clip")
+        return TrainingDiverged(
+            f"training diverged: {what}; the checkpoints in {self.folder} are from before that; try a lower --lr or --clip"
+        )
 
     def _end_interval(self) -> None:
         """Notes the interval's numbers. On a GPU its loss is written an interval later, so that the host need not wait for it."""
@@ -224,9 +257,11 @@ class Trainer:
         progress = self.progress
         speed = progress.interval_words / progress.interval_seconds
         values = {
-            "epoch": progress.epoch + 1, "words_per_second": speed, "lr": self.config.optim.lr,
+            "epoch": progress.epoch + 1,
+            "words_per_second": speed,
+            "lr": self.config.optim.lr,
             "epoch_fraction": progress.epoch + progress.row / (self.source.shape[0] - 1),
-        }  # fmt: skip
+        }
         self.noted = progress.step, progress.interval_words, values, read_later(self.interval_loss)
         self._start_interval()
         if self.device.type != "cuda":
@@ -276,14 +311,18 @@ class Trainer:
         progress.row = 0
         self.hidden = self._initial_hidden()
         self._start_interval()
-        self.metrics.write("valid", progress.step, epoch=progress.epoch, loss=loss, ppl=perplexity(loss), averaging=averaging)
+        self.metrics.write(
+            "valid", progress.step, epoch=progress.epoch, loss=loss, ppl=perplexity(loss), averaging=averaging
+        )
         self._save_last()
         plot_learning_curves({self.config.model.head: self.folder}, self.folder / "learning-curve.png")
         starts = self.optimizer.averaging and not averaging
         tqdm.write(
             f"epoch {progress.epoch}: valid loss {loss:.4f}, ppl {perplexity(loss):.2f}"
-            + (" (best)" if better else "") + (", averaging starts" if starts else "") + (", fine-tuning ends" if progress.stopped else "")
-        )  # fmt: skip
+            + (" (best)" if better else "")
+            + (", averaging starts" if starts else "")
+            + (", fine-tuning ends" if progress.stopped else "")
+        )
 
     def _finish(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
@@ -328,20 +367,30 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         tensors["interval_loss"] = self.interval_loss
-        meta = {"config": self.config.to_json(), "progress": dataclasses.asdict(progress), "optimizer": optimizer_meta, "train": digest(self.corpus.train)}
+        meta = {
+            "config": self.config.to_json(),
+            "progress": dataclasses.asdict(progress),
+            "optimizer": optimizer_meta,
+            "train": digest(self.corpus.train),
+        }
         save_checkpoint(self.folder / "last.safetensors", tensors, meta, self.config.checkpoint_max_mib)
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         path = self.folder / "last.safetensors"
         check_vocabulary(self.corpus, self.folder / "vocabulary.txt")
         if meta.get("train", text := digest(self.corpus.train)) != text:
-            raise CheckpointError(f"data: {self.config.data} has another train.txt than the run in {self.folder} was trained on")
+            raise CheckpointError(
+                f"data: {self.config.data} has another train.txt than the run in {self.folder} was trained on"
+            )
         load_parameters(self.model, group(tensors, "model"), path)
         try:
             self.progress = Progress(**meta["progress"])
             self.optimizer.load_state_dict(group(tensors, "optimizer"), meta["optimizer"])
             self.hidden = [
-                [(tensors[f"hidden.{i}.{layer}.h"].to(self.device), tensors[f"hidden.{i}.{layer}.c"].to(self.device)) for layer in range(len(layers))]
+                [
+                    (tensors[f"hidden.{i}.{layer}.h"].to(self.device), tensors[f"hidden.{i}.{layer}.c"].to(self.device))
+                    for layer in range(len(layers))
+                ]
                 for i, layers in enumerate(self.hidden)
             ]
             self.interval_loss = tensors["interval_loss"].to(self.device)
@@ -361,7 +410,9 @@ def begun(path: Path) -> bool:
 def resumed_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`, ready to continue it. Raises CheckpointError."""
     _, meta = load_checkpoint(folder / "last.safetensors")
-    return dataclasses.replace(TrainConfig.from_json(meta["config"]), out=folder, resume=folder, time_limit=0.0, profile=0)
+    return dataclasses.replace(
+        TrainConfig.from_json(meta["config"]), out=folder, resume=folder, time_limit=0.0, profile=0
+    )
 
 
 def train_to_the_end(folder: Path, new: Callable[[], TrainConfig], **flags: Any) -> None:

@@ -61,7 +61,11 @@ def decoded(out, entry):
 
 
 def files(folder):
-    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def interrupt(*arguments, **options):
@@ -74,21 +78,56 @@ def test_a_small_corpus_to_the_last_byte(source, run, tmp_path):
     tokens = {path.name: np.fromfile(path, "<i4").tolist() for path in out.rglob("*.tokens")}
     assert tokens == {
         "news.en-00001-of-00100.tokens": [0, 3, 4, 5, 1, 0, 3, 2, 5, 2, 3, 4, 1],
-        "news.en-00002-of-00100.tokens": [0, 2, 4, 2, 2, 1, 0, 2, 3, 2, 2, 1],  # U+00A0 is a word, as for the benchmark's own tools
+        "news.en-00002-of-00100.tokens": [
+            0,
+            2,
+            4,
+            2,
+            2,
+            1,
+            0,
+            2,
+            3,
+            2,
+            2,
+            1,
+        ],  # U+00A0 is a word, as for the benchmark's own tools
         "news.en.heldout-00000-of-00050.tokens": [0, 3, 2, 5, 1],
     }
     second = shard(source, "train", 1).read_bytes()
-    assert manifest == read_manifest(out) and manifest["vocabulary"]["sha256"] == hashlib.sha256((out / "vocabulary.txt").read_bytes()).hexdigest()
+    assert (
+        manifest == read_manifest(out)
+        and manifest["vocabulary"]["sha256"] == hashlib.sha256((out / "vocabulary.txt").read_bytes()).hexdigest()
+    )
     assert manifest["vocabulary"]["words"] == 6 and len(manifest["train"]) == 2 and len(manifest["heldout"]) == 1
     assert manifest["train"][1] == {
-        "file": "train/news.en-00002-of-00100.tokens", "tokens": 12, "sentences": 2, "unknown": 6, "empty": 1,
+        "file": "train/news.en-00002-of-00100.tokens",
+        "tokens": 12,
+        "sentences": 2,
+        "unknown": 6,
+        "empty": 1,
         "sha256": hashlib.sha256((out / "train" / "news.en-00002-of-00100.tokens").read_bytes()).hexdigest(),
-        "source": {"name": "news.en-00002-of-00100", "bytes": len(second), "sha256": hashlib.sha256(second).hexdigest()},
-    }  # fmt: skip
+        "source": {
+            "name": "news.en-00002-of-00100",
+            "bytes": len(second),
+            "sha256": hashlib.sha256(second).hexdigest(),
+        },
+    }
 
 
 def test_the_command_sums_up(source, tmp_path, capsys):
-    flags = ["prepare", "--source", str(source), "--out", str(tmp_path / "out"), "--min-count", "2", "--allow-missing", "--workers", "1"]
+    flags = [
+        "prepare",
+        "--source",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+        "--min-count",
+        "2",
+        "--allow-missing",
+        "--workers",
+        "1",
+    ]
     assert lm1b.main(flags) == 0
     output = capsys.readouterr().out
     assert "count 2 of 2 shards: 17 words in" in output and "tokenise 3 of 3 shards: 20 words in" in output
@@ -115,11 +154,15 @@ def test_the_folder_that_the_archive_is_extracted_to(tmp_path):
     assert prepare_with(tmp_path, tmp_path / "out")["train"]
 
 
-WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=" \t\n\r\v\f"), min_size=1) | st.sampled_from(lm1b.MARKS)
+WORDS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters=" \t\n\r\v\f"), min_size=1
+) | st.sampled_from(lm1b.MARKS)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.lists(WORDS, max_size=6), min_size=1), st.sampled_from([" ", "\t ", "\r", "\f\v"]), st.integers(1, 9))
+@given(
+    st.lists(st.lists(WORDS, max_size=6), min_size=1), st.sampled_from([" ", "\t ", "\r", "\f\v"]), st.integers(1, 9)
+)
 @example([["a", "\u0085", "\x1c", "\u2028"], [], ["<S>", "</S>"]], " ", 1)
 def test_round_trip(tmp_path, sentences, space, block_bytes):
     text = "".join(space.join(words) + "\n" for words in sentences) + "word\n"
@@ -128,7 +171,9 @@ def test_round_trip(tmp_path, sentences, space, block_bytes):
         patch.setattr(lm1b, "BLOCK_BYTES", block_bytes)
         entry = prepare_with(write_shards(folder, [text.encode()]), folder / "out", min_count=1)["train"][0]
     kept = [words for words in [*sentences, ["word"]] if words]
-    assert decoded(folder / "out", entry) == [w for words in kept for w in ("<S>", *("<UNK>" if w in lm1b.MARKS else w for w in words), "</S>")]
+    assert decoded(folder / "out", entry) == [
+        w for words in kept for w in ("<S>", *("<UNK>" if w in lm1b.MARKS else w for w in words), "</S>")
+    ]
     assert entry["empty"] == len(sentences) + 1 - len(kept) and entry["sentences"] == len(kept)
     counts = Counter(word for words in kept for word in words if word not in lm1b.MARKS)
     assert vocabulary(folder / "out")[3:] == sorted(counts, key=lambda word: (-counts[word], word.encode()))
@@ -150,7 +195,9 @@ def test_what_is_finished_is_not_done_again(source, run, tmp_path, monkeypatch):
     (out / "counts" / "news.en-00002-of-00100.tsv.partial").unlink()
     after = files(out)
     assert done == ["news.en-00001-of-00100", "news.en.heldout-00000-of-00050"]
-    assert {name: content for name, (content, _) in after.items()} == {name: content for name, (content, _) in before.items()}
+    assert {name: content for name, (content, _) in after.items()} == {
+        name: content for name, (content, _) in before.items()
+    }
     kept = ["train/news.en-00002-of-00100.tokens", "counts/news.en-00001-of-00100.tsv", "vocabulary.txt"]
     assert all(before[name] == after[name] for name in kept)
     shard(source, "train", 0).write_bytes(b"the cat\n" * 3)
@@ -177,7 +224,9 @@ def test_a_stop_between_two_vocabularies_leaves_no_manifest(run, tmp_path, monke
         patch.setattr(lm1b, "_tokenise", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(top=4)
-    with pytest.raises(CorpusError, match="there is no .*manifest.json; run python -m fused_mos.data.lm1b prepare first"):
+    with pytest.raises(
+        CorpusError, match="there is no .*manifest.json; run python -m fused_mos.data.lm1b prepare first"
+    ):
         read_manifest(out)
     words = decoded(out, run(top=4)["train"][0])
     assert set(words) == {"<S>", "</S>", "<UNK>", "the"}
@@ -185,7 +234,12 @@ def test_a_stop_between_two_vocabularies_leaves_no_manifest(run, tmp_path, monke
 
 def test_ctrl_c_says_how_to_continue(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lm1b, "_count", interrupt)
-    assert lm1b.main(["prepare", "--source", str(source), "--out", str(tmp_path / "out"), "--allow-missing", "--workers", "1"]) == 130
+    assert (
+        lm1b.main(
+            ["prepare", "--source", str(source), "--out", str(tmp_path / "out"), "--allow-missing", "--workers", "1"]
+        )
+        == 130
+    )
     assert "the same command continues" in capsys.readouterr().err
 
 
@@ -220,7 +274,9 @@ def test_ctrl_c_ends_the_workers_at_once(tmp_path, monkeypatch):
     source = write_shards(tmp_path / "source", TRAIN * 3)
     monkeypatch.setattr(lm1b, "_count", count_or_sleep)
     start = time.monotonic()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background is started with it ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a process in the background is started with it ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             prepare_with(source, tmp_path / "out", workers=2)
@@ -230,28 +286,48 @@ def test_ctrl_c_ends_the_workers_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a file on a full disk")
-@pytest.mark.parametrize("name", ["counts/news.en-00002-of-00100.tsv", "train/news.en-00002-of-00100.tokens", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["counts/news.en-00002-of-00100.tsv", "train/news.en-00002-of-00100.tokens", "manifest.json"]
+)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk(name, workers, source, tmp_path, capsys):
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.with_name(path.name + ".partial").symlink_to("/dev/full")
-    flags = ["prepare", "--source", str(source), "--out", str(tmp_path / "out"), "--allow-missing", "--workers", str(workers)]
+    flags = [
+        "prepare",
+        "--source",
+        str(source),
+        "--out",
+        str(tmp_path / "out"),
+        "--allow-missing",
+        "--workers",
+        str(workers),
+    ]
     assert lm1b.main(flags) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert errors == [f"error: the disk that holds {path} is full; free space and run the same command, which continues"]
+    assert errors == [
+        f"error: the disk that holds {path} is full; free space and run the same command, which continues"
+    ]
     assert not path.exists() and not [p for p in (tmp_path / "out").rglob("*") if p.suffix == ".partial"]
     assert lm1b.main(flags) == 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"min_count": 5, "top": 9}, "--min-count 5 and --top 9 both choose"), ({"top": 9, "vocabulary": "v"}, "--top 9 and --vocabulary v both choose"),
-     ({"min_count": 0}, "min_count must be at least 1, got 0"), ({"top": 3}, "top must be at least 4, got 3"),
-     ({"workers": 0}, "workers must be at least 1, got 0"),
-     ({"min_count": 6}, "no word is in the training shards 6 times, the most frequent one is there 4 times; lower min_count"),
-     ({"top": 12}, "top 12 is more than the 11 that")],
-)  # fmt: skip
+    [
+        ({"min_count": 5, "top": 9}, "--min-count 5 and --top 9 both choose"),
+        ({"top": 9, "vocabulary": "v"}, "--top 9 and --vocabulary v both choose"),
+        ({"min_count": 0}, "min_count must be at least 1, got 0"),
+        ({"top": 3}, "top must be at least 4, got 3"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        (
+            {"min_count": 6},
+            "no word is in the training shards 6 times, the most frequent one is there 4 times; lower min_count",
+        ),
+        ({"top": 12}, "top 12 is more than the 11 that"),
+    ],
+)
 def test_options_that_do_not_fit(options, message, run):
     with pytest.raises(CorpusError, match=message):
         run(**options)
@@ -259,10 +335,16 @@ def test_options_that_do_not_fit(options, message, run):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"<S>\n</S>\nthe\n", "lacks <UNK>"), (b"<S>\n</S>\n<UNK>\nthe\nthe\n", ":5: the word 'the' is on line 4 already"),
-     (b"<S>\nthe 12\n", ":2 must be one word of UTF-8 text, got 'the 12'"), (b"<S>\n\n</S>\n", ":2 must be one word"),
-     (b"<S>\r\n</S>\r\n", r":1 must be one word of UTF-8 text, got '<S>\\r'"), (b"\xff\n", ":1 must be one word"), (None, "does not exist")],
-)  # fmt: skip
+    [
+        (b"<S>\n</S>\nthe\n", "lacks <UNK>"),
+        (b"<S>\n</S>\n<UNK>\nthe\nthe\n", ":5: the word 'the' is on line 4 already"),
+        (b"<S>\nthe 12\n", ":2 must be one word of UTF-8 text, got 'the 12'"),
+        (b"<S>\n\n</S>\n", ":2 must be one word"),
+        (b"<S>\r\n</S>\r\n", r":1 must be one word of UTF-8 text, got '<S>\\r'"),
+        (b"\xff\n", ":1 must be one word"),
+        (None, "does not exist"),
+    ],
+)
 def test_vocabulary_files_that_do_not_fit(content, message, run, tmp_path):
     path = tmp_path / "words.txt"
     if content is not None:
@@ -273,10 +355,13 @@ def test_vocabulary_files_that_do_not_fit(content, message, run, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(b"the cat\nsat", r"news.en-00002-of-00100 is truncated: its 11 bytes do not end with a newline"), (b"", "is truncated: its 0 bytes"),
-     (b"a\nb\n\xff c\nd\n", r"news.en-00002-of-00100:3 is not UTF-8 text \(invalid start byte\)"),
-     (b"\n \n", "has no sentence in its 2 lines, all blank")],
-)  # fmt: skip
+    [
+        (b"the cat\nsat", r"news.en-00002-of-00100 is truncated: its 11 bytes do not end with a newline"),
+        (b"", "is truncated: its 0 bytes"),
+        (b"a\nb\n\xff c\nd\n", r"news.en-00002-of-00100:3 is not UTF-8 text \(invalid start byte\)"),
+        (b"\n \n", "has no sentence in its 2 lines, all blank"),
+    ],
+)
 @pytest.mark.parametrize("block_bytes", [1, 100])
 def test_shards_that_are_damaged(text, message, block_bytes, source, run, monkeypatch, tmp_path):
     monkeypatch.setattr(lm1b, "BLOCK_BYTES", block_bytes)
@@ -287,14 +372,23 @@ def test_shards_that_are_damaged(text, message, block_bytes, source, run, monkey
 
 
 def test_shards_that_are_missing(source, run):
-    with pytest.raises(CorpusError, match="has 2 of 99 shards and lacks news.en-00003-of-00100, .* news.en-00005-of-00100 …;.*--allow-missing"):
+    with pytest.raises(
+        CorpusError,
+        match="has 2 of 99 shards and lacks news.en-00003-of-00100, .* news.en-00005-of-00100 …;.*--allow-missing",
+    ):
         run(allow_missing=False)
     write_shards(source, TRAIN[:1] * 99, HELDOUT * 48)
-    with pytest.raises(CorpusError, match="has 48 of 50 shards and lacks news.en.heldout-00048-of-00050, news.en.heldout-00049-of-00050;"):
+    with pytest.raises(
+        CorpusError,
+        match="has 48 of 50 shards and lacks news.en.heldout-00048-of-00050, news.en.heldout-00049-of-00050;",
+    ):
         run(allow_missing=False)
     for path in (source / FOLDERS["heldout"]).iterdir():
         path.unlink()
-    with pytest.raises(CorpusError, match="heldout-monolingual.tokenized.shuffled has no shard such as news.en.heldout-00000-of-00050; --source"):
+    with pytest.raises(
+        CorpusError,
+        match="heldout-monolingual.tokenized.shuffled has no shard such as news.en.heldout-00000-of-00050; --source",
+    ):
         run()
 
 
@@ -336,7 +430,12 @@ def server():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         members = {f"{FOLDER}/{FOLDERS['train']}/{name}": name.encode() for name in SHARDS["train"][:3]}
-        for name, content in {**members, "elsewhere": b"x", f"{FOLDER}/../above": b"x", f"./{FOLDER}/README": b"read me"}.items():
+        for name, content in {
+            **members,
+            "elsewhere": b"x",
+            f"{FOLDER}/../above": b"x",
+            f"./{FOLDER}/README": b"read me",
+        }.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -360,13 +459,20 @@ def test_download(server, tmp_path, capsys):
     digest = hashlib.sha256(server.content).hexdigest()
     assert download(server, tmp_path) == 0
     assert f"sha256 {digest}" in capsys.readouterr().out
-    names = [f"{FOLDER}/{FOLDERS['train']}/{name}" for name in SHARDS["train"][:3]] + [f"{FOLDER}/README", "archive.tar.gz"]
+    names = [f"{FOLDER}/{FOLDERS['train']}/{name}" for name in SHARDS["train"][:3]] + [
+        f"{FOLDER}/README",
+        "archive.tar.gz",
+    ]
     before = files(tmp_path)
     assert sorted(before) == sorted(names)
     (tmp_path / names[0]).write_bytes(b"half")
     assert download(server, tmp_path, "--sha256", digest.upper()) == 0
     after = files(tmp_path)
-    assert server.requests == [None] and after[names[0]][0] == before[names[0]][0] and all(after[name] == before[name] for name in names[1:])
+    assert (
+        server.requests == [None]
+        and after[names[0]][0] == before[names[0]][0]
+        and all(after[name] == before[name] for name in names[1:])
+    )
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -374,7 +480,10 @@ def test_an_interrupted_download_continues(ranges, server, tmp_path, capsys):
     digest = hashlib.sha256(server.content).hexdigest()
     server.ranges, server.sends = ranges, 100
     assert download(server, tmp_path) == 2
-    assert f"the connection ended after 100 of {len(server.content)} bytes; the same command continues" in capsys.readouterr().err
+    assert (
+        f"the connection ended after 100 of {len(server.content)} bytes; the same command continues"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["archive.tar.gz.partial"]
     server.sends = len(server.content)
     assert download(server, tmp_path, "--sha256", digest) == 0

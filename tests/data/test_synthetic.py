@@ -30,7 +30,10 @@ def test_no_model_beats_the_entropy():
     """Of log-probabilities (V, V) drawn around the true ones, the true ones have the smallest cross-entropy."""
     language = SyntheticLanguage(50, 6)
     noise = torch.randn(50, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gaps = [language.cross_entropy(torch.log_softmax(language.log_prob + scale * noise, 1)) - language.entropy for scale in (-0.1, 0, 1e-3, 0.1)]
+    gaps = [
+        language.cross_entropy(torch.log_softmax(language.log_prob + scale * noise, 1)) - language.entropy
+        for scale in (-0.1, 0, 1e-3, 0.1)
+    ]
     assert gaps[1] == pytest.approx(0, abs=1e-12) and min(gaps[0], gaps[2], gaps[3]) > 1e-8
 
 
@@ -38,26 +41,52 @@ def test_texts_are_of_the_language():
     """Pairs of neighbours by a chi-square statistic, within 5 standard deviations, and the mean loss by its own."""
     language = SyntheticLanguage(20, 5, concentration=1.0)
     words = language.sample(200_000, seed=7)
-    assert torch.equal(language.sample(200_000, seed=7), words) and not torch.equal(language.sample(200_000, seed=8), words)
-    counts = torch.zeros(20, 20, dtype=torch.float64).index_put_((words[:-1], words[1:]), torch.ones(len(words) - 1, dtype=torch.float64), accumulate=True)
+    assert torch.equal(language.sample(200_000, seed=7), words) and not torch.equal(
+        language.sample(200_000, seed=8), words
+    )
+    counts = torch.zeros(20, 20, dtype=torch.float64).index_put_(
+        (words[:-1], words[1:]), torch.ones(len(words) - 1, dtype=torch.float64), accumulate=True
+    )
     expected = counts.sum(1, keepdim=True) * language.log_prob.exp()
     statistic, degrees = ((counts - expected) ** 2 / expected).sum().item(), 20 * 19
     assert abs(statistic - degrees) < 5 * math.sqrt(2 * degrees + (1 / expected).sum().item())
     frequencies = torch.bincount(words, minlength=20) / len(words)
     torch.testing.assert_close(frequencies.double(), language.stationary, rtol=0.1, atol=0)
     losses = -language.log_prob[words[:-1], words[1:]]
-    assert abs(losses.mean().item() - language.entropy) < 5 * losses.std().item() / math.sqrt(len(losses)) * 2  # neighbours are not independent
+    assert (
+        abs(losses.mean().item() - language.entropy) < 5 * losses.std().item() / math.sqrt(len(losses)) * 2
+    )  # neighbours are not independent
 
 
 def test_written_texts_are_read_back(tmp_path, capsys):
-    arguments = ["--out", str(tmp_path), "--n-words", "30", "--rank", "4", "--train", "3000", "--heldout", "500", "--seed", "5"]
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--n-words",
+        "30",
+        "--rank",
+        "4",
+        "--train",
+        "3000",
+        "--heldout",
+        "500",
+        "--seed",
+        "5",
+    ]
     assert synthetic.main(arguments) == 0
-    facts, language, corpus = json.loads((tmp_path / "language.json").read_text()), SyntheticLanguage(30, 4, seed=5), Corpus(tmp_path)
+    facts, language, corpus = (
+        json.loads((tmp_path / "language.json").read_text()),
+        SyntheticLanguage(30, 4, seed=5),
+        Corpus(tmp_path),
+    )
     assert facts["entropy"] == language.entropy and f"{math.exp(language.entropy):.2f}" in capsys.readouterr().out
     assert len(corpus.vocabulary) == 30
     index = torch.tensor([0 if word == "<eos>" else int(word[1:]) for word in corpus.vocabulary.words])
     assert torch.equal(index[corpus.train][:3000], language.sample(3000, 6)) and corpus.train.numel() <= 3001
-    assert torch.equal(index[corpus.test][:500], language.sample(500, 8)) and index[corpus.valid][:500].tolist() == language.sample(500, 7).tolist()
+    assert (
+        torch.equal(index[corpus.test][:500], language.sample(500, 8))
+        and index[corpus.valid][:500].tolist() == language.sample(500, 7).tolist()
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,14 @@ def restated(model, head, tokens, n_experts, masks=None):
         raw.append(x)
         x = x * masks.output[0]
         dropped.append(x)
-        decode = lambda z: torch.softmax(z @ p["encoder.weight"].T + p["head.decoder.bias"], -1)  # noqa: E731
+        decode = lambda z: torch.softmax(z @ p["encoder.weight"].T + p["head.decoder.bias"], -1)
         if head == "softmax":
             rows.append(decode(x))
             continue
         prior = torch.softmax(x @ p["head.prior.weight"].T, -1)
         latent = torch.tanh(x @ p["head.latent.0.weight"].T + p["head.latent.0.bias"]) * masks.latent[0]
         latent = latent.unflatten(-1, (n_experts, -1))
-        rows.append((prior[..., None] * decode(latent)).sum(1) if head == "mos" else decode((prior[..., None] * latent).sum(1)))
+        rows.append(
+            (prior[..., None] * decode(latent)).sum(1) if head == "mos" else decode((prior[..., None] * latent).sum(1))
+        )
     return Restated(torch.stack(rows), torch.stack(raw), torch.stack(dropped))

@@ -38,14 +38,18 @@ def test_no_dropout_in_evaluation():
     assert locked_dropout(x, P, training=False) is x
     assert LockedDropout(P).eval()(x) is x
     weight, tokens = torch.randn(9, 3), torch.tensor([[1, 2]])
-    assert torch.equal(embedding_dropout(torch.nn.Embedding(9, 3, _weight=weight), tokens, P, training=False), weight[tokens])
+    assert torch.equal(
+        embedding_dropout(torch.nn.Embedding(9, 3, _weight=weight), tokens, P, training=False), weight[tokens]
+    )
 
 
 def test_embedding_dropout_drops_whole_words_everywhere():
     tokens = torch.arange(2000).repeat(3, 2).reshape(3, 4000)
     embedded = embedding_dropout(torch.nn.Embedding(2000, 4, _weight=torch.ones(2000, 4)), tokens, P)
     assert (embedded == embedded[..., :1]).all(), "all features of a word"
-    assert (embedded == embedded[:1]).all() and torch.equal(embedded[:, :2000], embedded[:, 2000:]), "all places of a word"
+    assert (embedded == embedded[:1]).all() and torch.equal(embedded[:, :2000], embedded[:, 2000:]), (
+        "all places of a word"
+    )
     assert_mask(embedded[0, :2000, 0])
 
 
@@ -55,7 +59,9 @@ def test_the_tied_decoder_uses_the_unmasked_weight():
     before = model.head.log_prob(context)
     model.features(tokens)
     assert torch.equal(model.head.log_prob(context), before)
-    assert not torch.equal(model.features(tokens)[0], model.features(tokens)[0]), "the lookup is masked, afresh each time"
+    assert not torch.equal(model.features(tokens)[0], model.features(tokens)[0]), (
+        "the lookup is masked, afresh each time"
+    )
 
 
 def test_weight_drop_masks_the_recurrent_weight_element_wise():
@@ -148,7 +154,10 @@ def in_order(drawn):
     """The masks in the order of the model's equations, with the rate of each."""
     e, i, w0, h0, w1, h1, w2, o, latent = drawn
     return Masks(e, i, [w0, w1, w2], [h0, h1], o, latent), [
-        (RATES[name], mask) for name, mask in zip(("dropoute", "dropouti", *("wdrop", "dropouth") * 2, "wdrop", "dropout", "dropoutl"), drawn)
+        (RATES[name], mask)
+        for name, mask in zip(
+            ("dropoute", "dropouti", *("wdrop", "dropouth") * 2, "wdrop", "dropout", "dropoutl"), drawn
+        )
     ]
 
 
@@ -158,14 +167,24 @@ def test_every_mask_of_the_model_has_its_shape_rate_and_is_fresh():
     _, first = draw(model, tokens)
     _, second = draw(model, tokens)
     assert [tuple(mask.squeeze(0).shape) for mask in first] == [
-        (V, 1), (12, D), (240, 60), (12, 60), (200, 50), (12, 50), (160, 40), (12, 40), (12, K * D),
-    ]  # fmt: skip
+        (V, 1),
+        (12, D),
+        (240, 60),
+        (12, 60),
+        (200, 50),
+        (12, 50),
+        (160, 40),
+        (12, 40),
+        (12, K * D),
+    ]
     for (p, mask), again in zip(in_order(first)[1], second):
         assert ((mask == 0) | (mask == 1)).all()
         both = torch.stack([mask, again])
         assert abs(both.mean() - (1 - p)) < 5 * (p * (1 - p) / both.numel()) ** 0.5
         agreement = p**2 + (1 - p) ** 2
-        assert abs((mask == again).double().mean() - agreement) < 5 * (agreement * (1 - agreement) / mask.numel()) ** 0.5, "drawn afresh"
+        assert (
+            abs((mask == again).double().mean() - agreement) < 5 * (agreement * (1 - agreement) / mask.numel()) ** 0.5
+        ), "drawn afresh"
 
 
 @pytest.mark.parametrize("head", ["mos", "moc"])
@@ -178,8 +197,12 @@ def test_every_mask_falls_on_its_tensor_and_is_rescaled(head):
     expected = restated(model, head, tokens, K, in_order(drawn)[0])
     loss = -expected.probability.gather(2, tokens.roll(-1, 0)[..., None]).log().mean()
     assert torch.allclose(output.loss, loss, rtol=0, atol=1e-12)
-    assert torch.allclose(output.raw, expected.raw, rtol=0, atol=1e-12) and torch.allclose(output.dropped, expected.dropped, rtol=0, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(output.loss, list(model.parameters())), torch.autograd.grad(loss, list(model.parameters()))):
+    assert torch.allclose(output.raw, expected.raw, rtol=0, atol=1e-12) and torch.allclose(
+        output.dropped, expected.dropped, rtol=0, atol=1e-12
+    )
+    for a, b in zip(
+        torch.autograd.grad(output.loss, list(model.parameters())), torch.autograd.grad(loss, list(model.parameters()))
+    ):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 

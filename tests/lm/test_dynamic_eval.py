@@ -22,7 +22,9 @@ def _gradients(model, inputs, targets, hidden):
     _, dropped, hidden = model.features(inputs, hidden)
     latent, prior_logits = model.head.mixture(dropped)
     decoder = model.head.decoder
-    probability = (torch.softmax(prior_logits, -1)[..., None] * torch.softmax(latent @ decoder.weight.T + decoder.bias, -1)).sum(-2)
+    probability = (
+        torch.softmax(prior_logits, -1)[..., None] * torch.softmax(latent @ decoder.weight.T + decoder.bias, -1)
+    ).sum(-2)
     losses = -probability.gather(-1, targets[..., None]).log()
     parameters = list(model.parameters())
     return losses, torch.autograd.grad(losses.mean(), parameters), [(h.detach(), c.detach()) for h, c in hidden]
@@ -47,7 +49,9 @@ def test_statistics(tied):
         assert torch.allclose(ours, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rule", [DynamicRule(), DynamicRule(lr=0.05, lamb=0.9, epsilon=0.01, bptt=3)], ids=["paper", "strong"])
+@pytest.mark.parametrize(
+    "rule", [DynamicRule(), DynamicRule(lr=0.05, lamb=0.9, epsilon=0.01, bptt=3)], ids=["paper", "strong"]
+)
 def test_updates(rule):
     """θ += λ·min(MS/Σ, 1/λ)·(θ₀ − θ) − η·g/(MS + ε) after each segment, whose loss is of the parameters before it."""
     train, text = torch.randint(0, V, (14, 4)), torch.randint(0, V, (13, 1))
@@ -80,7 +84,9 @@ def test_learns_what_repeats():
     evaluation = DynamicEvaluation(model, source, ms, DynamicRule(lr=0.5, lamb=1e-3))
     first = next(iter(evaluation))
     with torch.no_grad():
-        assert evaluation.loss == pytest.approx(make().eval()(source[:first], source[1 : first + 1]).loss.item(), abs=1e-12)
+        assert evaluation.loss == pytest.approx(
+            make().eval()(source[:first], source[1 : first + 1]).loss.item(), abs=1e-12
+        )
     for _ in evaluation:
         pass
     assert evaluation.loss < static - 0.2

@@ -35,13 +35,20 @@ def _expected(model, features, temperature, top_k, top_p):
     return result / result.sum()
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.5, 0, 0.6), (0.8, 8, 0.7), (1.0, 99, 1.0)])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.5, 0, 0.6), (0.8, 8, 0.7), (1.0, 99, 1.0)]
+)
 @torch.no_grad()
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     """A chi-square statistic within 5 standard deviations, and no word outside of what is kept."""
     model, features = make(), torch.randn(8)
     expected = _expected(model, features, temperature, top_k, top_p)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": torch.Generator().manual_seed(4)}
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "generator": torch.Generator().manual_seed(4),
+    }
     counts = torch.bincount(next_word(model, features.expand(DRAWS, -1), **options), minlength=V)
     assert counts[expected == 0].sum() == 0
     wanted = expected[expected > 0] * DRAWS

@@ -46,8 +46,15 @@ def test_the_published_codes_names_load():
             _, layer, weight = name.split(".")
             name = f"rnns.{layer}.module.{weight}" + ("_raw" if weight == "weight_hh_l0" else "")
         published[name] = tensor
-    assert {"encoder.weight", "rnns.1.module.weight_hh_l0_raw", "rnns.0.module.bias_hh_l0", "prior.weight", "latent.0.bias",
-            "decoder.weight", "decoder.bias"} <= published.keys()  # fmt: skip
+    assert {
+        "encoder.weight",
+        "rnns.1.module.weight_hh_l0_raw",
+        "rnns.0.module.bias_hh_l0",
+        "prior.weight",
+        "latent.0.bias",
+        "decoder.weight",
+        "decoder.bias",
+    } <= published.keys()
     model.load_state_dict(published, strict=True)
     tokens = torch.randint(0, V, (5, 2))
     assert torch.equal(model.log_prob(tokens), source.log_prob(tokens))
@@ -55,7 +62,9 @@ def test_the_published_codes_names_load():
     assert len(published) == len(source.state_dict()), "loading must not change the caller's dictionary"
 
 
-@pytest.mark.parametrize(("recipe", "words", "parameters"), [("ptb", 10_000, 21_500_620), ("wikitext2", 33_278, 34_909_528)])
+@pytest.mark.parametrize(
+    ("recipe", "words", "parameters"), [("ptb", 10_000, 21_500_620), ("wikitext2", 33_278, 34_909_528)]
+)
 def test_the_papers_parameter_counts(recipe, words, parameters):
     with torch.device("meta"):
         model = AWDLSTM(words, **dataclasses.asdict(RECIPES[recipe]().model))
@@ -89,7 +98,10 @@ def test_tying():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"head": "linear"}, "head must be one of mos, moc, softmax, got 'linear'"), ({"dropouti": 1.0}, r"dropouti must be in \[0, 1\), got 1.0")],
+    [
+        ({"head": "linear"}, "head must be one of mos, moc, softmax, got 'linear'"),
+        ({"dropouti": 1.0}, r"dropouti must be in \[0, 1\), got 1.0"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):

@@ -68,7 +68,9 @@ def test_equals_torchs_asgd_where_the_rate_is_constant():
         asgd.step()
     assert torch.allclose(parameter, theirs, rtol=0, atol=1e-12)
     with optimizer.averaged():
-        assert torch.allclose(parameter, asgd.state[theirs]["ax"], rtol=0, atol=1e-6)  # torch keeps the weight in float32
+        assert torch.allclose(
+            parameter, asgd.state[theirs]["ax"], rtol=0, atol=1e-6
+        )  # torch keeps the weight in float32
 
 
 def test_averaged_changes_nothing_before_averaging():

@@ -75,8 +75,19 @@ def test_a_pickled_module_becomes_a_run(published, zipped, wdrop, tied, tmp_path
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert meta["config"] == config and config["optim"]["bptt_delta"] == 40
     model = config["model"]
-    assert (model["hidden_sizes"], model["n_experts"], model["embedding_size"], model["tied"]) == (list(WIDTHS), K, D, tied)
-    assert [model[name] for name in ("dropout", "dropoute", "dropouti", "dropouth", "dropoutl")] == [0.4, 0.1, 0.45, 0.2, 0.3]
+    assert (model["hidden_sizes"], model["n_experts"], model["embedding_size"], model["tied"]) == (
+        list(WIDTHS),
+        K,
+        D,
+        tied,
+    )
+    assert [model[name] for name in ("dropout", "dropoute", "dropouti", "dropouth", "dropoutl")] == [
+        0.4,
+        0.1,
+        0.45,
+        0.2,
+        0.3,
+    ]
     assert model["wdrop"] == wdrop and len(tensors) == (17 if not tied else 16) + 1
     expected = source.rnns[1].module.weight_hh_l0_raw if wdrop else source.rnns[1].weight_hh_l0
     assert torch.equal(tensors["rnns.1.weight_hh_l0"], expected)
@@ -86,7 +97,9 @@ def test_a_pickled_module_becomes_a_run(published, zipped, wdrop, tied, tmp_path
 def test_the_recipe_gives_what_comes_after(published, tmp_path):
     torch.save(published(), tmp_path / "model.pt")
     assert convert.main([str(tmp_path / "model.pt"), str(tmp_path / "run"), "--recipe", "wikitext2"]) == 0
-    assert finetune.finetuning_config(tmp_path / "run").optim == dataclasses.replace(RECIPES["wikitext2"]().optim, lr=20)
+    assert finetune.finetuning_config(tmp_path / "run").optim == dataclasses.replace(
+        RECIPES["wikitext2"]().optim, lr=20
+    )
     assert evaluate.parse([str(tmp_path / "run")]).rule == dynamic_rule("wikitext2")
 
 

@@ -23,11 +23,19 @@ def rank_of(matrix):
 
 
 @settings(deadline=None, max_examples=30)
-@given(n=st.integers(1, 60), v=st.integers(1, 50), rank=st.integers(1, 20), block=st.integers(1, 70), seed=st.integers(0, 9))
+@given(
+    n=st.integers(1, 60),
+    v=st.integers(1, 50),
+    rank=st.integers(1, 20),
+    block=st.integers(1, 70),
+    seed=st.integers(0, 9),
+)
 def test_singular_values_are_those_of_the_whole_matrix(n, v, rank, block, seed):
     generator = torch.Generator().manual_seed(seed)
     rank = min(rank, n, v)
-    matrix = torch.randn(n, rank, generator=generator, dtype=torch.float64) @ torch.randn(rank, v, generator=generator, dtype=torch.float64)
+    matrix = torch.randn(n, rank, generator=generator, dtype=torch.float64) @ torch.randn(
+        rank, v, generator=generator, dtype=torch.float64
+    )
     found, expected = spectrum_of(matrix, block), torch.linalg.svdvals(matrix)
     values = found.singular_values()
     assert values.shape == (min(n, v),) and found.n_rows == n

@@ -31,10 +31,32 @@ def corpus_folder(tmp_path):
 def small_flags(corpus_folder):
     """Command-line flags of a run that takes a second."""
     return [
-        "--recipe", "demo", "--data", str(corpus_folder), "--embedding-size", "8", "--hidden-sizes", "12", "10",
-        "--n-experts", "3", "--batch-size", "6", "--bptt", "12", "--bptt-delta", "6", "--epochs", "3", "--log-interval", "1",
-        "--nonmono", "0", "--lr", "10",
-    ]  # fmt: skip
+        "--recipe",
+        "demo",
+        "--data",
+        str(corpus_folder),
+        "--embedding-size",
+        "8",
+        "--hidden-sizes",
+        "12",
+        "10",
+        "--n-experts",
+        "3",
+        "--batch-size",
+        "6",
+        "--bptt",
+        "12",
+        "--bptt-delta",
+        "6",
+        "--epochs",
+        "3",
+        "--log-interval",
+        "1",
+        "--nonmono",
+        "0",
+        "--lr",
+        "10",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +72,33 @@ def prepared(tmp_path_factory):
 def flags(prepared):
     """Of a One Billion Word run that takes a second or two."""
     return [
-        "--recipe", "lm1b-tiny", "--data", str(prepared), "--embedding-size", "8", "--hidden-sizes", "12", "10", "--batch-size", "6", "--bptt", "9",
-        "--eval-batch-size", "4", "--eval-interval", "20", "--log-interval", "1", "--epochs", "2", "--optimizer", "adam", "--lr", "0.01",
-        "--warmup-steps", "5", "--clip", "1",
-    ]  # fmt: skip
+        "--recipe",
+        "lm1b-tiny",
+        "--data",
+        str(prepared),
+        "--embedding-size",
+        "8",
+        "--hidden-sizes",
+        "12",
+        "10",
+        "--batch-size",
+        "6",
+        "--bptt",
+        "9",
+        "--eval-batch-size",
+        "4",
+        "--eval-interval",
+        "20",
+        "--log-interval",
+        "1",
+        "--epochs",
+        "2",
+        "--optimizer",
+        "adam",
+        "--lr",
+        "0.01",
+        "--warmup-steps",
+        "5",
+        "--clip",
+        "1",
+    ]

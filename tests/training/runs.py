@@ -17,7 +17,9 @@ def losses(folder):
 
 def killed_at(flags, out, lines, command="train"):
     """Starts the run as a user would and kills it, as an out-of-memory killer would, once metrics.jsonl has `lines` lines."""
-    process = subprocess.Popen([sys.executable, "-m", f"fused_mos.{command}", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"fused_mos.{command}", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:

@@ -55,7 +55,9 @@ def test_parts_are_the_plain_checkpoint(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"plain", "x.safetensors"}
 
 
-@pytest.mark.parametrize("damage", [lambda part: part.unlink(), lambda part: part.write_bytes(bytes(part.stat().st_size))])
+@pytest.mark.parametrize(
+    "damage", [lambda part: part.unlink(), lambda part: part.write_bytes(bytes(part.stat().st_size))]
+)
 def test_damaged_parts_are_refused(damage, tmp_path):
     path = tmp_path / "x"
     save_checkpoint(path, {"a": torch.randn(900, 1000)}, {}, max_mib=1)
@@ -154,7 +156,9 @@ def test_bad_flags(flags, parts, small_flags, tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_made_is_named(small_flags, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert_refused([*small_flags, "--out", str(tmp_path / "file" / "run")], capsys, tmp_path / "file" / "run", "Not a directory")
+    assert_refused(
+        [*small_flags, "--out", str(tmp_path / "file" / "run")], capsys, tmp_path / "file" / "run", "Not a directory"
+    )
 
 
 def test_bad_texts(small_flags, corpus_folder, tmp_path, capsys):
@@ -184,21 +188,59 @@ def test_a_configuration_survives_json(name):
 def test_the_papers_recipes():
     """Every hyperparameter of the published runs."""
     assert RECIPES["ptb"]().model == ModelConfig(
-        head="mos", n_experts=15, embedding_size=280, hidden_sizes=(960, 960, 620), dropoute=0.1, dropouti=0.4,
-        dropouth=0.225, dropout=0.4, dropoutl=0.29, wdrop=0.5, tied=True,
-    )  # fmt: skip
+        head="mos",
+        n_experts=15,
+        embedding_size=280,
+        hidden_sizes=(960, 960, 620),
+        dropoute=0.1,
+        dropouti=0.4,
+        dropouth=0.225,
+        dropout=0.4,
+        dropoutl=0.29,
+        wdrop=0.5,
+        tied=True,
+    )
     assert RECIPES["ptb"]().optim == OptimConfig(
-        lr=20, finetune_lr=25, batch_size=12, small_batch_size=0, epochs=1000, bptt=70, bptt_delta=40, clip=0.25, weight_decay=1.2e-6,
-        alpha=2, beta=1, nonmono=5,
-    )  # fmt: skip
+        lr=20,
+        finetune_lr=25,
+        batch_size=12,
+        small_batch_size=0,
+        epochs=1000,
+        bptt=70,
+        bptt_delta=40,
+        clip=0.25,
+        weight_decay=1.2e-6,
+        alpha=2,
+        beta=1,
+        nonmono=5,
+    )
     assert RECIPES["wikitext2"]().model == ModelConfig(
-        head="mos", n_experts=15, embedding_size=300, hidden_sizes=(1150, 1150, 650), dropoute=0.1, dropouti=0.55,
-        dropouth=0.2, dropout=0.4, dropoutl=0.29, wdrop=0.5, tied=True,
-    )  # fmt: skip
+        head="mos",
+        n_experts=15,
+        embedding_size=300,
+        hidden_sizes=(1150, 1150, 650),
+        dropoute=0.1,
+        dropouti=0.55,
+        dropouth=0.2,
+        dropout=0.4,
+        dropoutl=0.29,
+        wdrop=0.5,
+        tied=True,
+    )
     assert RECIPES["wikitext2"]().optim == OptimConfig(
-        lr=15, finetune_lr=20, batch_size=15, small_batch_size=5, epochs=1000, bptt=70, bptt_delta=20, clip=0.25, weight_decay=1.2e-6,
-        alpha=2, beta=1, nonmono=5,
-    )  # fmt: skip
+        lr=15,
+        finetune_lr=20,
+        batch_size=15,
+        small_batch_size=5,
+        epochs=1000,
+        bptt=70,
+        bptt_delta=20,
+        clip=0.25,
+        weight_decay=1.2e-6,
+        alpha=2,
+        beta=1,
+        nonmono=5,
+    )
     assert (RECIPES["ptb"]().seed, RECIPES["wikitext2"]().seed) == (28, 1882)
     for name in ("ptb", "wikitext2"):
         assert (RECIPES[name]().valid_batch_size, RECIPES[name]().test_batch_size) == (10, 1)

@@ -34,7 +34,9 @@ def test_static_is_what_training_reported(trained, capsys):
     reported = json.loads((trained / "result.json").read_text())
     test, valid = results(trained)
     assert test["ppl"] == pytest.approx(reported["test_ppl"], abs=1e-9)
-    assert valid["ppl"] == pytest.approx(reported["valid_ppl"], abs=1e-3)  # the hidden state is carried over any segments
+    assert valid["ppl"] == pytest.approx(
+        reported["valid_ppl"], abs=1e-3
+    )  # the hidden state is carried over any segments
     # what the published code divides by: all rows of its one column, of which the first is not predicted
     rows = load_run(trained).corpus.test.numel()
     assert test["ppl_published"] == pytest.approx(math.exp(test["loss"] * (rows - 1) / rows), rel=1e-12)
@@ -123,7 +125,11 @@ def test_a_rule_that_diverges_is_named_and_does_not_end_the_search(trained, monk
 
     monkeypatch.setattr(DynamicRun, "evaluate", some_diverge)
     assert dynamic.tune(DynamicRule()).lr <= 0.002
-    monkeypatch.setattr(DynamicRun, "evaluate", lambda self, tokens, rule, name: some_diverge(self, tokens, dataclasses.replace(rule, lr=1), name))
+    monkeypatch.setattr(
+        DynamicRun,
+        "evaluate",
+        lambda self, tokens, rule, name: some_diverge(self, tokens, dataclasses.replace(rule, lr=1), name),
+    )
     with pytest.raises(ConfigError, match="diverges"):
         DynamicRun(load_run(trained), CheckpointClock(5)).evaluate(dynamic.run.corpus.valid, DynamicRule(), "valid")
 
@@ -146,23 +152,34 @@ def test_tuning_finds_a_better_rule_and_keeps_what_it_tried(trained, monkeypatch
     tried = json.loads((trained / "dynamic" / "tuning.json").read_text())["tried"]
     finals = [row for row in tried if row["text"] == "valid"]
     result = results(trained)[-1]
-    assert result["loss"] == min(row["loss"] for row in finals) and result["rule"] != dataclasses.asdict(DynamicRule(lr=0.02))
+    assert result["loss"] == min(row["loss"] for row in finals) and result["rule"] != dataclasses.asdict(
+        DynamicRule(lr=0.02)
+    )
     assert len(finals) == 3 < len(tried)
     with monkeypatch.context() as patch:
         calls = []
         original = DynamicRun.evaluate
-        patch.setattr(DynamicRun, "evaluate", lambda self, *arguments: calls.append(arguments) or original(self, *arguments))
+        patch.setattr(
+            DynamicRun, "evaluate", lambda self, *arguments: calls.append(arguments) or original(self, *arguments)
+        )
         assert evaluate.main(flags) == 0
     assert len(calls) == 1, "only the split that was asked for is evaluated again"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--tune"], "give both"), (["--dynamic", "--lamb", "0"], "lamb must be positive, got 0.0"), (["--data", "nowhere"], "data folder nowhere does not exist"),
-     (["--bptt", "7"], "are for --dynamic evaluation"), (["--dynamic", "--eval-context", "9"], "eval_context is for static evaluation, got 9"),
-     (["--backend", "cuda"], "backend 'cuda' is not available"), (["--backend", "nonsense"], "backend must be one of"),
-     (["--eval-context", "-1"], "eval_context must not be negative"), (["--device", "tpu9"], "device 'tpu9' cannot be used")],
-)  # fmt: skip
+    [
+        (["--tune"], "give both"),
+        (["--dynamic", "--lamb", "0"], "lamb must be positive, got 0.0"),
+        (["--data", "nowhere"], "data folder nowhere does not exist"),
+        (["--bptt", "7"], "are for --dynamic evaluation"),
+        (["--dynamic", "--eval-context", "9"], "eval_context is for static evaluation, got 9"),
+        (["--backend", "cuda"], "backend 'cuda' is not available"),
+        (["--backend", "nonsense"], "backend must be one of"),
+        (["--eval-context", "-1"], "eval_context must not be negative"),
+        (["--device", "tpu9"], "device 'tpu9' cannot be used"),
+    ],
+)
 def test_errors_name_the_flag(flags, message, trained, capsys):
     assert evaluate.main([str(trained), *flags]) == 2
     assert message in capsys.readouterr().err

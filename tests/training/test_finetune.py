@@ -26,7 +26,9 @@ def test_continues_from_the_best_model(trained, capsys):
     assert finetune.main([str(trained), "--epochs", "1", "--lr", "1e-9", "--time-limit", "1e-9"]) == 0  # one step
     tensors, meta = load_checkpoint(trained / "finetune" / "best.safetensors")
     assert meta["epoch"] == 0 and all(torch.equal(tensors[name], before[name]) for name in before)
-    assert meta["valid_loss"] == pytest.approx(load_checkpoint(trained / "best.safetensors")[1]["valid_loss"], abs=1e-12)
+    assert meta["valid_loss"] == pytest.approx(
+        load_checkpoint(trained / "best.safetensors")[1]["valid_loss"], abs=1e-12
+    )
     trainer = Trainer(finetune.parse([str(trained), "--epochs", "1", "--out", str(trained / "again")]))
     assert trainer.optimizer.averaging and trainer.optimizer.lr == 12.5
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
@@ -35,7 +37,10 @@ def test_continues_from_the_best_model(trained, capsys):
         trainer.train_step()
         steps.append({name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()})
     with trainer.optimizer.averaged():
-        for name, parameter in trainer.model.named_parameters():  # torch.optim.ASGD's average begins with the second step
+        for (
+            name,
+            parameter,
+        ) in trainer.model.named_parameters():  # torch.optim.ASGD's average begins with the second step
             assert torch.allclose(parameter, sum(step[name] for step in steps[1:]) / 3, atol=1e-6), name
 
 
@@ -77,7 +82,10 @@ def test_a_kill_in_the_first_validation_costs_nothing(trained, tmp_path, monkeyp
         assert finetune.main([*flags, "--out", str(broken)]) == 130
     assert finetune.main(flags[:1] + ["--out", str(broken)]) == 0  # as --resume does
     assert losses(broken) == losses(whole)
-    assert load_checkpoint(broken / "best.safetensors")[1]["valid_loss"] == load_checkpoint(whole / "best.safetensors")[1]["valid_loss"]
+    assert (
+        load_checkpoint(broken / "best.safetensors")[1]["valid_loss"]
+        == load_checkpoint(whole / "best.safetensors")[1]["valid_loss"]
+    )
 
 
 def test_errors_name_what_is_missing(tmp_path, trained, capsys):
@@ -85,7 +93,10 @@ def test_errors_name_what_is_missing(tmp_path, trained, capsys):
         ([], "name the folder of the run to fine-tune first"),
         (["--lr", "3", str(trained)], "name the folder of the run to fine-tune first"),
         ([str(trained), "--recipe", "ptb"], "recipe is that of the run, demo, got ptb"),
-        ([str(trained), "--out", str(trained)], "is not empty; continue that run with --resume"),  # it is no fine-tuning of this run
+        (
+            [str(trained), "--out", str(trained)],
+            "is not empty; continue that run with --resume",
+        ),  # it is no fine-tuning of this run
         ([str(tmp_path / "none")], "is not the folder of a run: it has no config.json"),
         ([str(trained), "--lr", "-1"], "lr must be positive, got -1.0"),
         ([str(trained), "--finetune-lr", "3"], "here name --lr 3"),

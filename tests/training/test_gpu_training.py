@@ -33,7 +33,9 @@ def test_cudnn_takes_the_flat_weights_without_a_warning():
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("averaging", [False, True])
 def test_a_step_does_not_wait_for_the_device(precision, averaging, small_flags, tmp_path):
-    trainer = Trainer(parse([*small_flags, "--device", "cuda", "--precision", precision, "--out", str(tmp_path / "run")]))
+    trainer = Trainer(
+        parse([*small_flags, "--device", "cuda", "--precision", precision, "--out", str(tmp_path / "run")])
+    )
     if averaging:
         trainer.optimizer.start_averaging()
     trainer._since = 0.0

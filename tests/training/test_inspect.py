@@ -26,7 +26,9 @@ def test_the_page_the_plot_and_the_numbers(trained, capsys):
     assert inspect.main([str(trained), "--words", "50", "--nearest", "w3", "<b>$x_$"]) == 0
     out = capsys.readouterr().out
     report = json.loads((trained / "inspect" / "experts.json").read_text())
-    assert report["ppl"] == pytest.approx(json.loads((trained / "result.json").read_text())["valid_ppl"], rel=0.2), "as columns, or as one"
+    assert report["ppl"] == pytest.approx(json.loads((trained / "result.json").read_text())["valid_ppl"], rel=0.2), (
+        "as columns, or as one"
+    )
     for share in ("prior", "responsibility"):
         assert sum(expert[share] for expert in report["experts"]) == pytest.approx(1, abs=1e-5)
     assert 1 <= report["effective_experts"] <= 3 == len(report["experts"])
@@ -43,7 +45,9 @@ def test_reading_is_the_text_in_its_order(trained):
     reading = read(run, run.corpus.valid)
     assert torch.equal(reading.tokens, run.corpus.valid[1:])
     whole = run.model.log_prob(run.corpus.valid[:-1, None]).squeeze(1)
-    assert torch.allclose(reading.shares.log_likelihood, whole.gather(1, run.corpus.valid[1:, None]).squeeze(1), rtol=0, atol=1e-4)
+    assert torch.allclose(
+        reading.shares.log_likelihood, whole.gather(1, run.corpus.valid[1:, None]).squeeze(1), rtol=0, atol=1e-4
+    )
 
 
 def test_errors(trained, small_flags, tmp_path, capsys):

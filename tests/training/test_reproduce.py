@@ -35,18 +35,32 @@ def test_all_stages_in_pieces_are_those_of_one_go(small_recipe, corpus_folder, t
     assert table in out and table == (pieces / "reproduction.md").read_text()
     for stage in reproduce.STAGES:
         valid, test = results[stage]["valid"], results[stage]["test"]
-        assert f"| {stage} | {valid['ppl']:.2f} / {test['ppl']:.2f} | {valid['ppl_published']:.2f} / {test['ppl_published']:.2f} |" in table
-    assert results["fine-tuned"]["valid"]["ppl"] == json.loads((whole / "finetune" / "result.json").read_text())["valid_ppl"]
+        assert (
+            f"| {stage} | {valid['ppl']:.2f} / {test['ppl']:.2f} | {valid['ppl_published']:.2f} / {test['ppl_published']:.2f} |"
+            in table
+        )
+    assert (
+        results["fine-tuned"]["valid"]["ppl"]
+        == json.loads((whole / "finetune" / "result.json").read_text())["valid_ppl"]
+    )
     assert not results["trained"]["test"]["dynamic"] and results["dynamic evaluation"]["test"]["dynamic"]
 
 
 def test_the_table_of_the_paper():
-    results = {stage: {split: {"ppl": 50.0, "ppl_published": 49.5} for split in ("valid", "test")} for stage in reproduce.STAGES}
+    results = {
+        stage: {split: {"ppl": 50.0, "ppl_published": 49.5} for split in ("valid", "test")}
+        for stage in reproduce.STAGES
+    }
     assert "| fine-tuned | 50.00 / 50.00 | 49.50 / 49.50 | 56.54 / 54.44 |" in reproduce.table("ptb", results)
-    assert "| dynamic evaluation | 50.00 / 50.00 | 49.50 / 49.50 | 42.41 / 40.68 |" in reproduce.table("wikitext2", results)
+    assert "| dynamic evaluation | 50.00 / 50.00 | 49.50 / 49.50 | 42.41 / 40.68 |" in reproduce.table(
+        "wikitext2", results
+    )
 
 
-@pytest.mark.parametrize(("recipe", "rule"), [("ptb", DynamicRule(0.002, 0.075, 0.001, 5)), ("wikitext2", DynamicRule(0.002, 0.02, 0.002, 5))])
+@pytest.mark.parametrize(
+    ("recipe", "rule"),
+    [("ptb", DynamicRule(0.002, 0.075, 0.001, 5)), ("wikitext2", DynamicRule(0.002, 0.02, 0.002, 5))],
+)
 def test_the_recipes_numbers_of_dynamic_evaluation(recipe, rule, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RECIPES[recipe]().to_json()))
     assert evaluate.parse([str(tmp_path), "--dynamic"]).rule == rule

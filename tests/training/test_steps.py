@@ -13,7 +13,9 @@ from fused_mos.train import parse
 from fused_mos.training import Trainer
 from fused_mos.training.profile import StepProfile
 
-NO_DROPOUT = [f for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop") for f in (f"--{name}", "0")]
+NO_DROPOUT = [
+    f for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop") for f in (f"--{name}", "0")
+]
 
 
 def plain_lstm(x, h, c, w_ih, w_hh, b_ih, b_hh):
@@ -43,8 +45,12 @@ class Restatement:
             x, h, c = plain_lstm(x, *self.states[part][layer], *weights)
             self.states[part][layer] = h.detach(), c.detach()
         prior = torch.softmax(x @ p["head.prior.weight"].T, -1)
-        latent = torch.tanh(x @ p["head.latent.0.weight"].T + p["head.latent.0.bias"]).unflatten(-1, (self.n_experts, -1))
-        probability = (prior[..., None] * torch.softmax(latent @ p["encoder.weight"].T + p["head.decoder.bias"], -1)).sum(-2)
+        latent = torch.tanh(x @ p["head.latent.0.weight"].T + p["head.latent.0.bias"]).unflatten(
+            -1, (self.n_experts, -1)
+        )
+        probability = (
+            prior[..., None] * torch.softmax(latent @ p["encoder.weight"].T + p["head.decoder.bias"], -1)
+        ).sum(-2)
         nll = -probability.gather(-1, targets[..., None]).log().mean()
         return nll + self.optim.alpha * (x**2).mean() + self.optim.beta * ((x[1:] - x[:-1]) ** 2).mean()
 
@@ -52,7 +58,9 @@ class Restatement:
         optim, size = self.optim, self.optim.small_batch_size
         parts = range(optim.batch_size // size)
         columns = [slice(part * size, (part + 1) * size) for part in parts]
-        loss = sum(self.loss(part, inputs[:, c], targets[:, c]) * size / optim.batch_size for part, c in zip(parts, columns))
+        loss = sum(
+            self.loss(part, inputs[:, c], targets[:, c]) * size / optim.batch_size for part, c in zip(parts, columns)
+        )
         gradients = torch.autograd.grad(loss, list(self.p.values()))
         norm = sum((g**2).sum() for g in gradients).sqrt()
         with torch.no_grad():
@@ -61,17 +69,33 @@ class Restatement:
                 value -= optim.lr * drawn / optim.bptt * g
             if self.averages is not None:
                 self.trail.append([value.clone() for value in self.p.values()])
-                self.averages = [torch.stack(values).mean(0) for values in zip(*(self.trail[1:] or self.trail))]  # as torch's ASGD with t0 = 0
+                self.averages = [
+                    torch.stack(values).mean(0) for values in zip(*(self.trail[1:] or self.trail))
+                ]  # as torch's ASGD with t0 = 0
 
 
 def test_sgd_and_asgd_steps_restated(small_flags, tmp_path, monkeypatch):
-    flags = [*small_flags, *NO_DROPOUT, "--batch-size", "6", "--small-batch-size", "2", "--weight-decay", "1e-3", "--clip", "0.1"]
+    flags = [
+        *small_flags,
+        *NO_DROPOUT,
+        "--batch-size",
+        "6",
+        "--small-batch-size",
+        "2",
+        "--weight-decay",
+        "1e-3",
+        "--clip",
+        "0.1",
+    ]
     trainer = Trainer(parse([*flags, "--out", str(tmp_path / "run")]))
     trainer.model.double()
     trainer.hidden = trainer._initial_hidden()
     plain = Restatement(trainer)
     drawn = []
-    monkeypatch.setattr("fused_mos.training.trainer.random_bptt_length", lambda *_: drawn.append((7, 12, 15)[len(drawn) % 3]) or drawn[-1])
+    monkeypatch.setattr(
+        "fused_mos.training.trainer.random_bptt_length",
+        lambda *_: drawn.append((7, 12, 15)[len(drawn) % 3]) or drawn[-1],
+    )
     for step in range(7):
         if step == 3:
             trainer.optimizer.start_averaging()
@@ -103,7 +127,21 @@ def test_a_step_draws_masks_for_each_part_and_reads_no_number_back(averaging, sm
     monkeypatch.setattr("fused_mos.training.trainer.random_bptt_length", lambda *_: 12)
     monkeypatch.setattr("fused_mos.functional._values_can_be_read", lambda *_: False)
     monkeypatch.setattr("fused_mos.ops._scaled", lambda gradient, factor: gradient * factor)
-    trainer = Trainer(parse([*small_flags, "--dropoutl", "0.1", "--small-batch-size", "2", "--backend", "tiled", "--out", str(tmp_path / "run")]))
+    trainer = Trainer(
+        parse(
+            [
+                *small_flags,
+                "--dropoutl",
+                "0.1",
+                "--small-batch-size",
+                "2",
+                "--backend",
+                "tiled",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+    )
     if averaging:
         trainer.optimizer.start_averaging()
         trainer.train_step()
@@ -115,17 +153,33 @@ def test_a_step_draws_masks_for_each_part_and_reads_no_number_back(averaging, sm
 
 def test_a_profile_changes_no_more_than_rounding(small_flags, tmp_path, capsys, monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(StepProfile, "_now", lambda self: float(next(ticks)))  # a clock by which every stage takes as long
+    monkeypatch.setattr(
+        StepProfile, "_now", lambda self: float(next(ticks))
+    )  # a clock by which every stage takes as long
     plain, profiled = tmp_path / "plain", tmp_path / "profiled"
     Trainer(parse([*small_flags, "--epochs", "1", "--out", str(plain)])).run()
-    Trainer(parse([*small_flags, "--epochs", "1", "--small-batch-size", "6", "--profile", "5", "--out", str(profiled)])).run()
+    Trainer(
+        parse([*small_flags, "--epochs", "1", "--small-batch-size", "6", "--profile", "5", "--out", str(profiled)])
+    ).run()
     for (_, _, a), (_, _, b) in zip(losses(plain), losses(profiled), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     report = json.loads((profiled / "profile.json").read_text())
     assert list(report["stages"]) == [
-        "data", "embedding, forward", "LSTM 1, forward", "dropout, forward", "LSTM 2, forward", "head, forward", "regularisers", "head, backward",
-        "dropout, backward", "LSTM 2, backward", "LSTM 1, backward", "embedding, backward", "clipping", "optimizer",
-    ]  # fmt: skip
+        "data",
+        "embedding, forward",
+        "LSTM 1, forward",
+        "dropout, forward",
+        "LSTM 2, forward",
+        "head, forward",
+        "regularisers",
+        "head, backward",
+        "dropout, backward",
+        "LSTM 2, backward",
+        "LSTM 1, backward",
+        "embedding, backward",
+        "clipping",
+        "optimizer",
+    ]
     assert report["steps"] == 5 and all(stage["ms"] > 0 for stage in report["stages"].values())
     assert sum(stage["share"] for stage in report["stages"].values()) == pytest.approx(1)
     assert "profile of 5 steps on cpu" in capsys.readouterr().out
@@ -138,9 +192,24 @@ def test_backends_train_alike(tmp_path):
     backends = ["reference", "tiled", "auto"]
     perplexities = []
     for backend in backends:
-        flags = ["--recipe", "demo", "--data", str(data), "--epochs", "1", "--log-interval", "1", "--backend", backend, "--out", str(tmp_path / backend)]
+        flags = [
+            "--recipe",
+            "demo",
+            "--data",
+            str(data),
+            "--epochs",
+            "1",
+            "--log-interval",
+            "1",
+            "--backend",
+            backend,
+            "--out",
+            str(tmp_path / backend),
+        ]
         perplexities.append(Trainer(parse(flags)).run()["test_ppl"])
-    expected, *others = [[loss for kind, _, loss in losses(tmp_path / backend) if kind == "train"] for backend in backends]
+    expected, *others = [
+        [loss for kind, _, loss in losses(tmp_path / backend) if kind == "train"] for backend in backends
+    ]
     assert len(expected) >= 200
     for other in others:
         assert other[:32] == pytest.approx(expected[:32], rel=1e-5)

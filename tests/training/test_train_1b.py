@@ -103,7 +103,9 @@ def test_every_held_out_word_is_predicted_once(n_columns, prepared):
         for columns in (range(0, n_columns // 2), range(n_columns // 2, n_columns)):
             for inputs, targets in evaluation_segments(file, corpus.bos, n_columns, columns, 7):
                 assert inputs.shape == targets.shape == (len(inputs), len(columns))
-                pairs += [pair for pair in zip(inputs.flatten().tolist(), targets.flatten().tolist()) if pair[1] != corpus.bos]
+                pairs += [
+                    pair for pair in zip(inputs.flatten().tolist(), targets.flatten().tolist()) if pair[1] != corpus.bos
+                ]
         assert sorted(pairs) == sorted((int(a), int(b)) for a, b in zip(text, text[1:]) if b != corpus.bos)
 
 
@@ -112,9 +114,18 @@ def test_files_are_checked(prepared, tmp_path, flags, capsys):
         (lambda file: file.path.unlink(), "is missing"),
         (lambda file: file.path.write_bytes(file.path.read_bytes()[:-4]), "bytes, .* in the manifest"),
         (lambda file: file.path.write_bytes(file.path.read_bytes()[:-4] + b"\3\0\0\0"), "is damaged: its sha256 is"),
-        (lambda file: (tmp_path / "copy" / "vocabulary.txt").write_text("other\n"), "is not the vocabulary that the shards were prepared with"),
-        (lambda file: (tmp_path / "copy" / "vocabulary.txt").unlink(), "is not the vocabulary that the shards were prepared with"),
-        (lambda file: (tmp_path / "copy" / "manifest.json").unlink(), "run python -m fused_mos.data.lm1b prepare first"),
+        (
+            lambda file: (tmp_path / "copy" / "vocabulary.txt").write_text("other\n"),
+            "is not the vocabulary that the shards were prepared with",
+        ),
+        (
+            lambda file: (tmp_path / "copy" / "vocabulary.txt").unlink(),
+            "is not the vocabulary that the shards were prepared with",
+        ),
+        (
+            lambda file: (tmp_path / "copy" / "manifest.json").unlink(),
+            "run python -m fused_mos.data.lm1b prepare first",
+        ),
     ):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(prepared, tmp_path / "copy")
@@ -137,7 +148,9 @@ def test_a_chunked_head_has_the_same_loss_and_gradients(head):
         model.zero_grad()
         loss, new = SummedLoss(model, ignored=0, head_chunk=chunk)(tokens[:-1], tokens[1:], hidden)
         (loss * 0.1).backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters()), *(t for state in new for t in state)])
+        results.append(
+            [loss.detach(), *(p.grad.clone() for p in model.parameters()), *(t for state in new for t in state)]
+        )
         with torch.no_grad():
             evaluated, _ = SummedLoss(model, ignored=0, head_chunk=chunk)(tokens[:-1], tokens[1:], hidden)
         assert evaluated == pytest.approx(loss.item(), rel=1e-6)
@@ -150,7 +163,6 @@ def test_a_chunked_head_keeps_one_chunk_of_vectors():
     """Numbers that autograd holds between forward and backward, by the head's (N, K, D)."""
     model = AWDLSTM(50, 8, (12, 10), "mos", 15, dropoute=0, dropouti=0, dropouth=0, dropout=0, dropoutl=0, wdrop=0)
     tokens, hidden = torch.randint(50, (41, 20)), model.initial_hidden(20)
-
 
     class Held:
         def __init__(self, tensor):
@@ -179,15 +191,34 @@ def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
     assert train_1b.main([*flags, "--epochs", "8", "--lr", "0.03", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     result = json.loads((out / "result.json").read_text())
-    assert f"mos: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words" in printed and "in all" in printed
+    assert (
+        f"mos: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words" in printed
+        and "in all" in printed
+    )
     assert result["heldout_ppl"] < 12 and result["vocabulary"] == 43
     assert result["heldout_words"] == sum(int((file.open() != 0).sum()) for file in PreparedCorpus(prepared).heldout)
     names = {path.name for path in out.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "best", "learning-curve.png", "result.json"}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "best",
+        "learning-curve.png",
+        "result.json",
+    }
     assert len(list((out / "checkpoints").iterdir())) == 1
-    assert train_1b.main([*flags, "--epochs", "8", "--lr", "0.03", "--evaluate", "--eval-batch-size", "3", "--out", str(out)]) == 0
+    assert (
+        train_1b.main(
+            [*flags, "--epochs", "8", "--lr", "0.03", "--evaluate", "--eval-batch-size", "3", "--out", str(out)]
+        )
+        == 0
+    )
     again = json.loads((out / "result.json").read_text())
-    assert again["heldout_ppl"] == pytest.approx(result["heldout_ppl"], rel=0.05) and again["heldout_words"] == result["heldout_words"]
+    assert (
+        again["heldout_ppl"] == pytest.approx(result["heldout_ppl"], rel=0.05)
+        and again["heldout_words"] == result["heldout_words"]
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
@@ -241,7 +272,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, ca
         with monkeypatch.context() as patch:
             patch.setattr(what, fails)
             assert train_1b.main([*flags, "--checkpoint-minutes", "0", "--out", str(out)]) == 2
-        assert re.search(r"error: checkpoint .* could not be written \(the disk is full\); the last complete one is as it was", capsys.readouterr().err)
+        assert re.search(
+            r"error: checkpoint .* could not be written \(the disk is full\); the last complete one is as it was",
+            capsys.readouterr().err,
+        )
         assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
 
 
@@ -285,7 +319,24 @@ def test_adagrad_begins_as_that_of_jozefowicz_et_al():
 
 
 def test_a_segment_without_a_word_to_predict(flags, tmp_path):
-    assert train_1b.main([*flags, "--batch-size", "1", "--bptt", "1", "--max-steps", "30", "--log-interval", "30", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        train_1b.main(
+            [
+                *flags,
+                "--batch-size",
+                "1",
+                "--bptt",
+                "1",
+                "--max-steps",
+                "30",
+                "--log-interval",
+                "30",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
 
 
 def test_nothing_is_updated_by_a_gradient_that_is_not_finite(flags, trainer_of, tmp_path):
@@ -293,7 +344,9 @@ def test_nothing_is_updated_by_a_gradient_that_is_not_finite(flags, trainer_of, 
     inputs, targets = next(trainer.stream.segments())
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.model.rnns[0].weight_hh_l0.register_hook(lambda grad: grad * torch.inf)
-    with pytest.raises(TrainingDiverged, match="diverged at step 1: .* norm of the gradient (inf|nan); nothing was updated"):
+    with pytest.raises(
+        TrainingDiverged, match="diverged at step 1: .* norm of the gradient (inf|nan); nothing was updated"
+    ):
         trainer.train_step(inputs, targets)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters())) and trainer.progress.step == 0
 
@@ -309,7 +362,10 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
     lm1b.prepare(lm1b.Prepare(tmp_path / "source", tmp_path / "other", workers=1, allow_missing=True))
     for changed, message in (
         (["--lr", "0.5"], "lr cannot change when a run goes on: it was 0.01, got 0.5"),
-        (["--hidden-sizes", "12", "11"], "hidden_sizes cannot change when a run goes on: it was [12, 10], got (12, 11)"),
+        (
+            ["--hidden-sizes", "12", "11"],
+            "hidden_sizes cannot change when a run goes on: it was [12, 10], got (12, 11)",
+        ),
         (["--data", str(tmp_path / "other")], "is not the corpus that"),
     ):
         assert train_1b.main([*flags, *changed, "--out", str(out)]) == 2
@@ -327,14 +383,19 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
     for file in newest.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     assert train_1b.main([*flags, "--out", str(out)]) == 2
-    assert re.search(f"error: checkpoint {newest} is damaged or of another model .*; nothing was changed", capsys.readouterr().err)
+    assert re.search(
+        f"error: checkpoint {newest} is damaged or of another model .*; nothing was changed", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         (["--recipe", "lm1b-huge"], "recipe must be one of lm1b-mos"),
-        (["--batch-size", "7", "--accumulate", "2"], "batch_size must be a multiple of 2 (ranks that read other text × accumulate = 1 × 2), got 7"),
+        (
+            ["--batch-size", "7", "--accumulate", "2"],
+            "batch_size must be a multiple of 2 (ranks that read other text × accumulate = 1 × 2), got 7",
+        ),
         (["--vocab-parallel", "2"], "vocab_parallel must divide the number of ranks, 1, got 2"),
         (["--lr", "0"], "lr must be positive, got 0.0"),
         (["--dropouti", "1"], "dropouti must be in [0, 1), got 1.0"),
@@ -356,7 +417,9 @@ def test_an_occupied_folder_is_not_overwritten(flags, tmp_path, capsys):
     assert "is not empty and holds no checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "n_words", "expected"), [("lm1b-mos", 100_000, 112_856_796), ("lm1b-softmax", 100_000, 119_293_600)])
+@pytest.mark.parametrize(
+    ("name", "n_words", "expected"), [("lm1b-mos", 100_000, 112_856_796), ("lm1b-softmax", 100_000, 119_293_600)]
+)
 def test_the_papers_models(name, n_words, expected):
     """113 and 119 million parameters."""
     parameters = memory.table(RECIPES[name](), n_words, 1, "cpu")["parameters"] / 4
@@ -382,9 +445,15 @@ def test_the_memory_table_is_near_what_a_run_takes(flags, tmp_path):
     """A decoder of 150 MB, so that what a process takes by itself does not hide the rest."""
     write_benchmark(tmp_path / "source")
     (tmp_path / "words").write_text("\n".join([*lm1b.MARKS, *(f"w{i}" for i in range(150_000))]) + "\n")
-    lm1b.prepare(lm1b.Prepare(tmp_path / "source", tmp_path / "prepared", vocabulary=tmp_path / "words", workers=1, allow_missing=True))
+    lm1b.prepare(
+        lm1b.Prepare(
+            tmp_path / "source", tmp_path / "prepared", vocabulary=tmp_path / "words", workers=1, allow_missing=True
+        )
+    )
     flags = [*flags, "--data", str(tmp_path / "prepared"), "--embedding-size", "256", "--out", str(tmp_path / "run")]
-    printed = subprocess.run([sys.executable, "-c", MEASURED_RUN, *flags], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", MEASURED_RUN, *flags], capture_output=True, text=True, check=True
+    ).stdout
     measured, estimated = map(int, printed.split())
     assert 0.8 < measured / estimated < 1.1, (measured, estimated)
 
@@ -398,7 +467,9 @@ def test_what_does_not_fit_is_refused_with_what_would():
             return number
 
     full = dataclasses.replace(RECIPES["lm1b-full"](), memory_gib=19.2)
-    with pytest.raises(ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20:(.|\n)*it would fit with --accumulate \d+"):
+    with pytest.raises(
+        ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20:(.|\n)*it would fit with --accumulate \d+"
+    ):
         memory.check(full, 793_471, OneRank)
     with pytest.raises(ConfigError, match="take a smaller embedding or vocabulary"):
         memory.check(dataclasses.replace(full, memory_gib=4), 793_471, OneRank)

@@ -22,7 +22,17 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def torchrun(n_ranks, arguments, *options):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}", *options, "-m", "fused_mos.train_1b", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={n_ranks}",
+        *options,
+        "-m",
+        "fused_mos.train_1b",
+        *arguments,
+    ]
 
 
 def finish(command):
@@ -90,7 +100,10 @@ def unbroken_by_kills(flags, tmp_path, kills, seed):
         agent.terminate()
     assert losses(out) == losses(whole)
     assert not list(out.glob("*/*.partial"))
-    assert json.loads((out / "result.json").read_text())["heldout_loss"] == json.loads((whole / "result.json").read_text())["heldout_loss"]
+    assert (
+        json.loads((out / "result.json").read_text())["heldout_loss"]
+        == json.loads((whole / "result.json").read_text())["heldout_loss"]
+    )
 
 
 def test_a_rank_that_is_killed_costs_nothing(flags, tmp_path):

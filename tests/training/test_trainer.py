@@ -14,8 +14,9 @@ from fused_mos.training.evaluation import evaluate
 from fused_mos.training.logging import perplexity, read_metrics
 from fused_mos.training.run import load_run
 
-
-NO_DROPOUT = [f for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop") for f in (f"--{name}", "0")]
+NO_DROPOUT = [
+    f for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop") for f in (f"--{name}", "0")
+]
 
 
 def run(flags, out):
@@ -29,13 +30,27 @@ def test_a_run_leaves_its_folder(small_flags, tmp_path):
     result = run([*small_flags, *NO_DROPOUT, *wider, "--epochs", "8", "--nonmono", "9"], out)
     names = {path.name for path in out.iterdir()}
     assert names == {
-        "config.json", "vocabulary.txt", "metrics.jsonl", "tensorboard", "best.safetensors", "last.safetensors",
-        "learning-curve.png", "result.json",
-    }  # fmt: skip
+        "config.json",
+        "vocabulary.txt",
+        "metrics.jsonl",
+        "tensorboard",
+        "best.safetensors",
+        "last.safetensors",
+        "learning-curve.png",
+        "result.json",
+    }
     assert any((out / "tensorboard").iterdir())
     assert (out / "learning-curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "result.json").read_text()) == result
-    assert {"valid_ppl", "test_ppl", "parameters", "words_per_second", "peak_memory_mib", "seed", "head"} <= result.keys()
+    assert {
+        "valid_ppl",
+        "test_ppl",
+        "parameters",
+        "words_per_second",
+        "peak_memory_mib",
+        "seed",
+        "head",
+    } <= result.keys()
     train = [m["loss"] for m in read_metrics(out) if m["kind"] == "train"]
     assert train[-1] < train[0] - 0.5, "the cyclic text was not learnt"
 
@@ -47,7 +62,10 @@ def test_other_heads_train(head, small_flags, tmp_path):
 
 
 def test_bfloat16_trains_alike_with_float32_parameters_and_evaluation(small_flags, tmp_path):
-    results = {p: run([*small_flags, "--epochs", "2", "--lr", "1", "--precision", p], tmp_path / p) for p in ("float32", "bfloat16")}
+    results = {
+        p: run([*small_flags, "--epochs", "2", "--lr", "1", "--precision", p], tmp_path / p)
+        for p in ("float32", "bfloat16")
+    }
     (_, _, exact), *_ = a = losses(tmp_path / "float32")
     (_, _, rounded), *_ = b = losses(tmp_path / "bfloat16")
     assert exact != rounded and [loss for _, _, loss in b] == pytest.approx([loss for _, _, loss in a], rel=5e-3)
@@ -125,7 +143,10 @@ def test_a_run_in_pieces_is_the_whole_run(small_flags, tmp_path, capsys):
         assert main(["--resume", str(pieces), "--time-limit", "0.1"]) == 0
         count += 1
     assert count > 2 and losses(pieces) == losses(whole)
-    assert json.loads((pieces / "result.json").read_text())["test_ppl"] == json.loads((whole / "result.json").read_text())["test_ppl"]
+    assert (
+        json.loads((pieces / "result.json").read_text())["test_ppl"]
+        == json.loads((whole / "result.json").read_text())["test_ppl"]
+    )
 
 
 def test_a_finished_run_resumes_to_more_epochs(small_flags, tmp_path):

@@ -81,8 +81,11 @@ def _table(changes: dict[str, Tile]) -> dict[str, Tile]:
             ((rule, tile) for rule, tile in rules.items() if f"{rows} {precision} {family} {width}".startswith(rule)),
             key=lambda item: len(item[0]),
         )[1]
-        for rows in ROW_CLASSES for precision in PRECISIONS for family in FAMILIES for width in WIDTH_CLASSES
-    }  # fmt: skip
+        for rows in ROW_CLASSES
+        for precision in PRECISIONS
+        for family in FAMILIES
+        for width in WIDTH_CLASSES
+    }
 
 
 _RESIDENT = {
@@ -105,7 +108,10 @@ _SHALLOW_MIXTURE = {
     "many tf32 mixture": Tile(64, 64, 16, 8, 3),
     "many tf32 mixture-gradient": Tile(64, 32, 32, 8, 3),
 }
-_NOT_RESIDENT = {"many 16-bit gradient wide": Tile(128, 256, 64, 8, 3), "many ieee mixture-gradient": Tile(32, 32, 16, 4, 2)}
+_NOT_RESIDENT = {
+    "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),
+    "many ieee mixture-gradient": Tile(32, 32, 16, 4, 2),
+}
 ARCHITECTURES = {
     "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT)),
     "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE)),  # also sm_89
@@ -147,10 +153,15 @@ def load_tuned(gpu: str) -> dict[str, Tile]:
     if not path.exists():
         return {}
     try:
-        tiles = {key: Tile(*map(int, sizes[:5]), resident=bool(sizes[5])) for key, sizes in json.loads(path.read_text()).items()}
+        tiles = {
+            key: Tile(*map(int, sizes[:5]), resident=bool(sizes[5]))
+            for key, sizes in json.loads(path.read_text()).items()
+        }
         assert set(tiles) <= set(_table({}))
     except Exception as error:
-        raise ValueError(f"{path} is not a table of tiles ({error}); delete it, or run `python -m fused_mos.tune` again") from error
+        raise ValueError(
+            f"{path} is not a table of tiles ({error}); delete it, or run `python -m fused_mos.tune` again"
+        ) from error
     return tiles
 
 

@@ -57,7 +57,21 @@ def gradient_kernel(
     mask = row < n_rows
     first_class += first_column
     tile = logits_tile(
-        z_ptr, e_ptr, bias_ptr, n_rows, n_classes, first_row, first_class, D, D, HAS_BIAS, ROWS, CLASSES, FEATURES, PRECISION, False
+        z_ptr,
+        e_ptr,
+        bias_ptr,
+        n_rows,
+        n_classes,
+        first_row,
+        first_class,
+        D,
+        D,
+        HAS_BIAS,
+        ROWS,
+        CLASSES,
+        FEATURES,
+        PRECISION,
+        False,
     )
     grad_lse = tl.load(grad_lse_ptr + row, mask=mask, other=0.0)
     # a row of weight 0 is exactly 0, whatever its statistics are
@@ -69,7 +83,12 @@ def gradient_kernel(
         if tl.max(((target >= 0) & (target < CLASSES)).to(tl.int32), 0) > 0:
             grad_target = tl.load(grad_target_ptr + row, mask=mask, other=0.0)
             dl = tl.where(column[None, :] == target[:, None], dl - grad_target[:, None], dl)
-    dl_tile = dl_ptr + tl.cast(first_row, tl.int64) * stride + first_column + (tl.arange(0, ROWS)[:, None] * stride + column[None, :])
+    dl_tile = (
+        dl_ptr
+        + tl.cast(first_row, tl.int64) * stride
+        + first_column
+        + (tl.arange(0, ROWS)[:, None] * stride + column[None, :])
+    )
     tl.store(dl_tile, dl.to(dl_ptr.dtype.element_ty), mask=mask[:, None] & (first_column + column < span)[None, :])
 
 
@@ -102,7 +121,21 @@ def exponentials_tile(
     mask = row < n_rows
     first_class = tile_index * CLASSES
     tile = logits_tile(
-        z_ptr, e_ptr, bias_ptr, n_rows, n_classes, first_row, first_class, D, D, HAS_BIAS, ROWS, CLASSES, FEATURES, PRECISION, False
+        z_ptr,
+        e_ptr,
+        bias_ptr,
+        n_rows,
+        n_classes,
+        first_row,
+        first_class,
+        D,
+        D,
+        HAS_BIAS,
+        ROWS,
+        CLASSES,
+        FEATURES,
+        PRECISION,
+        False,
     )
     target = row_targets(target_ptr, first_row, n_rows, first_class, EXPERTS, ROWS)
     here = (target >= 0) & (target < CLASSES)
@@ -117,7 +150,12 @@ def exponentials_tile(
     # beyond the margin any number will do, as long as it is finite: the row is recomputed
     a = tl.exp(tl.minimum(tile - reference[:, None], MARGIN + 1))
     tl.store(tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
-    a_tile = a_ptr + tl.cast(first_row, tl.int64) * stride + first_class + (tl.arange(0, ROWS)[:, None] * stride + column[None, :])
+    a_tile = (
+        a_ptr
+        + tl.cast(first_row, tl.int64) * stride
+        + first_class
+        + (tl.arange(0, ROWS)[:, None] * stride + column[None, :])
+    )
     tl.store(a_tile, a.to(a_ptr.dtype.element_ty), mask=mask[:, None] & (first_class + column < n_classes)[None, :])
 
 
@@ -147,9 +185,28 @@ def exponentials_kernel(
     row = first_row + tl.arange(0, ROWS)
     reference = tl.load(reference_ptr + row, mask=row < n_rows, other=0.0)
     exponentials_tile(
-        z_ptr, e_ptr, bias_ptr, target_ptr, reference, a_ptr, tile_maximum_ptr, tile_total_ptr, target_logit_ptr, n_rows, n_classes,
-        stride, first_row, tl.program_id(1), D, EXPERTS, HAS_BIAS, ROWS, CLASSES, FEATURES, PRECISION,
-    )  # fmt: skip
+        z_ptr,
+        e_ptr,
+        bias_ptr,
+        target_ptr,
+        reference,
+        a_ptr,
+        tile_maximum_ptr,
+        tile_total_ptr,
+        target_logit_ptr,
+        n_rows,
+        n_classes,
+        stride,
+        first_row,
+        tl.program_id(1),
+        D,
+        EXPERTS,
+        HAS_BIAS,
+        ROWS,
+        CLASSES,
+        FEATURES,
+        PRECISION,
+    )
 
 
 @triton.jit
@@ -190,9 +247,28 @@ def recheck_kernel(
         tl.store(reference_ptr + row, reference, mask=mask)
         for tile_index in range(0, n_tiles):
             exponentials_tile(
-                z_ptr, e_ptr, bias_ptr, target_ptr, reference, a_ptr, tile_maximum_ptr, tile_total_ptr, target_logit_ptr, n_rows,
-                n_classes, stride, first_row, tile_index, D, EXPERTS, HAS_BIAS, ROWS, CLASSES, FEATURES, PRECISION,
-            )  # fmt: skip
+                z_ptr,
+                e_ptr,
+                bias_ptr,
+                target_ptr,
+                reference,
+                a_ptr,
+                tile_maximum_ptr,
+                tile_total_ptr,
+                target_logit_ptr,
+                n_rows,
+                n_classes,
+                stride,
+                first_row,
+                tile_index,
+                D,
+                EXPERTS,
+                HAS_BIAS,
+                ROWS,
+                CLASSES,
+                FEATURES,
+                PRECISION,
+            )
 
 
 @triton.jit
@@ -226,7 +302,9 @@ def mix_kernel(
     flat_row = tl.reshape(row, (TOKENS * EXPERTS,))
     flat_mask = tl.reshape(mask, (TOKENS * EXPERTS,))
     n_rows = n_tokens * K
-    _, others = combined(reference_ptr, tile_total_ptr, flat_row, flat_mask, n_tiles, 0, n_rows, TOKENS * EXPERTS, TILES)
+    _, others = combined(
+        reference_ptr, tile_total_ptr, flat_row, flat_mask, n_tiles, 0, n_rows, TOKENS * EXPERTS, TILES
+    )
     others = tl.reshape(others, (TOKENS, EXPERTS))  # Σ exp(l − reference), but for the target's
     reference = tl.load(reference_ptr + row, mask=mask, other=0.0)
     target_logit = tl.load(target_logit_ptr + row, mask=mask, other=0.0)
@@ -246,7 +324,9 @@ def mix_kernel(
     valid = tl.load(valid_ptr + token, mask=token < n_tokens, other=0).to(tl.int1)[:, None]
     responsibility = tl.where(valid & (likelihoods != 0)[:, None], likelihood / likelihoods[:, None], 0.0)
     scale = tl.load(scale_ptr)
-    weight = tl.where(responsibility != 0, responsibility * scale, 0.0)  # 0 although the scale is infinite: no valid target
+    weight = tl.where(
+        responsibility != 0, responsibility * scale, 0.0
+    )  # 0 although the scale is infinite: no valid target
     tl.store(log_total_ptr + row, log_total, mask=mask)
     tl.store(responsibility_ptr + row, responsibility, mask=mask)
     tl.store(factor_ptr + row, tl.where(weight != 0, weight / total, 0.0), mask=mask)
@@ -272,7 +352,9 @@ def scaled_rows_kernel(
     row = tl.minimum(tl.arange(0, ROWS), n_rows - 1 - first_row)[:, None]
     feature = (tl.program_id(1) * FEATURES + tl.arange(0, FEATURES))[None, :]
     factor = tl.load(factor_ptr + first_row + row)
-    z = tl.load(z_ptr + tl.cast(first_row, tl.int64) * STRIDE + (row * STRIDE + feature), mask=feature < D, other=0.0).to(tl.float32)
+    z = tl.load(
+        z_ptr + tl.cast(first_row, tl.int64) * STRIDE + (row * STRIDE + feature), mask=feature < D, other=0.0
+    ).to(tl.float32)
     rounded = factor.to(result_ptr.dtype.element_ty).to(tl.float32)
     value = tl.where(feature == D, rounded, tl.where(feature == D + 1, factor - rounded, z * factor))
     # a row of factor 0 is exactly 0, also where its latent vector is not finite

@@ -41,7 +41,9 @@ _override: _Override | None = None
 
 
 @contextlib.contextmanager
-def overridden(architecture: Architecture, tiles: dict[str, Tile] | None = None, record: bool = False) -> Iterator[list[Call]]:
+def overridden(
+    architecture: Architecture, tiles: dict[str, Tile] | None = None, record: bool = False
+) -> Iterator[list[Call]]:
     """Takes tiles from `tiles`, then from `architecture`; yields the recorded calls."""
     global _override
     before, _override = _override, _Override(architecture, [] if record else None, tiles or {})
@@ -67,10 +69,25 @@ def choose_tile(family: str, like: Tensor, n_rows: int) -> tuple[Tile, dict]:
     tile = tiles.get(key, configurations.INTERPRETER_TILE)
     tile = replace(tile, features=min(tile.features, max(triton.next_power_of_2(like.shape[-1]), 16)))
     dot = "ieee" if precision == "ieee" else "tf32"
-    return tile, {"key": key, "warps": tile.warps, "stages": tile.stages, "CLASSES": tile.classes, "FEATURES": tile.features, "PRECISION": dot}
+    return tile, {
+        "key": key,
+        "warps": tile.warps,
+        "stages": tile.stages,
+        "CLASSES": tile.classes,
+        "FEATURES": tile.features,
+        "PRECISION": dot,
+    }
 
 
-def launch(kernel: triton.runtime.JITFunction, grid: tuple[int, ...], *arguments, key: str = "", warps: int = 4, stages: int = 1, **constants) -> None:
+def launch(
+    kernel: triton.runtime.JITFunction,
+    grid: tuple[int, ...],
+    *arguments,
+    key: str = "",
+    warps: int = 4,
+    stages: int = 1,
+    **constants,
+) -> None:
     if 0 in grid:
         return
     if _override is not None and _override.calls is not None:

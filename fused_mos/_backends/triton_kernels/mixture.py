@@ -36,9 +36,22 @@ def joint_tile(
     """l − L of one expert, (TOKENS, CLASSES), and log π, (TOKENS,)."""
     token = tl.minimum(first_token + tl.arange(0, TOKENS), n_tokens - 1)
     tile = logits_tile(
-        z_ptr + expert * D, e_ptr, bias_ptr, n_tokens, n_classes, first_token, first_class,
-        K * D, D, HAS_BIAS, TOKENS, CLASSES, FEATURES, PRECISION, RESIDENT,
-    )  # fmt: skip
+        z_ptr + expert * D,
+        e_ptr,
+        bias_ptr,
+        n_tokens,
+        n_classes,
+        first_token,
+        first_class,
+        K * D,
+        D,
+        HAS_BIAS,
+        TOKENS,
+        CLASSES,
+        FEATURES,
+        PRECISION,
+        RESIDENT,
+    )
     statistic = token * K + expert
     maximum = tl.load(maximum_ptr + statistic)
     log_total = tl.load(log_total_ptr + statistic)
@@ -70,9 +83,26 @@ def log_prob_tile(
     mixture = tl.zeros((TOKENS, CLASSES), tl.float32)
     for expert in range(0, K):
         log_softmax, log_prior = joint_tile(
-            z_ptr, e_ptr, bias_ptr, log_prior_ptr, maximum_ptr, log_total_ptr, n_tokens, n_classes, first_token, first_class,
-            expert, K, D, HAS_BIAS, TOKENS, CLASSES, FEATURES, PRECISION, RESIDENT,
-        )  # fmt: skip
+            z_ptr,
+            e_ptr,
+            bias_ptr,
+            log_prior_ptr,
+            maximum_ptr,
+            log_total_ptr,
+            n_tokens,
+            n_classes,
+            first_token,
+            first_class,
+            expert,
+            K,
+            D,
+            HAS_BIAS,
+            TOKENS,
+            CLASSES,
+            FEATURES,
+            PRECISION,
+            RESIDENT,
+        )
         mixture += tl.exp(log_softmax + log_prior[:, None])
     log_p = tl.log(mixture)
     beyond = (tl.arange(0, CLASSES) >= n_classes - first_class)[None, :]
@@ -82,9 +112,26 @@ def log_prob_tile(
         mixture = tl.zeros((TOKENS, CLASSES), tl.float32)
         for expert in range(0, K):
             log_softmax, log_prior = joint_tile(
-                z_ptr, e_ptr, bias_ptr, log_prior_ptr, maximum_ptr, log_total_ptr, n_tokens, n_classes, first_token, first_class,
-                expert, K, D, HAS_BIAS, TOKENS, CLASSES, FEATURES, PRECISION, False,
-            )  # fmt: skip
+                z_ptr,
+                e_ptr,
+                bias_ptr,
+                log_prior_ptr,
+                maximum_ptr,
+                log_total_ptr,
+                n_tokens,
+                n_classes,
+                first_token,
+                first_class,
+                expert,
+                K,
+                D,
+                HAS_BIAS,
+                TOKENS,
+                CLASSES,
+                FEATURES,
+                PRECISION,
+                False,
+            )
             joint = log_softmax + log_prior[:, None]
             new_peak = tl.maximum(peak, joint)
             mixture = mixture * tl.exp(peak - new_peak) + tl.exp(joint - new_peak)
@@ -116,12 +163,33 @@ def log_prob_kernel(
     first_token = tl.program_id(0) * TOKENS
     first_class = tl.program_id(1) * CLASSES
     log_p = log_prob_tile(
-        z_ptr, e_ptr, bias_ptr, log_prior_ptr, maximum_ptr, log_total_ptr, n_tokens, n_classes, first_token, first_class,
-        K, D, HAS_BIAS, TOKENS, CLASSES, FEATURES, PRECISION, RESIDENT,
-    )  # fmt: skip
+        z_ptr,
+        e_ptr,
+        bias_ptr,
+        log_prior_ptr,
+        maximum_ptr,
+        log_total_ptr,
+        n_tokens,
+        n_classes,
+        first_token,
+        first_class,
+        K,
+        D,
+        HAS_BIAS,
+        TOKENS,
+        CLASSES,
+        FEATURES,
+        PRECISION,
+        RESIDENT,
+    )
     token = tl.arange(0, TOKENS)
     column = tl.arange(0, CLASSES)
-    out = log_prob_ptr + tl.cast(first_token, tl.int64) * n_classes + first_class + (token.to(tl.int64)[:, None] * n_classes + column[None, :])
+    out = (
+        log_prob_ptr
+        + tl.cast(first_token, tl.int64) * n_classes
+        + first_class
+        + (token.to(tl.int64)[:, None] * n_classes + column[None, :])
+    )
     tl.store(out, log_p, mask=(first_token + token < n_tokens)[:, None] & (first_class + column < n_classes)[None, :])
 
 
@@ -156,9 +224,25 @@ def predict_kernel(
     for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(n_classes, CLASSES))):
         first_class = tile_index * CLASSES
         log_p = log_prob_tile(
-            z_ptr, e_ptr, bias_ptr, log_prior_ptr, maximum_ptr, log_total_ptr, n_tokens, n_classes, first_token, first_class,
-            K, D, HAS_BIAS, TOKENS, CLASSES, FEATURES, PRECISION, RESIDENT,
-        )  # fmt: skip
+            z_ptr,
+            e_ptr,
+            bias_ptr,
+            log_prior_ptr,
+            maximum_ptr,
+            log_total_ptr,
+            n_tokens,
+            n_classes,
+            first_token,
+            first_class,
+            K,
+            D,
+            HAS_BIAS,
+            TOKENS,
+            CLASSES,
+            FEATURES,
+            PRECISION,
+            RESIDENT,
+        )
         tile_best, tile_index_of_best = tl.max(log_p, 1, return_indices=True)
         better = tile_best > best
         best = tl.where(better, tile_best, best)
@@ -201,20 +285,59 @@ def mixture_gradient_kernel(
     token = tl.arange(0, TOKENS)
     column = tl.arange(0, CLASSES)
     log_p = log_prob_tile(
-        z_ptr, e_ptr, bias_ptr, log_prior_ptr, maximum_ptr, log_total_ptr, n_tokens, n_classes, first_token, first_class,
-        K, D, HAS_BIAS, TOKENS, CLASSES, FEATURES, PRECISION, RESIDENT,
-    )  # fmt: skip
-    inside = (first_token + token < n_tokens)[:, None] & (first_class + column < n_classes)[None, :] & (first_column + column < span)[None, :]
+        z_ptr,
+        e_ptr,
+        bias_ptr,
+        log_prior_ptr,
+        maximum_ptr,
+        log_total_ptr,
+        n_tokens,
+        n_classes,
+        first_token,
+        first_class,
+        K,
+        D,
+        HAS_BIAS,
+        TOKENS,
+        CLASSES,
+        FEATURES,
+        PRECISION,
+        RESIDENT,
+    )
+    inside = (
+        (first_token + token < n_tokens)[:, None]
+        & (first_class + column < n_classes)[None, :]
+        & (first_column + column < span)[None, :]
+    )
     in_tile = token.to(tl.int64)[:, None] * n_classes + column[None, :]
-    grad = tl.load(grad_ptr + tl.cast(first_token, tl.int64) * n_classes + first_class + in_tile, mask=inside, other=0.0)
+    grad = tl.load(
+        grad_ptr + tl.cast(first_token, tl.int64) * n_classes + first_class + in_tile, mask=inside, other=0.0
+    )
     # a masked class has log p = −inf under every expert, and takes no gradient
     log_p = tl.where(log_p > float("-inf"), log_p, float("inf"))
     row_stride = K * stride
     for expert in range(0, K):
         log_softmax, log_prior = joint_tile(
-            z_ptr, e_ptr, bias_ptr, log_prior_ptr, maximum_ptr, log_total_ptr, n_tokens, n_classes, first_token, first_class,
-            expert, K, D, HAS_BIAS, TOKENS, CLASSES, FEATURES, PRECISION, False,
-        )  # fmt: skip
+            z_ptr,
+            e_ptr,
+            bias_ptr,
+            log_prior_ptr,
+            maximum_ptr,
+            log_total_ptr,
+            n_tokens,
+            n_classes,
+            first_token,
+            first_class,
+            expert,
+            K,
+            D,
+            HAS_BIAS,
+            TOKENS,
+            CLASSES,
+            FEATURES,
+            PRECISION,
+            False,
+        )
         weighted = grad * tl.exp(log_softmax + log_prior[:, None] - log_p)
         statistic = (first_token + token) * K + expert
         mask = first_token + token < n_tokens

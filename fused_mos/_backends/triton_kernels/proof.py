@@ -72,12 +72,20 @@ class Compiled:
         if self.shared > limit:
             found.append(f"needs {self.shared} bytes of shared memory, {architecture} has {limit}")
         # wgmma multiplies 64 rows by four warps at least
-        if architecture == "sm_90" and self.key and "16-bit" in self.key and self.tile[0] >= 64 and not self.instructions["wgmma"]:
+        if (
+            architecture == "sm_90"
+            and self.key
+            and "16-bit" in self.key
+            and self.tile[0] >= 64
+            and not self.instructions["wgmma"]
+        ):
             found.append("has no wgmma")
         return found
 
 
-def operations(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> dict[str, Callable[[], object]]:
+def operations(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Callable[[], object]]:
     """All that the backend does at (N, K, D, V), by name, on random tensors."""
     n, k, d, v = shape
     kind = {"dtype": dtype, "device": device}
@@ -89,7 +97,9 @@ def operations(shape: tuple[int, int, int, int], dtype: torch.dtype, device: tor
     found = {
         "statistics": lambda: backend.row_statistics(rows, weight, bias, row_target),
         "statistics without targets": lambda: backend.row_statistics(rows, weight, bias, None),
-        "gradient, recomputed": lambda: backend.rows_backward(rows, weight, bias, row_target, *[statistic] * 4, (True,) * 3),
+        "gradient, recomputed": lambda: backend.rows_backward(
+            rows, weight, bias, row_target, *[statistic] * 4, (True,) * 3
+        ),
         "log_prob": lambda: backend.log_prob(*mixture),
         "predict": lambda: backend.predict(*mixture),
         "log_prob backward": lambda: backend.log_prob_backward(torch.randn(n, v, device=device), *mixture, (True,) * 4),
@@ -102,7 +112,9 @@ def operations(shape: tuple[int, int, int, int], dtype: torch.dtype, device: tor
     return found
 
 
-def recorded_calls(architecture: Architecture, shape: tuple[int, int, int, int], dtype: torch.dtype, tiles: dict[str, Tile]) -> list[Call]:
+def recorded_calls(
+    architecture: Architecture, shape: tuple[int, int, int, int], dtype: torch.dtype, tiles: dict[str, Tile]
+) -> list[Call]:
     """What the backend would launch at (N, K, D, V) for all of its functions."""
     with overridden(architecture, tiles, record=True) as calls:
         for operation in operations(shape, dtype, "meta").values():
@@ -126,11 +138,17 @@ def _specialisation(argument) -> tuple[str, object, bool]:
 def _source(call: Call) -> tuple[ASTSource, dict]:
     names = call.kernel.arg_names
     arguments = [_specialisation(argument) for argument in call.arguments]
-    signature = {name: kind for name, (kind, _, _) in zip(names, arguments)} | dict.fromkeys(call.constants, "constexpr")
+    signature = {name: kind for name, (kind, _, _) in zip(names, arguments)} | dict.fromkeys(
+        call.constants, "constexpr"
+    )
     constants = {(i,): value for i, (kind, value, _) in enumerate(arguments) if kind == "constexpr"}
     constants |= {(names.index(name),): value for name, value in call.constants.items()}
     attributes = {(i,): [["tt.divisibility", 16]] for i, (_, _, aligned) in enumerate(arguments) if aligned}
-    return ASTSource(call.kernel, signature, constants, attributes), {"num_warps": call.warps, "num_stages": call.stages, "enable_fp_fusion": True}
+    return ASTSource(call.kernel, signature, constants, attributes), {
+        "num_warps": call.warps,
+        "num_stages": call.stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def _resources(cubin: bytes) -> Resources:
@@ -145,7 +163,13 @@ def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Comp
     source, options = _source(call)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     constants = call.constants
-    tile = (constants.get("ROWS", constants.get("TOKENS", 0)), constants.get("CLASSES", 0), constants.get("FEATURES", 0), call.warps, call.stages)
+    tile = (
+        constants.get("ROWS", constants.get("TOKENS", 0)),
+        constants.get("CLASSES", 0),
+        constants.get("FEATURES", 0),
+        call.warps,
+        call.stages,
+    )
     dtype = next((TYPES[a.dtype] for a in call.arguments if isinstance(a, Tensor)), "")
     about = call.kernel.__name__, shapes, dtype, call.key, tile
     try:
@@ -154,7 +178,9 @@ def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Comp
         return Compiled(*about, 0, 0, 0, 0, {}, error=f"{type(error).__name__}: {str(error).strip() or 'no message'}")
     resources, ptx = _resources(compiled.asm["cubin"]), compiled.asm["ptx"]
     instructions = {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
-    return Compiled(*about, resources.registers, resources.stack, resources.local, compiled.metadata.shared, instructions)
+    return Compiled(
+        *about, resources.registers, resources.stack, resources.local, compiled.metadata.shared, instructions
+    )
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
@@ -172,7 +198,9 @@ def float32_products(name: str) -> Iterator[torch.dtype]:
         torch.set_float32_matmul_precision(before)
 
 
-def distinct_calls(architecture: str, shapes: Iterable[str] = SHAPES, dtypes: Iterable[str] = DTYPES, brief: bool = False) -> list[tuple[Call, tuple[str, ...]]]:
+def distinct_calls(
+    architecture: str, shapes: Iterable[str] = SHAPES, dtypes: Iterable[str] = DTYPES, brief: bool = False
+) -> list[tuple[Call, tuple[str, ...]]]:
     """Each different kernel once, or with `brief` each configuration of each kernel once, with the shapes that launch it."""
     found: dict[tuple, tuple[Call, list[str]]] = {}
     for dtype_name in dtypes:

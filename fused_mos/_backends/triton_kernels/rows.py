@@ -43,7 +43,21 @@ def statistics_kernel(
     for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(n_classes, CLASSES))):
         first_class = tile_index * CLASSES
         tile = logits_tile(
-            z_ptr, e_ptr, bias_ptr, n_rows, n_classes, first_row, first_class, D, D, HAS_BIAS, ROWS, CLASSES, FEATURES, PRECISION, RESIDENT
+            z_ptr,
+            e_ptr,
+            bias_ptr,
+            n_rows,
+            n_classes,
+            first_row,
+            first_class,
+            D,
+            D,
+            HAS_BIAS,
+            ROWS,
+            CLASSES,
+            FEATURES,
+            PRECISION,
+            RESIDENT,
         )
         if HAS_TARGET:
             target = row_targets(target_ptr, first_row, n_rows, first_class, EXPERTS, ROWS)
@@ -141,14 +155,30 @@ def sample_kernel(
     for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(n_classes, CLASSES))):
         first_class = tile_index * CLASSES
         tile = logits_tile(
-            z_ptr, e_ptr, bias_ptr, n_rows, n_classes, first_row, first_class, D, D, HAS_BIAS, ROWS, CLASSES, FEATURES, PRECISION, RESIDENT
+            z_ptr,
+            e_ptr,
+            bias_ptr,
+            n_rows,
+            n_classes,
+            first_row,
+            first_class,
+            D,
+            D,
+            HAS_BIAS,
+            ROWS,
+            CLASSES,
+            FEATURES,
+            PRECISION,
+            RESIDENT,
         )
         counter_of_class = (first_class + column)[None, :] + tl.zeros((ROWS, CLASSES), tl.int32)
         counter_of_row = row[:, None] + tl.zeros((ROWS, CLASSES), tl.int32)
         bits, _, _, _ = tl.philox(seed, counter_of_class, counter_of_row, 0, 0)
         # in (0, 1], with steps of 2⁻³² near 0, where the winners' small exponentials come from
         uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-        exponential = tl.where(uniform < 0.01, uniform * (1 + uniform * (0.5 + uniform * (1 / 3 + 0.25 * uniform))), -tl.log(1 - uniform))
+        exponential = tl.where(
+            uniform < 0.01, uniform * (1 + uniform * (0.5 + uniform * (1 / 3 + 0.25 * uniform))), -tl.log(1 - uniform)
+        )
         # 1 − uniform is 0 where the 32 bits round up to 1: such an exponential is huge, and never wins
         value = tile * inverse_temperature - tl.log(exponential)
         tile_best, tile_index_of_best = tl.max(value, 1, return_indices=True)

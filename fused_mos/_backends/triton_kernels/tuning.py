@@ -34,10 +34,16 @@ ACCUMULATORS = {"statistics": 128, "sample": 64, "gradient": 128, "mixture": 64,
 def candidates(family: str, products: str, rows: str, n_features: int, shared_memory: int) -> Iterator[Tile]:
     """Tiles worth compiling: their accumulators fit into registers and their operands into shared memory (bytes)."""
     itemsize = 2 if products == "16-bit" else 4
-    heights = {"few": (16,), "some": (16, 32, 64), "many": (16, 32, 64, 128, 256) if products == "ieee" else (64, 128, 256)}[rows]
+    heights = {
+        "few": (16,),
+        "some": (16, 32, 64),
+        "many": (16, 32, 64, 128, 256) if products == "ieee" else (64, 128, 256),
+    }[rows]
     depths = {"16-bit": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[products]
     accumulators = ACCUMULATORS[family] // (2 if products == "ieee" else 1)
-    for height, classes, features, warps, stages in itertools.product(heights, (32, 64, 128, 256), depths, (4, 8), (2, 3, 4)):
+    for height, classes, features, warps, stages in itertools.product(
+        heights, (32, 64, 128, 256), depths, (4, 8), (2, 3, 4)
+    ):
         if not accumulators / 8 <= height * classes / (32 * warps) <= accumulators:
             continue
         streamed = stages * (height + classes) * features * itemsize
@@ -92,14 +98,19 @@ def tune(
             yield Progress(key, i + 1, len(sound), best, best_seconds, in_use)
 
 
-def _compiled(tiles: list[Tile], key: str, shape: tuple[int, int, int, int], dtype: torch.dtype, name: str) -> list[Tile]:
+def _compiled(
+    tiles: list[Tile], key: str, shape: tuple[int, int, int, int], dtype: torch.dtype, name: str
+) -> list[Tile]:
     """Those that compile without a fault."""
     architecture = ARCHITECTURES[name]
 
     def is_sound(tile: Tile, calls: list[proof.Call]) -> bool:
         return not any(proof.compile_call(call, name, ()).faults(name) for call in calls)
 
-    calls = [[call for call in proof.recorded_calls(architecture, shape, dtype, {key: tile}) if call.key == key] for tile in tiles]
+    calls = [
+        [call for call in proof.recorded_calls(architecture, shape, dtype, {key: tile}) if call.key == key]
+        for tile in tiles
+    ]
     with ThreadPoolExecutor() as executor:
         return [tile for tile, sound in zip(tiles, executor.map(is_sound, tiles, calls)) if sound]
 

@@ -46,7 +46,9 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except CheckpointException as failure:
-        raise CheckpointError(f"checkpoint {path} is damaged or of another model ({_reason(failure)}); nothing was changed") from None
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or of another model ({_reason(failure)}); nothing was changed"
+        ) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -106,7 +108,9 @@ def _first_does(ranks: Ranks, path: Path, action, error: Exception | None = None
     wrapped = None
     if error is not None:
         shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
-        wrapped = CheckpointError(f"checkpoint {path} could not be written ({_reason(error)}); the last complete one is as it was")
+        wrapped = CheckpointError(
+            f"checkpoint {path} could not be written ({_reason(error)}); the last complete one is as it was"
+        )
     ranks.agree(wrapped)
 
 

@@ -24,7 +24,9 @@ class LM1BConfig:
     By default runs/RECIPE-seedSEED."""
     evaluate: bool = False
     """Instead of training, evaluate the best model of the run on all held-out shards."""
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(n_experts=7, embedding_size=900, hidden_sizes=(1024, 1024), **NO_DROPOUT))
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(n_experts=7, embedding_size=900, hidden_sizes=(1024, 1024), **NO_DROPOUT)
+    )
     optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
     """PyTorch's, fused where it has that."""
     lr: float = 20.0
@@ -78,12 +80,31 @@ class LM1BConfig:
     def check(self) -> None:
         """Raises ConfigError for a value that no run can have."""
         self.model.check()
-        for name in ("lr", "batch_size", "accumulate", "bptt", "epochs", "vocab_parallel", "eval_interval", "eval_batch_size", "log_interval"):
+        for name in (
+            "lr",
+            "batch_size",
+            "accumulate",
+            "bptt",
+            "epochs",
+            "vocab_parallel",
+            "eval_interval",
+            "eval_batch_size",
+            "log_interval",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         for name in (
-            "initial_accumulator", "warmup_steps", "weight_decay", "clip", "head_chunk", "max_steps", "eval_shards", "checkpoint_minutes", "time_limit", "memory_gib"
-        ):  # fmt: skip
+            "initial_accumulator",
+            "warmup_steps",
+            "weight_decay",
+            "clip",
+            "head_chunk",
+            "max_steps",
+            "eval_shards",
+            "checkpoint_minutes",
+            "time_limit",
+            "memory_gib",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("optimizer", "decay", "precision"):
@@ -101,7 +122,9 @@ class LM1BConfig:
         """Raises ConfigError where the columns cannot be shared out."""
         n_data = n_ranks // self.vocab_parallel
         if self.eval_batch_size < n_data:
-            raise ConfigError(f"eval_batch_size must be at least {n_data}, a column for each rank that reads other text, got {self.eval_batch_size}")
+            raise ConfigError(
+                f"eval_batch_size must be at least {n_data}, a column for each rank that reads other text, got {self.eval_batch_size}"
+            )
         parts = n_data * self.accumulate
         if self.batch_size % parts:
             raise ConfigError(
@@ -110,7 +133,9 @@ class LM1BConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
+        }
 
 
 def lm1b_mos() -> LM1BConfig:
@@ -129,7 +154,15 @@ def lm1b_full() -> LM1BConfig:
     where losses are summed over the 20 rows of a segment. Ours is their mean, with gradients a 20th and squares a 400th of those."""
     model = ModelConfig(n_experts=7, embedding_size=1024, hidden_sizes=(1024, 1024), **NO_DROPOUT)
     return LM1BConfig(
-        recipe="lm1b-full", model=model, optimizer="adagrad", lr=0.2, initial_accumulator=1 / 400, clip=1.0, batch_size=128, bptt=20, precision="bfloat16"
+        recipe="lm1b-full",
+        model=model,
+        optimizer="adagrad",
+        lr=0.2,
+        initial_accumulator=1 / 400,
+        clip=1.0,
+        batch_size=128,
+        bptt=20,
+        precision="bfloat16",
     )
 
 
@@ -138,11 +171,22 @@ def lm1b_tiny() -> LM1BConfig:
     stays for long at the perplexity of the words' frequencies."""
     model = ModelConfig(n_experts=3, embedding_size=96, hidden_sizes=(192, 128), **NO_DROPOUT)
     return LM1BConfig(
-        recipe="lm1b-tiny", model=model, decay="linear", batch_size=24, bptt=20, epochs=3,
-        eval_interval=200, eval_batch_size=24, log_interval=20, checkpoint_minutes=2.0,
-    )  # fmt: skip
+        recipe="lm1b-tiny",
+        model=model,
+        decay="linear",
+        batch_size=24,
+        bptt=20,
+        epochs=3,
+        eval_interval=200,
+        eval_batch_size=24,
+        log_interval=20,
+        checkpoint_minutes=2.0,
+    )
 
 
 RECIPES: dict[str, Callable[[], LM1BConfig]] = {
-    "lm1b-mos": lm1b_mos, "lm1b-softmax": lm1b_softmax, "lm1b-full": lm1b_full, "lm1b-tiny": lm1b_tiny,
-}  # fmt: skip
+    "lm1b-mos": lm1b_mos,
+    "lm1b-softmax": lm1b_softmax,
+    "lm1b-full": lm1b_full,
+    "lm1b-tiny": lm1b_tiny,
+}

@@ -9,7 +9,6 @@ from ...lm import AWDLSTM
 from ...lm.awd_lstm import Hidden, detach
 
 
-
 class SummedLoss(nn.Module):
     """Σ −log p over the targets (T, B) that are not `ignored`, and the hidden state, cut off.
 
@@ -63,5 +62,3 @@ class _ChunkedNLL(torch.autograd.Function):
 
 def _added(sums: list[Tensor], terms: Iterable[Tensor]) -> list[Tensor]:
     return [s.add_(t) for s, t in zip(sums, terms)] if sums else list(terms)
-
-

@@ -43,7 +43,9 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     # of a layer: its input, the gates and the cell states that it keeps, its output, and in the backward pass the gates' gradients
     lstm = sum(tokens * (size + 10 * width) for size, width in zip([d, *widths[:-1]], widths)) * item
     vectors = 0 if model.head == "softmax" else in_head * d * (k if model.head == "mos" else k + 1)
-    head = vectors * (3 * item + 2 * half) + tokens * widths[-1] * 2 * item  # before and after tanh, their gradient; 16-bit copies of two
+    head = (
+        vectors * (3 * item + 2 * half) + tokens * widths[-1] * 2 * item
+    )  # before and after tanh, their gradient; 16-bit copies of two
     kept = {
         "parameters": n_parameters * item,
         "gradients": n_parameters * item,
@@ -90,7 +92,10 @@ def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
         if n_data and sum(table(smaller, n_words, n_data, ranks.device.type).values()) <= limit:
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
             raise ConfigError(message + f"it would fit with {flags}")
-    raise ConfigError(message + "no smaller batch, other optimizer or vocab_parallel would make it fit; take a smaller embedding or vocabulary")
+    raise ConfigError(
+        message
+        + "no smaller batch, other optimizer or vocab_parallel would make it fit; take a smaller embedding or vocabulary"
+    )
 
 
 def _smaller(config: LM1BConfig, n_data: int) -> Iterator[dict[str, int | str]]:

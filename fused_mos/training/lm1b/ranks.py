@@ -31,7 +31,9 @@ class Ranks:
         self.local_rank = local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if self.device.type == "cuda":
             if local_rank >= torch.cuda.device_count():
-                raise ConfigError(f"nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, got a local rank {local_rank}")
+                raise ConfigError(
+                    f"nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, got a local rank {local_rank}"
+                )
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         n_ranks = int(os.environ.get("WORLD_SIZE", 1))

@@ -37,7 +37,11 @@ class RunTensors:
         names = {p: name for name, p in self.model.named_parameters()}
         tensors = self.parameters()
         for p, state in self.optimizer.state.items():
-            tensors |= {f"optimizer.{names[p]}.{key}": self._as_saved(names[p], value) for key, value in state.items() if value is not None}
+            tensors |= {
+                f"optimizer.{names[p]}.{key}": self._as_saved(names[p], value)
+                for key, value in state.items()
+                if value is not None
+            }
         return tensors
 
     def hidden(self, parts: list[Hidden]) -> dict[str, Tensor]:

@@ -34,9 +34,24 @@ from .ranks import Ranks
 from .state import RunTensors, initialize
 
 CHANGEABLE = {
-    "data", "out", "evaluate", "accumulate", "head_chunk", "epochs", "max_steps", "vocab_parallel", "device", "eval_interval", "eval_shards",
-    "eval_batch_size", "log_interval", "checkpoint_minutes", "time_limit", "memory_gib", "backend",
-}  # fmt: skip
+    "data",
+    "out",
+    "evaluate",
+    "accumulate",
+    "head_chunk",
+    "epochs",
+    "max_steps",
+    "vocab_parallel",
+    "device",
+    "eval_interval",
+    "eval_shards",
+    "eval_batch_size",
+    "log_interval",
+    "checkpoint_minutes",
+    "time_limit",
+    "memory_gib",
+    "backend",
+}
 """Fields that may differ from those of the checkpoint; any other would make it another run."""
 
 
@@ -90,10 +105,17 @@ class LM1BTrainer:
         self.memory = "" if config.evaluate else memory.check(config, len(self.corpus.vocabulary), ranks)
         self.progress = Progress()
         self.stream = TrainStream(
-            self.corpus.train, config.batch_size, ranks.columns(config.batch_size), config.bptt, config.seed, self.progress.position
+            self.corpus.train,
+            config.batch_size,
+            ranks.columns(config.batch_size),
+            config.bptt,
+            config.seed,
+            self.progress.position,
         )
         torch.manual_seed(config.seed)
-        self.model = AWDLSTM(len(self.corpus.vocabulary), **dataclasses.asdict(config.model))  # on the CPU: the same on every device
+        self.model = AWDLSTM(
+            len(self.corpus.vocabulary), **dataclasses.asdict(config.model)
+        )  # on the CPU: the same on every device
         self.shard = parallelize(self.model, ranks.mesh["vocab"].get_group()) if ranks.n_vocab > 1 else None
         self.model.to(self.device)
         self.loss = SummedLoss(self.model, self.corpus.bos, config.head_chunk)
@@ -113,7 +135,9 @@ class LM1BTrainer:
         self.distributed = self.loss
         if ranks.n_data > 1:  # only now: it makes the parameters of all ranks the same
             group, devices = ranks.mesh["data"].get_group(), [self.device] if self.device.type == "cuda" else None
-            self.distributed = DistributedDataParallel(self.loss, devices, process_group=group, gradient_as_bucket_view=True)
+            self.distributed = DistributedDataParallel(
+                self.loss, devices, process_group=group, gradient_as_bucket_view=True
+            )
 
     @property
     def _part(self) -> int:
@@ -121,7 +145,11 @@ class LM1BTrainer:
 
     @property
     def n_parameters(self) -> int:
-        sharded = 0 if self.shard is None else (self.shard.n_classes - self.shard.stop + self.shard.start) * (self.config.model.embedding_size + 1)
+        sharded = (
+            0
+            if self.shard is None
+            else (self.shard.n_classes - self.shard.stop + self.shard.start) * (self.config.model.embedding_size + 1)
+        )
         return sum(p.numel() for p in self.model.parameters()) + sharded
 
     def _read_corpus(self) -> PreparedCorpus:
@@ -132,13 +160,19 @@ class LM1BTrainer:
         except CorpusError as failure:
             error = failure
         self.ranks.agree(error)
-        if not self.ranks.have_the_same(hashlib.sha256("".join([corpus.digest, *(f.sha256 for f in (*corpus.train, *corpus.heldout))]).encode())):
+        if not self.ranks.have_the_same(
+            hashlib.sha256("".join([corpus.digest, *(f.sha256 for f in (*corpus.train, *corpus.heldout))]).encode())
+        ):
             raise CorpusError(f"data: {self.config.data} is not the same corpus on all ranks")
         return corpus
 
     def _check_empty(self) -> None:
         # a folder of checkpoints, none of them complete, is that of a run which was killed while it wrote its first
-        others = self.ranks.first and self.folder.exists() and (not self.folder.is_dir() or any(p != self.checkpoints for p in self.folder.iterdir()))
+        others = (
+            self.ranks.first
+            and self.folder.exists()
+            and (not self.folder.is_dir() or any(p != self.checkpoints for p in self.folder.iterdir()))
+        )
         message = f"out: {self.folder} is not empty and holds no checkpoint; name another --out"
         self.ranks.agree(ConfigError(message) if others else None)
 
@@ -178,8 +212,18 @@ class LM1BTrainer:
     def _train(self) -> None:
         config, progress = self.config, self.progress
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        rows, done = self.stream.rows_per_epoch * config.epochs, round(self.stream.fraction * self.stream.rows_per_epoch)
-        with tqdm(total=rows, initial=done, unit="rows", mininterval=interval, dynamic_ncols=True, disable=not self.ranks.first) as bar:
+        rows, done = (
+            self.stream.rows_per_epoch * config.epochs,
+            round(self.stream.fraction * self.stream.rows_per_epoch),
+        )
+        with tqdm(
+            total=rows,
+            initial=done,
+            unit="rows",
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=not self.ranks.first,
+        ) as bar:
             self._since = time.monotonic()
             while not self._done:
                 for inputs, targets in self.stream.segments():
@@ -248,9 +292,14 @@ class LM1BTrainer:
             for grad in whole:
                 dist.all_reduce(grad, group=ranks.mesh["vocab"].get_group())
             torch._foreach_div_(whole, ranks.n_vocab)
-        squares = [torch.nn.utils.get_total_norm(grads).double() ** 2 if grads else nll.new_zeros(()) for grads in (sharded, whole)]
+        squares = [
+            torch.nn.utils.get_total_norm(grads).double() ** 2 if grads else nll.new_zeros(())
+            for grads in (sharded, whole)
+        ]
         times = (clock.due, clock.over) if ranks.first else (0, 0)  # clocks differ
-        numbers = ranks.sums(nll / ranks.n_vocab, squares[0] / ranks.n_data + squares[1] / ranks.n_ranks, *self.signals.values(), *times)
+        numbers = ranks.sums(
+            nll / ranks.n_vocab, squares[0] / ranks.n_data + squares[1] / ranks.n_ranks, *self.signals.values(), *times
+        )
         total, square, terminate, interrupt, due, over, words = torch.cat([numbers, words[None]]).tolist()
         signum = signal.SIGINT if interrupt else signal.SIGTERM if terminate else 0
         return total, math.sqrt(square), words, Wish(signum, bool(due or signum), bool(over))
@@ -275,13 +324,25 @@ class LM1BTrainer:
 
     def _log(self, bar: tqdm) -> None:
         progress = self.progress
-        loss, speed = progress.interval_loss / progress.interval_words, progress.interval_words / progress.interval_seconds
+        loss, speed = (
+            progress.interval_loss / progress.interval_words,
+            progress.interval_words / progress.interval_seconds,
+        )
         if self.metrics:
             self.metrics.write(
-                "train", progress.step, loss=loss, ppl=perplexity(loss), words_per_second=speed, words_per_second_per_rank=speed / self.ranks.n_ranks,
-                lr=learning_rate(self.config, progress.step - 1, self.total_steps), epoch_fraction=self.stream.fraction,
-            )  # fmt: skip
-        bar.set_postfix_str(f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {speed:,.0f} words/s, {speed / self.ranks.n_ranks:,.0f} a rank", refresh=False)
+                "train",
+                progress.step,
+                loss=loss,
+                ppl=perplexity(loss),
+                words_per_second=speed,
+                words_per_second_per_rank=speed / self.ranks.n_ranks,
+                lr=learning_rate(self.config, progress.step - 1, self.total_steps),
+                epoch_fraction=self.stream.fraction,
+            )
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {speed:,.0f} words/s, {speed / self.ranks.n_ranks:,.0f} a rank",
+            refresh=False,
+        )
         progress.interval_loss, progress.interval_words, progress.interval_seconds = 0.0, 0, 0.0
 
     # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -296,9 +357,18 @@ class LM1BTrainer:
         columns = ranks.columns(config.eval_batch_size)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = torch.zeros((), dtype=torch.int64, device=self.device)
-        for file in tqdm(files, desc="evaluate", unit="shards", leave=False, dynamic_ncols=True, disable=not ranks.first or len(files) == 1):
+        for file in tqdm(
+            files,
+            desc="evaluate",
+            unit="shards",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not ranks.first or len(files) == 1,
+        ):
             hidden = self.model.initial_hidden(len(columns))
-            for inputs, targets in evaluation_segments(file, self.corpus.bos, config.eval_batch_size, columns, config.bptt):
+            for inputs, targets in evaluation_segments(
+                file, self.corpus.bos, config.eval_batch_size, columns, config.bptt
+            ):
                 targets = targets.to(self.device)
                 loss, hidden = self.loss(inputs.to(self.device), targets, hidden)
                 total += loss
@@ -321,9 +391,14 @@ class LM1BTrainer:
                 checkpoint.remove_older(self.best, path)
         if self.ranks.first:
             epoch = self.stream.fraction
-            self.metrics.write("valid", progress.step, loss=loss, ppl=perplexity(loss), words=words, epoch=epoch, averaging=False)
+            self.metrics.write(
+                "valid", progress.step, loss=loss, ppl=perplexity(loss), words=words, epoch=epoch, averaging=False
+            )
             plot_learning_curves({self.config.model.head: self.folder}, self.folder / "learning-curve.png")
-            tqdm.write(f"step {progress.step}: held-out ppl {perplexity(loss):.2f} over {words:,} words" + (" (best)" if better else ""))
+            tqdm.write(
+                f"step {progress.step}: held-out ppl {perplexity(loss):.2f} over {words:,} words"
+                + (" (best)" if better else "")
+            )
 
     def final_evaluation(self) -> dict[str, Any]:
         """The best model on all held-out shards. Raises CheckpointError where there is none."""
@@ -335,12 +410,22 @@ class LM1BTrainer:
         loss, words = self.evaluate(self.corpus.heldout)
         progress = self.progress
         result = {
-            "recipe": self.config.recipe, "head": self.config.model.head, "seed": self.config.seed, "parameters": self.n_parameters,
-            "vocabulary": len(self.corpus.vocabulary), "heldout_ppl": perplexity(loss), "heldout_loss": loss, "heldout_words": words,
-            "best_step": state["step"], "steps": progress.step, "words": progress.words, "ranks": self.ranks.n_ranks,
-            "words_per_second": progress.words / progress.seconds if progress.seconds else None, "training_seconds": progress.seconds,
+            "recipe": self.config.recipe,
+            "head": self.config.model.head,
+            "seed": self.config.seed,
+            "parameters": self.n_parameters,
+            "vocabulary": len(self.corpus.vocabulary),
+            "heldout_ppl": perplexity(loss),
+            "heldout_loss": loss,
+            "heldout_words": words,
+            "best_step": state["step"],
+            "steps": progress.step,
+            "words": progress.words,
+            "ranks": self.ranks.n_ranks,
+            "words_per_second": progress.words / progress.seconds if progress.seconds else None,
+            "training_seconds": progress.seconds,
             "peak_memory_mib": peak_memory_mib(self.device),
-        }  # fmt: skip
+        }
         if self.ranks.first:
             write_json(self.folder / "result.json", result)
         return result
@@ -352,11 +437,16 @@ class LM1BTrainer:
         if self.metrics:
             progress.metrics_bytes = self.metrics.sync()
         state = {
-            "config": self.config.to_json(), "progress": dataclasses.asdict(progress), "vocabulary": self.corpus.digest,
-            "shards": [file.sha256 for file in self.corpus.train], "random": [self.ranks.n_data, self.device.type],
-        }  # fmt: skip
+            "config": self.config.to_json(),
+            "progress": dataclasses.asdict(progress),
+            "vocabulary": self.corpus.digest,
+            "shards": [file.sha256 for file in self.corpus.train],
+            "random": [self.ranks.n_data, self.device.type],
+        }
         path = self.checkpoints / checkpoint.step_name(progress.step)
-        checkpoint.save(path, self.tensors.training() | self.tensors.hidden(self.hidden) | self.tensors.random(), state, self.ranks)
+        checkpoint.save(
+            path, self.tensors.training() | self.tensors.hidden(self.hidden) | self.tensors.random(), state, self.ranks
+        )
         if self.ranks.first:
             checkpoint.remove_older(self.checkpoints, path)
 
@@ -386,9 +476,13 @@ class LM1BTrainer:
         saved, asked, default = state["config"], self.config.to_json(), LM1BConfig().to_json()
         for was, now, otherwise in ((saved["model"], asked["model"], default["model"]), (saved, asked, default)):
             for name in now:
-                before = was.get(name, otherwise[name])  # a field that came later has the value that it has where nobody asks for another
+                before = was.get(
+                    name, otherwise[name]
+                )  # a field that came later has the value that it has where nobody asks for another
                 if name not in {"model", *CHANGEABLE} and _as_json(before) != _as_json(now[name]):
-                    raise ConfigError(f"{name} cannot change when a run goes on: it was {before}, got {now[name]}; name another --out")
+                    raise ConfigError(
+                        f"{name} cannot change when a run goes on: it was {before}, got {now[name]}; name another --out"
+                    )
 
 
 def _as_json(value: Any) -> Any:
