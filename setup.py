@@ -1,8 +1,8 @@
 """Builds the native kernels with CMake and Ninja; all other metadata is in pyproject.toml.
 
 The kernels are optional: where they cannot be built (no C++ compiler, no nvcc), the package installs without them, and
-`fused_mos.backends()` says why the backend `cpu` or `cuda` is missing. FUSED_MOS_NATIVE=0 leaves them out; =1 makes a failure fatal,
-but for a missing nvcc, and warnings and spilled registers of the CUDA kernels, too.
+`fused_mos.backends()` says why the backend `cpu` or `cuda` is missing. FUSED_MOS_NATIVE=0 leaves them out; =1 makes a
+failure fatal, but for a missing nvcc, and warnings and spilled registers of the CUDA kernels, too.
 """
 
 import os

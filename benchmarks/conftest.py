@@ -1,5 +1,5 @@
-"""What was measured on which machine, with which versions and at which commit: for the file of `--benchmark-json`, and in each row's extra_info.
-And a line for each row, as soon as it is there."""
+"""What was measured on which machine, with which versions and at which commit: for the file of `--benchmark-json`, and
+in each row's extra_info. And a line for each row, as soon as it is there."""
 
 import functools
 import platform

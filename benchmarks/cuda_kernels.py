@@ -1,9 +1,10 @@
-"""What the CUDA kernels that the package was installed with use, as nvcc compiled them, and how their launches are cut up. Needs no GPU.
+"""What the CUDA kernels that the package was installed with use, as nvcc compiled them, and how their launches are cut
+up. Needs no GPU.
 
     python benchmarks/cuda_kernels.py [--out FILE.json]
 
-Registers, stack and spilled bytes of a thread, by architecture; then, for the decoders of the paper, blocks, shared memory of a block
-and workspace on a GPU of the architecture. Exit status 1 on a spill.
+Registers, stack and spilled bytes of a thread, by architecture; then, for the decoders of the paper, blocks, shared
+memory of a block and workspace on a GPU of the architecture. Exit status 1 on a spill.
 """
 
 import dataclasses

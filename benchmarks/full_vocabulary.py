@@ -1,9 +1,10 @@
-"""One Billion Words with all of its 793,471 words, on a CPU: prepares 100 M words, takes a training step of lm1b-full, and evaluates.
+"""One Billion Words with all of its 793,471 words, on a CPU: prepares 100 M words, takes a training step of lm1b-full,
+and evaluates.
 
     python benchmarks/full_vocabulary.py FOLDER [--words 100_000_000] [--batch-size 8] [--out FILE.json]
 
-The words have no meaning (lm1b_corpus.py), the sizes are the benchmark's. It needs 23 GiB of memory, 15 GB of disk in FOLDER and ten
-minutes; what it finds done there is not done again.
+The words have no meaning (lm1b_corpus.py), the sizes are the benchmark's. It needs 23 GiB of memory, 15 GB of disk in
+FOLDER and ten minutes; what it finds done there is not done again.
 """
 
 import dataclasses
@@ -57,7 +58,8 @@ def processes(pid: int) -> list[int]:
 
 
 def own_mib(pid: int) -> float:
-    """Memory of a process that is not of files, which the system may drop; what processes share is divided among them."""
+    """Memory of a process that is not of files, which the system may drop; what processes share is divided among
+    them."""
     try:
         return int(re.search(r"Pss_Anon:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1]) / 1024
     except (OSError, TypeError):

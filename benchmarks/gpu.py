@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py [--run RUN] [--out FILE.json]
 
-The file is written after each step, and a step that it already has is not repeated (`--again` repeats it): a run that was
-cut off goes on where it stopped. RUN is a folder that `python -m fused_mos.train` left, for the filter on a trained model.
-`--dry-run` walks through the same code on a CPU, with Triton's interpreter and tiny shapes; its times mean nothing.
+The file is written after each step, and a step that it already has is not repeated (`--again` repeats it): a run that
+was cut off goes on where it stopped. RUN is a folder that `python -m fused_mos.train` left, for the filter on a trained
+model. `--dry-run` walks through the same code on a CPU, with Triton's interpreter and tiny shapes; its times mean
+nothing.
 """
 
 import dataclasses
@@ -68,8 +69,8 @@ class Config:
     """The JSON file; by default benchmarks/results/gpu-NAME.json. The plot lies beside it."""
 
     steps: tuple[str, ...] = ("tests", "memcheck", "racecheck", "synccheck", "times", "decode", "filter", "training")
-    """What to do: all tests on the GPU, some under compute-sanitizer, times and memory, decoding in one pass, the filter, profiles of
-    training steps on a text of random words."""
+    """What to do: all tests on the GPU, some under compute-sanitizer, times and memory, decoding in one pass, the
+    filter, profiles of training steps on a text of random words."""
 
     shapes: tuple[str, ...] = NAMES
     """Shapes to time."""
@@ -87,7 +88,7 @@ class Config:
     """On a CPU: exercise the code, at tiny shapes."""
 
 
-# ------------------------------------------------------------------------------------------------------------------- tests
+# ---------------------------------------------------------------------------------------------------------------- tests
 
 
 def run_tests(selection: list[str], wrapper: tuple[str, ...] = (), **environment: str) -> dict:
@@ -106,8 +107,8 @@ def tests() -> dict:
 
 
 def sanitize(tool: str) -> dict:
-    """memcheck without torch's caching allocator, so that the ends of tensors are the ends of allocations; racecheck and synccheck of the
-    kernel that has barriers of its own, Triton's being its compiler's."""
+    """memcheck without torch's caching allocator, so that the ends of tensors are the ends of allocations; racecheck
+    and synccheck of the kernel that has barriers of its own, Triton's being its compiler's."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"passed": None, "summary": "compute-sanitizer was not found"}
@@ -134,7 +135,7 @@ def sanitize(tool: str) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------- times
+# ---------------------------------------------------------------------------------------------------------------- times
 
 
 def our_calls(arguments: list[torch.Tensor]) -> dict[str, tuple[float, Callable[[], object]]]:
@@ -179,7 +180,8 @@ def peer_calls(arguments: list[torch.Tensor]) -> dict[str, Callable[[], object]]
 
 
 def products_per_second(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[float, dict[str, list[float]]]:
-    """The best median rate of `mm_calls`, as products of this shape a second; and its times in ms (median, min, max)."""
+    """The best median rate of `mm_calls`, as products of this shape a second; and its times in ms (median, min,
+    max)."""
     n, k, d, v = shape
     part = min(v, 100_000)
     times = interleaved(mm_calls(n, k, d, part, dtype, DEVICE), ROUNDS, on_gpu=not DRY_RUN)
@@ -188,7 +190,8 @@ def products_per_second(shape: tuple[int, int, int, int], dtype: torch.dtype) ->
 
 
 def time_shape(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
-    """All contenders in turns; the log-probabilities' backward pass after them, since it needs their gradient beside."""
+    """All contenders in turns; the log-probabilities' backward pass after them, since it needs their gradient
+    beside."""
     torch._dynamo.reset()
     rate, mm = products_per_second(shape, dtype)
     arguments = inputs(*shape, dtype, device=DEVICE)
@@ -229,7 +232,7 @@ def filtered(config: Config) -> dict:
     return result | {"torch.mm ms": mm}
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def profile_training(recipe: str, n_words: int, precision: str) -> dict:
@@ -252,7 +255,7 @@ def profile_training(recipe: str, n_words: int, precision: str) -> dict:
     return report | {"peak MiB": peak}
 
 
-# -------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def about(config: Config) -> dict:
@@ -334,7 +337,8 @@ def main() -> int:
             if config.again or key not in profiles:
                 profiles[key] = profile_training(recipe, n_words, precision)
                 print(
-                    f"{key}: {profiles[key]['step_ms']['median']:.2f} ms a step, {profiles[key]['words_per_second']:,.0f} words/s",
+                    f"{key}: {profiles[key]['step_ms']['median']:.2f} ms a step, "
+                    f"{profiles[key]['words_per_second']:,.0f} words/s",
                     flush=True,
                 )
                 save()

@@ -1,4 +1,5 @@
-"""Decoding with few tokens, for gpu.py: the one-pass kernel of csrc/cuda beside the Triton backend, against the time to read the embedding."""
+"""Decoding with few tokens, for gpu.py: the one-pass kernel of csrc/cuda beside the Triton backend, against the time to
+read the embedding."""
 
 import statistics
 from collections.abc import Callable
@@ -68,7 +69,8 @@ def time_decoding(shape: tuple[int, int, int, int], backends: tuple[str, ...], d
     rows, scratch = {}, torch.empty((256 << 20) if device == "cuda" else 1, dtype=torch.uint8, device=device)
 
     def before() -> None:
-        """Leaves nothing of the embedding in the cache, and the device busy for about a millisecond, until the host has queued the call."""
+        """Leaves nothing of the embedding in the cache, and the device busy for about a millisecond, until the host has
+        queued the call."""
         scratch.zero_()
         if device == "cuda":
             torch.cuda._sleep(2_000_000)

@@ -29,7 +29,8 @@ def _relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def measure(model: AWDLSTM, text: torch.Tensor, bptt: int, n_segments: int, dtype: torch.dtype) -> dict:
-    """Medians over segments of the share of rows dropped, the speed-up of forward + backward, and the gradients' errors."""
+    """Medians over segments of the share of rows dropped, the speed-up of forward + backward, and the gradients'
+    errors."""
     eps, hidden, rows = torch.finfo(dtype).eps, None, []
     for i in range(n_segments):
         inputs, target = text[i * bptt : (i + 1) * bptt], text[i * bptt + 1 : (i + 1) * bptt + 1]

@@ -35,12 +35,12 @@ def inputs(n: int, k: int, d: int, v: int, dtype: torch.dtype = torch.float32, d
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------------- time
+# ----------------------------------------------------------------------------------------------------------------- time
 
 
 def seconds(call: Callable[[], object], on_gpu: bool = False, before: Callable[[], object] | None = None) -> float:
-    """On a GPU from when its first kernel could start until its last has ended, the host's time to get there included; unless `before`
-    keeps the device busy for longer."""
+    """On a GPU from when its first kernel could start until its last has ended, the host's time to get there included;
+    unless `before` keeps the device busy for longer."""
     if before:
         before()
     if on_gpu:
@@ -74,8 +74,8 @@ def interleaved(
     warm_up: bool = True,
     budget: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, all in turns, `rounds` times after a warm-up, so that ratios hold on a noisy machine; from the second round on,
-    no further one once `budget` seconds are spent."""
+    """Seconds of each call, all in turns, `rounds` times after a warm-up, so that ratios hold on a noisy machine; from
+    the second round on, no further one once `budget` seconds are spent."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     if warm_up:
         for call in calls.values():
@@ -103,10 +103,11 @@ def attempt(call: Callable[[], object]) -> str | None:
     except (torch.OutOfMemoryError, MemoryError):
         return "out of memory"
     except Exception as error:  # of a peer, whose limits are not ours to know
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
+        lines = str(error).strip().splitlines() or ["no message"]
+        return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-# ------------------------------------------------------------------------------------------------------------------ floor
+# ---------------------------------------------------------------------------------------------------------------- floor
 
 
 def mm_calls(
@@ -124,8 +125,9 @@ def mm_calls(
 class Floor:
     """The time of one product, 2·N·K·D·V operations, at the best rate of this device, measured between the contenders.
 
-    On a CPU that of a register-only loop of multiply-adds, where the native kernels are there to have it; else torch.mm's best of the
-    step's three products, on so many classes that the largest matrix takes a GiB (10,000 classes on a CPU), whose rate is that of all.
+    On a CPU that of a register-only loop of multiply-adds, where the native kernels are there to have it; else
+    torch.mm's best of the step's three products, on so many classes that the largest matrix takes a GiB (10,000 classes
+    on a CPU), whose rate is that of all.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
@@ -148,7 +150,7 @@ class Floor:
         return self._scale * min(statistics.median(times[name]) for name in self.calls)
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def available_bytes(device: str) -> int:
@@ -168,9 +170,10 @@ def lacking(needed: int, device: str) -> str | None:
 
 
 def memory(call: Callable[[], object], arguments: list[Tensor]) -> dict[str, float | None]:
-    """ "peak MiB", the most memory beside the inputs, and "kept MiB", the gradients and the result, which are part of it. (A peak before the
-    gradients exist is not a peak beside them: so they are not subtracted.) The peak on a GPU is torch's; on Linux it is the growth of the
-    process, within a MiB or so, and at least what is kept and the native kernels' workspace, which one call leaves to the next; else None."""
+    """ "peak MiB", the most memory beside the inputs, and "kept MiB", the gradients and the result, which are part of
+    it. (A peak before the gradients exist is not a peak beside them: so they are not subtracted.) The peak on a GPU is
+    torch's; on Linux it is the growth of the process, within a MiB or so, and at least what is kept and the native
+    kernels' workspace, which one call leaves to the next; else None."""
     clear(arguments)
     gc.collect()
     on_gpu = arguments[0].is_cuda

@@ -2,10 +2,12 @@
 
     python benchmarks/heads.py --data PTB [--recipe ptb-small] [--minutes 40] [--heads softmax moc mos softmax-wide]
 
-Each head is given as many epochs as fit into the time at the speed that it has on this machine when nothing else runs, measured in
-turns at the start. So what else the machine does later changes no result. Killed at any moment, the same command continues.
+Each head is given as many epochs as fit into the time at the speed that it has on this machine when nothing else runs,
+measured in turns at the start. So what else the machine does later changes no result. Killed at any moment, the same
+command continues.
 
-softmax-wide is a softmax with so many more features that its words cost as much time as those of MoS: equal cost instead of equal parameters.
+softmax-wide is a softmax with so many more features that its words cost as much time as those of MoS: equal cost
+instead of equal parameters.
 """
 
 import dataclasses
@@ -81,7 +83,8 @@ def recipe(config: Config, head: str) -> TrainConfig:
 def words_per_second(
     config: Config, known: dict[str, dict[str, float]], rounds: int = 15
 ) -> dict[str, dict[str, float]]:
-    """Of each head. Those that are not known yet are measured beside one that is, and told at the machine's speed of then."""
+    """Of each head. Those that are not known yet are measured beside one that is, and told at the machine's speed of
+    then."""
     missing = [head for head in config.heads if head not in known]
     if not missing:
         return known

@@ -1,6 +1,7 @@
-"""A corpus of the size and the files of the One Billion Word benchmark, of words without meaning, for fused_mos.data.lm1b:
+"""A corpus of the size and the files of the One Billion Word benchmark, of words without meaning, for
+fused_mos.data.lm1b:
 
-    python benchmarks/lm1b_corpus.py OUT [--words 100_000_000] [--vocabulary 793_468] [--shards 99] [--heldout-shards 50] …
+    python benchmarks/lm1b_corpus.py OUT [--words 100_000_000] [--vocabulary 793_468] [--shards 99] …
 
 Words are distributed as Zipf and Mandelbrot say: the one of rank r with p ∝ 1 / (r + 2.7).
 """
@@ -62,14 +63,16 @@ class Config:
 
 
 def words(n: int) -> list[bytes]:
-    """`n` different words. The first are short, so that Zipf's distribution makes them about as long as those of English."""
+    """`n` different words. The first are short, so that Zipf's distribution makes them about as long as those of
+    English."""
     syllables = [consonant + vowel for consonant in "bcdfghjklmnprstvwxyz" for vowel in "aeiou"]
     all_words = ("".join(word) for length in itertools.count(1) for word in itertools.product(syllables, repeat=length))
     return [word.encode() for word in itertools.islice(all_words, n)]
 
 
 def ranks(n: int, vocabulary: int, generator: np.random.Generator) -> np.ndarray:
-    """`n` ranks from 0 on. The area under 1 / x from r + 2.2 to r + 3.2, which the ranks divide, is 1 / (r + 2.7) to a hundredth."""
+    """`n` ranks from 0 on. The area under 1 / x from r + 2.2 to r + 3.2, which the ranks divide, is 1 / (r + 2.7) to a
+    hundredth."""
     first = SHIFT + 0.5
     x = first * np.exp(generator.random(n) * np.log1p(vocabulary / first))
     return np.minimum((x - first).astype(np.int32), vocabulary - 1)
@@ -115,7 +118,8 @@ def generate(config: Config) -> None:
                 bar.update(last - first)
     seconds = time.monotonic() - start
     print(
-        f"{config.out}: {bar.n:,} words, {n_bytes / 1e6:,.0f} MB in {seconds:.1f} s, {bar.n / seconds / 1e6:.2f} M words/s"
+        f"{config.out}: {bar.n:,} words, {n_bytes / 1e6:,.0f} MB in {seconds:.1f} s, {bar.n / seconds / 1e6:.2f} M "
+        "words/s"
     )
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/lm1b_heads.py --data PREPARED [--seeds 1 2 3] [--out FILE.json]
 
-Runs lm1b-tiny on shards that fused_mos.data.lm1b has prepared; both heads read the same text for as many epochs. What the JSON
-file has is not repeated, and a run that was cut off goes on.
+Runs lm1b-tiny on shards that fused_mos.data.lm1b has prepared; both heads read the same text for as many epochs. What
+the JSON file has is not repeated, and a run that was cut off goes on.
 """
 
 import dataclasses
@@ -72,7 +72,8 @@ def main() -> int:
     ppl = {head: [result["heads"][head][str(seed)]["heldout_ppl"] for seed in config.seeds] for head in HEADS}
     for head, values in ppl.items():
         print(
-            f"{head}: held-out perplexity {statistics.mean(values):.2f} ({min(values):.2f}–{max(values):.2f}), {len(values)} seeds"
+            f"{head}: held-out perplexity {statistics.mean(values):.2f} ({min(values):.2f}–{max(values):.2f}), "
+            f"{len(values)} seeds"
         )
     differences = [mos - softmax for mos, softmax in zip(ppl["mos"], ppl["softmax"])]
     print(f"mos − softmax: {statistics.mean(differences):+.2f} ({min(differences):+.2f} to {max(differences):+.2f})")

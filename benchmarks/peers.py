@@ -1,4 +1,5 @@
-"""What a user would write instead of the head: losses of (latent (N, K, D), prior_logits (N, K), weight (V, D), target (N,), bias (V,))."""
+"""What a user would write instead of the head: losses of (latent (N, K, D), prior_logits (N, K), weight (V, D), target
+(N,), bias (V,))."""
 
 import functools
 import importlib.util
@@ -12,7 +13,8 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def published(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """As the paper's published code computes it: K distributions of V words for every token, their mean, its logarithm."""
+    """As the paper's published code computes it: K distributions of V words for every token, their mean, its
+    logarithm."""
     probability = (torch.softmax(linear(z, w, b), -1) * torch.softmax(a, -1).to(z.dtype)[..., None]).sum(1)
     return nll_loss(torch.log(probability + 1e-8), y)
 

@@ -1,4 +1,5 @@
-"""The plot of a machine's times, from the JSON under results/machines/; other plots are made by the scripts that measure."""
+"""The plot of a machine's times, from the JSON under results/machines/; other plots are made by the scripts that
+measure."""
 
 import matplotlib
 

@@ -3,9 +3,9 @@
     git clone https://github.com/zihangdai/mos CODE
     python benchmarks/published.py CODE --data PTB [--rounds 10] [--epochs 1 --seeds 28 29 30] [--out FILE.json]
 
-Speed: training steps of both in turns, in one process, of the recipe's mean length. With --epochs, both are also trained from
-each seed, theirs as it is, by its own command line, and validation perplexities compared. Their seeds draw other numbers than ours:
-it is the spread over seeds that tells. What the JSON file has is not repeated.
+Speed: training steps of both in turns, in one process, of the recipe's mean length. With --epochs, both are also
+trained from each seed, theirs as it is, by its own command line, and validation perplexities compared. Their seeds draw
+other numbers than ours: it is the spread over seeds that tells. What the JSON file has is not repeated.
 """
 
 import dataclasses
@@ -159,8 +159,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def train_published(config: Config, seed: int) -> list[float]:
-    """Validation perplexities after each epoch, as its main.py reports them. (After the last one it stops with an error where
-    torch refuses to unpickle its model.)"""
+    """Validation perplexities after each epoch, as its main.py reports them. (After the last one it stops with an error
+    where torch refuses to unpickle its model.)"""
     flags = [f"--{name}={value}" for name, value in options(RECIPES[config.recipe]()).items()]
     flags += ["--single_gpu", f"--seed={seed}", f"--epochs={config.epochs}", f"--data={config.data.resolve()}"]
     if not torch.cuda.is_available():

@@ -1,9 +1,10 @@
-"""The softmax bottleneck made visible: the empirical rank of the log-probabilities of trained models (Yang et al. 2018, section 3.2).
+"""The softmax bottleneck made visible: the empirical rank of the log-probabilities of trained models (Yang et al. 2018,
+section 3.2).
 
     python benchmarks/rank.py RUN [RUN ...] [--split valid] [--out FILE.json]
 
-RUN is a folder that fused_mos.train or fused_mos.finetune left. A run takes minutes and 24·V² bytes of memory. What the JSON file has
-is not repeated; the plot of all its singular values lies beside it.
+RUN is a folder that fused_mos.train or fused_mos.finetune left. A run takes minutes and 24·V² bytes of memory. What the
+JSON file has is not repeated; the plot of all its singular values lies beside it.
 """
 
 import dataclasses
@@ -89,7 +90,10 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for row in rows.values():
         experts = f", K = {row['n_experts']}" if row["n_experts"] > 1 else ""
-        label = f"{ {'mos': 'MoS', 'moc': 'MoC'}.get(row['head'], row['head']) }{experts}, d = {row['d']}: rank {row['rank']:,}"
+        label = (
+            f"{ {'mos': 'MoS', 'moc': 'MoC'}.get(row['head'], row['head']) }{experts}, d = {row['d']}: rank "
+            f"{row['rank']:,}"
+        )
         axes.plot(*zip(*row["singular values over the largest"]), label=label)
     axes.axhline(row["threshold"], color="gray", linewidth=0.8)
     axes.annotate(

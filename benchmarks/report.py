@@ -1,14 +1,16 @@
 """From what was measured to what the documents show:
 
     pytest benchmarks --benchmark-only --benchmark-json=run.json
-    python -m benchmarks.report --record run.json    # its rows into benchmarks/results/machines/; then as without --record:
-    python -m benchmarks.report                      # tables of README.md and docs/, and plots, from benchmarks/results/
-    python -m benchmarks.report --verify             # exit status 1 where a document shows something else
-    python -m benchmarks.report --show MACHINE       # the tables of one machine, in the terminal
-    python -m benchmarks.report --compare run.json   # measures what fell by more than 10 % again; exit status 1 if some did each time, which is named
+    python -m benchmarks.report --record run.json   # its rows into benchmarks/results/machines/; then as without
+    python -m benchmarks.report                     # tables of README.md and docs/, and plots, from benchmarks/results/
+    python -m benchmarks.report --verify            # exit status 1 where a document shows something else
+    python -m benchmarks.report --show MACHINE      # the tables of one machine, in the terminal
+    python -m benchmarks.report --compare run.json  # measures what fell by more than 10 % again; names what did each
+                                                    # time, with exit status 1
 
-A table of a document stands between `<!-- table: NAME -->` and `<!-- end -->`; `benchmarks/tables.py` has its NAME, after which a table of times
-names the machine: the name of its file in benchmarks/results/machines/, whose plot lies beside it.
+A table of a document stands between `<!-- table: NAME -->` and `<!-- end -->`; `benchmarks/tables.py` has its NAME,
+after which a table of times names the machine: the name of its file in benchmarks/results/machines/, whose plot lies
+beside it.
 """
 
 import dataclasses
@@ -52,14 +54,16 @@ class Config:
 
 
 def condensed(path: Path) -> dict[str, Any]:
-    """The rows of a --benchmark-json file, and on what they were measured. Raises SystemExit where it is none of `pytest benchmarks`."""
+    """The rows of a --benchmark-json file, and on what they were measured. Raises SystemExit where it is none of
+    `pytest benchmarks`."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         found = [bench["extra_info"] for bench in run["benchmarks"] if "contender" in bench["extra_info"]]
         about = {name: run["machine_info"][name] for name in MACHINE}
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(
-            f"error: {path} must be a file that pytest benchmarks --benchmark-only --benchmark-json wrote: {type(error).__name__}: {error}"
+            f"error: {path} must be a file that pytest benchmarks --benchmark-only --benchmark-json wrote: "
+            f"{type(error).__name__}: {error}"
         ) from None
     rows = [
         {name: value for name, value in row.items() if name not in MACHINE} | {"date": run["datetime"][:10]}
@@ -96,8 +100,9 @@ def record(path: Path) -> Path:
 
 
 def fallen(recorded: dict[str, Any], fresh: dict[str, Any]) -> tuple[dict[tuple[str, ...], str], list[str]]:
-    """What is worse by more than FELL in the median, ours over the floor, and how much faster we are than a peer: by row, where even its best
-    round is worse than the worst of the recorded ones; and where their rounds overlap, which is what noise does."""
+    """What is worse by more than FELL in the median, ours over the floor, and how much faster we are than a peer: by
+    row, where even its best round is worse than the worst of the recorded ones; and where their rounds overlap, which
+    is what noise does."""
     apart, overlapping, old = {}, [], {key(row): row for row in recorded["rows"]}
     for row in fresh["rows"]:
         before, name = old.get(key(row), {}), ", ".join(key(row)[:-1])
@@ -113,7 +118,10 @@ def fallen(recorded: dict[str, Any], fresh: dict[str, Any]) -> tuple[dict[tuple[
         elif row["contender"] != OURS and "times ours" in before:
             (was, worst, _), (now, _, best) = before["times ours"], row["times ours"]
             fell, is_apart = now < (1 - FELL) * was, best < worst
-            text = f"{name}: {row['contender']} took {was:.2f} times as long as ours (at least {worst:.2f}) and takes {now:.2f} (at most {best:.2f})"
+            text = (
+                f"{name}: {row['contender']} took {was:.2f} times as long as ours (at least {worst:.2f}) and "
+                f"takes {now:.2f} (at most {best:.2f})"
+            )
         else:
             continue
         if fell and is_apart:
@@ -144,7 +152,8 @@ def compare(path: Path, again: int) -> int:
     file = results_of(run)
     if not file.is_file():
         print(
-            f"error: nothing is recorded for this machine; python -m benchmarks.report --record {path} keeps this run in {file}",
+            f"error: nothing is recorded for this machine; python -m benchmarks.report --record {path} keeps this "
+            f"run in {file}",
             file=sys.stderr,
         )
         return 2
@@ -180,7 +189,8 @@ def with_tables(text: str, name: str) -> str:
             raise SystemExit(f"error: {name} asks for table {block!r}; there are {', '.join(BLOCKS | OF_A_MACHINE)}")
         if bool(machine) != (block in OF_A_MACHINE) or machine and machine[0] not in machines():
             raise SystemExit(
-                f"error: {name} asks for table {match[1]!r}; {', '.join(OF_A_MACHINE)} need one of {', '.join(machines())}, others none"
+                f"error: {name} asks for table {match[1]!r}; {', '.join(OF_A_MACHINE)} need one of "
+                f"{', '.join(machines())}, others none"
             )
         return (
             f"<!-- table: {match[1]} -->\n{OF_A_MACHINE[block](*machine) if machine else BLOCKS[block]()}\n<!-- end -->"

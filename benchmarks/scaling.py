@@ -18,7 +18,8 @@ class Machine:
     """Of one GPU and its links."""
 
     product_flops: float = 500e12
-    """bfloat16 products of the head's shapes: half of an H100 SXM's 989 TFLOP/s; fused cross-entropies of other projects are reported at 600 to 745."""
+    """bfloat16 products of the head's shapes: half of an H100 SXM's 989 TFLOP/s; fused cross-entropies of other
+    projects are reported at 600 to 745."""
     memory_bytes: float = 2.7e12
     """A second, of 3.35e12."""
     node_link: float = 300e9
@@ -53,7 +54,8 @@ class Plan:
         # four products: a shard recomputes its logits, and so does a whole decoder of this size
         head = 4 * 2 * tokens * k * d * (WORDS / self.n_vocab) / MACHINE.product_flops
         lstm = config.bptt * len(model.hidden_sizes) * MACHINE.lstm_step * 3
-        # torch's Adagrad by foreach, the norm, clipping, and the sum of the tied matrix's two gradients: some 20 passes over P numbers
+        # torch's Adagrad by foreach, the norm, clipping, and the sum of the tied matrix's two gradients: some 20 passes
+        # over P numbers
         optimizer = 20 * gradients / MACHINE.memory_bytes
         rest = gradients - 4 * (WORDS // self.n_vocab) * (d + 1)
         shared = tokens * (2 * k * d + 4 * d + 12 * k) + (
@@ -66,7 +68,8 @@ class Plan:
         times = " | ".join(f"{1e3 * t:,.1f}" for t in (head, lstm, optimizer, vocabulary, data, step))
         sent = shared * _share(self.n_vocab) + gradients * _share(self.n_data)
         return (
-            f"| {self.n_gpus} | {self.n_data} × {self.n_vocab} | {sum(needed.values()) / GIB:.1f} | {sent / GIB:.2f} | {times} | "
+            f"| {self.n_gpus} | {self.n_data} × {self.n_vocab} | {sum(needed.values()) / GIB:.1f} | {sent / GIB:.2f} "
+            f"| {times} | "
             f"{words / 1e3:,.0f} | {829_250_940 / words / 3600:,.1f} |"
         )
 
@@ -84,7 +87,8 @@ PLANS = [Plan(1, 1), Plan(8, 1), Plan(2, 4), Plan(1, 8), Plan(64, 1), Plan(8, 8)
 
 def main() -> None:
     print(
-        "| GPUs | data × vocabulary | memory, GiB | sent, GiB | head, ms | LSTM | optimizer | vocabulary | gradients | step | 1,000 words/s | hours an epoch |"
+        "| GPUs | data × vocabulary | memory, GiB | sent, GiB | head, ms | LSTM | optimizer | vocabulary | gradients "
+        "| step | 1,000 words/s | hours an epoch |"
     )
     print("|---" * 12 + "|")
     for plan in PLANS:

@@ -2,8 +2,9 @@
 
     python benchmarks/synthetic_gap.py [--out FILE.json]
 
-Each head is trained on the language itself, the expected loss over all texts, with a free vector for each context; so the gap is what the head
-cannot express (and what Adam has not found), not what a sample does not tell. The plot lies beside the JSON; what that has is not repeated.
+Each head is trained on the language itself, the expected loss over all texts, with a free vector for each context; so
+the gap is what the head cannot express (and what Adam has not found), not what a sample does not tell. The plot lies
+beside the JSON; what that has is not repeated.
 """
 
 import dataclasses
@@ -113,7 +114,8 @@ def main() -> int:
     result = json.loads(config.out.read_text()) if config.out.is_file() else about | {"rows": {}}
     if different := [name for name in about if result[name] != about[name]]:
         raise SystemExit(
-            f"error: {config.out} has another {different[0]}, {result[different[0]]}, than {about[different[0]]}; name another --out"
+            f"error: {config.out} has another {different[0]}, {result[different[0]]}, than {about[different[0]]}; "
+            "name another --out"
         )
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
     for d in config.features:
@@ -130,7 +132,8 @@ def main() -> int:
                 result["rows"][key] = {"head": name, "d": d} | gap(language, head, size, config.steps, key)
                 write_json(config.out, result)
             print(
-                f"{key}: {result['rows'][key]['gap']:.4f} nats above the entropy, {result['rows'][key]['parameters']:,} parameters",
+                f"{key}: {result['rows'][key]['gap']:.4f} nats above the entropy, "
+                f"{result['rows'][key]['parameters']:,} parameters",
                 flush=True,
             )
     plot(result, config.out.with_suffix(".png"))

@@ -49,7 +49,8 @@ def mebibytes(row: dict) -> str:
 
 
 def head(machine: str) -> str:
-    """A training step's time over ours, by contender; floor and memory. What a machine was not asked for is left out, in each table."""
+    """A training step's time over ours, by contender; floor and memory. What a machine was not asked for is left out,
+    in each table."""
     found = []
     for (case, dtype, _), contenders in rows_of(machine, "shapes").items():
         some = next(iter(contenders.values()))

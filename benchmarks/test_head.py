@@ -1,7 +1,8 @@
 """The head beside what a user would write instead: pytest benchmarks --benchmark-only.
 
-All contenders of a case run in one process, in turns, so that ratios hold on a noisy machine; each row's extra_info has the ratio to ours,
-the time over the floor (harness.Floor) and the memory beside the inputs. What cannot run says why. On a GPU, if there is one.
+All contenders of a case run in one process, in turns, so that ratios hold on a noisy machine; each row's extra_info has
+the ratio to ours, the time over the floor (harness.Floor) and the memory beside the inputs. What cannot run says why.
+On a GPU, if there is one.
 """
 
 import functools

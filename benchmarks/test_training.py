@@ -1,7 +1,8 @@
-"""A training step of the paper's recipes, in words a second, beside the same model with the published code's head in plain PyTorch.
+"""A training step of the paper's recipes, in words a second, beside the same model with the published code's head in
+plain PyTorch.
 
-The words are random: the time of a step does not depend on them. Both share everything but the head; float32. (published.py runs the
-published code itself.)
+The words are random: the time of a step does not depend on them. Both share everything but the head; float32.
+(published.py runs the published code itself.)
 """
 
 import functools

@@ -1,7 +1,7 @@
 """python -m fused_mos.convert OLD NEW: a checkpoint of the paper's published code as a run folder of this package.
 
-OLD is the published code's model.pt, a pickled module, also of PyTorch 0.4; no code in it is run. NEW becomes a folder with
-best.safetensors and config.json, for `fused_mos.evaluate`, `fused_mos.finetune` and `fused_mos.generate`.
+OLD is the published code's model.pt, a pickled module, also of PyTorch 0.4; no code in it is run. NEW becomes a folder
+with best.safetensors and config.json, for `fused_mos.evaluate`, `fused_mos.finetune` and `fused_mos.generate`.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ from .training.run import write_json
 
 
 def convert(old: Path, new: Path, data: Path = Path("data"), recipe: str = "ptb") -> AWDLSTM:
-    """Writes the run folder `new`; `recipe` gives the numbers of fine-tuning and dynamic evaluation. Raises PublishedError, ConfigError, or ValueError where weights do not fit each other."""
+    """Writes the run folder `new`; `recipe` gives the numbers of fine-tuning and dynamic evaluation. Raises
+    PublishedError, ConfigError, or ValueError where weights do not fit each other."""
     if new.exists() and (not new.is_dir() or any(new.iterdir())):
         raise ConfigError(f"{new} is not empty; name another folder")
     tensors, dropouts = read_published(old)
@@ -66,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     n_words, size = model.encoder.weight.shape
     print(
-        f"{config.new}: {sum(p.numel() for p in model.parameters()):,} parameters, {n_words:,} words, K = {model.head.n_experts}, d = {size}"
+        f"{config.new}: {sum(p.numel() for p in model.parameters()):,} parameters, {n_words:,} words, K = "
+        f"{model.head.n_experts}, d = {size}"
     )
     return 0
 

@@ -1,4 +1,5 @@
-"""python -m fused_mos.demo: softmax and MoS trained side by side on the text that CPython ships, in about three minutes."""
+"""python -m fused_mos.demo: softmax and MoS trained side by side on the text that CPython ships, in about three
+minutes."""
 
 import dataclasses
 import json

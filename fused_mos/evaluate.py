@@ -85,11 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError("--tune searches the rule of --dynamic; give both")
         if config.dynamic and config.eval_context:
             raise ConfigError(
-                f"eval_context is for static evaluation, got {config.eval_context} with --dynamic, whose segments are --bptt"
+                f"eval_context is for static evaluation, got {config.eval_context} with --dynamic, whose segments "
+                "are --bptt"
             )
         if not config.dynamic and config.rule != dynamic_rule(read_config(config.run).recipe):
             raise ConfigError(
-                f"lr, lamb, epsilon and bptt are for --dynamic evaluation, got {config.rule} without it (--eval-context: static segments)"
+                f"lr, lamb, epsilon and bptt are for --dynamic evaluation, got {config.rule} without it "
+                "(--eval-context: static segments)"
             )
         for name in ("eval_context", "checkpoint_minutes", "time_limit"):
             if not getattr(config, name) >= 0:
@@ -117,7 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
         else f"context {result['eval_context']}"
     )
     print(
-        f"{config.split}, {how}: ppl {result['ppl']:.2f} ({result['ppl_published']:.2f} as the published code counts), loss {result['loss']:.4f}"
+        f"{config.split}, {how}: ppl {result['ppl']:.2f} ({result['ppl_published']:.2f} as the published code "
+        f"counts), loss {result['loss']:.4f}"
     )
     return 0
 

@@ -1,7 +1,8 @@
 """python -m fused_mos.finetune RUN [--lr VALUE …] [--out DIR] | --resume DIR
 
-Fine-tunes the best model of the run in the folder RUN, which `fused_mos.train` or `fused_mos.convert` left, by ASGD from the first
-step, into RUN/finetune (Merity et al. 2017, section 5; Yang et al. 2018, section 3.1). What RUN/finetune has of it is continued.
+Fine-tunes the best model of the run in the folder RUN, which `fused_mos.train` or `fused_mos.convert` left, by ASGD
+from the first step, into RUN/finetune (Merity et al. 2017, section 5; Yang et al. 2018, section 3.1). What RUN/finetune
+has of it is continued.
 """
 
 import argparse

@@ -8,8 +8,8 @@ products run in the autocast dtype and the prior stays in float32.
 Values (not shapes) are checked on CPU tensors outside torch.compile: NaN raises ValueError, a target that is
 no class IndexError. Elsewhere a check would stall the device, and such a token's loss is NaN.
 
-Double backward, forward-mode differentiation and the transforms of torch.func are for backend "reference". While a graph is
-traced, `mos_predict`, `mos_topk` and `mos_sample` are those of "tiled", which is plain torch.
+Double backward, forward-mode differentiation and the transforms of torch.func are for backend "reference". While a
+graph is traced, `mos_predict`, `mos_topk` and `mos_sample` are those of "tiled", which is plain torch.
 
 `backend` is one of `fused_mos.backends()` or "auto". Source of the mathematics: Yang et al., "Breaking the
 Softmax Bottleneck: A High-Rank RNN Language Model", ICLR 2018, section 2.3.
@@ -311,7 +311,8 @@ def _is_autocast(device_type: str) -> bool:
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What the fused backends take (see `_backends.Kernels`). Raises RuntimeError for what they would ignore: tangents."""
+    """What the fused backends take (see `_backends.Kernels`). Raises RuntimeError for what they would ignore:
+    tangents."""
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None
     ):

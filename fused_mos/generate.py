@@ -28,7 +28,8 @@ class Config:
     words: int = 100
     """Words to draw."""
     temperature: float = 1.0
-    """Below 1 the likely words become likelier; without top_k and top_p within each expert alone. --top-k 1 is greedy."""
+    """Below 1 the likely words become likelier; without top_k and top_p within each expert alone. --top-k 1 is
+    greedy."""
     top_k: int = 0
     """Draw from the k most probable words alone; 0: from all."""
     top_p: float = 1.0

@@ -1,7 +1,7 @@
 """python -m fused_mos.inspect RUN [--split valid] [--words N] [--nearest WORD …]
 
-Which expert of a run's best model speaks when: RUN/inspect/index.html, the text coloured by expert, with experts.png and
-experts.json.
+Which expert of a run's best model speaks when: RUN/inspect/index.html, the text coloured by expert, with experts.png
+and experts.json.
 """
 
 import dataclasses
@@ -48,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     print(
-        f"{config.split}: ppl {report['ppl']:.2f}; {report['effective_experts']:.1f} of {len(report['experts'])} experts speak at a time"
+        f"{config.split}: ppl {report['ppl']:.2f}; {report['effective_experts']:.1f} of {len(report['experts'])} "
+        "experts speak at a time"
     )
     print(f"\n{'expert':>6}{'prior':>8}{'speaks':>8}  most frequent words | most characteristic words")
     for i, expert in enumerate(report["experts"], start=1):

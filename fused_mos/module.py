@@ -25,7 +25,8 @@ class Head(nn.Module):
     """What the heads share: a decoder, and a mixture over it given by `mixture(input)`."""
 
     functions = F
-    """What computes with the mixture: fused_mos.functional, or the VocabShard that `vocab_parallel.parallelize` puts in its place."""
+    """What computes with the mixture: fused_mos.functional, or the VocabShard that `vocab_parallel.parallelize` puts in
+    its place."""
 
     def __init__(
         self, latent_features: int, n_classes: int, bias: bool, weight: nn.Parameter | None, backend: str, device, dtype
@@ -41,11 +42,13 @@ class Head(nn.Module):
                 and torch.device(device).type != weight.device.type
             ):
                 raise ValueError(
-                    f"device and dtype must be those of weight, {weight.device} and {weight.dtype}, or None, got {device} and {dtype}"
+                    f"device and dtype must be those of weight, {weight.device} and {weight.dtype}, or None, got "
+                    f"{device} and {dtype}"
                 )
             if tuple(weight.shape) != (n_classes, latent_features):
                 raise ValueError(
-                    f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got {tuple(weight.shape)}"
+                    f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got "
+                    f"{tuple(weight.shape)}"
                 )
         if backend not in F._backends.NAMES:
             raise ValueError(f"backend must be one of {', '.join(F._backends.NAMES)}, got {backend!r}")
@@ -85,8 +88,8 @@ class Head(nn.Module):
         """Log-likelihood and loss of `target` given `input`.
 
         Args:
-            input: (…, in_features). The order of the leading axes matters to `MoS.latent_dropout` alone, for which time comes first.
-            target: (…) int64 classes, or `ignore_index`.
+            input: (…, in_features). The order of the leading axes matters to `MoS.latent_dropout` alone, for which time
+            comes first. target: (…) int64 classes, or `ignore_index`.
             ignore_index, reduction, grad_filter_eps: see `functional.mos_nll_loss`.
 
         Returns:
@@ -140,8 +143,8 @@ class Head(nn.Module):
         return F.TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
 
     def sample(self, input: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """One class per position: (…, in_features) -> (…) int64; `temperature` divides each expert's logits, not the mixture's
-        (`functional.mos_sample`): for the most probable class take `predict`."""
+        """One class per position: (…, in_features) -> (…) int64; `temperature` divides each expert's logits, not the
+        mixture's (`functional.mos_sample`): for the most probable class take `predict`."""
         latent, prior_logits = self._flat_mixture(input)
         index = self.functions.mos_sample(
             latent,
@@ -171,8 +174,8 @@ class Head(nn.Module):
 
 
 class Softmax(Head):
-    """One softmax, the head that a mixture replaces: p = softmax(W h + b), whose logarithms have a rank of at most in_features + 2:
-    one for the bias, one for the normaliser (Yang et al. 2018, section 2.2).
+    """One softmax, the head that a mixture replaces: p = softmax(W h + b), whose logarithms have a rank of at most
+    in_features + 2: one for the bias, one for the normaliser (Yang et al. 2018, section 2.2).
 
     Args:
         in_features: size H of the context vector.

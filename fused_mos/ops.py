@@ -49,7 +49,7 @@ def _valid_target(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     return valid, torch.where(valid, target, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------- nll
+# ------------------------------------------------------------------------------------------------------------------ nll
 
 
 @custom_op("fused_mos::nll", mutates_args=())
@@ -163,7 +163,7 @@ def _nll_backward(ctx, grad, *_):
 nll.register_autograd(_nll_backward, setup_context=_nll_setup)
 
 
-# -------------------------------------------------------------------------------------------------- nll_with_gradients
+# --------------------------------------------------------------------------------------------------- nll_with_gradients
 
 
 @custom_op("fused_mos::nll_with_gradients", mutates_args=())
@@ -242,7 +242,7 @@ def _nll_with_gradients_backward(ctx, grad_loss, grad_nll, *_):
 nll_with_gradients.register_autograd(_nll_with_gradients_backward, setup_context=_nll_with_gradients_setup)
 
 
-# ---------------------------------------------------------------------------------------------------------- logsumexp
+# ------------------------------------------------------------------------------------------------------------ logsumexp
 
 
 @custom_op("fused_mos::logsumexp", mutates_args=())
@@ -305,7 +305,7 @@ def _logsumexp_backward(ctx, grad, *_):
 logsumexp.register_autograd(_logsumexp_backward, setup_context=_logsumexp_setup)
 
 
-# ----------------------------------------------------------------------------------------------------------- log_prob
+# ------------------------------------------------------------------------------------------------------------- log_prob
 
 
 @custom_op("fused_mos::log_prob", mutates_args=())

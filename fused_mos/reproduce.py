@@ -1,7 +1,7 @@
 """python -m fused_mos.reproduce ptb|wikitext2 --data DIR [--out DIR] [--time-limit SECONDS]
 
-All stages of the paper (Yang et al. 2018, section 3.1): train, fine-tune, evaluate, evaluate dynamically; at the end its table beside the
-measured one. Killed at any moment, the same command continues.
+All stages of the paper (Yang et al. 2018, section 3.1): train, fine-tune, evaluate, evaluate dynamically; at the end
+its table beside the measured one. Killed at any moment, the same command continues.
 """
 
 import dataclasses
@@ -56,7 +56,8 @@ class Config:
 
 
 def reproduce(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
-    """Runs what is left of the stages; returns the evaluations by stage and split. Raises TimeLimitReached when the time is up."""
+    """Runs what is left of the stages; returns the evaluations by stage and split. Raises TimeLimitReached when the
+    time is up."""
     started = time.monotonic()
 
     def seconds_left() -> float:

@@ -49,7 +49,8 @@ def run(parse: Callable[[list[str]], TrainConfig], arguments: list[str]) -> int:
     try:
         trainer = Trainer(config)
         print(
-            f"run folder {folder}, device {trainer.device}, {sum(p.numel() for p in trainer.model.parameters()):,} parameters"
+            f"run folder {folder}, device {trainer.device}, {sum(p.numel() for p in trainer.model.parameters()):,} "
+            "parameters"
         )
         result = trainer.run()
     except (CorpusError, *USER_ERRORS) as error:

@@ -1,8 +1,10 @@
-"""[torchrun --nproc-per-node=P -m] python -m fused_mos.train_1b --recipe NAME --data DIR --out DIR [--any-field VALUE …]
+"""[torchrun --nproc-per-node=P -m] python -m fused_mos.train_1b --recipe NAME --data DIR --out DIR [--any-field VALUE
+…]
 
-Trains a language model on the One Billion Word benchmark, or a corpus of its form, that fused_mos.data.lm1b has prepared. The same command
-continues a run. Exit status: 0 at the end or the time limit, 2 for an error, 143 or 130 after SIGTERM or SIGINT, with everything saved.
-(Send signals to torchrun itself: it starts ranks anew that end with another status than 0, if it may.)
+Trains a language model on the One Billion Word benchmark, or a corpus of its form, that fused_mos.data.lm1b has
+prepared. The same command continues a run. Exit status: 0 at the end or the time limit, 2 for an error, 143 or 130
+after SIGTERM or SIGINT, with everything saved. (Send signals to torchrun itself: it starts ranks anew that end with
+another status than 0, if it may.)
 """
 
 import argparse
@@ -45,10 +47,12 @@ def run(config: LM1BConfig, ranks: Ranks) -> None:
         result = trainer.final_evaluation()
     else:
         tell(
-            f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {len(trainer.corpus.vocabulary):,} words"
+            f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {len(trainer.corpus.vocabulary):,} "
+            "words"
         )
         tell(
-            f"{ranks.n_ranks} ranks on {ranks.device.type}: {ranks.n_data} read other text, {ranks.n_vocab} share a decoder; memory of one:\n{trainer.memory}"
+            f"{ranks.n_ranks} ranks on {ranks.device.type}: {ranks.n_data} read other text, {ranks.n_vocab} share a "
+            f"decoder; memory of one:\n{trainer.memory}"
         )
         if trainer.resumed:
             tell(f"goes on at step {trainer.progress.step} of {trainer.total_steps}")

@@ -1,5 +1,6 @@
 """python -m fused_mos.tune [--shapes NAME …] [--shape N K D V]: tunes the Triton kernels' tiles for the GPU at hand.
-python -m fused_mos.tune --compile-only --arch sm_90 [--json FILE]: compiles every kernel, without a GPU, and shows its resources.
+python -m fused_mos.tune --compile-only --arch sm_90 [--json FILE]: compiles every kernel, without a GPU, and shows its
+resources.
 """
 
 import json
@@ -76,13 +77,15 @@ def compile_only(config: TuneConfig) -> int:
             tqdm.write(f"FAULT {kernel.kernel} {kernel.dtype} ({kernel.key}) {kernel.tile}: {fault}", file=sys.stderr)
     compiled.sort(key=lambda kernel: (kernel.kernel, kernel.key, kernel.dtype, kernel.shapes))
     print(
-        f"{'kernel':24} {'configuration':30} {'dtype':5} {'tile, warps, stages':20} {'registers':>9} {'stack':>5} {'shared':>7}  instructions"
+        f"{'kernel':24} {'configuration':30} {'dtype':5} {'tile, warps, stages':20} {'registers':>9} {'stack':>5} "
+        f"{'shared':>7}  instructions"
     )
     for kernel in compiled:
         tile = "x".join(map(str, kernel.tile))
         found = ", ".join(f"{count} {name}" for name, count in kernel.instructions.items() if count)
         print(
-            f"{kernel.kernel:24} {kernel.key:30} {kernel.dtype:5} {tile:20} {kernel.registers:9} {kernel.stack:5} {kernel.shared:7}  {found}"
+            f"{kernel.kernel:24} {kernel.key:30} {kernel.dtype:5} {tile:20} {kernel.registers:9} {kernel.stack:5} "
+            f"{kernel.shared:7}  {found}"
         )
     n_faults = sum(len(kernel.faults(config.arch)) for kernel in compiled)
     print(f"{len(compiled)} kernels compiled for {config.arch} with triton {triton.__version__}, {n_faults} faults")

@@ -1,10 +1,13 @@
-"""The head with its vocabulary sharded over the ranks of a process group: for decoders that are too large for one device.
+"""The head with its vocabulary sharded over the ranks of a process group: for decoders that are too large for one
+device.
 
-Each rank holds a span of the decoder's rows and computes the log-sum-exps and target logits of its own classes, with the same kernels as an
-unsharded head. The ranks of the group see the same tokens and exchange tensors of (N, K) alone; in the backward pass they add up
-their shares of the gradient of `latent`, (N, K, D). The gradients of the decoder never leave their rank.
+Each rank holds a span of the decoder's rows and computes the log-sum-exps and target logits of its own classes, with
+the same kernels as an unsharded head. The ranks of the group see the same tokens and exchange tensors of (N, K) alone;
+in the backward pass they add up their shares of the gradient of `latent`, (N, K, D). The gradients of the decoder never
+leave their rank.
 
-Rows are split as DTensor's Shard(0) splits them, so that `VocabShard.as_dtensor` makes a checkpoint that any number of ranks can read.
+Rows are split as DTensor's Shard(0) splits them, so that `VocabShard.as_dtensor` makes a checkpoint that any number of
+ranks can read.
 """
 
 import torch
@@ -38,20 +41,23 @@ IGNORED, ELSEWHERE = -100, -1
 class VocabShard:
     """A rank's share of the classes, and the functions of `fused_mos.functional` over all shares.
 
-    Every rank of the group must call them with the same `latent`, `prior_logits` and `target`, its own rows of `weight` and `bias`, and in
-    the same order; results are the same on all ranks. `backend` is any but "reference", which has no parts to combine.
+    Every rank of the group must call them with the same `latent`, `prior_logits` and `target`, its own rows of `weight`
+    and `bias`, and in the same order; results are the same on all ranks. `backend` is any but "reference", which has no
+    parts to combine.
 
     Args:
         n_classes: V of the whole vocabulary.
         group: the process group to split it over; by default all ranks.
 
-    Raises RuntimeError where torch.distributed has not been initialised, ValueError where a rank would be left without a class.
+    Raises RuntimeError where torch.distributed has not been initialised, ValueError where a rank would be left without
+    a class.
     """
 
     def __init__(self, n_classes: int, group: dist.ProcessGroup | None = None):
         if not dist.is_initialized():
             raise RuntimeError(
-                "vocab_parallel needs torch.distributed: call torch.distributed.init_process_group, or start with torchrun"
+                "vocab_parallel needs torch.distributed: call torch.distributed.init_process_group, or start with "
+                "torchrun"
             )
         self.n_classes = n_classes
         self.group = group if group is not None else dist.group.WORLD
@@ -75,7 +81,8 @@ class VocabShard:
         return whole[self.start : self.stop]
 
     def as_dtensor(self, rows: Tensor, mesh: DeviceMesh) -> DTensor:
-        """This rank's rows as part of the whole tensor, of which they share the memory; `mesh` has one dimension, the group."""
+        """This rank's rows as part of the whole tensor, of which they share the memory; `mesh` has one dimension, the
+        group."""
         shape = torch.Size((self.n_classes, *rows.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(rows.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
@@ -101,7 +108,8 @@ class VocabShard:
     ) -> NLL:
         """The NLL of each target (N,), and its reduction: `functional.mos_nll_loss`, which says what the arguments are.
 
-        The backward pass recomputes the logits (four products): they cannot be weighted before all ranks have told their sums.
+        The backward pass recomputes the logits (four products): they cannot be weighted before all ranks have told
+        their sums.
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
@@ -234,10 +242,11 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> VocabShard:
-    """Cuts the decoder of a head (`fused_mos.MoS`, `MoC`, `Softmax`), or of the one head in `model`, down to this rank's rows, and with
-    it an nn.Embedding that is tied to it. In place: make optimizers afterwards.
+    """Cuts the decoder of a head (`fused_mos.MoS`, `MoC`, `Softmax`), or of the one head in `model`, down to this
+    rank's rows, and with it an nn.Embedding that is tied to it. In place: make optimizers afterwards.
 
-    The parameters must be the same on all ranks of the group, as from one seed. Returns the shard, which `Head.functions` is from now on.
+    The parameters must be the same on all ranks of the group, as from one seed. Returns the shard, which
+    `Head.functions` is from now on.
 
     Raises ValueError unless `model` holds exactly one head, RuntimeError without torch.distributed.
     """

@@ -2,7 +2,8 @@
 
 import os
 
-# threads that wait for each other sleep: two test processes share the cores, and where threads spin instead, a test has taken eight times as long
+# threads that wait for each other sleep: two test processes share the cores, and where threads spin instead, a test has
+# taken eight times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest

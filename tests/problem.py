@@ -93,8 +93,9 @@ def check_forward_and_gradients(
 ) -> None:
     """`compute(problem, backend)` -> tensor; backpropagates a fixed random gradient and checks everything.
 
-    `relative_slack` adds to the criterion: relative to the largest number of a result, and, in float32's rounding, to that of
-    the weights that gradients are sums of. It is for random problems, where the unfused error is small by chance.
+    `relative_slack` adds to the criterion: relative to the largest number of a result, and, in float32's rounding, to
+    that of the weights that gradients are sums of. It is for random problems, where the unfused error is small by
+    chance.
     """
     results = []
     for d, b in ((dtype, backend), (dtype, "reference"), (torch.float64, "reference")):

@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 
 
 def run_on_ranks(n_ranks: int, function, *arguments, init: bool = True) -> None:
-    """function(*arguments) on each rank; an exception on any of them is raised here. Without `init` the function makes the group."""
+    """function(*arguments) on each rank; an exception on any of them is raised here. Without `init` the function makes
+    the group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

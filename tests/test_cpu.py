@@ -122,7 +122,8 @@ def test_any_shape(dtype, n, k, d, v, scale, seed, workspace_bytes, isa, reducti
 
 
 def test_many_rows_of_several_panels(instruction_set, workspace):
-    """More blocks of rows than one product of the weight's gradient takes at once, and a filter that drops most rows."""
+    """More blocks of rows than one product of the weight's gradient takes at once, and a filter that drops most
+    rows."""
     for dtype in (torch.float32, torch.bfloat16):
         case = problem(300, 4, 20, 700, scale=2.0)
         case.prior_logits.mul_(4)
@@ -132,7 +133,8 @@ def test_many_rows_of_several_panels(instruction_set, workspace):
 
 @pytest.mark.parametrize("n_threads", [1, 5])
 def test_many_features(n_threads, instruction_set):
-    """More columns than one product of dz takes at once, and rows few enough that threads share the columns, or many."""
+    """More columns than one product of dz takes at once, and rows few enough that threads share the columns, or
+    many."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(n_threads)
@@ -187,7 +189,8 @@ def test_samples_never_have_probability_zero(instruction_set):
 
 
 def test_extra_memory_at_a_large_vocabulary():
-    """Forward + backward at V = 100,000: at most 64 MiB of the kernels' own, in both dtypes, where all logits would take 107."""
+    """Forward + backward at V = 100,000: at most 64 MiB of the kernels' own, in both dtypes, where all logits would
+    take 107."""
     for dtype in (torch.float32, torch.bfloat16):
         case = problem(40, 7, 32, 100_000).to(dtype)
         _cpu.reset_peak_bytes()
@@ -224,7 +227,10 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_runtime_is_loaded():
     """With two, their threads compete for the cores and small operations slow down a hundredfold."""
-    code = "import fused_mos; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.rsplit('/', 1)[-1]})"
+    code = (
+        "import fused_mos; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'omp' in "
+        "line.rsplit('/', 1)[-1]})"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     ).stdout.split()

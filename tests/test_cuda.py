@@ -1,7 +1,8 @@
-"""csrc/cuda's decode kernel: on a GPU where there is one, and everywhere thread by thread on the CPU (csrc/cuda/emulation.h).
+"""csrc/cuda's decode kernel: on a GPU where there is one, and everywhere thread by thread on the CPU
+(csrc/cuda/emulation.h).
 
-The emulation runs the kernel's own text. Between barriers its threads take turns in a random order, and asynchronous copies arrive as late
-as they may, so that a barrier or a wait too few shows.
+The emulation runs the kernel's own text. Between barriers its threads take turns in a random order, and asynchronous
+copies arrive as late as they may, so that a barrier or a wait too few shows.
 """
 
 import importlib.util
@@ -95,7 +96,8 @@ def check(case, decoder, dtype):
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
-# one row; rows of two, eight and sixteen tiles of eight; V in one tile, of one class in the last, in many; copies of 16, 8 and 4 bytes
+# one row; rows of two, eight and sixteen tiles of eight; V in one tile, of one class in the last, in many; copies of
+# 16, 8 and 4 bytes
 SHAPES = [
     (1, 1, 16, 2),
     (1, 3, 40, 3),
@@ -177,7 +179,8 @@ def test_the_order_of_threads_and_where_logits_are_change_no_bit(shape, module):
 
 
 def test_samples(decoder):
-    """A chi-square statistic of 5,120 draws of a class, within 5 standard deviations; the masked class never, and a cold one the best."""
+    """A chi-square statistic of 5,120 draws of a class, within 5 standard deviations; the masked class never, and a
+    cold one the best."""
     case = problem(1, 1, 16, 60).to(torch.bfloat16, ())
     case.bias[7] = -torch.inf
     rows = case.latent[:, 0].expand(128, -1)
@@ -221,7 +224,7 @@ def test_random_words_are_those_of_philox(tmp_path):
     assert subprocess.run([str(tmp_path / "philox")], capture_output=True, text=True, check=True).stdout == "6627e8d5"
 
 
-# ------------------------------------------------------------------------------------------------------------------- plans
+# ---------------------------------------------------------------------------------------------------------------- plans
 
 
 def plan(module, n, k, d, v, multiprocessors=132, mode="LogProb", top=5):
@@ -231,7 +234,8 @@ def plan(module, n, k, d, v, multiprocessors=132, mode="LogProb", top=5):
 
 
 def test_plans_of_the_papers_decoders(module):
-    """On an H100: logits stay in shared memory up to four tokens of Penn Treebank and WikiText-2, and two of 100,000 words."""
+    """On an H100: logits stay in shared memory up to four tokens of Penn Treebank and WikiText-2, and two of 100,000
+    words."""
     for shape in [
         (1, 15, 280, 10_000),
         (4, 15, 280, 10_000),
@@ -287,7 +291,7 @@ def test_what_it_cannot_do_is_left_to_others(module):
     assert decoder.log_prob(even.latent, even.prior_logits, even.weight, even.bias) is None
 
 
-# ---------------------------------------------------------------------------------------------------------- in the package
+# ------------------------------------------------------------------------------------------------------- in the package
 
 
 only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="torch finds no CUDA GPU")

@@ -1,4 +1,5 @@
-"""README.md and docs/: Python blocks run as they stand, commands name what exists with flags that it has, and tables are those of the results."""
+"""README.md and docs/: Python blocks run as they stand, commands name what exists with flags that it has, and tables
+are those of the results."""
 
 import importlib
 import re
@@ -25,7 +26,8 @@ def blocks(language):
 
 
 def commands():
-    """Lines of the blocks without a language, and `quoted` ones in the text, that call Python, pytest, torchrun or make."""
+    """Lines of the blocks without a language, and `quoted` ones in the text, that call Python, pytest, torchrun or
+    make."""
     found = set()
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")

@@ -42,7 +42,8 @@ def logsumexp(p, backend):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nll(shape, dtype, reduction, workspace, backend):
-    # of three numbers, such as the bias's gradient of three classes, all can be rounded luckily in the unfused computation
+    # of three numbers, such as the bias's gradient of three classes, all can be rounded luckily in the unfused
+    # computation
     lucky = shape[3] == 3 and dtype == torch.bfloat16
     check_forward_and_gradients(problem(*shape), nll(reduction), dtype, backend, relative_slack=2**-9 if lucky else 0)
 
@@ -52,7 +53,8 @@ def test_nll(shape, dtype, reduction, workspace, backend):
 def test_log_prob(shape, dtype, workspace, backend):
     if backend == "triton" and not ON_GPU and workspace == "many tiles" and shape[3] > 1000:
         pytest.skip(
-            "takes a minute in Triton's interpreter; several tiles of a large vocabulary also exist in the other workspace"
+            "takes a minute in Triton's interpreter; several tiles of a large vocabulary also exist in the other "
+            "workspace"
         )
     check_forward_and_gradients(problem(*shape), log_prob, dtype, backend)
 
@@ -73,7 +75,8 @@ def test_without_bias(compute, workspace, backend):
 def test_large_logits(compute, scale, workspace, backend):
     case = problem(11, 3, 12, 200, scale=scale)
     assert case.to(torch.float64).latent.matmul(case.weight.t()).abs().max() > scale
-    # the interpreter multiplies with NumPy; where OpenBLAS is told to take its Haswell kernel, it rounds logits of hundreds less luckily than torch
+    # the interpreter multiplies with NumPy; where OpenBLAS is told to take its Haswell kernel, it rounds logits of
+    # hundreds less luckily than torch
     slack = scale * 2**-23 if backend == "triton" and scale == 100 else 0.0
     check_forward_and_gradients(case, compute, torch.float32, backend, relative_slack=slack)
 
@@ -344,7 +347,8 @@ def test_predict(workspace, backend):
 
 @pytest.mark.parametrize("k", [1, 5, 507])
 def test_topk(k, workspace, backend, monkeypatch):
-    """The values of the most probable classes, and classes that have them, from one span of the vocabulary and from several."""
+    """The values of the most probable classes, and classes that have them, from one span of the vocabulary and from
+    several."""
     if workspace == "many tiles":
         monkeypatch.setattr(F, "TOPK_BYTES", 1)
     case = problem(37, 3, 33, 507).to(torch.float32, ())
@@ -358,7 +362,8 @@ def test_topk(k, workspace, backend, monkeypatch):
 @pytest.mark.parametrize("sampler", ["reference", "tiled", TRITON, *INSTRUCTION_SETS])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sample_follows_the_distribution(sampler, temperature, monkeypatch, workspace):
-    """A chi-square statistic of 20,000 draws of a 150-class mixture (two tiles and more), within 5 standard deviations."""
+    """A chi-square statistic of 20,000 draws of a 150-class mixture (two tiles and more), within 5 standard
+    deviations."""
     backend = sampler if sampler in ("reference", "tiled", "triton") else "cpu"
     if backend == "cpu":
         use_instruction_set(sampler, monkeypatch)

@@ -1,5 +1,5 @@
-"""The Triton kernels on a GPU: the paper's shapes, float32 with TF32, and what only CUDA has. (The tests of all backends run
-there, too, with tensors on the GPU: `pytest tests -k "triton or gpu"`.)
+"""The Triton kernels on a GPU: the paper's shapes, float32 with TF32, and what only CUDA has. (The tests of all
+backends run there, too, with tensors on the GPU: `pytest tests -k "triton or gpu"`.)
 
 Without a GPU the numerical tests run in Triton's interpreter, at one small shape.
 """
@@ -132,7 +132,7 @@ def test_the_benchmark_script_is_rehearsed(tmp_path):
     assert json.loads(path.read_text())["times"] == result["times"]
 
 
-# ------------------------------------------------------------------------------------------------------- what only CUDA has
+# --------------------------------------------------------------------------------------------------- what only CUDA has
 
 
 @only_on_gpu

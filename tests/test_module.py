@@ -165,7 +165,8 @@ def test_a_clone_without_compiled_kernels_is_named(tmp_path, monkeypatch):
     (tmp_path / "fused_mos").mkdir()
     assert (
         _backends._why_missing("_cpu", ImportError("not there"))
-        == f"{tmp_path / 'fused_mos'}, which Python imports, has no compiled _cpu; pip install -e . in its clone compiles it there"
+        == f"{tmp_path / 'fused_mos'}, which Python imports, has no compiled _cpu; pip install -e . in its clone "
+        "compiles it there"
     )
     (tmp_path / "fused_mos" / "_cpu.cpython-311-x86_64-linux-gnu.so").touch()
     assert (

@@ -1,5 +1,5 @@
-"""The Triton kernels beyond what every backend is tested for: far addresses, rare paths, launch configurations, and the proof
-that they compile."""
+"""The Triton kernels beyond what every backend is tested for: far addresses, rare paths, launch configurations, and the
+proof that they compile."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ def _untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.zeros(shape, bits)).view(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------- far addresses
+# -------------------------------------------------------------------------------------------------------- far addresses
 
 
 @pytest.mark.parametrize("what", ["rows", "classes"])
@@ -129,7 +129,7 @@ def test_log_probabilities_beyond_two_billion_numbers():
     assert torch.allclose(s[v // 64, tokens], (posterior * out[tokens, None, first:]).sum(-1), atol=1e-4)
 
 
-# -------------------------------------------------------------------------------------------------------------- rare paths
+# ----------------------------------------------------------------------------------------------------------- rare paths
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -219,7 +219,7 @@ def test_equal_calls_give_equal_bits():
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 class _PeakBytes(TorchDispatchMode):
@@ -257,8 +257,8 @@ class _PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
 @pytest.mark.parametrize("shape", proof.SHAPES)
 def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
-    """At most 256 MiB beside inputs and results, at the paper's shapes and with an H100's tiles: all of the backend but its
-    launches, on tensors that have sizes and no numbers."""
+    """At most 256 MiB beside inputs and results, at the paper's shapes and with an H100's tiles: all of the backend but
+    its launches, on tensors that have sizes and no numbers."""
     for module in (triton, operands):
         monkeypatch.setattr(module, "launch", lambda *arguments, **constants: None)
     n, _, _, v = proof.SHAPES[shape]
@@ -276,7 +276,7 @@ def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
             assert extra <= 256 * 2**20, f"{name}: {extra / 2**20:.1f} MiB"
 
 
-# ----------------------------------------------------------------------------------------------------- choice of the backend
+# ------------------------------------------------------------------------------------------------ choice of the backend
 
 
 def test_gpus_that_are_too_old_are_named():
@@ -326,7 +326,7 @@ def test_float32_products_follow_torch():
     assert configurations.precision(torch.bfloat16) == "16-bit"
 
 
-# --------------------------------------------------------------------------------------------------------------- the tuner
+# ------------------------------------------------------------------------------------------------------------ the tuner
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ def test_the_tuner_says_what_it_needs():
     assert tune.main(["--compile-only"]) == 2
 
 
-# ------------------------------------------------------------------------------------------------------ proof by compilation
+# ------------------------------------------------------------------------------------------------- proof by compilation
 
 
 def _compile(architecture: str, path: Path, *flags: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
@@ -445,7 +445,8 @@ def test_every_kernel_compiles_without_spills_for_every_shape_and_dtype(architec
 
 
 def test_a_kernel_that_spills_is_found(tmp_path):
-    """The proof is able to fail: a tile of 256 × 256 needs more registers than 4 warps have, and too much shared memory."""
+    """The proof is able to fail: a tile of 256 × 256 needs more registers than 4 warps have, and too much shared
+    memory."""
     script = """
 import fused_mos.tune
 from fused_mos._backends.triton_kernels import configurations, proof

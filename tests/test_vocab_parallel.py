@@ -128,7 +128,7 @@ def a_tied_language_model_trains_alike():
     shard = parallelize(model)
     assert isinstance(model.encoder, VocabParallelEmbedding) and model.encoder.weight is model.head.decoder.weight
     tokens = torch.randint(29, (6, 4))
-    for step, m in enumerate((whole, model)):
+    for m in (whole, model):
         optimizer = torch.optim.SGD(m.parameters(), lr=1.0)
         torch.manual_seed(4)  # of the dropout
         for _ in range(3):

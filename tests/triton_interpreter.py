@@ -1,4 +1,5 @@
-"""Makes Triton's interpreter compute what a GPU does, where it does not: bfloat16. The package needs no repair on a GPU.
+"""Makes Triton's interpreter compute what a GPU does, where it does not: bfloat16. The package needs no repair on a
+GPU.
 
 As of triton 3.6 its `tl.dot` multiplies the bit patterns of bfloat16 operands, and casts from float32 truncate. It also
 copies every argument onto itself after a call, since it expects tensors on a GPU.

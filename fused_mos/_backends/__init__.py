@@ -27,7 +27,8 @@ class Kernels(Protocol):
     """
 
     def row_statistics(self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None):
-        """(R, D), (V, D), (V,), (R,) -> maximum (R,), log_total (R,), target_logit (R,; NaN where the target is no class)."""
+        """(R, D), (V, D), (V,), (R,) -> maximum (R,), log_total (R,), target_logit (R,; NaN where the target is no
+        class)."""
 
     def rows_backward(
         self, rows, weight, bias, target, maximum, log_total, grad_lse, grad_target, needs: tuple[bool, bool, bool]
@@ -56,7 +57,8 @@ class Kernels(Protocol):
 
 
 def _why_missing(module: str, error: ImportError) -> str:
-    """What setup.py wrote when it could not build the module; or that it never was asked to, in a clone beside an installed package."""
+    """What setup.py wrote when it could not build the module; or that it never was asked to, in a clone beside an
+    installed package."""
     package = Path(__file__).parent.parent
     recorded = package / f"{module}_missing.txt"
     if recorded.exists():
@@ -141,13 +143,14 @@ def kernels(name: str) -> ModuleType:
 
 
 def traceable(name: str) -> ModuleType:
-    """The kernels of `name`; while a graph is traced those of `tiled`, since others take addresses, which its tensors do not have."""
+    """The kernels of `name`; while a graph is traced those of `tiled`, since others take addresses, which its tensors
+    do not have."""
     return _KERNELS["tiled" if torch.compiler.is_compiling() else name]
 
 
 def decoder(name: str, *inputs: Tensor | None) -> "cuda.Decoder | None":
-    """What computes the mixture of a few tokens in one pass over `weight`, where the backend has it and no gradient is wanted. (It
-    takes addresses, which tensors do not have while a graph is traced.)"""
+    """What computes the mixture of a few tokens in one pass over `weight`, where the backend has it and no gradient is
+    wanted. (It takes addresses, which tensors do not have while a graph is traced.)"""
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     return None if wanted or torch.compiler.is_compiling() else getattr(_KERNELS[name], "DECODER", None)
 

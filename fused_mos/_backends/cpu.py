@@ -2,8 +2,8 @@
 
 The vocabulary is cut into panels of 128 classes. The logits of a panel and a block of rows stay in the L1 cache
 from the product to their sums of exponentials; the backward passes keep them in a workspace of at most 40 MiB. Each sum
-is made by one thread in a fixed order, so results do not depend on the number of threads. The instruction set is chosen at
-run time (generic, avx2, avx512, avx512_bf16); the environment variable FUSED_MOS_ISA overrides the choice.
+is made by one thread in a fixed order, so results do not depend on the number of threads. The instruction set is chosen
+at run time (generic, avx2, avx512, avx512_bf16); the environment variable FUSED_MOS_ISA overrides the choice.
 
 bfloat16 operands are multiplied as they are where the processor can (avx512_bf16), else widened; sums are float32.
 """
@@ -17,7 +17,8 @@ from .reference import accumulation_dtype
 DTYPES = (torch.float32, torch.bfloat16)
 
 WORKSPACE_BYTES = 40 * 2**20
-"""Bytes of exponentials of all rows for a span of the vocabulary; and half as much for rows in the layout of the products."""
+"""Bytes of exponentials of all rows for a span of the vocabulary; and half as much for rows in the layout of the
+products."""
 
 FORWARD_WORKSPACE_BYTES = 58 * 2**20
 """Where gradients are formed in the forward pass: bytes of a block of tokens and of their exponentials over the whole

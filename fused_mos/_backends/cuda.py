@@ -1,7 +1,9 @@
-"""csrc/cuda: decoding, that is inference for a few tokens, in one pass over the embedding. All else is the Triton backend's.
+"""csrc/cuda: decoding, that is inference for a few tokens, in one pass over the embedding. All else is the Triton
+backend's.
 
-At generation time the work is to read the embedding, once if the logits stay on the chip until their normalisers are known. A kernel of one
-launch does that for 16-bit inputs with N·K ≤ 128 rows; what it writes is the log-probabilities, or the best k of them, or samples.
+At generation time the work is to read the embedding, once if the logits stay on the chip until their normalisers are
+known. A kernel of one launch does that for 16-bit inputs with N·K ≤ 128 rows; what it writes is the log-probabilities,
+or the best k of them, or samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +46,8 @@ class Decoder:
         self.native, self.limits, self.on = native, limits, on
 
     def plan(self, mode: str, latent: Tensor, weight: Tensor, bias: Tensor | None, k: int = 0) -> Any:
-        """How these inputs, latent (N, K, D) and contiguous, would be decoded; None where only the Triton backend can."""
+        """How these inputs, latent (N, K, D) and contiguous, would be decoded; None where only the Triton backend
+        can."""
         n, n_experts, d = latent.shape
         if not 1 <= n * n_experts <= self.native.MAX_ROWS or latent.dtype not in (torch.bfloat16, torch.float16):
             return None
@@ -88,7 +91,8 @@ class Decoder:
     def sample(
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor
     ) -> Tensor | None:
-        """One class (R,) from each row's softmax(l / temperature), which depends on the seed (1,), int64, the row and the class alone; or None."""
+        """One class (R,) from each row's softmax(l / temperature), which depends on the seed (1,), int64, the row and
+        the class alone; or None."""
         latent = rows.contiguous()[:, None]
         if (decode := self.plan("Sample", latent, weight, bias)) is None:
             return None
@@ -97,7 +101,8 @@ class Decoder:
         return result
 
     def _launch(self, function: Callable[..., None], decode: Any, *arguments: Tensor | float) -> None:
-        """With a workspace, which may be freed as soon as the kernel is queued: what takes its memory next is queued behind it."""
+        """With a workspace, which may be freed as soon as the kernel is queued: what takes its memory next is queued
+        behind it."""
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         workspace = torch.empty(decode.workspace_bytes, dtype=torch.uint8, device=device)
         with self.on(device) as stream:
@@ -144,11 +149,15 @@ def unsupported(device: torch.device) -> str | None:
 
 
 def too_new(runtime: int, driver: int) -> str | None:
-    """Why a driver cannot run the kernels, of versions as CUDA counts them; None where it can: all of its major version."""
+    """Why a driver cannot run the kernels, of versions as CUDA counts them; None where it can: all of its major
+    version."""
     if runtime // 1000 <= driver // 1000:
         return None
     built, has = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
-    return f"its kernels were built with CUDA {built} and the driver is for {has}; install with an older nvcc (CUDACXX), or a newer driver"
+    return (
+        f"its kernels were built with CUDA {built} and the driver is for {has}; "
+        "install with an older nvcc (CUDACXX), or a newer driver"
+    )
 
 
 DECODER = Decoder(_cuda, _limits, _on)

@@ -29,8 +29,8 @@ WORKSPACE_BYTES = 248 * 2**20
 """Bytes beyond inputs, outputs and gradients, of which the largest part is a block of dl."""
 
 MIN_GRADIENT_ROWS = 1024
-"""Rows of one token block below which gradients are not formed in the forward pass: each block reads and writes the whole
-weight gradient."""
+"""Rows of one token block below which gradients are not formed in the forward pass: each block reads and writes the
+whole weight gradient."""
 
 MAX_ROWS = 32_768
 """Rows of dl held at once when it is recomputed: more would leave too few classes for efficient products."""
@@ -58,7 +58,10 @@ def unsupported(device: torch.device) -> str | None:
     if device.type == "cpu" and INTERPRETED:
         return None
     if device.type != "cuda":
-        return f"it is for CUDA tensors, but latent is on {device} (TRITON_INTERPRET=1 in the environment interprets the kernels on the CPU)"
+        return (
+            f"it is for CUDA tensors, but latent is on {device} (TRITON_INTERPRET=1 in the environment interprets "
+            "the kernels on the CPU)"
+        )
     return too_old(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
@@ -89,7 +92,7 @@ def _not_a_class(like: Tensor, n_rows: int) -> Tensor:
     return like.new_full((n_rows,), math.nan, dtype=torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------- single rows
+# ---------------------------------------------------------------------------------------------------------- single rows
 
 
 def row_statistics(
@@ -179,7 +182,7 @@ def _first_of_best(best: Tensor, index: Tensor) -> Tensor:  # (splits, N), (spli
     return torch.where(best == best.amax(0), index, torch.iinfo(torch.int64).max).amin(0)
 
 
-# --------------------------------------------------------------------------------------------- gradients, recomputed
+# ------------------------------------------------------------------------------------------------ gradients, recomputed
 
 
 def _recomputed_gradients(
@@ -272,14 +275,14 @@ def rows_backward(
     return _recomputed_gradients(write_dl, z, e, weight, needs, 1, unscale)
 
 
-# --------------------------------------------------------------------------------------- gradients in the forward pass
+# ---------------------------------------------------------------------------------------- gradients in the forward pass
 
 
 def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor) -> int:
     """Rows, of whole tokens, whose exponentials over the whole vocabulary are held at once; 0 where none are."""
     n_classes, n_features = weight.shape
-    # beside them two numbers for each tile of at least 64 classes, the rows with their column, their gradient's sums; and
-    # once the sums of dE
+    # beside them two numbers for each tile of at least 64 classes, the rows with their column, their gradient's sums;
+    # and once the sums of dE
     bytes_of_row = (weight.itemsize + 8 / 64) * n_classes + (weight.itemsize + 4) * (n_features + 8)
     held = int((WORKSPACE_BYTES - 4 * n_classes * (n_features + 8) - bytes_of_padded(n_rows, weight)) / bytes_of_row)
     if held < n_experts:
@@ -396,7 +399,7 @@ def _exponentials(
     return totals
 
 
-# ------------------------------------------------------------------------------------------------------- the mixture
+# ---------------------------------------------------------------------------------------------------------- the mixture
 
 
 def _mixture_constants(latent: Tensor, z: Tensor, bias: Tensor | None, family: str = "mixture") -> tuple[Tile, dict]:

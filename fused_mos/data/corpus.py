@@ -71,7 +71,8 @@ class Corpus:
                 if token is None:
                     if not map_unknown:
                         raise CorpusError(
-                            f"{path}:{number}: the word {word!r} is not in train.txt's vocabulary of {len(index)} words; "
+                            f"{path}:{number}: the word {word!r} is not in train.txt's vocabulary of {len(index)} "
+                            "words; "
                             f"train with --map-unknown to count such words as {UNKNOWN}"
                         )
                     if UNKNOWN not in index:
@@ -109,7 +110,8 @@ def batchify(tokens: Tensor, batch_size: int) -> Tensor:
     steps = tokens.numel() // batch_size
     if steps < 2:
         raise CorpusError(
-            f"a text of {tokens.numel()} tokens is too short for {batch_size} columns of at least 2; use a smaller batch size"
+            f"a text of {tokens.numel()} tokens is too short for {batch_size} columns of at least 2; use a smaller "
+            "batch size"
         )
     return tokens[: steps * batch_size].view(batch_size, steps).t().contiguous()
 

@@ -52,7 +52,8 @@ def download(config: Download) -> Path:
         print(f"{name}: sha256 {digest.hexdigest()}; with --sha256 it is compared")
     elif digest.hexdigest() != config.sha256.lower():
         raise CorpusError(
-            f"{fetched}: its sha256 is {digest.hexdigest()}, not {config.sha256}; delete it to fetch it again, or correct --sha256"
+            f"{fetched}: its sha256 is {digest.hexdigest()}, not {config.sha256}; delete it to fetch it again, or "
+            "correct --sha256"
         )
     os.replace(fetched, archive)
     return _extract(archive, config.out)

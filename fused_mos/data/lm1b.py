@@ -1,8 +1,8 @@
 """python -m fused_mos.data.lm1b prepare --source DIR --out DIR [--min-count 3 | --top N | --vocabulary FILE]
 python -m fused_mos.data.lm1b download --out DIR
 
-The One Billion Word benchmark (Chelba et al. 2013) as files of token ids, one for each of its shards. Every sentence is `<S>`, its words and
-`</S>`, raw little-endian int32. Killed at any moment, the same command continues.
+The One Billion Word benchmark (Chelba et al. 2013) as files of token ids, one for each of its shards. Every sentence is
+`<S>`, its words and `</S>`, raw little-endian int32. Killed at any moment, the same command continues.
 """
 
 import dataclasses
@@ -166,7 +166,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CorpusError(f"{path} is damaged ({error}); run python -m fused_mos.data.lm1b prepare again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != 1 or not manifest.keys() >= {"vocabulary", *FOLDERS}:
         raise CorpusError(
-            f"{path} is not of format 1, which python -m fused_mos.data.lm1b prepare writes; run it first, with another --out"
+            f"{path} is not of format 1, which python -m fused_mos.data.lm1b prepare writes; run it first, with "
+            "another --out"
         )
     return manifest
 
@@ -183,7 +184,8 @@ def _find_shards(config: Prepare, split: str) -> list[Shard]:
         listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         have = len(names) - len(missing)
         raise CorpusError(
-            f"{folder} has {have} of {len(names)} shards and lacks {listed}; complete it, or give --allow-missing to do with fewer"
+            f"{folder} has {have} of {len(names)} shards and lacks {listed}; complete it, or give --allow-missing to "
+            "do with fewer"
         )
     shards = []
     for name in sorted({*names} - {*missing}):
@@ -219,7 +221,8 @@ def _read_vocabulary(path: Path) -> list[bytes]:
 
 
 def _count_vocabulary(config: Prepare, shards: list[Shard]) -> list[bytes]:
-    """The marks, then the words of the training shards by falling count; those of the same count in the order of their bytes."""
+    """The marks, then the words of the training shards by falling count; those of the same count in the order of their
+    bytes."""
     pending = [shard for shard in shards if not _is_counted(shard)]
     _each(_count, pending, config.workers, f"count {len(pending)} of {len(shards)} shards", lambda n_words: n_words)
     counts: dict[bytes, int] = defaultdict(int)
@@ -235,12 +238,14 @@ def _count_vocabulary(config: Prepare, shards: list[Shard]) -> list[bytes]:
     if not words:
         most = max(counts.values(), default=0)
         raise CorpusError(
-            f"no word is in the training shards {least} times, the most frequent one is there {most} times; lower min_count"
+            f"no word is in the training shards {least} times, the most frequent one is there {most} times; lower "
+            "min_count"
         )
     words = [*marks, *words]
     if config.top and config.top > len(words):
         raise CorpusError(
-            f"top {config.top} is more than the {len(words)} that the words of the training shards and the marks make; lower it"
+            f"top {config.top} is more than the {len(words)} that the words of the training shards and the marks "
+            "make; lower it"
         )
     return words[: config.top]
 
@@ -322,7 +327,8 @@ def _each(
     description: str,
     n_words: Callable[[Any], int],
 ) -> dict[Shard, Any]:
-    """The function's result for every shard, computed in processes, or in this one where one is enough. Prints the speed."""
+    """The function's result for every shard, computed in processes, or in this one where one is enough. Prints the
+    speed."""
     if not shards:
         return {}
     start, results, n_bytes = time.monotonic(), {}, sum(shard.bytes for shard in shards)
@@ -338,7 +344,8 @@ def _each(
             progress.update(shard.bytes)
     seconds, words = time.monotonic() - start, sum(map(n_words, results.values()))
     print(
-        f"{description}: {words:,} words in {seconds:.1f} s, {words / seconds / 1e6:.2f} M words/s, {n_bytes / seconds / 1e6:.1f} MB/s"
+        f"{description}: {words:,} words in {seconds:.1f} s, {words / seconds / 1e6:.2f} M words/s, "
+        f"{n_bytes / seconds / 1e6:.1f} MB/s"
     )
     return results
 
@@ -368,7 +375,8 @@ def _in_processes(function: Callable[[Shard], Any], shards: list[Shard], workers
 
 
 def _start_worker(pipe: Connection) -> None:
-    """Ctrl-C is left to the parent; its end of the pipe closes where the parent stops or is killed, and the worker ends with it."""
+    """Ctrl-C is left to the parent; its end of the pipe closes where the parent stops or is killed, and the worker ends
+    with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: pipe.poll(None) and os._exit(1), daemon=True).start()
 
@@ -393,7 +401,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         share = unknown / (tokens - 2 * sentences)
         print(
-            f"{split}: {tokens:,} tokens in {sentences:,} sentences, {share:.2%} of the words {UNKNOWN}, {empty:,} blank lines skipped"
+            f"{split}: {tokens:,} tokens in {sentences:,} sentences, {share:.2%} of the words {UNKNOWN}, {empty:,} "
+            "blank lines skipped"
         )
     return 0
 

@@ -1,8 +1,10 @@
-"""A language whose rank and entropy are known, for seeing what the rank of a softmax costs (Yang et al. 2018, section 2).
+"""A language whose rank and entropy are known, for seeing what the rank of a softmax costs (Yang et al. 2018, section
+2).
 
     python -m fused_mos.data.synthetic --out FOLDER [--n-words 1000] [--rank 65] [--concentration 2.5]
 
-writes train.txt, valid.txt and test.txt, which fused_mos.train reads, and language.json with the perplexity that no model can beat.
+writes train.txt, valid.txt and test.txt, which fused_mos.train reads, and language.json with the perplexity that no
+model can beat.
 """
 
 import dataclasses
@@ -19,8 +21,9 @@ from torch import Tensor
 class SyntheticLanguage:
     """Each word depends on the one before it alone, and the matrix of log p(next word | word) has the given rank.
 
-    Its logits are products of Gaussian vectors of rank − 1 features, so that a softmax over that many can be right, and over fewer cannot: all
-    that a row of logits is free to do is to be shifted (section 2.2). The row's normaliser is the one dimension more.
+    Its logits are products of Gaussian vectors of rank − 1 features, so that a softmax over that many can be right, and
+    over fewer cannot: all that a row of logits is free to do is to be shifted (section 2.2). The row's normaliser is
+    the one dimension more.
 
     Args:
         n_words: words V, of which the first ends a line.
@@ -55,7 +58,8 @@ class SyntheticLanguage:
         return len(self.log_prob)
 
     def cross_entropy(self, log_prob: Tensor) -> float:
-        """Expected loss in nats a word of a model with these log-probabilities (V, V), exactly: over all texts, not over a sample."""
+        """Expected loss in nats a word of a model with these log-probabilities (V, V), exactly: over all texts, not
+        over a sample."""
         if log_prob.shape != self.log_prob.shape:
             raise ValueError(
                 f"log_prob must be (n_words, n_words) = {tuple(self.log_prob.shape)}, got {tuple(log_prob.shape)}"
@@ -106,7 +110,8 @@ class Config:
 
 
 def write(config: Config) -> dict[str, float]:
-    """Writes the folder and returns what language.json holds. Raises ValueError for a text too short to contain each word."""
+    """Writes the folder and returns what language.json holds. Raises ValueError for a text too short to contain each
+    word."""
     language = SyntheticLanguage(config.n_words, config.rank, config.concentration, config.seed)
     texts = {
         split: language.sample(n, config.seed + i)
@@ -116,7 +121,8 @@ def write(config: Config) -> dict[str, float]:
     }
     if missing := config.n_words - len(texts["train"].unique()):
         raise ValueError(
-            f"train must be longer for each of n_words = {config.n_words} words to occur in it: {config.train} words lack {missing}"
+            f"train must be longer for each of n_words = {config.n_words} words to occur in it: {config.train} words "
+            f"lack {missing}"
         )
     config.out.mkdir(parents=True, exist_ok=True)
     words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
@@ -143,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
-        f"{config.out}: {config.n_words} words, rank {config.rank}; no model's perplexity can be below {facts['perplexity']:.2f}"
+        f"{config.out}: {config.n_words} words, rank {config.rank}; no model's perplexity can be below "
+        f"{facts['perplexity']:.2f}"
     )
     return 0
 

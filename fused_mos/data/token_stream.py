@@ -1,7 +1,8 @@
 """The prepared One Billion Word shards as parallel columns of text, read from memory-mapped files.
 
-A *column* is one line of text that a row of the batch reads on and on. Columns are numbered over the whole job: each rank reads its own
-span of them, so what a column reads, and its hidden state, do not depend on how many ranks there are.
+A *column* is one line of text that a row of the batch reads on and on. Columns are numbered over the whole job: each
+rank reads its own span of them, so what a column reads, and its hidden state, do not depend on how many ranks there
+are.
 """
 
 import hashlib
@@ -40,7 +41,8 @@ class TokenFile:
             ) from None
         if size != 4 * self.n_tokens:
             raise CorpusError(
-                f"the shard {self.path} has {size} bytes, {4 * self.n_tokens} in the manifest: delete it and prepare the corpus again"
+                f"the shard {self.path} has {size} bytes, {4 * self.n_tokens} in the manifest: delete it and prepare "
+                "the corpus again"
             )
         return np.memmap(self.path, dtype="<i4", mode="r")
 
@@ -54,7 +56,8 @@ class TokenFile:
                 progress(len(block))
         if digest.hexdigest() != self.sha256:
             raise CorpusError(
-                f"the shard {self.path} is damaged: its sha256 is {digest.hexdigest()[:12]}…, {self.sha256[:12]}… in the manifest; "
+                f"the shard {self.path} is damaged: its sha256 is {digest.hexdigest()[:12]}…, {self.sha256[:12]}… in "
+                "the manifest; "
                 "delete it and prepare the corpus again"
             )
 
@@ -110,8 +113,8 @@ class Position:
 class TrainStream:
     """Segments of training text, shard after shard, in an order that the seed and the epoch give.
 
-    Each shard is cut into as many columns as the whole batch has; the last few tokens, fewer than columns, are left out. A hidden state is
-    carried from a shard to the next.
+    Each shard is cut into as many columns as the whole batch has; the last few tokens, fewer than columns, are left
+    out. A hidden state is carried from a shard to the next.
 
     Args:
         files: the training shards.
@@ -135,7 +138,8 @@ class TrainStream:
         for file in self.files:
             if file.n_tokens // self.n_columns < 2:
                 raise CorpusError(
-                    f"the shard {file.path} of {file.n_tokens} tokens is too short for {self.n_columns} columns of at least 2"
+                    f"the shard {file.path} of {file.n_tokens} tokens is too short for {self.n_columns} columns of "
+                    "at least 2"
                 )
 
     def order(self, epoch: int) -> list[int]:
@@ -155,8 +159,8 @@ class TrainStream:
         return self.position.epoch + (done + self.position.row) / self.rows_per_epoch
 
     def segments(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Input and target (T, columns of this rank) int64, from `position`, which is moved before they are handed out, to the end of
-        the epoch."""
+        """Input and target (T, columns of this rank) int64, from `position`, which is moved before they are handed out,
+        to the end of the epoch."""
         position, order = self.position, self.order(self.position.epoch)
         while position.shard < len(order):
             file = self.files[order[position.shard]]
@@ -179,8 +183,9 @@ class TrainStream:
 def evaluation_segments(
     file: TokenFile, bos: int, n_columns: int, columns: range, bptt: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A held-out shard as segments (T, columns of this rank) of all its sentences: the columns start with sentences, so that every word
-    is predicted once whatever their number. Behind the end of a column stands `bos`, which is no target."""
+    """A held-out shard as segments (T, columns of this rank) of all its sentences: the columns start with sentences, so
+    that every word is predicted once whatever their number. Behind the end of a column stands `bos`, which is no
+    target."""
     text = file.open()
     starts = np.flatnonzero(text == bos)
     # the sentences nearest to equal shares of the tokens; a column may have none

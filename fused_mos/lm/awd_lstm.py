@@ -105,7 +105,8 @@ class AWDLSTM(nn.Module):
         missing = {"encoder.weight", "prior.weight", "latent.0.weight", "decoder.weight"} - names
         if missing or not recurrent or None in recurrent:
             raise ValueError(
-                f"state_dict is not of the published code: it lacks {', '.join(sorted(missing)) or 'weight_hh_l0 of an LSTM'}"
+                "state_dict is not of the published code: it lacks "
+                f"{', '.join(sorted(missing)) or 'weight_hh_l0 of an LSTM'}"
             )
         (n_words, size), (n_experts, _) = state_dict["encoder.weight"].shape, state_dict["prior.weight"].shape
         tied = torch.equal(state_dict["encoder.weight"], state_dict["decoder.weight"])

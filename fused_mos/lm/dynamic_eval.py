@@ -67,8 +67,8 @@ class GradientStatistics:
 
 
 class DynamicEvaluation:
-    """Predicts a text word by word and learns it; resumable, since all of its state is the model's parameters, `hidden`,
-    `row` and `total`."""
+    """Predicts a text word by word and learns it; resumable, since all of its state is the model's parameters,
+    `hidden`, `row` and `total`."""
 
     def __init__(self, model: AWDLSTM, source: Tensor, root_mean_squares: list[Tensor], rule: DynamicRule):
         """source: (T, B); the paper's B is 1. The model's present parameters are the trained ones, θ₀."""

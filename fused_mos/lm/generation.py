@@ -18,9 +18,10 @@ def next_word(
 ) -> Tensor:  # (B,)
     """A word for each row.
 
-    Without truncation an expert is drawn from the prior and then a word from that expert alone, at the cost of one softmax;
-    `temperature` divides that expert's logits. With `top_k` or `top_p` it divides the mixture's log-probabilities, of which
-    the `top_k` largest are kept, and then the fewest whose probabilities reach `top_p` (nucleus sampling, Holtzman et al. 2020).
+    Without truncation an expert is drawn from the prior and then a word from that expert alone, at the cost of one
+    softmax; `temperature` divides that expert's logits. With `top_k` or `top_p` it divides the mixture's
+    log-probabilities, of which the `top_k` largest are kept, and then the fewest whose probabilities reach `top_p`
+    (nucleus sampling, Holtzman et al. 2020).
     """
     if not top_k and top_p >= 1:
         return model.head.sample(features, temperature=temperature, generator=generator)

@@ -16,8 +16,9 @@ class ExpertShares(NamedTuple):
 
 
 def expert_shares(head: MoS, features: Tensor, target: Tensor) -> ExpertShares:
-    """features (T, B, in_features) and target (T, B) -> the experts' shares in each target's probability (Yang et al. 2018,
-    section 2.3). Dropout is on if the head is in training. Raises ValueError for a head without experts of its own."""
+    """features (T, B, in_features) and target (T, B) -> the experts' shares in each target's probability (Yang et al.
+    2018, section 2.3). Dropout is on if the head is in training. Raises ValueError for a head without experts of its
+    own."""
     if isinstance(head, MoC) or not isinstance(head, MoS):
         raise ValueError(f"head must be a MoS, whose experts each predict words, got {type(head).__name__}")
     latent, prior_logits = head.mixture(features)

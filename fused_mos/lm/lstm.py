@@ -64,8 +64,9 @@ class WeightDropLSTM(nn.Module):
 class _FlatWeights:
     """The weights in one buffer, as cuDNN wants them; given others, it warns and copies them all at every call.
 
-    All but the recurrent weight become views of the buffer. The recurrent one is written into its place, dropped, at each forward pass.
-    There is one such place, so while a backward pass still needs what it holds, the next dropped weight is a tensor of its own.
+    All but the recurrent weight become views of the buffer. The recurrent one is written into its place, dropped, at
+    each forward pass. There is one such place, so while a backward pass still needs what it holds, the next dropped
+    weight is a tensor of its own.
     """
 
     def __init__(self, lstm: WeightDropLSTM):

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 
 class NTASGD:
-    """SGD until the non-monotone trigger, then SGD with the average of its iterates to the end (ASGD with t0 = 0, lambd = 0).
+    """SGD until the non-monotone trigger, then SGD with the average of its iterates to the end (ASGD with t0 = 0, lambd
+    = 0).
 
     Call `record(valid_loss)` after each epoch: once more than `nonmono` values are recorded and the newest is
     worse than the best of all but the last `nonmono`, averaging starts. `averaged()` puts the averages in
     place for validation and checkpoints.
 
-    The average is that of torch.optim.ASGD: over all iterates but the first since averaging started. Its steps are not: torch takes each
-    with the learning rate that was set before the previous one. The rescaling by BPTT length is meant for its own segment, as under SGD.
-    It also reads its rate back from the device at every step.
+    The average is that of torch.optim.ASGD: over all iterates but the first since averaging started. Its steps are not:
+    torch takes each with the learning rate that was set before the previous one. The rescaling by BPTT length is meant
+    for its own segment, as under SGD. It also reads its rate back from the device at every step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, nonmono: int = 5):

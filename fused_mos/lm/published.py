@@ -84,7 +84,8 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     """The state_dict of a model that the published code saved, with its own names, on the CPU; and its dropouts by the
     names of AWDLSTM's arguments.
 
-    Reads the formats of PyTorch 0.4 and of today. Raises PublishedError where the file is another's; no code in it is run.
+    Reads the formats of PyTorch 0.4 and of today. Raises PublishedError where the file is another's; no code in it is
+    run.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,5 @@
-"""The rank of a model's log-probabilities (Yang et al. 2018, sections 2.2 and 3.2), of which only a block of rows is held at a time."""
+"""The rank of a model's log-probabilities (Yang et al. 2018, sections 2.2 and 3.2), of which only a block of rows is
+held at a time."""
 
 import torch
 from torch import Tensor
@@ -7,9 +8,11 @@ FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 class Spectrum:
-    """Singular values of a matrix that comes a block of rows at a time, through its Gram matrix: (V, V) float64, 8·V² bytes.
+    """Singular values of a matrix that comes a block of rows at a time, through its Gram matrix: (V, V) float64, 8·V²
+    bytes.
 
-    Squares halve the digits: singular values below 1e-7 of the largest are noise. The rank of float32 numbers asks for 1e-5.
+    Squares halve the digits: singular values below 1e-7 of the largest are noise. The rank of float32 numbers asks for
+    1e-5.
 
     Args:
         n_columns: V.
@@ -40,8 +43,8 @@ class Spectrum:
 
 
 def rank_threshold(n_rows: int, n_columns: int, eps: float = FLOAT32_EPS) -> float:
-    """Singular values at most this many times the largest count as 0: ½·√(m + n + 1)·ε, as in the paper. `eps` is that of the
-    dtype in which the matrix was computed."""
+    """Singular values at most this many times the largest count as 0: ½·√(m + n + 1)·ε, as in the paper. `eps` is that
+    of the dtype in which the matrix was computed."""
     return 0.5 * (n_rows + n_columns + 1) ** 0.5 * eps
 
 

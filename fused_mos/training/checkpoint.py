@@ -58,8 +58,8 @@ class CheckpointClock:
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], max_mib: int = 0) -> None:
     """Writes to a file beside `path` and renames it, so that a kill at any moment leaves the old or the new one whole.
 
-    With `max_mib`, a larger checkpoint is cut into files of that size, PATH.DIGEST.000 …, which joined in order are the plain one; PATH
-    then is a safetensors file without tensors that names them.
+    With `max_mib`, a larger checkpoint is cut into files of that size, PATH.DIGEST.000 …, which joined in order are the
+    plain one; PATH then is a safetensors file without tensors that names them.
     """
     tensors, metadata = {name: t.detach().contiguous() for name, t in tensors.items()}, {"fused_mos": json.dumps(meta)}
     parts: list[str] = []
@@ -121,15 +121,18 @@ def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load_parameters(model, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies `tensors` into the model's parameters, tied ones once. Raises CheckpointError unless names and shapes fit."""
+    """Copies `tensors` into the model's parameters, tied ones once. Raises CheckpointError unless names and shapes
+    fit."""
     parameters = dict(model.named_parameters())
     for name in sorted(parameters.keys() ^ tensors.keys()):
         raise CheckpointError(
-            f"checkpoint {path} does not fit the model: {name} is only in {'the model' if name in parameters else 'the checkpoint'}"
+            f"checkpoint {path} does not fit the model: {name} is only in "
+            f"{'the model' if name in parameters else 'the checkpoint'}"
         )
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise CheckpointError(
-                f"checkpoint {path} does not fit the model: {name} is {tuple(tensors[name].shape)} there and {tuple(parameter.shape)} here"
+                f"checkpoint {path} does not fit the model: {name} is {tuple(tensors[name].shape)} there and "
+                f"{tuple(parameter.shape)} here"
             )
         parameter.data.copy_(tensors[name])

@@ -29,7 +29,8 @@ class ModelConfig:
     """The AWD-LSTM and its head. Defaults: the paper's Penn Treebank model."""
 
     head: Literal["mos", "moc", "softmax"] = "mos"
-    """Output layer: Mixture of Softmaxes, Mixture of Contexts, or one softmax (whose last LSTM layer is as wide as the embedding)."""
+    """Output layer: Mixture of Softmaxes, Mixture of Contexts, or one softmax (whose last LSTM layer is as wide as the
+    embedding)."""
     n_experts: int = 15
     """Softmaxes in the mixture (K, n_experts)."""
     embedding_size: int = 280
@@ -112,8 +113,8 @@ class TrainConfig:
     resume: Path | None = None
     """Continue the run in this folder exactly where its last checkpoint stands."""
     start: Path | None = None
-    """Fine-tune: start from the best model of the run in this folder, average from the first step, and stop where averaging
-    would have started."""
+    """Fine-tune: start from the best model of the run in this folder, average from the first step, and stop where
+    averaging would have started."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = 28
@@ -121,8 +122,8 @@ class TrainConfig:
     device: str = "auto"
     """Device to train on: cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in the LSTM on a GPU.
-    Parameters, cell states, losses and evaluation are float32."""
+    """Of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in the LSTM on
+    a GPU. Parameters, cell states, losses and evaluation are float32."""
     map_unknown: bool = False
     """Count words of valid.txt and test.txt that train.txt lacks as <unk>, instead of refusing them."""
     valid_batch_size: int = 10
@@ -136,7 +137,8 @@ class TrainConfig:
     checkpoint_max_mib: int = 0
     """Split checkpoints into files of at most this size; 0: one file."""
     time_limit: float = 0.0
-    """Seconds after which the run saves and exits, to be continued with --resume; 0: none. Looked at after every step."""
+    """Seconds after which the run saves and exits, to be continued with --resume; 0: none. Looked at after every
+    step."""
     profile: int = 0
     """Steps whose time to measure stage by stage, into profile.json; training goes on after them. Hooks order sums
     anew, so the losses' last digits may differ."""

@@ -23,8 +23,8 @@ def device_named(name: str) -> torch.device:
 
 
 def allow_tf32(device: torch.device, allowed: bool) -> None:
-    """Whether float32 products on a GPU may be rounded to TF32; torch keeps this as a setting of the process, and by default
-    allows it in cuDNN's LSTM."""
+    """Whether float32 products on a GPU may be rounded to TF32; torch keeps this as a setting of the process, and by
+    default allows it in cuDNN's LSTM."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if allowed else "highest")
         torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
@@ -39,7 +39,8 @@ def check_backend(backend: str, device: torch.device, bfloat16: bool = False) ->
 
 
 def read_later(number: Tensor) -> Callable[[], float]:
-    """The present value of a tensor (), copied from a GPU while the host goes on; the result waits for that copy alone."""
+    """The present value of a tensor (), copied from a GPU while the host goes on; the result waits for that copy
+    alone."""
     if number.device.type != "cuda":
         value = number.item()
         return lambda: value

@@ -20,8 +20,8 @@ from .run import Run, write_json
 
 STATISTICS_BATCH_SIZE = 100
 STATISTICS_BPTT = 5
-"""Columns and segment length over which the training set's gradients are measured, as in the published runs; a rule's own bptt leaves
-them as they are."""
+"""Columns and segment length over which the training set's gradients are measured, as in the published runs; a rule's
+own bptt leaves them as they are."""
 
 SCREENING_SHARE = 0.1
 """Of the validation text that the search reads first."""
@@ -109,8 +109,9 @@ class DynamicRun:
         return ConfigError(f"dynamic evaluation diverges with {rule}; try a lower --lr or a higher --epsilon")
 
     def tune(self, start: DynamicRule) -> DynamicRule:
-        """The rule with the lowest loss on the validation text: a climb from `start` on its first part, by halves and doubles of
-        one field at a time, then the best few on all of it. What was tried is kept in dynamic/tuning.json."""
+        """The rule with the lowest loss on the validation text: a climb from `start` on its first part, by halves and
+        doubles of one field at a time, then the best few on all of it. What was tried is kept in
+        dynamic/tuning.json."""
         valid = self.run.corpus.valid
         first = valid[: max(int(valid.numel() * SCREENING_SHARE), 2)]
         path = self.folder / "tuning.json"

@@ -64,7 +64,8 @@ def read(run: Run, tokens: Tensor) -> Reading:
 
 
 def summary(run: Run, reading: Reading, nearest: tuple[str, ...]) -> dict[str, Any]:
-    """Mean shares; the words that each expert speaks most, and those of which it speaks the largest part; neighbours of words."""
+    """Mean shares; the words that each expert speaks most, and those of which it speaks the largest part; neighbours of
+    words."""
     tokens, (prior, responsibility, log_likelihood) = reading
     words, n_words = run.corpus.vocabulary.words, len(run.corpus.vocabulary)
     spoken = torch.zeros(n_words, prior.shape[1], dtype=torch.float64).index_add_(0, tokens, responsibility.double())
@@ -129,17 +130,21 @@ def plot_experts(reading: Reading, words: list[str], path: Path) -> None:
 
 STYLE = """
 body { font: 16px/1.9 Georgia, serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1, h2, label, table, .key, nav { font-family: system-ui, sans-serif } h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin-top: 2.5rem }
+h1, h2, label, table, .key, nav { font-family: system-ui, sans-serif }
+h1 { font-size: 1.3rem }
+h2 { font-size: 1.05rem; margin-top: 2.5rem }
 .text span { padding: .1em .15em; border-radius: .2em; background: var(--r) }
 #prior:checked ~ .text span { background: var(--p) }
 .key span { display: inline-block; padding: 0 .5em; margin: .15em; border-radius: .2em }
-table { border-collapse: collapse; font-size: .85rem; line-height: 1.5 } td, th { padding: .25em .8em .25em 0; text-align: left; vertical-align: top }
+table { border-collapse: collapse; font-size: .85rem; line-height: 1.5 }
+td, th { padding: .25em .8em .25em 0; text-align: left; vertical-align: top }
 img { max-width: 100% }
 """
 
 
 def page(reading: Reading, words: list[str], n_words: int, report: dict[str, Any], title: str) -> str:
-    """The HTML page: text coloured by the expert with the largest share, the more of it the stronger; it needs no network."""
+    """The HTML page: text coloured by the expert with the largest share, the more of it the stronger; it needs no
+    network."""
     k = reading.shares.prior.shape[1]
     spans = []
     for i in range(min(n_words, reading.tokens.numel())):
@@ -154,13 +159,13 @@ def page(reading: Reading, words: list[str], n_words: int, report: dict[str, Any
             for r, e in zip(best.values.tolist(), best.indices.tolist())
         )
         spans.append(
-            f'<span style="--p:{_colour(prior)};--r:{_colour(responsibility)}" title="{html.escape(note)}">{html.escape(word)}</span>'
-            + ("<br>" if word == "<eos>" else "")
+            f'<span style="--p:{_colour(prior)};--r:{_colour(responsibility)}" '
+            f'title="{html.escape(note)}">{html.escape(word)}</span>' + ("<br>" if word == "<eos>" else "")
         )
     key = "".join(f'<span style="background:{_shade(e, k, 0.8)}">expert {e + 1}</span>' for e in range(k))
     rows = "".join(
-        f"<tr><td>{e}</td><td>{x['prior']:.1%}</td><td>{x['responsibility']:.1%}</td><td>{html.escape(' '.join(x['frequent']))}</td>"
-        f"<td>{html.escape(' '.join(x['characteristic']))}</td></tr>"
+        f"<tr><td>{e}</td><td>{x['prior']:.1%}</td><td>{x['responsibility']:.1%}</td>"
+        f"<td>{html.escape(' '.join(x['frequent']))}</td><td>{html.escape(' '.join(x['characteristic']))}</td></tr>"
         for e, x in enumerate(report["experts"], start=1)
     )
     neighbours = "".join(
@@ -170,16 +175,20 @@ def page(reading: Reading, words: list[str], n_words: int, report: dict[str, Any
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Experts of {html.escape(title)}</title><style>{STYLE}</style>
 <h1>Which expert speaks when: {html.escape(title)}</h1>
-<p>Perplexity {report["ppl"]:.2f}; on average {report["effective_experts"]:.1f} of {k} experts speak at a time (the exponential of
-their responsibilities' entropy). Each word has the colour of the expert with the largest share in it, the stronger the larger
-the share; point at a word for numbers.</p>
-<input type="radio" name="share" id="responsibility" checked><label for="responsibility"> responsibility for the word</label>
+<p>Perplexity {report["ppl"]:.2f}; on average {report["effective_experts"]:.1f} of {k} experts speak at a time (the
+exponential of their responsibilities' entropy). Each word has the colour of the expert with the largest share in it,
+the stronger the larger the share; point at a word for numbers.</p>
+<input type="radio" name="share" id="responsibility" checked>
+<label for="responsibility"> responsibility for the word</label>
 <input type="radio" name="share" id="prior"><label for="prior"> prior, before the word is seen</label>
 <p class="key">{key}</p>
 <p class="text">{newline.join(spans)}</p>
 <h2>The experts</h2>
 <img src="experts.png" alt="prior and responsibility of each expert">
-<table><tr><th>expert</th><th>prior</th><th>speaks</th><th>most frequent words</th><th>most characteristic words</th></tr>{rows}</table>
+<table>
+<tr><th>expert</th><th>prior</th><th>speaks</th><th>most frequent words</th><th>most characteristic words</th></tr>
+{rows}
+</table>
 <h2>Nearest words in the embedding</h2>
 <table>{neighbours}</table>
 </html>

@@ -12,9 +12,9 @@ from ..lm import AWDLSTM
 class StepProfile:
     """Times the stages of `steps` training steps.
 
-    Stages follow one another: each `mark` says that what came since the last one was its stage. The layers and the head of the model mark
-    themselves, by hooks, forward and backward. On a GPU the marks are events in its stream, so that nothing waits for it
-    until `report` is called.
+    Stages follow one another: each `mark` says that what came since the last one was its stage. The layers and the head
+    of the model mark themselves, by hooks, forward and backward. On a GPU the marks are events in its stream, so that
+    nothing waits for it until `report` is called.
     """
 
     WARM_UP = 3
@@ -98,7 +98,8 @@ class StepProfile:
 def as_table(report: dict[str, Any]) -> str:
     step = report["step_ms"]
     lines = [
-        f"profile of {report['steps']} steps on {report['device']}: {step['median']:.2f} ms a step ({step['min']:.2f}–{step['max']:.2f}), "
+        f"profile of {report['steps']} steps on {report['device']}: {step['median']:.2f} ms a step "
+        f"({step['min']:.2f}–{step['max']:.2f}), "
         f"{report['words_per_step']:.0f} words, {report['words_per_second']:,.0f} words/s"
     ]
     lines += [f"  {name:<24}{stage['ms']:>10.2f} ms{stage['share']:>8.1%}" for name, stage in report["stages"].items()]

@@ -45,7 +45,8 @@ def load_run(folder: Path, data: Path | None = None, device: str = "auto", backe
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """Raises CheckpointError where the folder is not a run's, ConfigError where its configuration is not of this version."""
+    """Raises CheckpointError where the folder is not a run's, ConfigError where its configuration is not of this
+    version."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.json")

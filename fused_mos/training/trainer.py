@@ -132,7 +132,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Trains to the last epoch, evaluates the best model, and returns what it writes to result.json.
 
-        Raises TimeLimitReached, with everything saved, TrainingDiverged, or CheckpointError where the best model is gone.
+        Raises TimeLimitReached, with everything saved, TrainingDiverged, or CheckpointError where the best model is
+        gone.
         """
         try:
             if self.config.start and self.progress.best is None:
@@ -175,7 +176,8 @@ class Trainer:
             self._count_time(wait=True)
 
     def _count_time(self, wait: bool = False) -> None:
-        """Adds what passed since the last call to the time of training; with `wait`, until the device has done its work."""
+        """Adds what passed since the last call to the time of training; with `wait`, until the device has done its
+        work."""
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.monotonic()
@@ -189,8 +191,8 @@ class Trainer:
         self._since = time.monotonic()
 
     def train_step(self, length: int | None = None) -> int:
-        """One segment of all columns, of `length` rows or as many as are drawn: forward, backward, clip, step. Returns the
-        segment's rows, fewer where the text ends."""
+        """One segment of all columns, of `length` rows or as many as are drawn: forward, backward, clip, step. Returns
+        the segment's rows, fewer where the text ends."""
         optim, progress = self.config.optim, self.progress
         if self.profile:
             self.profile.start()
@@ -248,11 +250,13 @@ class Trainer:
 
     def _diverged(self, what: str) -> TrainingDiverged:
         return TrainingDiverged(
-            f"training diverged: {what}; the checkpoints in {self.folder} are from before that; try a lower --lr or --clip"
+            f"training diverged: {what}; the checkpoints in {self.folder} are from before that; try a lower --lr or "
+            "--clip"
         )
 
     def _end_interval(self) -> None:
-        """Notes the interval's numbers. On a GPU its loss is written an interval later, so that the host need not wait for it."""
+        """Notes the interval's numbers. On a GPU its loss is written an interval later, so that the host need not wait
+        for it."""
         self._write_interval()
         progress = self.progress
         speed = progress.interval_words / progress.interval_seconds
@@ -296,7 +300,8 @@ class Trainer:
         return better
 
     def _finish_epoch(self) -> None:
-        """Validates with the averages if there are any, keeps the best model, and may start averaging or end fine-tuning."""
+        """Validates with the averages if there are any, keeps the best model, and may start averaging or end
+        fine-tuning."""
         progress = self.progress
         self._write_interval()
         with self.optimizer.averaged():
@@ -416,8 +421,8 @@ def resumed_config(folder: Path) -> TrainConfig:
 
 
 def train_to_the_end(folder: Path, new: Callable[[], TrainConfig], **flags: Any) -> None:
-    """Trains in `folder`: from the start with the configuration `new()`, or from its last checkpoint; not at all if it is finished.
-    `flags` replace fields, of a run that is continued only those that may change."""
+    """Trains in `folder`: from the start with the configuration `new()`, or from its last checkpoint; not at all if it
+    is finished. `flags` replace fields, of a run that is continued only those that may change."""
     if (folder / "result.json").is_file():
         return
     exists = (folder / "last.safetensors").is_file()

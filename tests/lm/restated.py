@@ -5,7 +5,8 @@ from collections import namedtuple
 import torch
 
 Masks = namedtuple("Masks", "embedding input weights between output latent")
-"""Scaled masks: (V, 1); (1, B, D); one (4H, H) a layer; (1, B, H) after each layer but the last; (1, B, H); (1, B, K·D)."""
+"""Scaled masks: (V, 1); (1, B, D); one (4H, H) a layer; (1, B, H) after each layer but the last; (1, B, H); (1, B,
+K·D)."""
 
 Restated = namedtuple("Restated", "probability raw dropped")
 

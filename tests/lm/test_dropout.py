@@ -189,7 +189,8 @@ def test_every_mask_of_the_model_has_its_shape_rate_and_is_fresh():
 
 @pytest.mark.parametrize("head", ["mos", "moc"])
 def test_every_mask_falls_on_its_tensor_and_is_rescaled(head):
-    """The plain equations with the model's own masks, scaled by 1/(1 − p), give its loss, regularised outputs and gradients."""
+    """The plain equations with the model's own masks, scaled by 1/(1 − p), give its loss, regularised outputs and
+    gradients."""
     model, tokens = masked_model(head), torch.randint(0, V, (7, 4))
     output, drawn = draw(model, tokens)
     for p, mask in in_order(drawn)[1]:

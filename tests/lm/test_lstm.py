@@ -1,4 +1,5 @@
-"""The LSTM layer: torch's own without weight drop, and its weights in cuDNN's one buffer, whose logic any device can run."""
+"""The LSTM layer: torch's own without weight drop, and its weights in cuDNN's one buffer, whose logic any device can
+run."""
 
 import copy
 import pickle

@@ -161,7 +161,8 @@ def test_torchscript_is_not_run(tmp_path, capfd):
 
 
 def test_getattr_reaches_nothing(tmp_path):
-    """The published code pickles a bound method, by getattr; here it is asked for a function of a class that may be named."""
+    """The published code pickles a bound method, by getattr; here it is asked for a function of a class that may be
+    named."""
     path = tmp_path / "model.pt"
     command = b"cbuiltins\ngetattr\n(ctorch\nSize\nS'__class__'\ntR."
     with path.open("wb") as file:

@@ -49,7 +49,8 @@ def test_rank_of_a_language_in_float32(rank):
 
 
 def test_the_bottleneck():
-    """A softmax over d features has rank d + 2 at most, its bias and normaliser counted, and so has a MoC; a MoS has not."""
+    """A softmax over d features has rank d + 2 at most, its bias and normaliser counted, and so has a MoC; a MoS has
+    not."""
     torch.manual_seed(0)
     hidden = torch.randn(400, 32) * 3
     heads = fused_mos.Softmax(32, 100), fused_mos.MoC(32, 100, 4, 8), fused_mos.MoS(32, 100, 4, 8)

@@ -16,7 +16,8 @@ def losses(folder):
 
 
 def killed_at(flags, out, lines, command="train"):
-    """Starts the run as a user would and kills it, as an out-of-memory killer would, once metrics.jsonl has `lines` lines."""
+    """Starts the run as a user would and kills it, as an out-of-memory killer would, once metrics.jsonl has `lines`
+    lines."""
     process = subprocess.Popen(
         [sys.executable, "-m", f"fused_mos.{command}", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

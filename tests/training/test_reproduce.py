@@ -36,8 +36,8 @@ def test_all_stages_in_pieces_are_those_of_one_go(small_recipe, corpus_folder, t
     for stage in reproduce.STAGES:
         valid, test = results[stage]["valid"], results[stage]["test"]
         assert (
-            f"| {stage} | {valid['ppl']:.2f} / {test['ppl']:.2f} | {valid['ppl_published']:.2f} / {test['ppl_published']:.2f} |"
-            in table
+            f"| {stage} | {valid['ppl']:.2f} / {test['ppl']:.2f} | {valid['ppl_published']:.2f} / "
+            f"{test['ppl_published']:.2f} |" in table
         )
     assert (
         results["fine-tuned"]["valid"]["ppl"]

@@ -123,7 +123,8 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("averaging", [False, True])
 def test_a_step_draws_masks_for_each_part_and_reads_no_number_back(averaging, small_flags, tmp_path, monkeypatch):
-    """On a GPU, reading a number would make the host wait for the device. The two places that read on the CPU alone do as on a GPU."""
+    """On a GPU, reading a number would make the host wait for the device. The two places that read on the CPU alone do
+    as on a GPU."""
     monkeypatch.setattr("fused_mos.training.trainer.random_bptt_length", lambda *_: 12)
     monkeypatch.setattr("fused_mos.functional._values_can_be_read", lambda *_: False)
     monkeypatch.setattr("fused_mos.ops._scaled", lambda gradient, factor: gradient * factor)
@@ -186,7 +187,8 @@ def test_a_profile_changes_no_more_than_rounding(small_flags, tmp_path, capsys, 
 
 
 def test_backends_train_alike(tmp_path):
-    """Some 300 steps on CPython's documentation, dropout and all: the same random numbers, so the same losses up to rounding."""
+    """Some 300 steps on CPython's documentation, dropout and all: the same random numbers, so the same losses up to
+    rounding."""
     data = tmp_path / "data"
     write_pydoc_corpus(data)
     backends = ["reference", "tiled", "auto"]

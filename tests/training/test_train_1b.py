@@ -1,4 +1,5 @@
-"""One Billion Word runs in one process: the stream, the loss, what a run leaves, resuming, and refusals. (Ranks: test_train_1b_ranks.py.)"""
+"""One Billion Word runs in one process: the stream, the loss, what a run leaves, resuming, and refusals. (Ranks:
+test_train_1b_ranks.py.)"""
 
 import dataclasses
 import errno
@@ -48,7 +49,7 @@ def trainer_of():
     close()
 
 
-# ------------------------------------------------------------------------------------------------------------------ stream
+# --------------------------------------------------------------------------------------------------------------- stream
 
 
 def columns_read(corpus, n_columns, columns, bptt, position=None):
@@ -135,7 +136,7 @@ def test_files_are_checked(prepared, tmp_path, flags, capsys):
         assert not (tmp_path / "run").exists()
 
 
-# -------------------------------------------------------------------------------------------------------------------- loss
+# ----------------------------------------------------------------------------------------------------------------- loss
 
 
 @pytest.mark.parametrize("head", ["mos", "moc", "softmax"])
@@ -183,7 +184,7 @@ def test_a_chunked_head_keeps_one_chunk_of_vectors():
     assert held[0] > 2 * vectors and held[1] < held[0] - 2 * vectors
 
 
-# -------------------------------------------------------------------------------------------------------------------- runs
+# ----------------------------------------------------------------------------------------------------------------- runs
 
 
 def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
@@ -302,7 +303,8 @@ def test_the_learning_rate(flags, trainer_of, tmp_path):
 
 
 def test_adagrad_begins_as_that_of_jozefowicz_et_al():
-    """Their losses are summed over the 20 rows of a segment and their sums of squares start with 1; lm1b-full's losses are means."""
+    """Their losses are summed over the 20 rows of a segment and their sums of squares start with 1; lm1b-full's losses
+    are means."""
     config = RECIPES["lm1b-full"]()
     model = AWDLSTM(30, embedding_size=6, hidden_sizes=(8, 6), n_experts=2)
     optimizer = make_optimizer(config, model, torch.device("cpu"))
@@ -351,7 +353,7 @@ def test_nothing_is_updated_by_a_gradient_that_is_not_finite(flags, trainer_of, 
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters())) and trainer.progress.step == 0
 
 
-# --------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
@@ -436,7 +438,8 @@ trainer = LM1BTrainer(config, Ranks("cpu", 1))
 for _, segment in zip(range(2), trainer.stream.segments()):
     trainer.train_step(*segment)
 trainer._save()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, sum(memory.table(config, len(trainer.corpus.vocabulary), 1, "cpu").values()))
+predicted = memory.table(config, len(trainer.corpus.vocabulary), 1, "cpu")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, sum(predicted.values()))
 """
 
 

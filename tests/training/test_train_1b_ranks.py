@@ -64,7 +64,8 @@ def children(pid):
 
 
 def kill_one_rank(agent, out, draw, saving):
-    """Waits for some steps, or for a checkpoint that is being written, and kills one of the ranks as an out-of-memory killer would."""
+    """Waits for some steps, or for a checkpoint that is being written, and kills one of the ranks as an out-of-memory
+    killer would."""
     metrics, before = out / "metrics.jsonl", time.monotonic()
     size = metrics.stat().st_size if metrics.exists() else 0
     target = draw.randrange(1, 8)
@@ -80,7 +81,8 @@ def kill_one_rank(agent, out, draw, saving):
 
 
 def unbroken_by_kills(flags, tmp_path, kills, seed):
-    """Runs with torchrun's restarts, killed so often; every loss is that of an unbroken run of two ranks, bit for bit."""
+    """Runs with torchrun's restarts, killed so often; every loss is that of an unbroken run of two ranks, bit for
+    bit."""
     whole, out, draw = tmp_path / "whole", tmp_path / "broken", random.Random(seed)
     flags = [*flags, "--dropout", "0.2", "--checkpoint-minutes", "0"]
     finish(torchrun(2, [*flags, "--out", str(whole)]))

@@ -1,4 +1,5 @@
-"""Tile sizes of the kernels: a table by architecture, precision and shape class, and a user's own, tuned on the machine.
+"""Tile sizes of the kernels: a table by architecture, precision and shape class, and a user's own, tuned on the
+machine.
 
 Nothing is tuned while a program runs: a step takes the table's tile, or the one that `python -m fused_mos.tune` left in
 the user's cache for this GPU.
@@ -175,7 +176,8 @@ def of_device(index: int) -> Architecture:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of this dtype are made; float32 follows torch's own setting (`torch.set_float32_matmul_precision`)."""
+    """How products of this dtype are made; float32 follows torch's own setting
+    (`torch.set_float32_matmul_precision`)."""
     if dtype != torch.float32:
         return "16-bit"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

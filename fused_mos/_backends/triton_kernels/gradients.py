@@ -1,12 +1,13 @@
 """Kernels for the gradient of the NLL, whose dl = w·(exp(l − L) − 1[v = target]) with the row weights w = g·r.
 
-Recomputed (`gradient_kernel`): L and w are known, a span of the vocabulary's dl is written in the operands' dtype, and two
-matrix products turn it into dz and dE.
+Recomputed (`gradient_kernel`): L and w are known, a span of the vocabulary's dl is written in the operands' dtype, and
+two matrix products turn it into dz and dE.
 
-In the forward pass (the others): L and w are not known when the logits are. So the tiles hold a = exp(l − reference), with
-the target's entry −Σ of the others; the reference is the row's largest logit among the first tile's classes, which
-any float16-free format can stand in for the maximum, and dl = f·a with one factor f = w·exp(reference − L) for each row. The
-factor goes to the other operand (dE = aᵀ·(f z)) or to the result (dz = f·(a·E)), so that both products take `a` as it is.
+In the forward pass (the others): L and w are not known when the logits are. So the tiles hold a = exp(l − reference),
+with the target's entry −Σ of the others; the reference is the row's largest logit among the first tile's classes, which
+any float16-free format can stand in for the maximum, and dl = f·a with one factor f = w·exp(reference − L) for each
+row. The factor goes to the other operand (dE = aᵀ·(f z)) or to the result (dz = f·(a·E)), so that both products take
+`a` as it is.
 
     exponentials_kernel    a and, for each tile, Σ exp and the maximum
     recheck_kernel         the same once more for rows whose reference turns out too small: it normally returns at once
@@ -22,7 +23,8 @@ from .rows import combined
 from .tiles import LOG2E, LOWEST, logits_tile, row_targets
 
 MARGIN = tl.constexpr(60.0)
-"""By how much the largest logit may pass the reference: e⁶⁰ and its sums are far from float32's and bfloat16's limits."""
+"""By how much the largest logit may pass the reference: e⁶⁰ and its sums are far from float32's and bfloat16's
+limits."""
 
 
 @triton.jit

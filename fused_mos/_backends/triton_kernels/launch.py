@@ -62,7 +62,8 @@ def architecture_of(device: torch.device) -> Architecture:
 
 
 def choose_tile(family: str, like: Tensor, n_rows: int) -> tuple[Tile, dict]:
-    """The tile for `n_rows` rows of `like`'s width and dtype, and what `launch` takes of it but for the tile's shape."""
+    """The tile for `n_rows` rows of `like`'s width and dtype, and what `launch` takes of it but for the tile's
+    shape."""
     precision = configurations.precision(like.dtype)
     key = configurations.tile_key(family, precision, n_rows, like.shape[-1])
     tiles = architecture_of(like.device).tiles | (_override.tiles if _override is not None else {})

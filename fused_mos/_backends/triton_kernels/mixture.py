@@ -1,4 +1,5 @@
-"""Kernels over the mixture's own distribution: log p[n,v] = LSE_k(log π + l − L), its most probable class, and its backward.
+"""Kernels over the mixture's own distribution: log p[n,v] = LSE_k(log π + l − L), its most probable class, and its
+backward.
 
 A program owns a tile of (tokens, classes) and sums the K experts in registers; their logits exist one tile at a time.
 """

@@ -1,7 +1,7 @@
 """Compiles every kernel that the backend would launch for an architecture, without a GPU, and reads what came out.
 
-The backend's own code runs on meta tensors and its launches are recorded, so that each kernel is compiled with the constants
-and the divisibility that a real call has. Run it in a process of its own: triton must not be interpreting.
+The backend's own code runs on meta tensors and its launches are recorded, so that each kernel is compiled with the
+constants and the divisibility that a real call has. Run it in a process of its own: triton must not be interpreting.
 """
 
 import contextlib
@@ -123,7 +123,8 @@ def recorded_calls(
 
 
 def _specialisation(argument) -> tuple[str, object, bool]:
-    """An argument's type, its value where that is a constant, and whether it is a multiple of 16: as Triton's launcher does it."""
+    """An argument's type, its value where that is a constant, and whether it is a multiple of 16: as Triton's launcher
+    does it."""
     if argument is None:
         return "constexpr", None, False
     if isinstance(argument, Tensor):
@@ -201,7 +202,8 @@ def float32_products(name: str) -> Iterator[torch.dtype]:
 def distinct_calls(
     architecture: str, shapes: Iterable[str] = SHAPES, dtypes: Iterable[str] = DTYPES, brief: bool = False
 ) -> list[tuple[Call, tuple[str, ...]]]:
-    """Each different kernel once, or with `brief` each configuration of each kernel once, with the shapes that launch it."""
+    """Each different kernel once, or with `brief` each configuration of each kernel once, with the shapes that launch
+    it."""
     found: dict[tuple, tuple[Call, list[str]]] = {}
     for dtype_name in dtypes:
         with float32_products(dtype_name) as dtype:

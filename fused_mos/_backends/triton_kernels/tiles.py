@@ -72,7 +72,8 @@ def add_product(z_tile, e_tile, feature, tile, features_left, FEATURES: tl.const
 
 @triton.jit
 def row_targets(target_ptr, first_row, n_rows, first_class, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Each row's target as a column of the tile that starts at `first_class`: (ROWS,) int32, −1 where it is far away."""
+    """Each row's target as a column of the tile that starts at `first_class`: (ROWS,) int32, −1 where it is far
+    away."""
     row = tl.minimum(first_row + tl.arange(0, ROWS), n_rows - 1)
     column = tl.load(target_ptr + row // EXPERTS) - first_class
     return tl.where((column >= 0) & (column < 65536), column, -1).to(tl.int32)

@@ -1,9 +1,11 @@
-"""Checkpoints of many ranks, by torch.distributed.checkpoint in safetensors files: any number of ranks can read them, and loading runs no code.
+"""Checkpoints of many ranks, by torch.distributed.checkpoint in safetensors files: any number of ranks can read them,
+and loading runs no code.
 
     RUN/checkpoints/step-00001200/shard-00001-model-00001-of-00001.safetensors …   each rank's share
                                   state.json                                       all else
 
-A checkpoint is written beside its name and renamed when it is complete, so a kill at any moment leaves the last one whole.
+A checkpoint is written beside its name and renamed when it is complete, so a kill at any moment leaves the last one
+whole.
 """
 
 import errno
@@ -27,8 +29,8 @@ COMPLETE = re.compile(r"step-\d{8,}")
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
-    """All ranks together; `tensors` are DTensors or the same on all ranks, and not scalars. A checkpoint of this name stays as it is: it is of the
-    same step. Raises CheckpointError, on all ranks."""
+    """All ranks together; `tensors` are DTensors or the same on all ranks, and not scalars. A checkpoint of this name
+    stays as it is: it is of the same step. Raises CheckpointError, on all ranks."""
     if ranks.sums(ranks.first and path.exists()).item():
         return
     partial = path.with_name(path.name + ".partial")

@@ -1,5 +1,6 @@
-"""Configuration of a run on One Billion Words, and the recipes. The paper says of this corpus: 100,000 words, a tied embedding, two LSTM layers of
-1,024, SGD at 20 with batches of 60 and gradients of norm 0.25 at most, 7 experts. What it does not say (bptt, dropout) is ours."""
+"""Configuration of a run on One Billion Words, and the recipes. The paper says of this corpus: 100,000 words, a tied
+embedding, two LSTM layers of 1,024, SGD at 20 with batches of 60 and gradients of norm 0.25 at most, 7 experts. What it
+does not say (bptt, dropout) is ours."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,10 +19,11 @@ class LM1BConfig:
     recipe: str = "lm1b-mos"
     """Named set of defaults for all other flags."""
     data: Path = Path("lm1b")
-    """Folder that python -m fused_mos.data.lm1b prepare wrote. On many machines, each reads its own copy, or a shared one."""
+    """Folder that python -m fused_mos.data.lm1b prepare wrote. On many machines, each reads its own copy, or a shared
+    one."""
     out: Path | None = None
-    """Folder of the run, which must be on a file system that all ranks share. If it holds a checkpoint, the run goes on there.
-    By default runs/RECIPE-seedSEED."""
+    """Folder of the run, which must be on a file system that all ranks share. If it holds a checkpoint, the run goes on
+    there. By default runs/RECIPE-seedSEED."""
     evaluate: bool = False
     """Instead of training, evaluate the best model of the run on all held-out shards."""
     model: ModelConfig = field(
@@ -54,14 +56,15 @@ class LM1BConfig:
     max_steps: int = 0
     """Steps at most; 0: no limit."""
     vocab_parallel: int = 1
-    """Ranks that share one copy of the decoder and embedding, and read the same text. The others are copies (data parallelism)."""
+    """Ranks that share one copy of the decoder and embedding, and read the same text. The others are copies (data
+    parallelism)."""
     seed: int = 1
     """Of initialisation, dropout and the order of shards."""
     device: str = "auto"
     """cpu or cuda; auto takes GPUs if there are any. Each rank of a machine takes the GPU of its LOCAL_RANK."""
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in the LSTM on a GPU.
-    Parameters, cell states, losses and evaluation are float32."""
+    """Of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in the LSTM on
+    a GPU. Parameters, cell states, losses and evaluation are float32."""
     eval_interval: int = 2000
     """Steps between evaluations on the held-out text; there is one more at the end."""
     eval_shards: int = 1
@@ -75,7 +78,8 @@ class LM1BConfig:
     time_limit: float = 0.0
     """Seconds after which the run saves and exits; 0: none."""
     memory_gib: float = 0.0
-    """Memory that a rank may use; 0: what the device has, shared by the ranks on it. A run that needs more is refused."""
+    """Memory that a rank may use; 0: what the device has, shared by the ranks on it. A run that needs more is
+    refused."""
 
     def check(self) -> None:
         """Raises ConfigError for a value that no run can have."""
@@ -123,12 +127,14 @@ class LM1BConfig:
         n_data = n_ranks // self.vocab_parallel
         if self.eval_batch_size < n_data:
             raise ConfigError(
-                f"eval_batch_size must be at least {n_data}, a column for each rank that reads other text, got {self.eval_batch_size}"
+                f"eval_batch_size must be at least {n_data}, a column for each rank that reads other text, got "
+                f"{self.eval_batch_size}"
             )
         parts = n_data * self.accumulate
         if self.batch_size % parts:
             raise ConfigError(
-                f"batch_size must be a multiple of {parts} (ranks that read other text × accumulate = {parts // self.accumulate} × {self.accumulate}), "
+                f"batch_size must be a multiple of {parts} (ranks that read other text × accumulate = "
+                f"{parts // self.accumulate} × {self.accumulate}), "
                 f"got {self.batch_size}"
             )
 
@@ -150,8 +156,9 @@ def lm1b_softmax() -> LM1BConfig:
 
 
 def lm1b_full() -> LM1BConfig:
-    """For all 793,471 words: a billion parameters. Adagrad as in Jozefowicz et al. 2016, for SGD hardly moves rare words: lr 0.2, and 1 to start with
-    where losses are summed over the 20 rows of a segment. Ours is their mean, with gradients a 20th and squares a 400th of those."""
+    """For all 793,471 words: a billion parameters. Adagrad as in Jozefowicz et al. 2016, for SGD hardly moves rare
+    words: lr 0.2, and 1 to start with where losses are summed over the 20 rows of a segment. Ours is their mean, with
+    gradients a 20th and squares a 400th of those."""
     model = ModelConfig(n_experts=7, embedding_size=1024, hidden_sizes=(1024, 1024), **NO_DROPOUT)
     return LM1BConfig(
         recipe="lm1b-full",
@@ -167,8 +174,8 @@ def lm1b_full() -> LM1BConfig:
 
 
 def lm1b_tiny() -> LM1BConfig:
-    """Minutes on a CPU, for a few shards and vocabularies of some 10,000 words. The paper's SGD: with Adam, at 0.0007 to 0.005, MoS of this size
-    stays for long at the perplexity of the words' frequencies."""
+    """Minutes on a CPU, for a few shards and vocabularies of some 10,000 words. The paper's SGD: with Adam, at 0.0007
+    to 0.005, MoS of this size stays for long at the perplexity of the words' frequencies."""
     model = ModelConfig(n_experts=3, embedding_size=96, hidden_sizes=(192, 128), **NO_DROPOUT)
     return LM1BConfig(
         recipe="lm1b-tiny",

@@ -12,8 +12,8 @@ from ...lm.awd_lstm import Hidden, detach
 class SummedLoss(nn.Module):
     """Σ −log p over the targets (T, B) that are not `ignored`, and the hidden state, cut off.
 
-    With `head_chunk`, the head sees so many tokens at once, whole columns, and only the gradients of a chunk outlive it. Its (N, K, D)
-    vectors are gone before the next chunk's are made, at the same number of products.
+    With `head_chunk`, the head sees so many tokens at once, whole columns, and only the gradients of a chunk outlive
+    it. Its (N, K, D) vectors are gone before the next chunk's are made, at the same number of products.
     """
 
     def __init__(self, model: AWDLSTM, ignored: int, head_chunk: int = 0):
@@ -36,7 +36,8 @@ class SummedLoss(nn.Module):
 
 
 class _ChunkedNLL(torch.autograd.Function):
-    """Forms the gradients of the features and the head's parameters chunk by chunk in the forward pass; backward scales them."""
+    """Forms the gradients of the features and the head's parameters chunk by chunk in the forward pass; backward scales
+    them."""
 
     @staticmethod
     def forward(ctx, loss: SummedLoss, features: Tensor, target: Tensor, columns: int, *parameters: Tensor) -> Tensor:

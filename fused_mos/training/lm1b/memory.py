@@ -1,6 +1,7 @@
 """What a rank of a run will need of its device's memory, before it starts.
 
-An estimate from the shapes: exact for what stays (parameters, gradients, optimizer), within some tens of percent for what a step makes.
+An estimate from the shapes: exact for what stays (parameters, gradients, optimizer), within some tens of percent for
+what a step makes.
 """
 
 import dataclasses
@@ -40,7 +41,8 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     in_head = min(tokens, config.head_chunk or tokens)
     half = 2 if config.precision == "bfloat16" else 0
 
-    # of a layer: its input, the gates and the cell states that it keeps, its output, and in the backward pass the gates' gradients
+    # of a layer: its input, the gates and the cell states that it keeps, its output, and in the backward pass the
+    # gates' gradients
     lstm = sum(tokens * (size + 10 * width) for size, width in zip([d, *widths[:-1]], widths)) * item
     vectors = 0 if model.head == "softmax" else in_head * d * (k if model.head == "mos" else k + 1)
     head = (
@@ -93,8 +95,8 @@ def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
             raise ConfigError(message + f"it would fit with {flags}")
     raise ConfigError(
-        message
-        + "no smaller batch, other optimizer or vocab_parallel would make it fit; take a smaller embedding or vocabulary"
+        message + "no smaller batch, other optimizer or vocab_parallel would make it fit; take a smaller embedding or "
+        "vocabulary"
     )
 
 

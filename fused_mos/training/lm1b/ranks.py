@@ -14,16 +14,18 @@ from ..config import ConfigError
 from ..device import device_named
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""After which a rank that waits for one that hangs gives up, so that torchrun can start anew. (A rank that dies is noticed at once.)"""
+"""After which a rank that waits for one that hangs gives up, so that torchrun can start anew. (A rank that dies is
+noticed at once.)"""
 
 
 class Ranks:
     """This process among the others.
 
-    Ranks that differ in `data` read different columns of text; those that differ in `vocab` hold different rows of the decoder, and
-    are otherwise copies of each other. A single process is a group of one, so that all code is the same.
+    Ranks that differ in `data` read different columns of text; those that differ in `vocab` hold different rows of the
+    decoder, and are otherwise copies of each other. A single process is a group of one, so that all code is the same.
 
-    Raises ConfigError where vocab_parallel does not divide the number of ranks, or this machine has fewer GPUs than ranks.
+    Raises ConfigError where vocab_parallel does not divide the number of ranks, or this machine has fewer GPUs than
+    ranks.
     """
 
     def __init__(self, device: str, vocab_parallel: int):
@@ -32,7 +34,8 @@ class Ranks:
         if self.device.type == "cuda":
             if local_rank >= torch.cuda.device_count():
                 raise ConfigError(
-                    f"nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, got a local rank {local_rank}"
+                    f"nproc-per-node must be at most the number of GPUs, {torch.cuda.device_count()}, got a local "
+                    f"rank {local_rank}"
                 )
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
@@ -67,7 +70,8 @@ class Ranks:
         return total
 
     def agree(self, error: Exception | None) -> None:
-        """Raises on every rank if there is an error on any: this rank's own, or one that says that another rank has it."""
+        """Raises on every rank if there is an error on any: this rank's own, or one that says that another rank has
+        it."""
         failed = self.sums(0.0 if error is None else 1.0)[0].item()
         if error is not None:
             raise error
@@ -94,8 +98,8 @@ class Ranks:
 def _stores() -> tuple[dist.Store, dist.Store, int]:
     """torchrun's store, one that no earlier start has written to, and this process's rank.
 
-    torchrun keeps one store through all its restarts, and gloo, asking it for the other ranks' addresses, may be told those of
-    ranks that are dead. So the first rank opens a store of its own, and says in torchrun's where it is.
+    torchrun keeps one store through all its restarts, and gloo, asking it for the other ranks' addresses, may be told
+    those of ranks that are dead. So the first rank opens a store of its own, and says in torchrun's where it is.
     """
     shared, rank, n_ranks = next(rendezvous("env://"))
     host, key = os.environ["MASTER_ADDR"], f"fused_mos/port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
@@ -104,7 +108,9 @@ def _stores() -> tuple[dist.Store, dist.Store, int]:
         shared.set(key, str(own.port))
         return shared, own, rank
     deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
-    while True:  # a start for which machines came or went has the count of the one before; so until what it is told is no longer the store of that
+    # a start for which machines came or went has the count of the one before: ask until the answer is no longer the
+    # store of that one
+    while True:
         try:
             own = dist.TCPStore(host, int(shared.get(key)), n_ranks, is_master=False, timeout=timedelta(seconds=2))
             own.set_timeout(COLLECTIVE_TIMEOUT)

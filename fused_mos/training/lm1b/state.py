@@ -20,7 +20,8 @@ def initialize(model: AWDLSTM, optimizer: torch.optim.Optimizer) -> None:
 
 
 class RunTensors:
-    """What is cut over ranks comes as a DTensor: decoder rows (and what the optimizer keeps for them) over `vocab`, columns over `data`."""
+    """What is cut over ranks comes as a DTensor: decoder rows (and what the optimizer keeps for them) over `vocab`,
+    columns over `data`."""
 
     def __init__(self, model: AWDLSTM, optimizer: torch.optim.Optimizer, shard: VocabShard | None, ranks: Ranks):
         self.model, self.optimizer, self.shard, self.ranks = model, optimizer, shard, ranks

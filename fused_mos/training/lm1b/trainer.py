@@ -1,4 +1,5 @@
-"""The loop of a One Billion Word run: data-parallel, with a decoder that may be sharded, resumable on any number of ranks."""
+"""The loop of a One Billion Word run: data-parallel, with a decoder that may be sharded, resumable on any number of
+ranks."""
 
 import dataclasses
 import hashlib
@@ -65,7 +66,8 @@ class Stopped(Exception):
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands; with the parameters, optimizer, hidden and random states this is all of its state, the same on all ranks."""
+    """Where a run stands; with the parameters, optimizer, hidden and random states this is all of its state, the same
+    on all ranks."""
 
     position: Position = dataclasses.field(default_factory=Position)
     step: int = 0
@@ -88,7 +90,8 @@ class Wish(NamedTuple):
 
 
 class LM1BTrainer:
-    """A run in its folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/, learning-curve.png and, at the end, result.json.
+    """A run in its folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/, learning-curve.png and, at
+    the end, result.json.
 
     Raises ConfigError, CorpusError or CheckpointError, on all ranks, before anything in the folder is changed.
     """
@@ -180,12 +183,14 @@ class LM1BTrainer:
         """Each group of ranks that reads other text draws other masks."""
         torch.manual_seed(hash((self.config.seed, step, self.ranks.data)) % 2**63)
 
-    # ------------------------------------------------------------------------------------------------------------ training
+    # --------------------------------------------------------------------------------------------------------- training
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end, evaluates the best model on the held-out shards, and returns what it writes to result.json.
+        """Trains to the end, evaluates the best model on the held-out shards, and returns what it writes to
+        result.json.
 
-        Raises Stopped or TimeLimitReached, with everything saved, TrainingDiverged, or CheckpointError where the disk is full.
+        Raises Stopped or TimeLimitReached, with everything saved, TrainingDiverged, or CheckpointError where the disk
+        is full.
         """
         if not self.resumed:
             self._save()  # before anything else, so that there is no moment from which a run cannot go on
@@ -268,7 +273,8 @@ class LM1BTrainer:
         total, norm, words, wish = self._exchange(nll, words)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"training diverged at step {progress.step + 1}: loss {total / max(words, 1):.4g}, norm of the gradient {norm:.4g}; nothing was "
+                f"training diverged at step {progress.step + 1}: loss {total / max(words, 1):.4g}, norm of the "
+                f"gradient {norm:.4g}; nothing was "
                 f"updated, and the checkpoints in {self.checkpoints} are from before that; try a lower --lr or --clip"
             )
         if config.clip and norm > config.clip:
@@ -283,7 +289,8 @@ class LM1BTrainer:
         return wish
 
     def _exchange(self, nll: Tensor, words: Tensor) -> tuple[float, float, float, "Wish"]:
-        """Over all ranks: the summed NLL, the norm of the whole gradient, the words, and what is to be done. The one time that a step waits."""
+        """Over all ranks: the summed NLL, the norm of the whole gradient, the words, and what is to be done. The one
+        time that a step waits."""
         sharded, whole = [], []
         for name, p in self.model.named_parameters():
             (sharded if self.tensors.is_sharded(name) else whole).append(p.grad)
@@ -340,17 +347,18 @@ class LM1BTrainer:
                 epoch_fraction=self.stream.fraction,
             )
         bar.set_postfix_str(
-            f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {speed:,.0f} words/s, {speed / self.ranks.n_ranks:,.0f} a rank",
+            f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {speed:,.0f} words/s, {speed / self.ranks.n_ranks:,.0f} a "
+            "rank",
             refresh=False,
         )
         progress.interval_loss, progress.interval_words, progress.interval_seconds = 0.0, 0, 0.0
 
-    # ---------------------------------------------------------------------------------------------------------- evaluation
+    # ------------------------------------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
     def evaluate(self, files: list[TokenFile]) -> tuple[float, int]:
-        """Mean NLL in nats over every word of the files, </S> and <UNK> among them, and how many that are. The hidden state starts anew
-        with each file."""
+        """Mean NLL in nats over every word of the files, </S> and <UNK> among them, and how many that are. The hidden
+        state starts anew with each file."""
         config, ranks = self.config, self.ranks
         self.model.eval()
         allow_tf32(self.device, False)
@@ -430,7 +438,7 @@ class LM1BTrainer:
             write_json(self.folder / "result.json", result)
         return result
 
-    # --------------------------------------------------------------------------------------------------------- checkpoints
+    # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
         progress = self.progress
