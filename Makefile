@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+LINT := $(VENV)-lint
+NATIVE_SOURCES := $(shell find csrc -type f)
 
 # On a machine without a GPU the CPU build of torch is 200 MB; PyPI's is gigabytes of CUDA. The index that has it
 # is only asked for torch itself; where it cannot be reached, pip takes the torch that it finds elsewhere.
@@ -9,13 +11,27 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH_OPTIONS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 0)
 
-.PHONY: demo test benchmark bench-check sanitize clean
+.PHONY: demo test lint format types benchmark bench-check sanitize clean
 
 demo: $(VENV)/installed
 	$(PY) -m fused_mos.demo
 
 test: $(VENV)/installed
 	$(PY) -m pytest tests -n auto --maxprocesses 4 -p no:benchmark
+
+# seconds: its small environment holds the linters alone
+lint: $(LINT)/installed
+	$(LINT)/bin/ruff check --quiet .
+	$(LINT)/bin/ruff format --quiet --check .
+	$(LINT)/bin/clang-format --dry-run --Werror $(NATIVE_SOURCES)
+
+format: $(LINT)/installed
+	$(LINT)/bin/ruff check --quiet --fix .
+	$(LINT)/bin/ruff format --quiet .
+	$(LINT)/bin/clang-format -i $(NATIVE_SOURCES)
+
+types: $(VENV)/installed
+	$(VENV)/bin/mypy
 
 # about fifteen minutes: times beside peers, into benchmarks/results/, and from there into the documents
 benchmark: $(VENV)/peers-installed
@@ -34,10 +50,15 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(VENV)/bin/pytest -s -p no:cacheprovider tests/test_cpu.py tests/test_functional.py
 
-$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f) constraints.txt Makefile
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH_OPTIONS) "$(TORCH)"
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,types]"
+	touch $@
+
+$(LINT)/installed: constraints.txt
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt ruff clang-format
 	touch $@
 
 $(VENV)/peers-installed: $(VENV)/installed
@@ -46,4 +67,4 @@ $(VENV)/peers-installed: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(LINT) build *.egg-info
