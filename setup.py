@@ -1,8 +1,8 @@
 """Builds the native kernels with CMake and Ninja; all other metadata is in pyproject.toml.
 
-The kernels are optional: where they cannot be built (no C++ compiler, no nvcc), the package installs without them, and
-`fused_mos.backends()` says why the backend `cpu` or `cuda` is missing. FUSED_MOS_NATIVE=0 leaves them out; =1 makes a
-failure fatal, but for a missing nvcc, and warnings and spilled registers of the CUDA kernels, too.
+The kernels are optional: without a C++ compiler or nvcc the package installs without them, and `fused_mos.backends()`
+says why the backend `cpu` or `cuda` is missing. FUSED_MOS_NATIVE=0 leaves them out. FUSED_MOS_NATIVE=1 makes a failed
+build an error, and so are warnings and spilled registers of the CUDA kernels; a missing nvcc is none.
 """
 
 import os
@@ -21,14 +21,14 @@ WANTED = os.environ.get("FUSED_MOS_NATIVE", "")
 
 
 def first_error(log: str) -> str:
-    """The first line of a build's log that speaks of an error, and the lines of its paragraph, as one line."""
+    """Return the first line of a build's log that mentions an error, and the five after it, as one line."""
     lines = [line.strip() for line in log.splitlines()]
     start = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
     return " ".join(line for line in lines[start : start + 6] if line)
 
 
 class CMakeBuild(build_ext):
-    """One run of CMake + Ninja; the modules are installed to where setuptools expects them."""
+    """Run CMake and Ninja for each module, and install it where setuptools expects it."""
 
     def run(self) -> None:
         package = self.package_folder()
@@ -48,26 +48,25 @@ class CMakeBuild(build_ext):
                     raise
                 cause = first_error(str(getattr(error, "output", "") or error))
                 (package / f"{module}_missing.txt").write_text(
-                    f"the native kernels were not built when the package was installed: {cause}\n"
+                    f"this package was built without the native kernels: {cause}\n"
                 )
                 print(f"warning: fused_mos installs without {module}: {cause}", file=sys.stderr)
-        self.extensions = [
-            e for e in self.extensions if e.name.rpartition(".")[2] in built
-        ]  # so that setuptools does not look for others
+        # setuptools looks for all that are left here
+        self.extensions = [e for e in self.extensions if e.name.rpartition(".")[2] in built]
 
     def package_folder(self) -> Path:
-        """The package folder that the modules go to: the source tree's for an editable install, else the build's."""
+        """Return where the modules go: the source tree for an editable install, else the build's copy of it."""
         return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "fused_mos"
 
     def build(self, module: str, target: Path) -> None:
-        """Each module in a folder of its own, so that an nvcc that does not work is not asked for the CPU's."""
+        """Configure each module in its own folder, so that an nvcc that does not work cannot fail the CPU's build."""
         import pybind11
 
         work = Path(self.build_temp).resolve() / module
         work.mkdir(parents=True, exist_ok=True)
         self.call(
-            # afresh: an older cache names the ninja of an isolated build environment that is gone
             "cmake",
+            # an older cache names the ninja of an isolated build environment that is gone
             "--fresh",
             "-S",
             str(ROOT),

@@ -4,6 +4,6 @@ from . import functional
 from ._backends import backends
 from .module import MoC, MoS, Softmax
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["MoC", "MoS", "Softmax", "backends", "functional"]
