@@ -50,6 +50,17 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(VENV)/bin/pytest -s -p no:cacheprovider tests/test_cpu.py tests/test_functional.py
 
+# what a user gets: a wheel in a fresh environment, imported from another folder. The environment takes the dependencies
+# from $(VENV), where nvcc, if there is one, has compiled the CUDA kernels already.
+.PHONY: wheel-check
+wheel-check: $(VENV)/installed
+	rm -rf build/wheel-check build/lib*
+	FUSED_MOS_NATIVE=1 CUDACXX=none $(VENV)/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel-check .
+	$(PY) -m venv build/wheel-check/venv
+	build/wheel-check/venv/bin/pip install --quiet --disable-pip-version-check --no-deps build/wheel-check/*.whl
+	cd build/wheel-check/venv && $(abspath $(PY)) -c "import sysconfig; print(sysconfig.get_path('platlib'))" > $$(bin/python -c "import sysconfig; print(sysconfig.get_path('platlib'))")/dependencies.pth
+	cd build/wheel-check/venv && bin/python ../../../tests/installed.py && bin/python -m fused_mos.train --help > /dev/null
+
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(TORCH_OPTIONS) "$(TORCH)"
