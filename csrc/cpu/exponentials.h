@@ -23,8 +23,8 @@ ALWAYS_INLINE void store_lanes(float* to, const Vector (&v)[NV]) {
   for (int j = 0; j < NV; ++j) store(to + j * kLanes, v[j]);
 }
 
-// Returns in `total` the sums of exp(tile − largest) over n classes; keeps the exponentials in `to` unless it is null.
-// A factor other than 1, the inverse of a temperature, multiplies the difference.
+// Returns in `total` the sums of exp(tile − largest) over n classes; keeps the exponentials in `to` unless it is
+// null. A factor other than 1, the inverse of a temperature, multiplies the difference.
 template <int NV, class Stored>
 ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&largest)[NV], float factor, Stored* to,
                                 Vector (&total)[NV]) {
@@ -39,18 +39,28 @@ ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&large
   }
 }
 
-// From parts with maxima and sums, `stride` apart, of `n` lanes each: maximum and log_total of the whole.
-inline void merge_statistics(const float* maxima, const float* totals, Index n_parts, Index stride, Index n,
-                             float* maximum_out, float* log_total_out) {
+// Statistics of the lanes' logits over each part of the vocabulary, (parts, n_lanes).
+struct PartialStatistics {
+  Index n_lanes;
+  float* maxima;
+  float* totals;  // Σ exp(l − maximum), or null where the maxima are enough
+
+  PartialStatistics from_lane(Index lane) const { return {n_lanes, maxima + lane, totals + lane}; }
+};
+
+// Merges the statistics of `n_parts` parts, for `n` lanes, into the maximum and log_total of the whole.
+inline void merge_statistics(const PartialStatistics& parts, Index n_parts, Index n, float* maximum_out,
+                             float* log_total_out) {
   constexpr Index kTerms = 64;  // summed apart, so that rounding does not grow with the number of parts
   for (Index first = 0; first < n; first += kLanes) {
     Vector largest = broadcast(kLowest);
-    for (Index p = 0; p < n_parts; ++p) largest = maximum(load(maxima + p * stride + first), largest);
+    for (Index p = 0; p < n_parts; ++p) largest = maximum(load(parts.maxima + p * parts.n_lanes + first), largest);
     Vector total{};
     for (Index from = 0; from < n_parts; from += kTerms) {
       Vector terms{};
       for (Index p = from; p < smaller(from + kTerms, n_parts); ++p) {
-        terms += load(totals + p * stride + first) * exp_nonpositive(load(maxima + p * stride + first) - largest);
+        const Index at = p * parts.n_lanes + first;
+        terms += load(parts.totals + at) * exp_nonpositive(load(parts.maxima + at) - largest);
       }
       total += terms;
     }
@@ -61,12 +71,18 @@ inline void merge_statistics(const float* maxima, const float* totals, Index n_p
   }
 }
 
-// The logits of this panel's targets, read from a tile of logits.
-inline void pick_targets(const float* tile, const RowBlocks& blocks, Index block, const int64_t* target, Index panel,
-                         Index n, float* target_logit) {
+// The rows' targets and where their logits go, (R,) each; null where there are none to find.
+struct Targets {
+  const int64_t* target;
+  float* logit;
+};
+
+// Reads the logits of this panel's targets from its tile of n classes.
+inline void pick_targets(const float* tile, const RowBlocks& blocks, Index block, Index panel, Index n,
+                         const Targets& targets) {
   for (Index lane = 0; lane < blocks.filled[block]; ++lane) {
-    const Index row = blocks.source[block * kBlock + lane], v = target[row] - panel * kPanel;
-    if (v >= 0 && v < n) target_logit[row] = tile[v * kBlock + lane];
+    const Index row = blocks.source[block * kBlock + lane], v = targets.target[row] - panel * kPanel;
+    if (v >= 0 && v < n) targets.logit[row] = tile[v * kBlock + lane];
   }
 }
 

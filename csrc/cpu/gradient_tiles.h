@@ -9,15 +9,13 @@
 
 namespace {
 
-constexpr Index kTile = kPanel * kBlock;
 constexpr Index kLine = 64;             // bytes of a cache line
 constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their tiles of a panel stay in the L2 cache
 
 // Prefetches the part-th of `parts` shares: what is read next lies far apart, and each line's latency would be seen.
 ALWAYS_INLINE void prefetch_share(const void* from, Index bytes, Index part, Index parts) {
-  const Index lines = bytes / kLine;
-  for (Index line = lines * part / parts; line < lines * (part + 1) / parts; ++line)
-    prefetch((const char*)from + line * kLine);
+  const Range lines = share(bytes / kLine, part, parts);
+  for (Index line = lines.begin; line < lines.end; ++line) prefetch((const char*)from + line * kLine);
 }
 
 // Where the gradients go; null where they are not needed.
@@ -29,6 +27,31 @@ struct Gradients {
   float* bias;
 
   bool of_weight() const { return weight || weight_sums; }
+};
+
+// Shares dz between the threads, cut into tile rows (kTileRows rows) and blocks of columns. A thread takes some tile
+// rows and, where these are few or E is larger than they, only some of the columns.
+struct RowsPartition {
+  static constexpr Index kTileRowsOfBlock = kBlock / kTileRows;
+
+  RowsPartition(Index n_blocks, Index column_blocks, int n_threads)
+      : n_tile_rows(n_blocks * kTileRowsOfBlock), column_blocks(column_blocks) {
+    Index wanted = 1;
+    for (Index n = 2; 2 * n_blocks < column_blocks && 2 * n <= column_blocks && n <= n_threads; ++n) {
+      if (n_threads % n == 0) wanted = n;
+    }
+    row_parts = smaller(n_tile_rows, n_threads / wanted);
+    column_parts = smaller(column_blocks, n_threads / larger(row_parts, 1));
+  }
+
+  Index n_parts() const { return row_parts * column_parts; }
+  Range tile_rows(Index part) const { return share(n_tile_rows, part / column_parts, row_parts); }
+  Range columns(Index part, Index n_features) const {
+    const Range blocks = share(column_blocks, part % column_parts, column_parts);
+    return {blocks.begin * kBlock, smaller(blocks.end * kBlock, n_features)};
+  }
+
+  Index n_tile_rows, column_blocks, row_parts, column_parts;
 };
 
 template <class T>
@@ -60,6 +83,7 @@ class GradientTiles {
   Op* packed(Index block) const { return packed_ + block * kBlock * steps_of<Op>(head_.n_features); }
   void* scratch(int thread) const { return scratch_ + scratch_bytes_ * thread; }
   float* tile_scratch(int thread) const { return tile_scratch_ + kTile * thread; }
+  const Gradients<T>& gradients() const { return gradients_; }
 
   // Takes blocks of rows for the logits. To be called by one thread, as all below.
   void pack(const RowBlocks& blocks) {
@@ -86,99 +110,27 @@ class GradientTiles {
   // Adds the tiles of one panel, which hold dl, to dE.
   void add_to_weight(const RowBlocks& kept, Index panel, Index panel_of_span, int thread) const {
     const Index n = classes_in(head_, panel), features = head_.n_features;
-    float* out = nullptr;
-    Index stride = features;
-    bool padded = false;
-    if (gradients_.weight_sums) {
-      out = gradients_.weight_sums + panel * kPanel * features;
-    } else if constexpr (kDirect) {
-      out = gradients_.weight + panel * kPanel * features;
-    } else {
-      out = panel_sums_ + kPanel * width_ * thread;
-      stride = width_;
-      padded = true;
-      memset(out, 0, sizeof(float) * kPanel * width_);
-    }
+    const WeightSums sums = weight_sums(panel, thread);
     for (Index first = 0; first < kept.n_blocks; first += kBlocksOfProduct) {
-      const Index last = smaller(first + kBlocksOfProduct, kept.n_blocks);
-      for (Index d = 0; d < features; d += kBlock) {
-        with_vectors(ceil_div(features - d, kLanes), [&](auto vectors) {
-          for (Index v = 0; v < n; v += kTileRows) {
-            Vector sum[kTileRows][decltype(vectors)::value];
-            clear(sum);
-            for (Index b = first; b < last; ++b) {
-              multiply((const Op*)(tile(panel_of_span, b) + v * kBlock), kBlock / kDepth, 1,
-                       (const Op*)right_ + d / kBlock * right_block_ + b * kBlock / kDepth * kBlock, kBlock,
-                       ceil_div(kept.filled[b], kDepth), sum);
-            }
-            add_to(out + v * stride + d, stride, n - v, (padded ? width_ : features) - d, sum);
-          }
-        });
-      }
+      const Range blocks = chunk_at(kept.n_blocks, first, kBlocksOfProduct);
+      for (Index d = 0; d < features; d += kBlock) add_weight_product(kept, blocks, panel_of_span, n, d, sums);
     }
     if constexpr (!kDirect) {
-      if (!padded) return;
+      if (gradients_.weight_sums) return;
       for (Index v = 0; v < n; ++v)
-        narrow_row(out + v * width_, features, gradients_.weight + (panel * kPanel + v) * features);
+        narrow_row(sums.rows + v * sums.stride, features, gradients_.weight + (panel * kPanel + v) * features);
     }
   }
 
-  // Adds the tiles of a span of panels to the sums of dz. E is copied by blocks of columns: where it lies, the rows of such a block are far
-  // apart, fill their lines by half and share few sets of the cache.
-  void add_to_rows(const RowBlocks& kept, Index first_panel, Index n_panels) {
-    // a thread takes some tile rows of the blocks and, where these are few or E is more than they, some of the columns
-    const Index groups = kept.n_blocks * (kBlock / kTileRows), column_blocks = ceil_div(head_.n_features, kBlock);
-    Index column_parts = 1;
-    for (Index n = 2; 2 * kept.n_blocks < column_blocks && 2 * n <= column_blocks && n <= head_.n_threads; ++n) {
-      if (head_.n_threads % n == 0) column_parts = n;
-    }
-    const Index row_parts = smaller(groups, head_.n_threads / column_parts);
-    column_parts = smaller(column_blocks, head_.n_threads / larger(row_parts, 1));
-    const Index parts = row_parts * column_parts;
+  // Adds the tiles of a span of panels to the sums of dz.
+  void add_to_rows(const RowBlocks& kept, Range span) {
+    const RowsPartition partition(kept.n_blocks, ceil_div(head_.n_features, kBlock), head_.n_threads);
     Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
 #pragma omp parallel for num_threads(head_.n_threads) schedule(static, 1)
-    for (Index part = 0; part < parts; ++part) {
-      const Index row_part = part / column_parts, column_part = part % column_parts;
-      const Index first = groups * row_part / row_parts, last = groups * (row_part + 1) / row_parts;
-      const Index first_column = column_blocks * column_part / column_parts * kBlock;
-      const Index last_column = smaller(column_blocks * (column_part + 1) / column_parts * kBlock, head_.n_features);
+    for (Index part = 0; part < partition.n_parts(); ++part) {
       const int thread = omp_get_thread_num();
-      const Index column_sets = ceil_div(last_column - first_column, kColumnsOfProduct);
-      const Index first_block = first / (kBlock / kTileRows), end_block = ceil_div(last, kBlock / kTileRows);
-      Op* e = (Op*)scratch(thread);
-      for (Index i = 0; i < n_panels * column_sets; ++i) {
-        const Index p = i / column_sets, start = first_column + i % column_sets * kColumnsOfProduct;
-        const Index end = smaller(start + kColumnsOfProduct, last_column);
-        const Index next_p = smaller((i + 1) / column_sets, n_panels - 1);
-        const Index n = classes_in(head_, first_panel + p), steps = ceil_div(n, kDepth);
-        const auto* panel = (const In*)head_.weight + (first_panel + p) * kPanel * head_.n_features;
-        pack_columns<T>(panel, nullptr, n, head_.n_features, start, end, steps * kBlock, e);
-        for (Index b = first_block; b < end_block; ++b) {
-          const Op* left;
-          if constexpr (kDepth == 2) {
-            left = pair_classes(tile(p, b), n, kept.vectors(b), paired + kTile / 2 * thread);
-          } else {
-            left = tile(p, b);
-          }
-          const Index block_start = b * (kBlock / kTileRows);
-          const Index from = larger(first - block_start, 0) * kTileRows;
-          const Index to = smaller((last - block_start) * kTileRows, kept.filled[b]);
-          const Stored* next_tile = b + 1 < end_block ? tile(p, b + 1) : tile(next_p, first_block);
-          const Index calls = larger(ceil_div(end - start, kBlock) * ceil_div(to - from, kTileRows), 1);
-          Index call = 0;
-          for (Index d = start; d < end; d += kBlock) {
-            with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
-              for (Index r = from; r < to; r += kTileRows, ++call) {
-                prefetch_share(next_tile, kTile * Index(sizeof(Stored)), call, calls);
-                Vector sum[kTileRows][decltype(vectors)::value];
-                clear(sum);
-                multiply(left + r, 1, kBlock, (const Op*)e + (d - start) * steps, kBlock, steps, sum);
-                add_to(row_sums_ + d * lanes_ + (b * kBlock + r) * kBlock, kBlock, kTileRows, kBlock, sum);
-              }
-            });
-          }
-        }
-      }
+      add_part_to_rows(kept, span, partition.tile_rows(part), partition.columns(part, head_.n_features),
+                       (Op*)scratch(thread), kDepth == 2 ? paired + kTile / 2 * thread : nullptr);
     }
   }
 
@@ -200,6 +152,90 @@ class GradientTiles {
 
   static Index columns_scratch_bytes(const Head& head) {
     return sizeof(Op) * steps_of<Op>(kPanel) * smaller(kColumnsOfProduct, round_up(head.n_features, kBlock));
+  }
+
+  // The memory that the sums of one panel's dE are made in, (kPanel, stride).
+  struct WeightSums {
+    float* rows;
+    Index stride;
+  };
+
+  // Float32 gradients are summed where they are returned, others in this thread's own memory or, if several chunks of
+  // rows add to them, in a float32 copy of the whole.
+  WeightSums weight_sums(Index panel, int thread) const {
+    if (gradients_.weight_sums) {
+      return {gradients_.weight_sums + panel * kPanel * head_.n_features, head_.n_features};
+    }
+    if constexpr (kDirect) {
+      return {gradients_.weight + panel * kPanel * head_.n_features, head_.n_features};
+    } else {
+      float* sums = panel_sums_ + kPanel * width_ * thread;
+      memset(sums, 0, sizeof(float) * kPanel * width_);
+      return {sums, width_};
+    }
+  }
+
+  // Adds dlᵀ·z over the rows of some blocks to dE of one panel (n classes), in the columns [d, d + kBlock).
+  void add_weight_product(const RowBlocks& kept, Range blocks, Index panel_of_span, Index n, Index d,
+                          WeightSums sums) const {
+    with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
+      for (Index v = 0; v < n; v += kTileRows) {
+        Vector sum[kTileRows][decltype(vectors)::value];
+        clear(sum);
+        for (Index b = blocks.begin; b < blocks.end; ++b) {
+          multiply((const Op*)(tile(panel_of_span, b) + v * kBlock), kBlock / kDepth, 1,
+                   (const Op*)right_ + d / kBlock * right_block_ + b * kBlock / kDepth * kBlock, kBlock,
+                   ceil_div(kept.filled[b], kDepth), sum);
+        }
+        add_to(sums.rows + v * sums.stride + d, sums.stride, n - v, sums.stride - d, sum);
+      }
+    });
+  }
+
+  // Adds dl·E over a span of panels to one thread's part of dz. E is copied by blocks of columns: where it lies, the
+  // rows of such a block are far apart, fill their lines by half and share few sets of the cache.
+  void add_part_to_rows(const RowBlocks& kept, Range span, Range tile_rows, Range columns, Op* e, Op* paired) {
+    constexpr Index kTileRowsOfBlock = RowsPartition::kTileRowsOfBlock;
+    const Range blocks{tile_rows.begin / kTileRowsOfBlock, ceil_div(tile_rows.end, kTileRowsOfBlock)};
+    const Index column_sets = ceil_div(columns.size(), kColumnsOfProduct);
+    for (Index i = 0; i < span.size() * column_sets; ++i) {
+      const Index p = i / column_sets, next_p = smaller((i + 1) / column_sets, span.size() - 1);
+      const Range set = chunk_at(columns.end, columns.begin + i % column_sets * kColumnsOfProduct, kColumnsOfProduct);
+      const Index n = classes_in(head_, span.begin + p), steps = ceil_div(n, kDepth);
+      const auto* panel = (const In*)head_.weight + (span.begin + p) * kPanel * head_.n_features;
+      pack_columns<T>(panel, nullptr, n, head_.n_features, set.begin, set.end, steps * kBlock, e);
+      for (Index b = blocks.begin; b < blocks.end; ++b) {
+        const Op* dl;
+        if constexpr (kDepth == 2) {
+          dl = pair_classes(tile(p, b), n, kept.vectors(b), paired);
+        } else {
+          dl = tile(p, b);
+        }
+        const Index first_tile_row = b * kTileRowsOfBlock;
+        const Range rows{larger(tile_rows.begin - first_tile_row, 0) * kTileRows,
+                         smaller((tile_rows.end - first_tile_row) * kTileRows, kept.filled[b])};
+        const Stored* next_tile = b + 1 < blocks.end ? tile(p, b + 1) : tile(next_p, blocks.begin);
+        add_rows_product(b, rows, set, dl, e, steps, next_tile);
+      }
+    }
+  }
+
+  // Adds dl·E over one panel to dz of some rows of a block, in some columns; prefetches the next tile meanwhile.
+  void add_rows_product(Index block, Range rows, Range columns, const Op* dl, const Op* e, Index steps,
+                        const Stored* next_tile) {
+    const Index calls = larger(ceil_div(columns.size(), kBlock) * ceil_div(rows.size(), kTileRows), 1);
+    Index call = 0;
+    for (Index d = columns.begin; d < columns.end; d += kBlock) {
+      with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
+        for (Index r = rows.begin; r < rows.end; r += kTileRows, ++call) {
+          prefetch_share(next_tile, kTile * Index(sizeof(Stored)), call, calls);
+          Vector sum[kTileRows][decltype(vectors)::value];
+          clear(sum);
+          multiply(dl + r, 1, kBlock, e + (d - columns.begin) * steps, kBlock, steps, sum);
+          add_to(row_sums_ + d * lanes_ + (block * kBlock + r) * kBlock, kBlock, kTileRows, kBlock, sum);
+        }
+      });
+    }
   }
 
   // (classes, kBlock) of bfloat16 -> (classes / 2, kBlock) of pairs of classes

@@ -1,5 +1,5 @@
-// The backward pass of the negative log-likelihood, recomputing the logits (4 products), and the forward pass that forms
-// the gradients at once (3 products).
+// The backward pass of the negative log-likelihood, recomputing the logits (4 products), and the forward pass that
+// forms the gradients at once (3 products).
 #include "family.h"
 #include "gradient_tiles.h"
 
@@ -51,18 +51,19 @@ struct KeptRows {
   Buffer<float> maximum, log_total, grad_lse, grad_target;
 };
 
-// Fills the tiles of a span of panels with exp(l − the panel's maximum), and the panels' maxima and sums.
+// Fills the tiles of a span of panels with exp(l − the panel's maximum), and the statistics of each of these panels.
 template <class T>
-void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const RowBlocks& blocks, Index first_panel,
-                       Index n_panels, const int64_t* target, float* target_logit, float* maxima, float* totals) {
-  const Index n_lanes = blocks.n_blocks * kBlock, sets = ceil_div(blocks.n_blocks, kBlocksOfProduct);
+void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const RowBlocks& blocks, Range span,
+                       const Targets& targets, const PartialStatistics& statistics) {
+  const Index sets = ceil_div(blocks.n_blocks, kBlocksOfProduct);
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
-  for (Index task = 0; task < n_panels * sets; ++task) {
-    const Index p = task / sets, first = task % sets * kBlocksOfProduct,
-                last = smaller(first + kBlocksOfProduct, blocks.n_blocks);
+  for (Index task = 0; task < span.size() * sets; ++task) {
+    const Index p = task / sets;
+    const Range set = chunk_at(blocks.n_blocks, task % sets * kBlocksOfProduct, kBlocksOfProduct);
     const int thread = omp_get_thread_num();
-    const auto e = logits_operand<T>(head, first_panel + p, tiles.scratch(thread));
-    for (Index b = first; b < last; ++b) {
+    const auto e = logits_operand<T>(head, span.begin + p, tiles.scratch(thread));
+    for (Index b = set.begin; b < set.end; ++b) {
+      const Index first_lane = p * statistics.n_lanes + b * kBlock;
       auto* exponentials = tiles.tile(p, b);
       float* tile;
       if constexpr (sizeof(*exponentials) == sizeof(float)) {
@@ -75,78 +76,95 @@ void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const Ro
         Vector largest[NV], total[NV];
         fill(largest, kLowest);
         logits_tile(e, tiles.packed(b), tile, largest);
-        if (target_logit) pick_targets(tile, blocks, b, target, first_panel + p, e.n_classes, target_logit);
+        if (targets.target) pick_targets(tile, blocks, b, span.begin + p, e.n_classes, targets);
         exponentiate(tile, e.n_classes, largest, 1.0f, exponentials, total);
-        store_lanes(maxima + p * n_lanes + b * kBlock, largest);
-        if (totals) store_lanes(totals + p * n_lanes + b * kBlock, total);
+        store_lanes(statistics.maxima + first_lane, largest);
+        if (statistics.totals) store_lanes(statistics.totals + first_lane, total);
       });
     }
   }
 }
 
-// Turns the exponentials of one panel into dl, in place, the kept rows moving up, and adds their sums to the bias's gradient.
-// A kept row's lane never lies behind the lane it comes from, so nothing is overwritten before it is read.
+// Scales the exponentials of a panel to dl for one block of kept rows: row i of it is factor[i] times the row at
+// offset[i] in the panel's tiles.
+struct BlockScale {
+  BlockScale(const KeptRows& kept, Index block, Index n_rows, Index n_lanes, const float* maxima) {
+    const Index first = block * kBlock;
+    for (Index i = 0; i < n_rows; ++i) {
+      const Index lane = kept.origin[first + i];
+      factor[i] = maxima[lane] - kept.maximum[first + i];
+      offset[i] = lane / kBlock * kTile + lane % kBlock;
+      in_place &= lane == first + i;
+    }
+    for (Index j = 0; j < n_lanes; j += kLanes) {
+      store(factor + j,
+            load(kept.grad_lse + first + j) * exp_nonpositive(load(factor + j) - load(kept.log_total + first + j)));
+    }
+  }
+
+  float factor[kBlock] = {};
+  Index offset[kBlock];
+  bool in_place = true;  // the rows are where they were
+};
+
+// Turns the exponentials of one panel into dl, in place, the kept rows moving up, and adds their sums to the bias's
+// gradient. A kept row's lane never lies behind the lane it comes from, so nothing is overwritten before it is read.
 template <class T>
 void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks,
-                  Index panel, Index panel_of_span, const float* maxima, float* grad_bias) {
+                  Index panel, Index panel_of_span, const float* maxima) {
   const Index n = classes_in(head, panel);
+  const auto* exponentials = tiles.tile(panel_of_span, 0);
   float bias_sums[kPanel * kLanes];
   memset(bias_sums, 0, sizeof bias_sums);
   for (Index b = 0; b < blocks.n_blocks; ++b) {
-    const Index* origin = kept.origin + b * kBlock;
     const Index filled = blocks.filled[b], n_lanes = blocks.vectors(b) * kLanes;
-    auto* to = tiles.tile(panel_of_span, b);
-    float factor[kBlock] = {}, moved[kBlock] = {}, at_target[kBlock];
-    Index offset[kBlock];
-    bool in_place = true;
-    for (Index i = 0; i < filled; ++i) {
-      factor[i] = maxima[origin[i]] - kept.maximum[b * kBlock + i];
-      offset[i] = origin[i] / kBlock * kTile + origin[i] % kBlock;
-      in_place &= origin[i] == b * kBlock + i;
-    }
-    for (Index j = 0; j < n_lanes; j += kLanes) {
-      store(factor + j, load(kept.grad_lse + b * kBlock + j) *
-                            exp_nonpositive(load(factor + j) - load(kept.log_total + b * kBlock + j)));
-    }
-    const auto* from = tiles.tile(panel_of_span, 0);
-    for (Index i = 0; i < filled; ++i) {
-      const Index v = kept.target[b * kBlock + i] - panel * kPanel;
-      if (v >= 0 && v < n)
-        at_target[i] = factor[i] * widen(from[offset[i] + v * kBlock]) - kept.grad_target[b * kBlock + i];
-    }
-    for (Index v = 0; v < n; ++v) {
-      auto* row = to + v * kBlock;
-      if (!in_place) {
-        for (Index i = 0; i < filled; ++i) moved[i] = widen(from[offset[i] + v * kBlock]);
-      }
-      for (Index j = 0; j < n_lanes; j += kLanes) {
-        const Vector dl = (in_place ? load(row + j) : load(moved + j)) * load(factor + j);
-        store(row + j, dl);
-        store(bias_sums + v * kLanes, load(bias_sums + v * kLanes) + dl);
-      }
-    }
+    const BlockScale scale(kept, b, filled, n_lanes, maxima);
+    auto* dl = tiles.tile(panel_of_span, b);
+
+    // the targets' entries, in float32, before the tile rounds them
+    float at_target[kBlock];
     for (Index i = 0; i < filled; ++i) {
       const Index v = kept.target[b * kBlock + i] - panel * kPanel;
       if (v < 0 || v >= n) continue;
-      narrow(at_target[i], to + v * kBlock + i);
+      at_target[i] =
+          scale.factor[i] * widen(exponentials[scale.offset[i] + v * kBlock]) - kept.grad_target[b * kBlock + i];
+    }
+
+    float moved[kBlock] = {};
+    for (Index v = 0; v < n; ++v) {
+      auto* row = dl + v * kBlock;
+      if (!scale.in_place) {
+        for (Index i = 0; i < filled; ++i) moved[i] = widen(exponentials[scale.offset[i] + v * kBlock]);
+      }
+      for (Index j = 0; j < n_lanes; j += kLanes) {
+        const Vector scaled = (scale.in_place ? load(row + j) : load(moved + j)) * load(scale.factor + j);
+        store(row + j, scaled);
+        store(bias_sums + v * kLanes, load(bias_sums + v * kLanes) + scaled);
+      }
+    }
+
+    for (Index i = 0; i < filled; ++i) {
+      const Index v = kept.target[b * kBlock + i] - panel * kPanel;
+      if (v < 0 || v >= n) continue;
+      narrow(at_target[i], dl + v * kBlock + i);
       bias_sums[v * kLanes] -= kept.grad_target[b * kBlock + i];
     }
   }
+  float* grad_bias = tiles.gradients().bias;
   if (!grad_bias) return;
   for (Index v = 0; v < n; ++v) grad_bias[panel * kPanel + v] += sum(load(bias_sums + v * kLanes));
 }
 
-// dl, then dE, then dz, of a span whose tiles hold exponentials.
+// Forms dl of a span whose tiles hold exponentials, and adds it to dE and dz.
 template <class T>
-void add_gradients(const Head& head, GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks,
-                   Index n_lanes, Index first_panel, Index n_panels, const float* maxima,
-                   const Gradients<T>& gradients) {
+void add_gradients(const Head& head, GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks, Range span,
+                   const PartialStatistics& statistics) {
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
-  for (Index p = 0; p < n_panels; ++p) {
-    finish_panel(head, tiles, kept, blocks, first_panel + p, p, maxima + p * n_lanes, gradients.bias);
-    if (gradients.of_weight()) tiles.add_to_weight(blocks, first_panel + p, p, omp_get_thread_num());
+  for (Index p = 0; p < span.size(); ++p) {
+    finish_panel(head, tiles, kept, blocks, span.begin + p, p, statistics.maxima + p * statistics.n_lanes);
+    if (tiles.gradients().of_weight()) tiles.add_to_weight(blocks, span.begin + p, p, omp_get_thread_num());
   }
-  if (gradients.rows) tiles.add_to_rows(blocks, first_panel, n_panels);
+  if (tiles.gradients().rows) tiles.add_to_rows(blocks, span);
 }
 
 inline Index rows_of_chunk(const Head& head) {
@@ -162,10 +180,10 @@ void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
   const Index panels = panels_of(head), chunk = kDirect ? smaller(rows_of_chunk(head), a.n_rows) : a.n_rows;
   const Index max_blocks = ceil_div(chunk, kBlock);
   const Index bytes_of_panel = max_blocks * kTile * sizeof(typename T::Stored);
-  const Index span = smaller(panels, larger(head.workspace_bytes / bytes_of_panel, head.n_threads));
-  GradientTiles<T> tiles(head, (const In*)a.rows, gradients, max_blocks, span);
+  const Index max_span = smaller(panels, larger(head.workspace_bytes / bytes_of_panel, head.n_threads));
+  GradientTiles<T> tiles(head, (const In*)a.rows, gradients, max_blocks, max_span);
   KeptRows kept(max_blocks * kBlock);
-  Buffer<float> maxima(span * max_blocks * kBlock);
+  Buffer<float> maxima(max_span * max_blocks * kBlock);
   for (Index first = 0; first < a.n_rows; first += chunk) {
     const Index n = smaller(chunk, a.n_rows - first);
     kept.clear();
@@ -176,16 +194,17 @@ void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
     const RowBlocks blocks = kept.blocks();
     tiles.pack(blocks);
     tiles.begin(blocks);
-    for (Index panel = 0; panel < panels; panel += span) {
-      const Index n_panels = smaller(span, panels - panel);
-      exponentiate_span(head, tiles, blocks, panel, n_panels, nullptr, nullptr, maxima, nullptr);
-      add_gradients(head, tiles, kept, blocks, blocks.n_blocks * kBlock, panel, n_panels, maxima, gradients);
+    const PartialStatistics statistics{blocks.n_blocks * kBlock, maxima, nullptr};
+    for (Index panel = 0; panel < panels; panel += max_span) {
+      const Range span = chunk_at(panels, panel, max_span);
+      exponentiate_span(head, tiles, blocks, span, {nullptr, nullptr}, statistics);
+      add_gradients(head, tiles, kept, blocks, span, statistics);
     }
     if (gradients.rows) tiles.end(blocks);
   }
 }
 
-// Of one token: its loss, its responsibilities r (K,), and ∂nll/∂a = π − r.
+// Computes one token's loss, its responsibilities r (K,), and the prior's gradient scale·(π − r).
 inline void mix_token(const NllArguments& a, Index token, float* responsibility) {
   const Index k = a.n_experts, first = token * k;
   double largest = -INFINITY, total = 0;
@@ -195,15 +214,26 @@ inline void mix_token(const NllArguments& a, Index token, float* responsibility)
     largest = joint > largest || joint != joint ? joint : largest;
     responsibility[e] = float(joint);
   }
-  const double shift =
-      largest == -INFINITY ? 0 : largest;  // where no expert gives it any probability, nobody is responsible
+  // where no expert gives it any probability, nobody is responsible
+  const double shift = largest == -INFINITY ? 0 : largest;
   for (Index e = 0; e < k; ++e) total += exp(responsibility[e] - shift);
   a.nll[token] = float(-(shift + log(total)));
   for (Index e = 0; e < k; ++e) {
     responsibility[e] = !a.valid[token] || total == 0 ? 0.0f : float(exp(responsibility[e] - shift) / total);
-    if (a.grad_prior)
-      a.grad_prior[first + e] =
-          a.valid[token] ? a.scale * (float(exp(double(a.log_prior[first + e]))) - responsibility[e]) : 0.0f;
+    if (!a.grad_prior) continue;
+    const float prior = float(exp(double(a.log_prior[first + e])));
+    a.grad_prior[first + e] = a.valid[token] ? a.scale * (prior - responsibility[e]) : 0.0f;
+  }
+}
+
+// Keeps those rows of a block of tokens whose responsibilities (one per row of the block) the filter lets pass.
+inline void keep_responsible(const NllArguments& a, Range rows, const int64_t* target, const float* responsibility,
+                             KeptRows& kept) {
+  kept.clear();
+  for (Index row = rows.begin; row < rows.end; ++row) {
+    const float r = responsibility[row - rows.begin];
+    if (r == 0 || r < a.filter_eps) continue;
+    kept.add(row - rows.begin, row, target[row], a.maximum[row], a.log_total[row], a.scale * r, a.scale * r);
   }
 }
 
@@ -211,43 +241,36 @@ template <class T>
 void nll_with_gradients_of(const Head& head, const NllArguments& a) {
   using In = typename T::In;
   const Index k = a.n_experts, panels = panels_of(head), n_rows = a.n_tokens * k;
-  const Index tokens_of_block = a.tokens_of_block;
-  const Index max_blocks = ceil_div(tokens_of_block * k, kBlock);
-  const bool sums = sizeof(In) != sizeof(float) && a.grad_weight && tokens_of_block < a.n_tokens;
+  const Index max_blocks = ceil_div(a.tokens_of_block * k, kBlock);
+  const bool sums = sizeof(In) != sizeof(float) && a.grad_weight && a.tokens_of_block < a.n_tokens;
   Buffer<float> weight_sums(sums ? head.n_classes * head.n_features : 0);
   if (sums && head.n_features) memset(weight_sums, 0, sizeof(float) * head.n_classes * head.n_features);
   const Gradients<T> gradients{(In*)a.grad_latent, sums ? nullptr : (In*)a.grad_weight, weight_sums, a.grad_bias};
   GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, panels);
   KeptRows kept(max_blocks * kBlock);
   Buffer<float> maxima(panels * max_blocks * kBlock), totals(panels * max_blocks * kBlock),
-      responsibility(tokens_of_block * k);
+      responsibility(a.tokens_of_block * k);
   for (Index i = 0; i < n_rows; ++i) a.target_logit[i] = NAN;
   Buffer<int64_t> target(n_rows);
   for (Index i = 0; i < n_rows; ++i) target[i] = a.target[i / k];
-  for (Index token = 0; token < a.n_tokens; token += tokens_of_block) {
-    const Index n_tokens = smaller(tokens_of_block, a.n_tokens - token), first = token * k, n = n_tokens * k;
-    const ConsecutiveRows rows(first, n);
-    const RowBlocks all = rows.blocks();
-    const Index n_lanes = all.n_blocks * kBlock;
+  for (Index token = 0; token < a.n_tokens; token += a.tokens_of_block) {
+    const Range tokens = chunk_at(a.n_tokens, token, a.tokens_of_block), rows{tokens.begin * k, tokens.end * k};
+    const ConsecutiveRows consecutive(rows.begin, rows.size());
+    const RowBlocks all = consecutive.blocks();
+    const PartialStatistics statistics{all.n_blocks * kBlock, maxima, totals};
     tiles.pack(all);
-    exponentiate_span(head, tiles, all, 0, panels, target, a.target_logit, maxima, totals);
+    exponentiate_span(head, tiles, all, {0, panels}, {target, a.target_logit}, statistics);
 #pragma omp parallel for num_threads(head.n_threads)
     for (Index b = 0; b < all.n_blocks; ++b) {
-      const Index lane = b * kBlock;
-      merge_statistics(maxima + lane, totals + lane, panels, n_lanes, all.filled[b], a.maximum + first + lane,
-                       a.log_total + first + lane);
+      const Index first = rows.begin + b * kBlock;
+      merge_statistics(statistics.from_lane(b * kBlock), panels, all.filled[b], a.maximum + first, a.log_total + first);
     }
-    for (Index t = 0; t < n_tokens; ++t) mix_token(a, token + t, responsibility + t * k);
-    kept.clear();
-    for (Index i = 0; i < n; ++i) {
-      const float r = responsibility[i];
-      if (r == 0 || r < a.filter_eps) continue;
-      kept.add(i, first + i, target[first + i], a.maximum[first + i], a.log_total[first + i], a.scale * r, a.scale * r);
-    }
+    for (Index t = 0; t < tokens.size(); ++t) mix_token(a, tokens.begin + t, responsibility + t * k);
+    keep_responsible(a, rows, target, responsibility, kept);
     if (kept.n_rows == 0) continue;
     const RowBlocks blocks = kept.blocks();
     tiles.begin(blocks);
-    add_gradients(head, tiles, kept, blocks, n_lanes, 0, panels, maxima, gradients);
+    add_gradients(head, tiles, kept, blocks, {0, panels}, statistics);
     if (gradients.rows) tiles.end(blocks);
   }
   if (!sums) return;

@@ -1,11 +1,11 @@
 // Operands in the layouts that the products read: which of them are copied, and how.
 //
-//   logits   Sᵀ (V, rows) = E (V, D) · zᵀ (D, rows)   classes broadcast from E as it lies; rows in lanes, so that
-//                                                      maxima and sums over the classes need no shuffles
-//   dE (V, D) = dlᵀ (V, rows) · z (rows, D)            dl as it lies in its tiles, blocks of columns of z copied
-//   dz (rows, D) = dl (rows, V) · E (V, D)             the same tiles, blocks of columns of E copied one after the other
+//   logits (V, rows) = E (V, D) · zᵀ (D, rows)   classes broadcast from E as it lies; rows in lanes, so that
+//                                                maxima and sums over the classes need no shuffles
+//   dE (V, D) = dlᵀ (V, rows) · z (rows, D)      dl as it lies in its tiles, blocks of columns of z copied
+//   dz (rows, D) = dl (rows, V) · E (V, D)       the same tiles, blocks of columns of E copied one after the other
 //
-// With pairs of bfloat16 each operand is interleaved along the dimension that is summed over.
+// Pairs of bfloat16 are interleaved, in each operand, along the dimension that is summed over.
 #pragma once
 
 #include <math.h>
@@ -58,6 +58,10 @@ inline Index padded_features(const Head& head) {
   return (lines + (lines % 2 == 0)) * kLanes;
 }
 
+// The most groups of panels that are summed apart, as tasks. Their number does not depend on that of the threads, so
+// each sum is made in the same order.
+constexpr Index kGroups = 16;
+
 inline Index panels_of(const Head& head) { return ceil_div(head.n_classes, kPanel); }
 
 inline Index classes_in(const Head& head, Index panel) { return smaller(kPanel, head.n_classes - panel * kPanel); }
@@ -71,7 +75,7 @@ struct RowBlocks {
   Index vectors(Index block) const { return ceil_div(filled[block], kLanes); }
 };
 
-// ------------------------------------------------------------------------------------------- z as the logits' right side
+// ---------------------------------------------------------------------------------------- z as the logits' right side
 
 inline void pack_lane(const float* row, Index features, int lane, float* to) {
   for (Index d = 0; d < features; ++d) to[d * kBlock + lane] = row[d];
@@ -116,7 +120,7 @@ void pack_block(const Head& head, const typename T::In* rows, const RowBlocks& b
   }
 }
 
-// ------------------------------------------------------------------------------------------- E as the logits' left side
+// ---------------------------------------------------------------------------------------- E as the logits' left side
 
 template <class Op>
 struct LogitsOperand {
@@ -166,7 +170,7 @@ LogitsOperand<typename T::Op> logits_operand(const Head& head, Index panel, void
   return {copy, steps, padded_bias, n};
 }
 
-// tile (kPanel, kBlock) = E·zᵀ + b of one panel and block; largest = the maxima over the classes, of the old ones too.
+// Computes tile (kPanel, kBlock) = E·zᵀ + b of one panel and block; raises `largest` to the maxima over the classes.
 template <class Op, int NV>
 ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* tile, Vector (&largest)[NV]) {
   for (Index v = 0; v < e.n_classes; v += kTileRows) {
@@ -186,7 +190,7 @@ ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* t
   }
 }
 
-// ------------------------------------------------------------------------------------ E and z as right sides of gradients
+// --------------------------------------------------------------------------------- E and z as right sides of gradients
 
 inline void merge_rows(const float* row, const float*, Index n, float* to) { copy_row(row, n, to); }
 
@@ -198,8 +202,8 @@ inline void merge_rows(const Bfloat16* row, const Bfloat16* next, Index n, Pair*
   for (Index i = 0; i < n; ++i) to[i] = pair(row[i], Bfloat16{0});
 }
 
-// Columns [start, end) of the rows source[0..n), or 0..n where it is null: a block of kBlock of them after the other, `stride` elements
-// apart, each (ceil(n / depth), kBlock), zero beyond the features.
+// Copies columns [start, end) of the rows source[0..n), or 0..n where it is null: a block of kBlock of them after the
+// other, `stride` elements apart, each (ceil(n / depth), kBlock), zero beyond the features.
 template <class T>
 void pack_columns(const typename T::In* rows, const Index* source, Index n, Index features, Index start, Index end,
                   Index stride, typename T::Op* to) {

@@ -1,4 +1,13 @@
-// The micro-kernel of every product here, and the loops around it that know where its operands lie.
+// The micro-kernel of every product here, and the sizes that block the products. In the letters of the BLIS papers:
+//
+//        here                           logits = E·zᵀ     dE = dlᵀ·z                     dz = dl·E
+//   MR   kTileRows                      classes           classes                        rows
+//   NR   kTileVectors·kLanes = kBlock   rows              features                       features
+//   MC   (by product)                   kPanel classes    kPanel classes                 kBlock rows
+//   KC   (by product)                   all features      kBlocksOfProduct·kBlock rows   kPanel classes
+//
+// The tile (MR, NR) of sums stays in registers. `multiply` broadcasts elements of the left operand and loads vectors of
+// the right one.
 #pragma once
 
 #include "simd.h"
@@ -7,13 +16,31 @@ namespace {
 
 using Index = int64_t;
 
-constexpr int kBlock = kTileVectors * kLanes;  // rows (n, k) of a block, one a lane
+constexpr int kBlock = kTileVectors * kLanes;  // rows (n, k) of a block, one a lane; also the features of a tile
 constexpr Index kPanel = 128;  // classes of a panel: a (kPanel, kBlock) tile of logits fits in the L1 cache
+constexpr Index kTile = kPanel * kBlock;
+
+// These do what std::min and std::max would, but have internal linkage. A template of the standard library that is not
+// inlined is emitted once for each instruction set under one name, and the linker keeps any of them: an AVX2 machine
+// could run the AVX-512 copy.
+constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
 
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr Index ceil_div(Index n, Index divisor) { return (n + divisor - 1) / divisor; }
-constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
-constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
+
+// The integers in [begin, end).
+struct Range {
+  Index begin, end;
+
+  Index size() const { return end - begin; }
+};
+
+// Cuts 0..n into `parts` shares that differ by at most one, and returns the part-th.
+constexpr Range share(Index n, Index part, Index parts) { return {n * part / parts, n * (part + 1) / parts}; }
+
+// Cuts 0..n into chunks of `size`, the last one shorter, and returns the one that starts at `begin`.
+constexpr Range chunk_at(Index n, Index begin, Index size) { return {begin, smaller(begin + size, n)}; }
 
 template <int N>
 struct Count {

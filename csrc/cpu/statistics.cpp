@@ -6,55 +6,71 @@ namespace {
 
 using fused_mos::StatisticsArguments;
 
-constexpr Index kGroups = 16;        // of panels; a task is a group and a set of blocks, however many threads there are
 constexpr Index kBlocksOfTask = 16;  // a panel of E is read from memory once for so many
 
-inline Index panels_of_group(const Head& head) { return ceil_div(panels_of(head), smaller(kGroups, panels_of(head))); }
+// Groups of equally many panels, but for the last, so that a group's number tells its classes.
+struct PanelGroups {
+  explicit PanelGroups(const Head& head)
+      : n_panels(panels_of(head)),
+        size(ceil_div(n_panels, smaller(kGroups, n_panels))),
+        n_groups(ceil_div(n_panels, size)) {}
 
-// Maxima and sums of (group, lane), each group of panels in order.
+  Range panels(Index group) const { return chunk_at(n_panels, group * size, size); }
+
+  Index n_panels, size, n_groups;
+};
+
+// Computes the logits of one panel and block in `tile`, and adds them to the block's statistics.
+template <class Op>
+void add_panel(const LogitsOperand<Op>& e, const Op* packed, Index vectors_of_block, float factor,
+               const PartialStatistics& statistics, float* tile) {
+  with_vectors(vectors_of_block, [&](auto vectors) {
+    constexpr int NV = decltype(vectors)::value;
+    Vector before[NV], largest[NV], old_total[NV], total[NV];
+    load_lanes(statistics.maxima, before);
+    load_lanes(statistics.maxima, largest);
+    load_lanes(statistics.totals, old_total);
+    logits_tile(e, packed, tile, largest);
+    exponentiate(tile, e.n_classes, largest, factor, (float*)nullptr, total);
+    for (int j = 0; j < NV; ++j) total[j] += old_total[j] * exp_nonpositive((before[j] - largest[j]) * factor);
+    store_lanes(statistics.maxima, largest);
+    store_lanes(statistics.totals, total);
+  });
+}
+
+// Computes the statistics of each group of panels. A task is a group and a set of blocks.
 template <class T>
-void partial_statistics(const Head& head, const typename T::In* rows, const RowBlocks& blocks, const int64_t* target,
-                        float* target_logit, float factor, float* maxima, float* totals) {
+void partial_statistics(const Head& head, const typename T::In* rows, const RowBlocks& blocks, const Targets& targets,
+                        float factor, const PartialStatistics& statistics) {
   using Op = typename T::Op;
+  const PanelGroups groups(head);
   const Index steps = steps_of<Op>(head.n_features), n_lanes = blocks.n_blocks * kBlock;
-  const Index panels = panels_of(head), of_group = panels_of_group(head), groups = ceil_div(panels, of_group);
   const Index sets = ceil_div(blocks.n_blocks, kBlocksOfTask);
   Buffer<Op> packed(n_lanes * steps);
   const Index scratch_bytes = round_up(logits_scratch_bytes<T>(head), 64);
   Buffer<char> scratch(scratch_bytes * head.n_threads);
-  Buffer<float> tiles(kPanel * kBlock * head.n_threads);
+  Buffer<float> tiles(kTile * head.n_threads);
 #pragma omp parallel num_threads(head.n_threads)
   {
     const int thread = omp_get_thread_num();
-    float* tile = tiles + kPanel * kBlock * thread;
+    float* tile = tiles + kTile * thread;
 #pragma omp for schedule(dynamic)
     for (Index b = 0; b < blocks.n_blocks; ++b) pack_block<T>(head, rows, blocks, b, packed + b * kBlock * steps);
 #pragma omp for schedule(dynamic)
-    for (Index task = 0; task < sets * groups; ++task) {
-      const Index set = task / groups, group = task % groups;
-      const Index first = set * kBlocksOfTask, last = smaller(first + kBlocksOfTask, blocks.n_blocks);
-      for (Index lane = group * n_lanes + first * kBlock; lane < group * n_lanes + last * kBlock; ++lane) {
-        maxima[lane] = kLowest;
-        totals[lane] = 0;
+    for (Index task = 0; task < sets * groups.n_groups; ++task) {
+      const Index group = task % groups.n_groups;
+      const Range set = chunk_at(blocks.n_blocks, task / groups.n_groups * kBlocksOfTask, kBlocksOfTask);
+      const PartialStatistics of_group = statistics.from_lane(group * n_lanes);
+      for (Index lane = set.begin * kBlock; lane < set.end * kBlock; ++lane) {
+        of_group.maxima[lane] = kLowest;
+        of_group.totals[lane] = 0;
       }
-      for (Index panel = group * of_group; panel < smaller((group + 1) * of_group, panels); ++panel) {
+      const Range panels = groups.panels(group);
+      for (Index panel = panels.begin; panel < panels.end; ++panel) {
         const auto e = logits_operand<T>(head, panel, scratch + scratch_bytes * thread);
-        for (Index b = first; b < last; ++b) {
-          with_vectors(blocks.vectors(b), [&](auto vectors) {
-            constexpr int NV = decltype(vectors)::value;
-            float* maxima_of_block = maxima + group * n_lanes + b * kBlock;
-            float* totals_of_block = totals + group * n_lanes + b * kBlock;
-            Vector before[NV], largest[NV], old_total[NV], total[NV];
-            load_lanes(maxima_of_block, before);
-            load_lanes(maxima_of_block, largest);
-            load_lanes(totals_of_block, old_total);
-            logits_tile(e, packed + b * kBlock * steps, tile, largest);
-            exponentiate(tile, e.n_classes, largest, factor, (float*)nullptr, total);
-            for (int j = 0; j < NV; ++j) total[j] += old_total[j] * exp_nonpositive((before[j] - largest[j]) * factor);
-            store_lanes(maxima_of_block, largest);
-            store_lanes(totals_of_block, total);
-          });
-          if (target) pick_targets(tile, blocks, b, target, panel, e.n_classes, target_logit);
+        for (Index b = set.begin; b < set.end; ++b) {
+          add_panel(e, packed + b * kBlock * steps, blocks.vectors(b), factor, of_group.from_lane(b * kBlock), tile);
+          if (targets.target) pick_targets(tile, blocks, b, panel, e.n_classes, targets);
         }
       }
     }
@@ -67,16 +83,17 @@ inline Index rows_of_chunk(const Head& head) {
 
 template <class T>
 void row_statistics_of(const Head& head, const StatisticsArguments& a) {
-  const Index groups = ceil_div(panels_of(head), panels_of_group(head)), chunk = rows_of_chunk(head);
+  const Index n_groups = PanelGroups(head).n_groups, chunk = rows_of_chunk(head);
   for (Index i = 0; i < a.n_rows; ++i) a.target_logit[i] = NAN;
   for (Index first = 0; first < a.n_rows; first += chunk) {
     const Index n = smaller(chunk, a.n_rows - first);
     const ConsecutiveRows rows(first, n);
     const Index n_lanes = rows.blocks().n_blocks * kBlock;
-    Buffer<float> maxima(groups * n_lanes), totals(groups * n_lanes);
-    partial_statistics<T>(head, (const typename T::In*)a.rows, rows.blocks(), a.target, a.target_logit, 1.0f, maxima,
-                          totals);
-    merge_statistics(maxima, totals, groups, n_lanes, n, a.maximum + first, a.log_total + first);
+    Buffer<float> maxima(n_groups * n_lanes), totals(n_groups * n_lanes);
+    const PartialStatistics statistics{n_lanes, maxima, totals};
+    partial_statistics<T>(head, (const typename T::In*)a.rows, rows.blocks(), {a.target, a.target_logit}, 1.0f,
+                          statistics);
+    merge_statistics(statistics, n_groups, n, a.maximum + first, a.log_total + first);
   }
 }
 
@@ -91,62 +108,66 @@ float logit(const Head& head, const typename T::In* row, Index v) {
   return total;
 }
 
-// Inverts the cumulative distribution of one row at `uniform`: the group of panels from the partial sums, the class
-// from the group's logits, computed once more for this row alone. Whatever rounding does, a class of probability 0 is
-// never drawn.
+// Finds where the cumulative sum of the masses first exceeds `rest`, and subtracts the masses before it from `rest`.
+// Whatever rounding does, an index of mass 0 is not returned.
+template <class F>
+ALWAYS_INLINE Index find_mass(Index n, double& rest, F mass_of) {
+  Index found = 0;
+  for (Index i = 0; i < n; ++i) {
+    const double mass = mass_of(i);
+    if (mass > 0) found = i;
+    if (rest < mass) break;
+    rest -= mass;
+  }
+  return found;
+}
+
+// Inverts the cumulative distribution of one row at `uniform`: the group of panels from the row's partial sums, the
+// class from the group's logits, computed once more for this row alone.
 template <class T>
-Index search(const Head& head, const typename T::In* row, const float* maxima, const float* totals, Index groups,
-             Index stride, float factor, double uniform, float* logits) {
+Index search(const Head& head, const PanelGroups& groups, const typename T::In* row, const PartialStatistics& parts,
+             float factor, double uniform, float* logits) {
+  const auto maximum_of = [&](Index group) { return parts.maxima[group * parts.n_lanes]; };
   float largest = kLowest;
-  for (Index g = 0; g < groups; ++g) largest = maxima[g * stride] > largest ? maxima[g * stride] : largest;
+  for (Index g = 0; g < groups.n_groups; ++g) largest = maximum_of(g) > largest ? maximum_of(g) : largest;
   double mass[kGroups], total = 0;
-  Index group = 0;
-  for (Index g = 0; g < groups; ++g) {
-    mass[g] = totals[g * stride] * exp((double(maxima[g * stride]) - largest) * factor);
+  for (Index g = 0; g < groups.n_groups; ++g) {
+    mass[g] = parts.totals[g * parts.n_lanes] * exp((double(maximum_of(g)) - largest) * factor);
     total += mass[g];
   }
   double rest = uniform * total;
-  for (Index g = 0; g < groups; ++g) {
-    if (mass[g] > 0) group = g;
-    if (rest < mass[g]) break;
-    rest -= mass[g];
-  }
-  const Index start = group * panels_of_group(head) * kPanel;
-  const Index n = smaller(panels_of_group(head) * kPanel, head.n_classes - start);
-  const double shift = maxima[group * stride];
+  const Index group = find_mass(groups.n_groups, rest, [&](Index g) { return mass[g]; });
+
+  const Range classes = chunk_at(head.n_classes, group * groups.size * kPanel, groups.size * kPanel);
+  const double shift = maximum_of(group);
   double group_total = 0;
-  for (Index v = 0; v < n; ++v) {
-    logits[v] = logit<T>(head, row, start + v);
+  for (Index v = 0; v < classes.size(); ++v) {
+    logits[v] = logit<T>(head, row, classes.begin + v);
     group_total += exp((logits[v] - shift) * factor);
   }
   // these sums are rounded otherwise than the partial ones: what carries over is the share of the group's mass
   rest *= group_total / mass[group];
-  Index chosen = 0;
-  for (Index v = 0; v < n; ++v) {
-    const double mass_of_class = exp((logits[v] - shift) * factor);
-    if (mass_of_class > 0) chosen = v;
-    if (rest < mass_of_class) break;
-    rest -= mass_of_class;
-  }
-  return start + chosen;
+  return classes.begin + find_mass(classes.size(), rest, [&](Index v) { return exp((logits[v] - shift) * factor); });
 }
 
 template <class T>
 void sample_of(const Head& head, const fused_mos::SampleArguments& a) {
-  const Index of_group = panels_of_group(head), groups = ceil_div(panels_of(head), of_group),
-              chunk = rows_of_chunk(head);
+  const PanelGroups groups(head);
+  const Index max_classes = groups.size * kPanel, chunk = rows_of_chunk(head);
   const auto* rows = (const typename T::In*)a.rows;
   for (Index first = 0; first < a.n_rows; first += chunk) {
     const Index n = smaller(chunk, a.n_rows - first);
     const ConsecutiveRows lanes(first, n);
     const Index n_lanes = lanes.blocks().n_blocks * kBlock;
-    Buffer<float> maxima(groups * n_lanes), totals(groups * n_lanes), logits(of_group * kPanel * head.n_threads);
-    partial_statistics<T>(head, rows, lanes.blocks(), nullptr, nullptr, a.inverse_temperature, maxima, totals);
+    Buffer<float> maxima(groups.n_groups * n_lanes), totals(groups.n_groups * n_lanes);
+    Buffer<float> logits(max_classes * head.n_threads);
+    const PartialStatistics statistics{n_lanes, maxima, totals};
+    partial_statistics<T>(head, rows, lanes.blocks(), {nullptr, nullptr}, a.inverse_temperature, statistics);
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
     for (Index i = 0; i < n; ++i) {
       a.sample[first + i] =
-          search<T>(head, rows + (first + i) * head.n_features, maxima + i, totals + i, groups, n_lanes,
-                    a.inverse_temperature, a.uniform[first + i], logits + of_group * kPanel * omp_get_thread_num());
+          search<T>(head, groups, rows + (first + i) * head.n_features, statistics.from_lane(i), a.inverse_temperature,
+                    a.uniform[first + i], logits + max_classes * omp_get_thread_num());
     }
   }
 }
