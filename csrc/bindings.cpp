@@ -1,5 +1,5 @@
-// Python bindings of csrc/cpu: addresses and sizes cross the border, so that building needs no torch. The arguments were
-// checked in Python (fused_mos/_backends/cpu.py); nothing here looks at a tensor.
+// Python bindings of csrc/cpu: addresses and sizes cross the border, so that building needs no torch. The arguments
+// were checked in Python (fused_mos/_backends/cpu.py); nothing here looks at a tensor.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,6 +23,10 @@ Head head(Address weight, Address bias, int64_t n_classes, int64_t n_features, b
   return {at<const void>(weight), at<const float>(bias), n_classes, n_features, bf16, n_threads, workspace_bytes};
 }
 
+GradientArguments gradients(Address rows, Address weight, Address bias) {
+  return {at<void>(rows), at<void>(weight), at<float>(bias)};
+}
+
 void row_statistics(const Head& head, Address rows, int64_t n_rows, Address target, Address maximum, Address log_total,
                     Address target_logit) {
   chosen_kernels().row_statistics(head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<float>(maximum),
@@ -30,22 +34,20 @@ void row_statistics(const Head& head, Address rows, int64_t n_rows, Address targ
 }
 
 void rows_backward(const Head& head, Address rows, int64_t n_rows, Address target, Address maximum, Address log_total,
-                   Address grad_lse, Address grad_target, Address grad_rows, Address grad_weight, Address grad_bias) {
+                   Address grad_lse, Address grad_target, const GradientArguments& gradients) {
   chosen_kernels().rows_backward(
       head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<const float>(maximum),
-             at<const float>(log_total), at<const float>(grad_lse), at<const float>(grad_target), at<void>(grad_rows),
-             at<void>(grad_weight), at<float>(grad_bias)});
+             at<const float>(log_total), at<const float>(grad_lse), at<const float>(grad_target), gradients});
 }
 
 void nll_with_gradients(const Head& head, Address latent, Address log_prior, Address target, Address valid,
                         int64_t n_tokens, int64_t n_experts, int64_t tokens_of_block, float scale, float filter_eps,
-                        Address nll, Address maximum, Address log_total, Address target_logit, Address grad_latent,
-                        Address grad_prior, Address grad_weight, Address grad_bias) {
+                        Address nll, Address maximum, Address log_total, Address target_logit, Address grad_prior,
+                        const GradientArguments& gradients) {
   chosen_kernels().nll_with_gradients(
       head, {at<const void>(latent), at<const float>(log_prior), at<const int64_t>(target), at<const bool>(valid),
              n_tokens, n_experts, tokens_of_block, scale, filter_eps, at<float>(nll), at<float>(maximum),
-             at<float>(log_total), at<float>(target_logit), at<void>(grad_latent), at<float>(grad_prior),
-             at<void>(grad_weight), at<float>(grad_bias)});
+             at<float>(log_total), at<float>(target_logit), at<float>(grad_prior), gradients});
 }
 
 MixtureArguments mixture_arguments(Address latent, Address log_prior, Address maximum, Address log_total,
@@ -66,13 +68,11 @@ void mixture(const Head& head, MixtureArguments a, Address log_prob, Address bes
   chosen_kernels().mixture(head, a);
 }
 
-void mixture_backward(const Head& head, MixtureArguments a, Address grad, Address grad_latent, Address grad_prior,
-                      Address grad_weight, Address grad_bias) {
+void mixture_backward(const Head& head, MixtureArguments a, Address grad, Address grad_prior,
+                      const GradientArguments& gradients) {
   a.grad = at<const float>(grad);
-  a.grad_latent = at<void>(grad_latent);
   a.grad_prior = at<float>(grad_prior);
-  a.grad_weight = at<void>(grad_weight);
-  a.grad_bias = at<float>(grad_bias);
+  a.gradients = gradients;
   chosen_kernels().mixture_backward(head, a);
 }
 
@@ -84,17 +84,33 @@ void sample(const Head& head, Address rows, int64_t n_rows, float inverse_temper
 
 }  // namespace
 
+// Addresses are passed by keyword: nothing else tells one from another.
 PYBIND11_MODULE(_cpu, m) {
+  using namespace py::literals;
   m.doc() = "Native CPU kernels of fused_mos; called by fused_mos._backends.cpu, which knows what the arguments mean.";
   const auto released = py::call_guard<py::gil_scoped_release>();
-  py::class_<Head>(m, "Head").def(py::init(&head));
-  py::class_<MixtureArguments>(m, "MixtureArguments").def(py::init(&mixture_arguments));
-  m.def("row_statistics", &row_statistics, released);
-  m.def("rows_backward", &rows_backward, released);
-  m.def("nll_with_gradients", &nll_with_gradients, released);
-  m.def("mixture", &mixture, released);
-  m.def("mixture_backward", &mixture_backward, released);
-  m.def("sample", &sample, released);
+  const py::kw_only by_keyword;
+
+  py::class_<Head>(m, "Head").def(py::init(&head), by_keyword, "weight"_a, "bias"_a, "n_classes"_a, "n_features"_a,
+                                  "bf16"_a, "n_threads"_a, "workspace_bytes"_a);
+  py::class_<GradientArguments>(m, "Gradients").def(py::init(&gradients), by_keyword, "rows"_a, "weight"_a, "bias"_a);
+  py::class_<MixtureArguments>(m, "Mixture")
+      .def(py::init(&mixture_arguments), by_keyword, "latent"_a, "log_prior"_a, "maximum"_a, "log_total"_a,
+           "n_tokens"_a, "n_experts"_a);
+
+  m.def("row_statistics", &row_statistics, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "target"_a,
+        "maximum"_a, "log_total"_a, "target_logit"_a);
+  m.def("rows_backward", &rows_backward, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "target"_a, "maximum"_a,
+        "log_total"_a, "grad_lse"_a, "grad_target"_a, "gradients"_a);
+  m.def("nll_with_gradients", &nll_with_gradients, released, "head"_a, by_keyword, "latent"_a, "log_prior"_a,
+        "target"_a, "valid"_a, "n_tokens"_a, "n_experts"_a, "tokens_of_block"_a, "scale"_a, "filter_eps"_a, "nll"_a,
+        "maximum"_a, "log_total"_a, "target_logit"_a, "grad_prior"_a, "gradients"_a);
+  m.def("mixture", &mixture, released, "head"_a, "mixture"_a, by_keyword, "log_prob"_a, "best"_a);
+  m.def("mixture_backward", &mixture_backward, released, "head"_a, "mixture"_a, by_keyword, "grad"_a, "grad_prior"_a,
+        "gradients"_a);
+  m.def("sample", &sample, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "inverse_temperature"_a, "uniform"_a,
+        "sample"_a);
+
   m.def("instruction_set", [] { return chosen_kernels().name; });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;

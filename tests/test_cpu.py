@@ -184,7 +184,14 @@ def test_samples_never_have_probability_zero(instruction_set):
     head, bias = cpu._head(weight, bias)
     for u in (0.0, 1 - 2**-53):
         uniform, result = torch.full((40,), u, dtype=torch.float64), torch.empty(40, dtype=torch.int64)
-        _cpu.sample(head, rows.data_ptr(), 40, 1.0, uniform.data_ptr(), result.data_ptr())
+        _cpu.sample(
+            head,
+            rows=rows.data_ptr(),
+            n_rows=40,
+            inverse_temperature=1.0,
+            uniform=uniform.data_ptr(),
+            sample=result.data_ptr(),
+        )
         assert result.min() >= 500 and result.max() < 700
 
 

@@ -21,6 +21,9 @@ ALWAYS_INLINE void prefetch_share(const void* from, Index bytes, Index part, Ind
 // Where the gradients go; null where they are not needed.
 template <class T>
 struct Gradients {
+  explicit Gradients(const fused_mos::GradientArguments& a)
+      : rows((typename T::In*)a.rows), weight((typename T::In*)a.weight), weight_sums(nullptr), bias(a.bias) {}
+
   typename T::In* rows;
   typename T::In* weight;
   float* weight_sums;  // (V, D), for 16-bit gradients to which several chunks of rows add; else null

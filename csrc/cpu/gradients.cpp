@@ -175,7 +175,7 @@ template <class T>
 void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
   using In = typename T::In;
   constexpr bool kDirect = sizeof(In) == sizeof(float);
-  const Gradients<T> gradients{(In*)a.grad_rows, (In*)a.grad_weight, nullptr, a.grad_bias};
+  const Gradients<T> gradients(a.gradients);
   // 16-bit gradients of the weight are summed in float32 by panel, so all rows must pass while the panel is at hand
   const Index panels = panels_of(head), chunk = kDirect ? smaller(rows_of_chunk(head), a.n_rows) : a.n_rows;
   const Index max_blocks = ceil_div(chunk, kBlock);
@@ -242,10 +242,12 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
   using In = typename T::In;
   const Index k = a.n_experts, panels = panels_of(head), n_rows = a.n_tokens * k;
   const Index max_blocks = ceil_div(a.tokens_of_block * k, kBlock);
-  const bool sums = sizeof(In) != sizeof(float) && a.grad_weight && a.tokens_of_block < a.n_tokens;
+  Gradients<T> gradients(a.gradients);
+  In* grad_weight = gradients.weight;
+  const bool sums = sizeof(In) != sizeof(float) && grad_weight && a.tokens_of_block < a.n_tokens;
   Buffer<float> weight_sums(sums ? head.n_classes * head.n_features : 0);
   if (sums && head.n_features) memset(weight_sums, 0, sizeof(float) * head.n_classes * head.n_features);
-  const Gradients<T> gradients{(In*)a.grad_latent, sums ? nullptr : (In*)a.grad_weight, weight_sums, a.grad_bias};
+  if (sums) gradients.weight = nullptr, gradients.weight_sums = weight_sums;
   GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, panels);
   KeptRows kept(max_blocks * kBlock);
   Buffer<float> maxima(panels * max_blocks * kBlock), totals(panels * max_blocks * kBlock),
@@ -274,7 +276,6 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
     if (gradients.rows) tiles.end(blocks);
   }
   if (!sums) return;
-  auto* grad_weight = (In*)a.grad_weight;
 #pragma omp parallel for num_threads(head.n_threads)
   for (Index v = 0; v < head.n_classes; ++v) {
     narrow_row(weight_sums + v * head.n_features, head.n_features, grad_weight + v * head.n_features);

@@ -29,6 +29,13 @@ struct StatisticsArguments {
   float* target_logit;    // (R,), NaN where the target is no class
 };
 
+// Gradients that kernels fill, of the rows (N·K latent vectors) and of the head; null where not needed.
+struct GradientArguments {
+  void* rows;    // (R, D) operand, zeros at first
+  void* weight;  // (V, D) operand, zeros at first
+  float* bias;   // (V,), zeros at first
+};
+
 // dl = grad_lse·exp(l − L) − grad_target·1[v = target]
 struct RowsBackwardArguments {
   const void* rows;  // (R, D) operand
@@ -38,9 +45,7 @@ struct RowsBackwardArguments {
   const float* log_total;    // (R,)
   const float* grad_lse;     // (R,)
   const float* grad_target;  // (R,) or null
-  void* grad_rows;           // (R, D) operand, or null where not needed
-  void* grad_weight;         // (V, D) operand, zeros at first, or null
-  float* grad_bias;          // (V,), zeros at first, or null
+  GradientArguments gradients;
 };
 
 struct NllArguments {
@@ -57,10 +62,8 @@ struct NllArguments {
   float* maximum;       // (N, K)
   float* log_total;     // (N, K)
   float* target_logit;  // (N, K)
-  void* grad_latent;    // (N, K, D) operand, zeros at first, or null
   float* grad_prior;    // (N, K) or null
-  void* grad_weight;    // (V, D) operand, zeros at first, or null
-  float* grad_bias;     // (V,), zeros at first, or null
+  GradientArguments gradients;
 };
 
 struct MixtureArguments {
@@ -73,10 +76,8 @@ struct MixtureArguments {
   float* log_prob;    // (N, V), or null where only `best` is wanted
   int64_t* best;      // (N,), the most probable class, or null
   const float* grad;  // (N, V), for the backward pass
-  void* grad_latent;  // (N, K, D) operand, or null
   float* grad_prior;  // (N, K) or null
-  void* grad_weight;  // (V, D) operand, zeros at first, or null
-  float* grad_bias;   // (V,), zeros at first, or null
+  GradientArguments gradients;
 };
 
 struct SampleArguments {

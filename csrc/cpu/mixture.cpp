@@ -114,7 +114,7 @@ class MixtureBackward {
   MixtureBackward(const Head& head, const MixtureArguments& a)
       : head_(head),
         a_(a),
-        gradients_{(In*)a.grad_latent, (In*)a.grad_weight, nullptr, a.grad_bias},
+        gradients_(a.gradients),
         n_panels_(panels_of(head)),
         n_groups_(smaller(kGroups, n_panels_)),
         max_tokens_(kDirect ? tokens_of_chunk(a.n_experts, sizeof(float) * head.n_features, head.workspace_bytes / 4)

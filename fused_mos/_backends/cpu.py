@@ -44,8 +44,16 @@ def _address(tensor: Tensor | None) -> int:
 def _head(weight: Tensor, bias: Tensor | None) -> tuple[_cpu.Head, Tensor | None]:
     """The operands that all kernels share, and the float32 bias, which must outlive them."""
     bias = None if bias is None else bias.float().contiguous()
-    is_bf16, n_threads = weight.dtype == torch.bfloat16, torch.get_num_threads()
-    return _cpu.Head(_address(weight), _address(bias), *weight.shape, is_bf16, n_threads, WORKSPACE_BYTES), bias
+    head = _cpu.Head(
+        weight=_address(weight),
+        bias=_address(bias),
+        n_classes=weight.shape[0],
+        n_features=weight.shape[1],
+        bf16=weight.dtype == torch.bfloat16,
+        n_threads=torch.get_num_threads(),
+        workspace_bytes=WORKSPACE_BYTES,
+    )
+    return head, bias
 
 
 def _statistics(like: Tensor, *shape: int, count: int = 3) -> list[Tensor]:
@@ -59,12 +67,12 @@ def row_statistics(
     maximum, log_total, target_logit = _statistics(rows, rows.shape[0])
     _cpu.row_statistics(
         head,
-        _address(rows),
-        rows.shape[0],
-        _address(target),
-        _address(maximum),
-        _address(log_total),
-        _address(target_logit),
+        rows=_address(rows),
+        n_rows=rows.shape[0],
+        target=_address(target),
+        maximum=_address(maximum),
+        log_total=_address(log_total),
+        target_logit=_address(target_logit),
     )
     return maximum, log_total, target_logit
 
@@ -77,6 +85,9 @@ class _Gradients:
         self.rows = torch.zeros_like(rows) if needs[0] else rows.new_empty(0)
         self.weight = torch.zeros_like(weight) if needs[1] else weight.new_empty(0)
         self.bias = weight.new_zeros(weight.shape[0] if needs[2] else 0, dtype=torch.float32)
+
+    def addresses(self) -> _cpu.Gradients:
+        return _cpu.Gradients(rows=_address(self.rows), weight=_address(self.weight), bias=_address(self.bias))
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.rows, self.weight, self.bias.to(self.dtype)
@@ -99,16 +110,14 @@ def rows_backward(
     grad_target = None if grad_target is None else grad_target.float().contiguous()
     _cpu.rows_backward(
         head,
-        _address(rows),
-        rows.shape[0],
-        _address(target),
-        _address(maximum),
-        _address(log_total),
-        _address(grad_lse),
-        _address(grad_target),
-        _address(gradients.rows),
-        _address(gradients.weight),
-        _address(gradients.bias),
+        rows=_address(rows),
+        n_rows=rows.shape[0],
+        target=_address(target),
+        maximum=_address(maximum),
+        log_total=_address(log_total),
+        grad_lse=_address(grad_lse),
+        grad_target=_address(grad_target),
+        gradients=gradients.addresses(),
     )
     return gradients.results()
 
@@ -163,31 +172,34 @@ def nll_with_gradients(
     log_prior = torch.log_softmax(prior_logits, -1, dtype=torch.float32)
     _cpu.nll_with_gradients(
         head,
-        _address(latent),
-        _address(log_prior),
-        _address(target),
-        _address(valid),
-        n,
-        k,
-        max(_tokens_of_block(n, k, weight), 1) if n else 1,
-        scale.item(),
-        filter_eps,
-        _address(nll),
-        _address(maximum),
-        _address(log_total),
-        _address(target_logit),
-        _address(gradients.rows),
-        _address(grad_prior),
-        _address(gradients.weight),
-        _address(gradients.bias),
+        latent=_address(latent),
+        log_prior=_address(log_prior),
+        target=_address(target),
+        valid=_address(valid),
+        n_tokens=n,
+        n_experts=k,
+        tokens_of_block=max(_tokens_of_block(n, k, weight), 1) if n else 1,
+        scale=scale.item(),
+        filter_eps=filter_eps,
+        nll=_address(nll),
+        maximum=_address(maximum),
+        log_total=_address(log_total),
+        target_logit=_address(target_logit),
+        grad_prior=_address(grad_prior),
+        gradients=gradients.addresses(),
     )
     grad_latent, grad_weight, grad_bias = gradients.results()
     return nll, maximum, log_total, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
 
 
-def _mixture(latent: Tensor, log_prior: Tensor, maximum: Tensor, log_total: Tensor) -> _cpu.MixtureArguments:
-    return _cpu.MixtureArguments(
-        _address(latent), _address(log_prior), _address(maximum), _address(log_total), latent.shape[0], latent.shape[1]
+def _mixture(latent: Tensor, log_prior: Tensor, maximum: Tensor, log_total: Tensor) -> _cpu.Mixture:
+    return _cpu.Mixture(
+        latent=_address(latent),
+        log_prior=_address(log_prior),
+        maximum=_address(maximum),
+        log_total=_address(log_total),
+        n_tokens=latent.shape[0],
+        n_experts=latent.shape[1],
     )
 
 
@@ -196,7 +208,7 @@ def log_prob(
 ) -> Tensor:
     head, bias = _head(weight, bias)
     result = maximum.new_empty(latent.shape[0], weight.shape[0])
-    _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), _address(result), 0)
+    _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), log_prob=_address(result), best=0)
     return result
 
 
@@ -205,7 +217,7 @@ def predict(
 ) -> Tensor:
     head, bias = _head(weight, bias)
     result = torch.empty(latent.shape[0], dtype=torch.int64)
-    _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), 0, _address(result))
+    _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), log_prob=0, best=_address(result))
     return result
 
 
@@ -226,11 +238,9 @@ def log_prob_backward(
     _cpu.mixture_backward(
         head,
         _mixture(latent, log_prior, maximum, log_total),
-        _address(grad),
-        _address(gradients.rows),
-        _address(grad_prior),
-        _address(gradients.weight),
-        _address(gradients.bias),
+        grad=_address(grad),
+        grad_prior=_address(grad_prior),
+        gradients=gradients.addresses(),
     )
     grad_latent, grad_weight, grad_bias = gradients.results()
     return grad_latent, grad_prior, grad_weight, grad_bias
@@ -244,5 +254,12 @@ def sample(
     rows = rows.contiguous()
     uniform = torch.rand(rows.shape[0], dtype=torch.float64, generator=generator)
     result = torch.empty(rows.shape[0], dtype=torch.int64)
-    _cpu.sample(head, _address(rows), rows.shape[0], 1 / temperature, _address(uniform), _address(result))
+    _cpu.sample(
+        head,
+        rows=_address(rows),
+        n_rows=rows.shape[0],
+        inverse_temperature=1 / temperature,
+        uniform=_address(uniform),
+        sample=_address(result),
+    )
     return result
