@@ -1,4 +1,4 @@
-// What a kernel family defines, in the namespace of the instruction set that it is compiled for.
+// The functions that each family of kernels defines, in the namespace of the instruction set it is compiled for.
 #pragma once
 
 #include "kernels.h"

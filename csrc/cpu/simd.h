@@ -101,7 +101,7 @@ void narrow_row(const float* from, int64_t n, To* to) {
   for (; i < n; ++i) narrow(from[i], to + i);
 }
 
-// What a product multiplies: float32, or pairs of bfloat16 whose two products are added.
+// The elements that a product multiplies: float32, or pairs of bfloat16 whose two products are added.
 template <class T>
 struct Element;
 
@@ -126,7 +126,8 @@ struct Element<Pair> {
 #endif
 
 // exp(x) for x ≤ 0, within 1.02 ulp; 0 where the result would be below 2⁻¹²⁶, NaN stays NaN.
-// x = n ln 2 + r with |r| ≤ ln 2 / 2: a polynomial in r (Remez, relative error 2⁻²⁷), and n added to the exponent.
+// x = n ln 2 + r with |r| ≤ ln 2 / 2: a polynomial in r (Remez, relative error 2⁻²⁷), and n added to the
+// exponent.
 ALWAYS_INLINE Vector exp_nonpositive(Vector x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5·2²³: what is added to it is rounded to an integer, in the low bits

@@ -1,5 +1,5 @@
-// Python bindings of csrc/cuda: addresses and sizes cross the border, so that building needs no torch. The arguments were
-// checked in Python (fused_mos/_backends/cuda.py); nothing here looks at a tensor.
+// Python bindings of csrc/cuda: addresses and sizes cross the border, so that building needs no torch. The arguments
+// were checked in Python (fused_mos/_backends/cuda.py); nothing here looks at a tensor.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

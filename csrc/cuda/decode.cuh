@@ -1,11 +1,13 @@
-// One pass over the embedding, for few tokens: logits of a block's own classes stay on the chip, the blocks exchange log-sum-exps across
-// the grid, and each emits what was asked for of its classes. Every block must be resident at once (a cooperative launch).
+// One pass over the embedding, for few tokens: logits of a block's own classes stay on the chip, the blocks exchange
+// log-sum-exps across the grid, and each emits what was asked for of its classes. Every block must be resident at once
+// (a cooperative launch).
 //
-// The embedding is the left operand of the products: 16 classes × 16 features of it times 8 rows of latent vectors. So a warp reads
-// each class once, from a ring of its own that it fills by asynchronous copies, and between the latent vectors' arrival and the exchange
-// waits for no other warp.
+// The embedding is the left operand of the products: 16 classes × 16 features of it times 8 rows of latent vectors. So
+// a warp reads each class once, from a ring of its own that it fills by asynchronous copies, and waits for no other
+// warp between the latent vectors' arrival and the exchange.
 //
-// The same text runs on a GPU (device.cuh) and, thread by thread, on a CPU (emulation.h), which is how it is tested without one.
+// The same text runs on a GPU (device.cuh) and, thread by thread, on a CPU (emulation.h), so that it can be tested
+// without a GPU.
 #pragma once
 #include "decode.h"
 #include "shape.h"
@@ -15,7 +17,7 @@ namespace {
 
 constexpr float LOWEST = -INFINITY;
 
-// What compares by value first, then by class: the same result in whatever order candidates come.
+// A class and its value. Compares by value first, then by class: the same result in whatever order candidates come.
 struct Candidate {
   float value;
   int index;
@@ -41,7 +43,7 @@ struct LogSum {
 
   FUSED_MOS_DEVICE void add(const LogSum& other) {
     const float larger = fmaxf(maximum, other.maximum);
-    if (larger == LOWEST && sum == 0 && other.sum == 0) return;  // no classes, or masked ones: −∞ − −∞ is no number
+    if (larger == LOWEST && sum == 0 && other.sum == 0) return;  // no or masked classes: −∞ − −∞ would be NaN
     sum = (sum == 0 ? 0 : sum * device::exp(maximum - larger)) +
           (other.sum == 0 ? 0 : other.sum * device::exp(other.maximum - larger));
     maximum = larger;
@@ -85,7 +87,8 @@ struct Decoder {
   FUSED_MOS_DEVICE Number* in_workspace(int64_t at) const {
     return reinterpret_cast<Number*>(static_cast<char*>(a.workspace) + at);
   }
-  // A warp's sums are in shared memory, not in registers, which the products need: a lane has those of the rows lane, lane + 32, …
+  // Reads a warp's sums from shared memory (the products need the registers): a lane has those of the rows lane,
+  // lane + 32, …
   FUSED_MOS_DEVICE LogSum of_warp(int w, int row) const {
     return {statistics[2 * w * 8 * ROW_TILES + row], statistics[(2 * w + 1) * 8 * ROW_TILES + row]};
   }
@@ -112,7 +115,7 @@ struct Decoder {
         latent[row * p.latent_stride + i] = row < rows && i < a.n_features ? from[row * a.n_features + i] : uint16_t{0};
   }
 
-  // ------------------------------------------------------------------------------------------------------------- the one pass
+  // ------------------------------------------------------------------------------------------------------ the one pass
 
   // The logits of the warp's tiles, and the sums of their exponentials.
   FUSED_MOS_DEVICE void stream() {
@@ -225,9 +228,10 @@ struct Decoder {
     return result;
   }
 
-  // ------------------------------------------------------------------------------------------------------------- the exchange
+  // ------------------------------------------------------------------------------------------------------ the exchange
 
-  // Of all blocks' sums: the maximum of each row's logits, and log π − log Σ exp(l − maximum), in the places of the first warp's.
+  // Merges all blocks' sums into the maximum of each row's logits and log π − log Σ exp(l − maximum), which take
+  // the places of the first warp's sums.
   FUSED_MOS_DEVICE void exchange() {
     auto *maxima = in_workspace<float>(p.maxima_at), *sums = in_workspace<float>(p.sums_at);
     if (thread < rows) {
@@ -250,7 +254,7 @@ struct Decoder {
     device::sync_block();
   }
 
-  // ------------------------------------------------------------------------------------------------------------- the results
+  // ------------------------------------------------------------------------------------------------------- the results
 
   // log p of this block's classes: to the result, or in the place of the first expert's logits. No exponent is above 0.
   FUSED_MOS_DEVICE void emit() {
@@ -327,7 +331,8 @@ struct Decoder {
     return best;
   }
 
-  // Gumbel-max. Of a uniform u, −log(−log u) is exact to its last bit for the large ones, near u = 1, if 1 − u is what is drawn.
+  // Draws by Gumbel-max. The number drawn is 1 − u, so that −log(−log u) is exact to its last bit where it is
+  // large, near u = 1.
   FUSED_MOS_DEVICE void sample() {
     auto* values = in_workspace<float>(p.candidates_at);
     auto* classes = in_workspace<int>(p.candidate_classes_at);
@@ -350,8 +355,8 @@ struct Decoder {
     for (int token = device::block(); token < a.n_tokens; token += p.n_blocks) {
       const int at = thread * a.n_tokens + token;
       const Candidate best = best_of_block(thread < p.n_blocks ? Candidate{values[at], classes[at]} : nobody());
-      if (thread == 0)
-        a.indices[token] = best.index == INT32_MAX ? 0 : best.index;  // of nothing but −∞, which has no distribution
+      // where all logits are −∞ there is no distribution to draw from, and no candidate
+      if (thread == 0) a.indices[token] = best.index == INT32_MAX ? 0 : best.index;
     }
   }
 };

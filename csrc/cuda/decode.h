@@ -1,5 +1,5 @@
-// Decoding with few tokens in one pass over the embedding: what crosses the border to Python. Shape letters: N tokens, K experts,
-// R = N·K rows of latent vectors, D features, V classes.
+// Decoding with few tokens in one pass over the embedding: what crosses the border to Python. Shape letters: N tokens,
+// K experts, R = N·K rows of latent vectors, D features, V classes.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +27,8 @@ struct DecodeArguments {
   void* workspace;            // plan_decode(…).workspace_bytes, aligned to 16 bytes
 };
 
-// How a launch is cut up. A *tile* is 16 or 32 classes, read by one warp; a block has a span of tiles, whose logits it keeps.
+// How a launch is cut up. A *tile* is 16 or 32 classes, read by one warp; a block has a span of tiles, whose logits it
+// keeps.
 struct DecodePlan {
   int n_blocks;
   int row_tiles;          // tiles of 8 rows that the kernel is compiled for
@@ -54,7 +55,8 @@ const char* plan_decode(const DecodeArguments& arguments, int n_multiprocessors,
 int launch_decode(const DecodeArguments& arguments, const DecodePlan& plan, void* stream);
 const char* error_text(int error);
 
-// Of the CUDA runtime that is built in, and the newest that the driver can run: 1000 · major + 10 · minor, 0 for none.
+// Returns the versions of the CUDA runtime that is built in and of the newest that the driver can run:
+// 1000·major + 10·minor, 0 for none.
 void cuda_versions(int& runtime, int& driver);
 
 }  // namespace fused_mos

@@ -1,4 +1,4 @@
-// What decode.cuh asks of a GPU; emulation.h has the same for a CPU.
+// The operations that decode.cuh asks of a GPU; emulation.h has the same for a CPU.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -34,8 +34,9 @@ FUSED_MOS_DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi
 FUSED_MOS_DEVICE float as_float(uint16_t bits, BFloat16) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 FUSED_MOS_DEVICE float as_float(uint16_t bits, Float16) { return __half2float(__ushort_as_half(bits)); }
 
-// c (16 × 8) += a (16 × 16) · b (16 × 8), as mma.sync.m16n8k16 spreads them over a warp: lane 4·g + t has rows g and g + 8
-// of a and c, column g of b; of a pair of neighbours along the features the ones at 2·t and 2·t + 8, and of c columns 2·t, 2·t + 1.
+// c (16 × 8) += a (16 × 16) · b (16 × 8), as mma.sync.m16n8k16 spreads them over a warp: lane 4·g + t has rows g
+// and g + 8 of a and c, and column g of b; of a and b it has the pairs of neighbouring features that begin at 2·t
+// and 2·t + 8, of c the columns 2·t and 2·t + 1.
 FUSED_MOS_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

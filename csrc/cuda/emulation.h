@@ -1,7 +1,8 @@
-// What device.cuh is to a GPU, for a CPU: every thread of every block is a fiber, all of them in one thread of the host.
+// The operations of device.cuh on a CPU: every thread of every block is a fiber, all of them in one thread of the host.
 //
-// It is stricter than a GPU where a mistake could hide there: fibers take turns in a random order between barriers, asynchronous copies
-// arrive as late as they may, what they will overwrite and all shared memory holds NaN before, and a barrier that not all reach is an error.
+// It is stricter than a GPU where a mistake could hide there: fibers take turns in a random order between barriers,
+// asynchronous copies arrive as late as they may, what they will overwrite and all shared memory holds NaN before,
+// and a barrier that not all reach is an error.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
