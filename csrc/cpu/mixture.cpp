@@ -184,18 +184,18 @@ class MixtureBackward {
 
   // Adds one panel's share of s to `sums` (K, kBlock).
   void add_weighted_posteriors(const TokenChunk& chunk, Index panel, Index b, int thread, float* sums) const {
-    const auto problem = tile(chunk, panel, b, thread);
-    const Posteriors of = posteriors_of(thread);
+    const auto mixture = tile(chunk, panel, b, thread);
+    const Posteriors own = posteriors_of(thread);
     with_vectors(chunk.vectors(b), [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value;
-      problem.template posteriors<NV>(of.softmax, of.posterior, of.mixture);
-      for (Index v = 0; v < problem.n_classes(); ++v) {
+      mixture.template posteriors<NV>(own.softmax, own.posterior, own.mixture);
+      for (Index v = 0; v < mixture.n_classes(); ++v) {
         float g[kBlock];
         load_gradient(chunk, b, panel * kPanel + v, g);
         for (Index k = 0; k < a_.n_experts; ++k) {
           for (int j = 0; j < NV; ++j) {
             float* at = sums + k * kBlock + j * kLanes;
-            store(at, load(at) + load(g + j * kLanes) * load(of.posterior + k * kTile + v * kBlock + j * kLanes));
+            store(at, load(at) + load(g + j * kLanes) * load(own.posterior + k * kTile + v * kBlock + j * kLanes));
           }
         }
       }
@@ -237,12 +237,12 @@ class MixtureBackward {
 
   // Writes dl = G q − s exp(l − L) of one panel and block of tokens to the experts' tiles.
   void form_logit_gradients(const TokenChunk& chunk, Index panel, Index panel_of_span, Index b, int thread) const {
-    const auto problem = tile(chunk, panel, b, thread);
-    const Posteriors of = posteriors_of(thread);
+    const auto mixture = tile(chunk, panel, b, thread);
+    const Posteriors own = posteriors_of(thread);
     with_vectors(chunk.vectors(b), [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value;
-      problem.template posteriors<NV>(of.softmax, of.posterior, of.mixture);
-      for (Index v = 0; v < problem.n_classes(); ++v) {
+      mixture.template posteriors<NV>(own.softmax, own.posterior, own.mixture);
+      for (Index v = 0; v < mixture.n_classes(); ++v) {
         float g[kBlock];
         load_gradient(chunk, b, panel * kPanel + v, g);
         for (Index k = 0; k < a_.n_experts; ++k) {
@@ -250,7 +250,7 @@ class MixtureBackward {
             const Index at = v * kBlock + j * kLanes;
             const Vector s = load(s_ + chunk.lane(b, k) + j * kLanes);
             const Vector dl =
-                load(g + j * kLanes) * load(of.posterior + k * kTile + at) - s * load(of.softmax + k * kTile + at);
+                load(g + j * kLanes) * load(own.posterior + k * kTile + at) - s * load(own.softmax + k * kTile + at);
             store(tiles_.tile(panel_of_span, b * a_.n_experts + k) + at, dl);
           }
         }
