@@ -28,7 +28,7 @@ if not triton or not triton.INTERPRETED:
 from triton_interpreter import run_program
 
 from fused_mos import tune
-from fused_mos._backends.triton_kernels import gradients, launch, mixture, operands, proof, rows, tuning
+from fused_mos._backends.triton_kernels import forward, gradients, launch, mixture, operands, proof, rows, tuning
 
 TILE = {"CLASSES": 64, "FEATURES": 64, "PRECISION": "ieee"}
 
@@ -194,10 +194,10 @@ def test_the_vocabulary_is_split_where_rows_are_few(monkeypatch):
     case = problem(3, 2, 8, 2_000).to(torch.float32, ())
     tile, _ = launch.choose_tile("statistics", case.latent, 6)
     results = []
-    monkeypatch.setattr(triton, "PROGRAMS_PER_MULTIPROCESSOR", 1)
+    monkeypatch.setattr(forward, "PROGRAMS_PER_MULTIPROCESSOR", 1)
     for multiprocessors in (5, 1):
         monkeypatch.setattr(configurations, "INTERPRETER", configurations.Architecture(multiprocessors, 2**30, {}))
-        assert triton._splits(6, 2_000, tile, case.latent.device)[0] == multiprocessors
+        assert forward.splits_of_vocabulary(6, 2_000, tile, case.latent.device)[0] == multiprocessors
         generator = torch.Generator().manual_seed(0)
         results.append(
             [
@@ -259,7 +259,7 @@ class _PeakBytes(TorchDispatchMode):
 def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
     """At most 256 MiB beside inputs and results, at the paper's shapes and with an H100's tiles: all of the backend but
     its launches, on tensors that have sizes and no numbers."""
-    for module in (triton, operands):
+    for module in (triton, forward, operands):
         monkeypatch.setattr(module, "launch", lambda *arguments, **constants: None)
     n, _, _, v = proof.SHAPES[shape]
     with proof.float32_products(dtype) as torch_dtype, launch.overridden(configurations.ARCHITECTURES["sm_90"]):

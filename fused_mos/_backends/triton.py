@@ -18,10 +18,20 @@ from torch import Tensor
 
 from .products import product, spans
 from .row_filter import kept_rows
-from .triton_kernels import configurations, gradients, mixture, rows
-from .triton_kernels.configurations import INTERPRETED, Tile
-from .triton_kernels.launch import architecture_of, choose_tile, launch
-from .triton_kernels.operands import aligned, bytes_of_padded, in_range, move_up, row_length, with_column
+from .triton_kernels import configurations, forward, gradients, mixture
+from .triton_kernels.configurations import INTERPRETED
+from .triton_kernels.forward import log_prob, predict, row_statistics, sample  # noqa: F401  (part of `Kernels`)
+from .triton_kernels.launch import choose_tile, launch
+from .triton_kernels.operands import (
+    aligned,
+    bytes_of_padded,
+    empty_float32,
+    in_range,
+    move_up,
+    row_length,
+    unwritten_target_logits,
+    with_column,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,9 +47,6 @@ MAX_ROWS = 32_768
 
 MIN_COLUMNS = 256
 """Classes of dl held at once at least."""
-
-PROGRAMS_PER_MULTIPROCESSOR = 4
-"""Programs to aim at when the vocabulary is split because rows are few."""
 
 
 def availability() -> str:
@@ -71,115 +78,6 @@ def too_old(gpu: str, capability: tuple[int, int]) -> str | None:
         return None
     oldest, its = (".".join(map(str, numbers)) for numbers in (configurations.OLDEST, capability))
     return f"it needs a GPU of compute capability {oldest} or newer, and {gpu} has {its}; use backend='tiled'"
-
-
-def _splits(n_rows: int, n_classes: int, tile: Tile, device: torch.device) -> tuple[int, int]:
-    """How many splits of the vocabulary occupy the device, and the tiles of each."""
-    tiles = triton.cdiv(n_classes, tile.classes)
-    wanted = triton.cdiv(
-        PROGRAMS_PER_MULTIPROCESSOR * architecture_of(device).multiprocessors, triton.cdiv(n_rows, tile.rows)
-    )
-    tiles_of_split = triton.cdiv(tiles, min(wanted, tiles))
-    return triton.cdiv(tiles, tiles_of_split), tiles_of_split
-
-
-def _float32(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
-
-
-def _not_a_class(like: Tensor, n_rows: int) -> Tensor:
-    """The target logits before any is written: NaN."""
-    return like.new_full((n_rows,), math.nan, dtype=torch.float32)
-
-
-# ---------------------------------------------------------------------------------------------------------- single rows
-
-
-def row_statistics(
-    rows_: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows_, weight = aligned(rows_), aligned(weight)
-    maximum, log_total = (_float32(rows_, rows_.shape[0]) for _ in range(2))
-    target_logit = _not_a_class(rows_, rows_.shape[0])
-    _statistics(rows_, weight, bias, target, maximum, log_total, target_logit)
-    return maximum, log_total, target_logit
-
-
-def _statistics(
-    rows_: Tensor,  # (R, D), aligned
-    weight: Tensor,  # (V, D), aligned
-    bias: Tensor | None,  # (V,)
-    target: Tensor | None,  # (R,)
-    maximum: Tensor,  # (R,) out
-    log_total: Tensor,  # (R,) out
-    target_logit: Tensor | None,  # (R,) out
-) -> None:
-    n, n_classes = rows_.shape[0], weight.shape[0]
-    if n == 0:
-        return
-    tile, constants = choose_tile("statistics", rows_, n)
-    splits, tiles_of_split = _splits(n, n_classes, tile, rows_.device)
-    maxima, totals = _float32(rows_, splits, n), _float32(rows_, splits, n)
-    launch(
-        rows.statistics_kernel,
-        (triton.cdiv(n, tile.rows), splits),
-        rows_,
-        weight,
-        bias,
-        target,
-        maxima,
-        totals,
-        target_logit,
-        n,
-        n_classes,
-        tiles_of_split,
-        D=weight.shape[1],
-        EXPERTS=1,
-        HAS_BIAS=bias is not None,
-        HAS_TARGET=target is not None,
-        ROWS=tile.rows,
-        RESIDENT=tile.resident,
-        **constants,
-    )
-    launch(
-        rows.combine_kernel, (triton.cdiv(n, 32),), maxima, totals, maximum, log_total, n, splits, BLOCK=32, SPLITS=32
-    )
-
-
-def sample(
-    rows_: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None
-) -> Tensor:
-    """Gumbel-max, with random numbers that depend on the seed, the row and the class alone."""
-    rows_, weight = aligned(rows_.contiguous()), aligned(weight)
-    n, n_classes = rows_.shape[0], weight.shape[0]
-    tile, constants = choose_tile("sample", rows_, n)
-    splits, tiles_of_split = _splits(n, n_classes, tile, rows_.device)
-    seed = torch.randint(2**62, (1,), generator=generator, device=rows_.device)
-    best, index = _float32(rows_, splits, n), seed.new_empty(splits, n)
-    launch(
-        rows.sample_kernel,
-        (triton.cdiv(n, tile.rows), splits),
-        rows_,
-        weight,
-        bias,
-        seed,
-        best,
-        index,
-        1 / temperature,
-        n,
-        n_classes,
-        tiles_of_split,
-        D=weight.shape[1],
-        HAS_BIAS=bias is not None,
-        ROWS=tile.rows,
-        RESIDENT=tile.resident,
-        **constants,
-    )
-    return _first_of_best(best, index)
-
-
-def _first_of_best(best: Tensor, index: Tensor) -> Tensor:  # (splits, N), (splits, N) -> (N,)
-    return torch.where(best == best.amax(0), index, torch.iinfo(torch.int64).max).amin(0)
 
 
 # ------------------------------------------------------------------------------------------------ gradients, recomputed
@@ -311,13 +209,14 @@ def nll_with_gradients(
     """Three products instead of four: see triton_kernels/gradients.py."""
     (n, k, d), n_classes = latent.shape, weight.shape[0]
     z, e = aligned(latent.view(n * k, d)), aligned(weight)
-    reference, log_total, responsibility, factor = (_float32(latent, n * k) for _ in range(4))
-    nll, grad_prior, target_logit = _float32(latent, n), _float32(latent, n, k), _not_a_class(latent, n * k)
+    reference, log_total, responsibility, factor = (empty_float32(latent, n * k) for _ in range(4))
+    nll, grad_prior = empty_float32(latent, n), empty_float32(latent, n, k)
+    target_logit = unwritten_target_logits(latent, n * k)
     grad_rows = latent.new_empty((n * k, d) if needs[0] else 0)
     height = _rows_of_block(n * k, k, weight) or k
     exponentials = z.new_empty(height, row_length(n_classes, z))
     needs_sums = needs[2] or needs[3]
-    sums = _float32(z, n_classes, row_length(d + 2, z)) if needs_sums else None
+    sums = empty_float32(z, n_classes, row_length(d + 2, z)) if needs_sums else None
     for r in spans(n * k, height):
         t = slice(r.start // k, r.stop // k)
         a = exponentials[: r.stop - r.start]
@@ -355,7 +254,7 @@ def nll_with_gradients(
         if needs[0]:
             if survivors is not None:
                 grad_rows[r] = 0
-            gradient = product(block, e, _float32(a, block.shape[0], e.shape[1]))[:, :d].mul_(f_block[:, None])
+            gradient = product(block, e, empty_float32(a, block.shape[0], e.shape[1]))[:, :d].mul_(f_block[:, None])
             grad_rows[r][kept] = gradient.to(grad_rows.dtype)
         if needs_sums:
             product(block.t(), with_column(z_block, d, f_block), sums, accumulate=r.start > 0)
@@ -379,7 +278,7 @@ def _exponentials(
     n, n_classes = z.shape[0], e.shape[0]
     tile, constants = choose_tile("gradient", z, n)
     first_classes = min(tile.classes, n_classes)
-    _statistics(
+    forward.write_statistics(
         z,
         e[:first_classes],
         None if bias is None else bias[:first_classes],
@@ -389,7 +288,7 @@ def _exponentials(
         None,
     )
     n_tiles = triton.cdiv(n_classes, tile.classes)
-    maxima, totals = _float32(z, n_tiles, n), _float32(z, n_tiles, n)
+    maxima, totals = empty_float32(z, n_tiles, n), empty_float32(z, n_tiles, n)
     arguments = z, e, bias, target, reference, a, maxima, totals, target_logit, n, n_classes, a.stride(0)
     constants |= {"D": e.shape[1], "EXPERTS": n_experts, "HAS_BIAS": bias is not None}
     launch(gradients.exponentials_kernel, (triton.cdiv(n, tile.rows), n_tiles), *arguments, ROWS=tile.rows, **constants)
@@ -400,70 +299,6 @@ def _exponentials(
 
 
 # ---------------------------------------------------------------------------------------------------------- the mixture
-
-
-def _mixture_constants(latent: Tensor, z: Tensor, bias: Tensor | None, family: str = "mixture") -> tuple[Tile, dict]:
-    tile, constants = choose_tile(family, z, latent.shape[0])
-    return tile, constants | {
-        "K": latent.shape[1],
-        "D": z.shape[1],
-        "HAS_BIAS": bias is not None,
-        "TOKENS": tile.rows,
-        "RESIDENT": tile.resident,
-    }
-
-
-def log_prob(
-    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
-) -> Tensor:
-    n, n_classes = latent.shape[0], weight.shape[0]
-    z, e = aligned(latent.view(-1, latent.shape[-1])), aligned(weight)
-    tile, constants = _mixture_constants(latent, z, bias)
-    result = _float32(latent, n, n_classes)
-    launch(
-        mixture.log_prob_kernel,
-        (triton.cdiv(n, tile.rows), triton.cdiv(n_classes, tile.classes)),
-        z,
-        e,
-        bias,
-        log_prior,
-        maximum,
-        log_total,
-        result,
-        n,
-        n_classes,
-        **constants,
-    )
-    return result
-
-
-def predict(
-    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
-) -> Tensor:
-    n, n_classes = latent.shape[0], weight.shape[0]
-    if n == 0:
-        return torch.empty(0, dtype=torch.int64, device=latent.device)
-    z, e = aligned(latent.view(-1, latent.shape[-1])), aligned(weight)
-    tile, constants = _mixture_constants(latent, z, bias)
-    splits, tiles_of_split = _splits(n, n_classes, tile, latent.device)
-    best, index = _float32(latent, splits, n), torch.empty((splits, n), dtype=torch.int64, device=latent.device)
-    launch(
-        mixture.predict_kernel,
-        (triton.cdiv(n, tile.rows), splits),
-        z,
-        e,
-        bias,
-        log_prior,
-        maximum,
-        log_total,
-        best,
-        index,
-        n,
-        n_classes,
-        tiles_of_split,
-        **constants,
-    )
-    return _first_of_best(best, index)
 
 
 def log_prob_backward(
@@ -487,7 +322,7 @@ def log_prob_backward(
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         t = slice(r.start // k, r.stop // k)
-        tile, constants = _mixture_constants(latent[t], z, bias, "mixture-gradient")
+        tile, constants = forward.mixture_constants(latent[t], z, bias, "mixture-gradient")
         launch(
             mixture.mixture_gradient_kernel,
             (triton.cdiv(t.stop - t.start, tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
@@ -518,10 +353,10 @@ def _sums_of_weighted_posteriors(grad: Tensor, latent: Tensor, inputs: tuple[Ten
     """s = Σ_v G q, (N, K), from spans of the vocabulary whose tiles' terms fit into a small part of the workspace."""
     (n, k, _), (z, e, bias, *_) = latent.shape, inputs
     n_classes = e.shape[0]
-    s = _float32(latent, n, k).zero_()
-    tile, constants = _mixture_constants(latent, z, bias, "mixture-gradient")
+    s = empty_float32(latent, n, k).zero_()
+    tile, constants = forward.mixture_constants(latent, z, bias, "mixture-gradient")
     tiles = max(WORKSPACE_BYTES // 16 // max(s.nbytes, 1), 1)
-    partial = _float32(latent, min(tiles, triton.cdiv(n_classes, tile.classes)), n, k)
+    partial = empty_float32(latent, min(tiles, triton.cdiv(n_classes, tile.classes)), n, k)
     for c in spans(n_classes, tiles * tile.classes):
         span = c.stop - c.start
         terms = partial[: triton.cdiv(span, tile.classes)]

@@ -4,6 +4,7 @@ tiles.py           one tile of logits, and what all kernels do with it
 rows.py            log-sum-exp and samples of single rows
 gradients.py       dl of the NLL: in the forward pass, or recomputed
 mixture.py         log-probabilities of the mixture and their dl
+forward.py         calls of the kernels that need no gradient
 configurations.py  tile sizes by architecture and shape class
 operands.py        operands as the kernels want them
 launch.py          how kernels are called, and how calls are recorded instead

@@ -32,6 +32,15 @@ def bytes_of_padded(n_rows: int, weight: Tensor) -> int:
     return 0 if width == n_features else (n_rows + n_classes) * width * weight.itemsize
 
 
+def empty_float32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def unwritten_target_logits(like: Tensor, n_rows: int) -> Tensor:
+    """NaN (n_rows,): what stays where the target is no class."""
+    return like.new_full((n_rows,), math.nan, dtype=torch.float32)
+
+
 def with_column(z: Tensor, d: int, factor: Tensor | None) -> Tensor:
     """[factor·z, factor], aligned; 1 stands for a factor of None. (R, ≥ D), (R,) -> (R, ≥ D + 2); the factor has two
     columns, to be added, so that rounding it to 16 bits costs the bias's gradient nothing."""
