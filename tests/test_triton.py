@@ -29,8 +29,7 @@ from triton_interpreter import run_program
 
 from fused_mos import tune
 from fused_mos._backends.triton_kernels import forward, gradients, launch, mixture, operands, proof, rows, tuning
-
-TILE = {"CLASSES": 64, "FEATURES": 64, "PRECISION": "ieee"}
+from fused_mos._backends.triton_kernels.tiles import LogitGradients, Logits, TileConstants
 
 
 def _untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -52,51 +51,19 @@ def test_rows_and_classes_beyond_two_billion_numbers(what):
     z, e = (far, near) if what == "rows" else (near, far)
     row_block, class_tile = z.shape[0] // 64 - 1, e.shape[0] // 64 - 1
     logits = z[-64:].float() @ e[-64:].float().t()
-    constants = {"D": d, "HAS_BIAS": False, "HAS_TARGET": False, "ROWS": 64} | TILE
+    inputs = Logits(z, e, None, z.shape[0], e.shape[0])
+    constants = {"D": d, "TILE": TileConstants(64, 64, 64, "ieee", False)}
     maximum, total = (torch.full((class_tile + 1, z.shape[0]), math.nan) for _ in range(2))
-    run_program(
-        rows.statistics_kernel,
-        (row_block, class_tile),
-        z,
-        e,
-        None,
-        None,
-        maximum,
-        total,
-        None,
-        z.shape[0],
-        e.shape[0],
-        1,
-        EXPERTS=1,
-        RESIDENT=False,
-        **constants,
-    )
+    program = row_block, class_tile
+    run_program(rows.statistics_kernel, program, inputs, None, maximum, total, None, 1, **constants)
     assert torch.allclose(maximum[class_tile, -64:], logits.amax(1), atol=1e-4)
     assert torch.allclose(total[class_tile, -64:], (logits - logits.amax(1, keepdim=True)).exp().sum(1), rtol=1e-4)
-    dl, zero, two = (
-        _untouched(z.shape[0], 64, dtype=torch.bfloat16),
-        torch.zeros(z.shape[0]),
-        torch.full((z.shape[0],), 2.0),
-    )
-    run_program(
-        gradients.gradient_kernel,
-        (row_block, 0),
-        z,
-        e,
-        None,
-        None,
-        zero,
-        zero,
-        two,
-        two,
-        dl,
-        z.shape[0],
-        e.shape[0],
-        e.shape[0] - 64,
-        64,
-        64,
-        **constants,
-    )
+    dl = _untouched(z.shape[0], 64, dtype=torch.bfloat16)
+    zero, two = torch.zeros(z.shape[0]), torch.full((z.shape[0],), 2.0)
+    statistics, weights = gradients.RowStatistics(zero, zero), gradients.RowGradients(two, two)
+    last_classes = LogitGradients(dl, e.shape[0] - 64, 64, 64)
+    program = row_block, 0
+    run_program(gradients.gradient_kernel, program, inputs, None, statistics, weights, last_classes, **constants)
     assert torch.allclose(dl[-64:].float(), 2 * logits.exp(), rtol=1e-2)
 
 
@@ -111,9 +78,9 @@ def test_log_probabilities_beyond_two_billion_numbers():
     out = _untouched(n, v, dtype=torch.float32)
     assert out.numel() > 2**31
     program = (n // 32 - 1, v // 64)
-    constants = {"K": k, "D": d, "HAS_BIAS": False, "TOKENS": 32, "RESIDENT": False} | TILE | {"FEATURES": 16}
-    inputs = z, e, None, log_prior, maximum, log_total
-    run_program(mixture.log_prob_kernel, program, *inputs, out, n, v, **constants)
+    constants = {"K": k, "D": d, "TILE": TileConstants(32, 64, 16, "ieee", False)}
+    inputs = Logits(z, e, None, n, v), mixture.Mixture(log_prior, maximum, log_total)
+    run_program(mixture.log_prob_kernel, program, *inputs, out, **constants)
     expected = torch.logsumexp(z[tokens] @ e[classes].t() + log_prior[tokens][..., None], 1)
     first = v // 64 * 64  # of the last tile
     assert torch.allclose(out[tokens, first:], expected[:, first - classes.start :], atol=1e-5)
@@ -121,9 +88,8 @@ def test_log_probabilities_beyond_two_billion_numbers():
 
     out[tokens, first:] = torch.randn(32, v - first)
     s = torch.full((v // 64 + 1, n, k), math.nan)
-    run_program(
-        mixture.mixture_gradient_kernel, program, *inputs, out, s, None, n, v, 0, v, 0, SECOND_SWEEP=False, **constants
-    )
+    span = LogitGradients(None, 0, v, 0)
+    run_program(mixture.mixture_gradient_kernel, program, *inputs, out, s, span, SECOND_SWEEP=False, **constants)
     logits = z[tokens] @ e[first:].t()
     posterior = (log_prior[tokens][..., None] + logits - expected[:, None, first - classes.start :]).exp()
     assert torch.allclose(s[v // 64, tokens], (posterior * out[tokens, None, first:]).sum(-1), atol=1e-4)
@@ -463,19 +429,26 @@ raise SystemExit(fused_mos.tune.main(["--compile-only", "--brief", "--shapes", "
 
 
 def test_the_proof_compiles_what_a_launch_would():
-    """Types, constants and divisibility are those of Triton's own launcher."""
+    """Types, constants and divisibility are those of Triton's own launcher, and so are their places in a NamedTuple."""
     from triton._C.libtriton import native_specialize_impl
+    from triton._utils import find_paths_if, get_iterable_path
     from triton.backends.nvidia.compiler import CUDABackend
 
-    arguments = [0, 1, 2, 16, 280, 2**31, -5, 1.5, None]
+    leaves = [0, 1, 2, 16, 280, 2**31, -5, 1.5, None]
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool):
         whole = torch.zeros(64, dtype=dtype)
         assert whole.data_ptr() % 16 == 0
-        arguments += [whole, whole[1:], whole[16:]]
-    for argument in arguments:
-        kind, value, aligned = proof._specialisation(argument)
-        theirs_kind, theirs = native_specialize_impl(CUDABackend, argument, False, True, True)
-        assert kind == theirs_kind, argument
-        assert (value if kind == "constexpr" else "D" if aligned else "") == (
-            theirs or (None if kind == "constexpr" else "")
-        ), argument
+        leaves += [whole, whole[1:], whole[16:]]
+    bundles = [Logits(whole, whole[1:], None, 1, 280), LogitGradients(None, 2**31, 1, 16)]
+    for arguments in ([*leaves, *bundles], [*bundles, *leaves]):
+        types, specialised = zip(*(native_specialize_impl(CUDABackend, a, False, True, True) for a in arguments))
+        assert tuple(proof._type(argument) for argument in arguments) == types
+        members = dict(proof._members(arguments))
+        assert list(members) == find_paths_if(types, lambda path, kind: True)
+        for path, member in members.items():
+            kind, value, aligned = proof._specialisation(member)
+            theirs = get_iterable_path(specialised, path)
+            assert (value if kind == "constexpr" else "D" if aligned else "") == (
+                theirs or (None if kind == "constexpr" else "")
+            ), (path, member)
+    assert proof._type(bundles[0])._fields == Logits._fields

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from .products import product, spans
 from .row_filter import kept_rows
-from .triton_kernels import configurations, forward, gradients, mixture
+from .triton_kernels import configurations, forward, gradients
 from .triton_kernels.configurations import INTERPRETED
 from .triton_kernels.forward import log_prob, predict, row_statistics, sample  # noqa: F401  (part of `Kernels`)
+from .triton_kernels.gradients import Exponentials, LossInputs, LossOutputs, RowGradients, RowStatistics
 from .triton_kernels.launch import choose_tile, launch
+from .triton_kernels.mixture import Mixture, mixture_gradient_kernel
 from .triton_kernels.operands import (
     aligned,
     bytes_of_padded,
@@ -32,6 +34,7 @@ from .triton_kernels.operands import (
     unwritten_target_logits,
     with_column,
 )
+from .triton_kernels.tiles import LogitGradients, Logits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -146,29 +149,13 @@ def rows_backward(
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         tile, constants = choose_tile("gradient", z, dl.shape[0])
-        launch(
-            gradients.gradient_kernel,
-            (triton.cdiv(dl.shape[0], tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
-            z[r],
-            e,
-            bias,
-            None if target is None else target[r],
-            maximum[r],
-            log_total[r],
-            grad_lse[r],
-            grad_target[r],
-            dl,
-            dl.shape[0],
-            weight.shape[0],
-            c.start,
-            dl.shape[1],
-            dl.stride(0),
-            D=e.shape[1],
-            HAS_BIAS=bias is not None,
-            HAS_TARGET=target is not None,
-            ROWS=tile.rows,
-            **constants,
-        )
+        grid = triton.cdiv(dl.shape[0], tile.rows), triton.cdiv(dl.shape[1], tile.classes)
+        logits = Logits(z[r], e, bias, dl.shape[0], weight.shape[0])
+        block_target = None if target is None else target[r]
+        statistics, weights = RowStatistics(maximum[r], log_total[r]), RowGradients(grad_lse[r], grad_target[r])
+        out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
+        constants |= {"D": e.shape[1]}
+        launch(gradients.gradient_kernel, grid, logits, block_target, statistics, weights, out, **constants)
 
     return _recomputed_gradients(write_dl, z, e, weight, needs, 1, unscale)
 
@@ -220,32 +207,10 @@ def nll_with_gradients(
     for r in spans(n * k, height):
         t = slice(r.start // k, r.stop // k)
         a = exponentials[: r.stop - r.start]
-        totals = _exponentials(z[r], e, bias, target[t], reference[r], a, target_logit[r], k)
-        launch(
-            gradients.mix_kernel,
-            (triton.cdiv(t.stop - t.start, 2),),
-            reference[r],
-            totals,
-            target_logit[r],
-            prior_logits[t],
-            target[t],
-            valid[t],
-            scale,
-            nll[t],
-            log_total[r],
-            responsibility[r],
-            factor[r],
-            grad_prior[t],
-            a,
-            t.stop - t.start,
-            n_classes,
-            totals.shape[0],
-            a.stride(0),
-            K=k,
-            TOKENS=2,
-            EXPERTS=triton.next_power_of_2(k),
-            TILES=32,
-        )
+        logits = Logits(z[r], e, bias, a.shape[0], n_classes)
+        inputs = LossInputs(prior_logits[t], target[t], valid[t], scale)
+        outputs = LossOutputs(nll[t], log_total[r], responsibility[r], factor[r], grad_prior[t])
+        _write_loss(logits, inputs, reference[r], a, target_logit[r], outputs)
         block, z_block, f_block, kept = a[:, :n_classes], z[r], factor[r], slice(None)
         survivors = kept_rows(responsibility[r], responsibility[r], filter_eps)
         if survivors is not None:
@@ -265,37 +230,45 @@ def nll_with_gradients(
     return nll, *statistics, grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
 
+def _write_loss(
+    logits: Logits,  # of R rows, aligned
+    inputs: LossInputs,  # of N tokens
+    reference: Tensor,  # (R,) out
+    a: Tensor,  # (R, ≥ V) out: dl / factor
+    target_logit: Tensor,  # (R,) out
+    outputs: LossOutputs,  # out
+) -> None:
+    n, k = inputs.prior_logits_ptr.shape
+    exponentials = _exponentials(logits, inputs.target_ptr, reference, a, target_logit, k)
+    sizes = n, logits.n_classes, exponentials.tile_total_ptr.shape[0]
+    constants = {"K": k, "TOKENS": 2, "EXPERTS": triton.next_power_of_2(k), "TILES": 32}
+    launch(gradients.mix_kernel, (triton.cdiv(n, 2),), reference, exponentials, inputs, outputs, *sizes, **constants)
+
+
 def _exponentials(
-    z: Tensor,  # (R, D), aligned
-    e: Tensor,  # (V, D), aligned
-    bias: Tensor | None,  # (V,)
+    logits: Logits,  # of R rows, aligned
     target: Tensor,  # (R / n_experts,)
     reference: Tensor,  # (R,) out
     a: Tensor,  # (R, ≥ V) out: exp(l − reference), 0 at the target
     target_logit: Tensor,  # (R,) out
     n_experts: int,
-) -> Tensor:  # (tiles, R): sums of a
-    n, n_classes = z.shape[0], e.shape[0]
+) -> Exponentials:
+    z, e, bias, n, n_classes = logits
     tile, constants = choose_tile("gradient", z, n)
     first_classes = min(tile.classes, n_classes)
-    forward.write_statistics(
-        z,
-        e[:first_classes],
-        None if bias is None else bias[:first_classes],
-        None,
-        reference,
-        torch.empty_like(reference),
-        None,
-    )
+    first_bias = None if bias is None else bias[:first_classes]
+    first_tile = Logits(z, e[:first_classes], first_bias, n, first_classes)
+    forward.write_statistics(first_tile, None, reference, torch.empty_like(reference), None)
     n_tiles = triton.cdiv(n_classes, tile.classes)
-    maxima, totals = empty_float32(z, n_tiles, n), empty_float32(z, n_tiles, n)
-    arguments = z, e, bias, target, reference, a, maxima, totals, target_logit, n, n_classes, a.stride(0)
-    constants |= {"D": e.shape[1], "EXPERTS": n_experts, "HAS_BIAS": bias is not None}
-    launch(gradients.exponentials_kernel, (triton.cdiv(n, tile.rows), n_tiles), *arguments, ROWS=tile.rows, **constants)
+    out = Exponentials(a, empty_float32(z, n_tiles, n), empty_float32(z, n_tiles, n), target_logit, a.stride(0))
+    arguments = logits, target, reference, out
+    constants |= {"D": e.shape[1], "EXPERTS": n_experts}
+    launch(gradients.exponentials_kernel, (triton.cdiv(n, tile.rows), n_tiles), *arguments, **constants)
     # half the rows and more warps, since it holds more in registers
-    constants |= {"ROWS": max(tile.rows // 2, 16), "warps": 8}
-    launch(gradients.recheck_kernel, (triton.cdiv(n, constants["ROWS"]),), *arguments, **constants)
-    return totals
+    rows = max(tile.rows // 2, 16)
+    constants |= {"TILE": constants["TILE"]._replace(rows=rows), "warps": 8}
+    launch(gradients.recheck_kernel, (triton.cdiv(n, rows),), *arguments, **constants)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------- the mixture
@@ -315,65 +288,43 @@ def log_prob_backward(
     (n, k, d), n_classes = latent.shape, weight.shape[0]
     z, e = aligned(latent.view(n * k, d)), aligned(weight)
     grad = grad.float().contiguous()
-    inputs = z, e, bias, log_prior, maximum, log_total
-    s = _sums_of_weighted_posteriors(grad, latent, inputs)
+    experts = Mixture(log_prior, maximum, log_total)
+    s = _sums_of_weighted_posteriors(grad, Logits(z, e, bias, n, n_classes), experts)
     product_needs = (needs[0], needs[2], needs[3])
     scaled_grad, scaled_s, unscale = in_range(latent.dtype, grad, s)
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         t = slice(r.start // k, r.stop // k)
-        tile, constants = forward.mixture_constants(latent[t], z, bias, "mixture-gradient")
-        launch(
-            mixture.mixture_gradient_kernel,
-            (triton.cdiv(t.stop - t.start, tile.rows), triton.cdiv(dl.shape[1], tile.classes)),
-            z[r],
-            e,
-            bias,
-            log_prior[t],
-            maximum[t],
-            log_total[t],
-            scaled_grad[t],
-            scaled_s[t],
-            dl,
-            t.stop - t.start,
-            n_classes,
-            c.start,
-            dl.shape[1],
-            dl.stride(0),
-            SECOND_SWEEP=True,
-            **constants,
-        )
+        n_tokens = t.stop - t.start
+        tile, constants = choose_tile("mixture-gradient", z, n_tokens)
+        grid = triton.cdiv(n_tokens, tile.rows), triton.cdiv(dl.shape[1], tile.classes)
+        logits = Logits(z[r], e, bias, n_tokens, n_classes)
+        experts = Mixture(log_prior[t], maximum[t], log_total[t])
+        out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
+        constants |= {"K": k, "D": z.shape[1], "SECOND_SWEEP": True}
+        launch(mixture_gradient_kernel, grid, logits, experts, scaled_grad[t], scaled_s[t], out, **constants)
 
     grad_rows, grad_weight, grad_bias = _recomputed_gradients(write_dl, z, e, weight, product_needs, k, unscale)
     grad_prior = s - log_prior.exp() * s.sum(-1, keepdim=True) if needs[1] else s.new_empty(0)
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
 
-def _sums_of_weighted_posteriors(grad: Tensor, latent: Tensor, inputs: tuple[Tensor | None, ...]) -> Tensor:
-    """s = Σ_v G q, (N, K), from spans of the vocabulary whose tiles' terms fit into a small part of the workspace."""
-    (n, k, _), (z, e, bias, *_) = latent.shape, inputs
-    n_classes = e.shape[0]
-    s = empty_float32(latent, n, k).zero_()
-    tile, constants = forward.mixture_constants(latent, z, bias, "mixture-gradient")
+def _sums_of_weighted_posteriors(
+    grad: Tensor,  # (N, V)
+    logits: Logits,  # of N rows of K experts
+    experts: Mixture,
+) -> Tensor:  # (N, K)
+    """s = Σ_v G q, from spans of the vocabulary whose tiles' terms fit into a small part of the workspace."""
+    (n, k), n_classes, z = experts.log_prior_ptr.shape, logits.n_classes, logits.z_ptr
+    s = empty_float32(z, n, k).zero_()
+    tile, constants = choose_tile("mixture-gradient", z, n)
     tiles = max(WORKSPACE_BYTES // 16 // max(s.nbytes, 1), 1)
-    partial = empty_float32(latent, min(tiles, triton.cdiv(n_classes, tile.classes)), n, k)
+    partial = empty_float32(z, min(tiles, triton.cdiv(n_classes, tile.classes)), n, k)
+    constants |= {"K": k, "D": z.shape[1], "SECOND_SWEEP": False}
     for c in spans(n_classes, tiles * tile.classes):
-        span = c.stop - c.start
-        terms = partial[: triton.cdiv(span, tile.classes)]
-        launch(
-            mixture.mixture_gradient_kernel,
-            (triton.cdiv(n, tile.rows), terms.shape[0]),
-            *inputs,
-            grad,
-            terms,
-            None,
-            n,
-            n_classes,
-            c.start,
-            span,
-            0,
-            SECOND_SWEEP=False,
-            **constants,
-        )
+        span = LogitGradients(None, c.start, c.stop - c.start, 0)
+        terms = partial[: triton.cdiv(span.n_columns, tile.classes)]
+        grid = triton.cdiv(n, tile.rows), terms.shape[0]
+        launch(mixture_gradient_kernel, grid, logits, experts, grad, terms, span, **constants)
         s += terms.sum(0)
     return s

@@ -1,6 +1,6 @@
 """The Triton kernels of `_backends/triton.py`, their launch configurations and the proof that they compile.
 
-tiles.py           one tile of logits, and what all kernels do with it
+tiles.py           one tile of logits, its operands, and what all kernels do with it
 rows.py            log-sum-exp and samples of single rows
 gradients.py       dl of the NLL: in the forward pass, or recomputed
 mixture.py         log-probabilities of the mixture and their dl

@@ -16,8 +16,11 @@ row. The factor goes to the other operand (dE = aᵀ·(f z)) or to the result (d
     move_rows_kernel       puts surviving rows in the place of filtered ones
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .rows import combined
 from .tiles import LOG2E, LOWEST, logits_tile, row_targets
@@ -27,221 +30,164 @@ MARGIN = tl.constexpr(60.0)
 limits."""
 
 
+class RowStatistics(NamedTuple):
+    """Each row's log-sum-exp L = maximum + log_total."""
+
+    maximum_ptr: Tensor  # (R,)
+    log_total_ptr: Tensor  # (R,)
+
+
+class RowGradients(NamedTuple):
+    """The gradients of each row's log-sum-exp and, with the other sign, of its target's logit."""
+
+    grad_lse_ptr: Tensor  # (R,)
+    grad_target_ptr: Tensor  # (R,)
+
+
+class Exponentials(NamedTuple):
+    """What the forward pass keeps of a block of tokens: a = exp(l − reference), and its sums."""
+
+    a_ptr: Tensor  # (R, stride): 0 at the target, until mix_kernel writes it
+    tile_maximum_ptr: Tensor  # (tiles, R)
+    tile_total_ptr: Tensor  # (tiles, R): Σ a
+    target_logit_ptr: Tensor  # (R,), written only where the target is a class
+    stride: int
+
+
+class LossInputs(NamedTuple):
+    """What the loss takes beside the exponentials of the logits."""
+
+    prior_logits_ptr: Tensor  # (N, K)
+    target_ptr: Tensor  # (N,) int64
+    valid_ptr: Tensor  # (N,) bool
+    scale_ptr: Tensor  # (): of the loss
+
+
+class LossOutputs(NamedTuple):
+    """The loss, and each row's part in its gradient."""
+
+    nll_ptr: Tensor  # (N,)
+    log_total_ptr: Tensor  # (R,)
+    responsibility_ptr: Tensor  # (R,), 0 where not valid
+    factor_ptr: Tensor  # (R,)
+    grad_prior_ptr: Tensor  # (N, K)
+
+
 @triton.jit
 def gradient_kernel(
-    z_ptr,  # (R, D)
-    e_ptr,  # (V, D)
-    bias_ptr,  # (V,)
-    target_ptr,  # (R,) int64
-    maximum_ptr,  # (R,)
-    log_total_ptr,  # (R,)
-    grad_lse_ptr,  # (R,)
-    grad_target_ptr,  # (R,)
-    dl_ptr,  # (R, stride) out: of the classes from first_class on
-    n_rows,
-    n_classes,
-    first_class,
-    span,
-    stride,
+    logits,  # Logits of R rows
+    target_ptr,  # (R,) int64, or None
+    statistics,  # RowStatistics
+    weights,  # RowGradients
+    out,  # LogitGradients
     D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
-    ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """dl = grad_lse·exp(l − L) − grad_target·1[v = target]."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
     first_row = tl.program_id(0) * ROWS
     first_column = tl.program_id(1) * CLASSES
     row = first_row + tl.arange(0, ROWS)
     column = tl.arange(0, CLASSES)
-    mask = row < n_rows
-    first_class += first_column
-    tile = logits_tile(
-        z_ptr,
-        e_ptr,
-        bias_ptr,
-        n_rows,
-        n_classes,
-        first_row,
-        first_class,
-        D,
-        D,
-        HAS_BIAS,
-        ROWS,
-        CLASSES,
-        FEATURES,
-        PRECISION,
-        False,
-    )
-    grad_lse = tl.load(grad_lse_ptr + row, mask=mask, other=0.0)
+    mask = row < logits.n_rows
+    first_class = out.first_class + first_column
+    tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=False)
+    grad_lse = tl.load(weights.grad_lse_ptr + row, mask=mask, other=0.0)
     # a row of weight 0 is exactly 0, whatever its statistics are
-    shift = tl.where(grad_lse != 0, tl.load(log_total_ptr + row, mask=mask, other=0.0) * LOG2E, float("inf"))
-    maximum = tl.load(maximum_ptr + row, mask=mask, other=0.0)
+    shift = tl.where(grad_lse != 0, tl.load(statistics.log_total_ptr + row, mask=mask, other=0.0) * LOG2E, float("inf"))
+    maximum = tl.load(statistics.maximum_ptr + row, mask=mask, other=0.0)
     dl = tl.exp2((tile - maximum[:, None]) * LOG2E - shift[:, None]) * grad_lse[:, None]
-    if HAS_TARGET:
-        target = row_targets(target_ptr, first_row, n_rows, first_class, 1, ROWS)
+    if target_ptr is not None:
+        target = row_targets(target_ptr, first_row, logits.n_rows, first_class, EXPERTS=1, ROWS=ROWS)
         if tl.max(((target >= 0) & (target < CLASSES)).to(tl.int32), 0) > 0:
-            grad_target = tl.load(grad_target_ptr + row, mask=mask, other=0.0)
+            grad_target = tl.load(weights.grad_target_ptr + row, mask=mask, other=0.0)
             dl = tl.where(column[None, :] == target[:, None], dl - grad_target[:, None], dl)
-    dl_tile = (
-        dl_ptr
-        + tl.cast(first_row, tl.int64) * stride
-        + first_column
-        + (tl.arange(0, ROWS)[:, None] * stride + column[None, :])
-    )
-    tl.store(dl_tile, dl.to(dl_ptr.dtype.element_ty), mask=mask[:, None] & (first_column + column < span)[None, :])
+    dl_row = out.dl_ptr + tl.cast(first_row, tl.int64) * out.stride + first_column
+    dl_tile = dl_row + (tl.arange(0, ROWS)[:, None] * out.stride + column[None, :])
+    inside = mask[:, None] & (first_column + column < out.n_columns)[None, :]
+    tl.store(dl_tile, dl.to(out.dl_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def exponentials_tile(
-    z_ptr,
-    e_ptr,
-    bias_ptr,
-    target_ptr,
+    logits,  # Logits of R rows
+    target_ptr,  # (R / EXPERTS,) int64
     reference,  # (ROWS,)
-    a_ptr,
-    tile_maximum_ptr,
-    tile_total_ptr,
-    target_logit_ptr,
-    n_rows,
-    n_classes,
-    stride,
+    out,  # Exponentials
     first_row,
     tile_index,
     D: tl.constexpr,
     EXPERTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    """Write one tile of a, (ROWS, CLASSES), its rows' maxima and sums, and the target logits that it has."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
     row = first_row + tl.arange(0, ROWS)
     column = tl.arange(0, CLASSES)
-    mask = row < n_rows
+    mask = row < logits.n_rows
     first_class = tile_index * CLASSES
-    tile = logits_tile(
-        z_ptr,
-        e_ptr,
-        bias_ptr,
-        n_rows,
-        n_classes,
-        first_row,
-        first_class,
-        D,
-        D,
-        HAS_BIAS,
-        ROWS,
-        CLASSES,
-        FEATURES,
-        PRECISION,
-        False,
-    )
-    target = row_targets(target_ptr, first_row, n_rows, first_class, EXPERTS, ROWS)
+    tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=False)
+    target = row_targets(target_ptr, first_row, logits.n_rows, first_class, EXPERTS=EXPERTS, ROWS=ROWS)
     here = (target >= 0) & (target < CLASSES)
     target_logit = tl.full((ROWS,), LOWEST, tl.float32)
     if tl.max(here.to(tl.int32), 0) > 0:
         hit = column[None, :] == target[:, None]
         target_logit = tl.where(here, tl.sum(tl.where(hit, tile, 0.0), 1), LOWEST)
-        tl.store(target_logit_ptr + row, target_logit, mask=here & mask)
+        tl.store(out.target_logit_ptr + row, target_logit, mask=here & mask)
         tile = tl.where(hit, float("-inf"), tile)
-    partial = tl.cast(tile_index, tl.int64) * n_rows + row
-    tl.store(tile_maximum_ptr + partial, tl.maximum(tl.max(tile, 1), target_logit), mask=mask)
+    partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
+    tl.store(out.tile_maximum_ptr + partial, tl.maximum(tl.max(tile, 1), target_logit), mask=mask)
     # beyond the margin any number will do, as long as it is finite: the row is recomputed
     a = tl.exp(tl.minimum(tile - reference[:, None], MARGIN + 1))
-    tl.store(tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
-    a_tile = (
-        a_ptr
-        + tl.cast(first_row, tl.int64) * stride
-        + first_class
-        + (tl.arange(0, ROWS)[:, None] * stride + column[None, :])
-    )
-    tl.store(a_tile, a.to(a_ptr.dtype.element_ty), mask=mask[:, None] & (first_class + column < n_classes)[None, :])
+    tl.store(out.tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
+    a_row = out.a_ptr + tl.cast(first_row, tl.int64) * out.stride + first_class
+    a_tile = a_row + (tl.arange(0, ROWS)[:, None] * out.stride + column[None, :])
+    inside = mask[:, None] & (first_class + column < logits.n_classes)[None, :]
+    tl.store(a_tile, a.to(out.a_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def exponentials_kernel(
-    z_ptr,  # (R, D)
-    e_ptr,  # (V, D)
-    bias_ptr,  # (V,)
+    logits,  # Logits of R rows
     target_ptr,  # (R / EXPERTS,) int64
     reference_ptr,  # (R,)
-    a_ptr,  # (R, stride) out: exp(l − reference), 0 at the target
-    tile_maximum_ptr,  # (tiles, R) out
-    tile_total_ptr,  # (tiles, R) out: Σ a
-    target_logit_ptr,  # (R,) out, only where the target is a class
-    n_rows,
-    n_classes,
-    stride,
+    out,  # Exponentials
     D: tl.constexpr,
     EXPERTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    first_row = tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)
-    reference = tl.load(reference_ptr + row, mask=row < n_rows, other=0.0)
-    exponentials_tile(
-        z_ptr,
-        e_ptr,
-        bias_ptr,
-        target_ptr,
-        reference,
-        a_ptr,
-        tile_maximum_ptr,
-        tile_total_ptr,
-        target_logit_ptr,
-        n_rows,
-        n_classes,
-        stride,
-        first_row,
-        tl.program_id(1),
-        D,
-        EXPERTS,
-        HAS_BIAS,
-        ROWS,
-        CLASSES,
-        FEATURES,
-        PRECISION,
-    )
+    """Write a = exp(l − reference), and each tile's maxima and sums."""
+    first_row = tl.program_id(0) * TILE.rows
+    row = first_row + tl.arange(0, TILE.rows)
+    reference = tl.load(reference_ptr + row, mask=row < logits.n_rows, other=0.0)
+    tile_index = tl.program_id(1)
+    exponentials_tile(logits, target_ptr, reference, out, first_row, tile_index, D=D, EXPERTS=EXPERTS, TILE=TILE)
 
 
 @triton.jit
 def recheck_kernel(
-    z_ptr,
-    e_ptr,
-    bias_ptr,
-    target_ptr,
+    logits,  # Logits of R rows
+    target_ptr,  # (R / EXPERTS,) int64
     reference_ptr,  # (R,) in and out
-    a_ptr,
-    tile_maximum_ptr,
-    tile_total_ptr,
-    target_logit_ptr,
-    n_rows,
-    n_classes,
-    stride,
+    out,  # Exponentials
     D: tl.constexpr,
     EXPERTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """`exponentials_kernel` again, with the maximum as reference, for blocks with a row beyond the margin."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
     first_row = tl.program_id(0) * ROWS
     row = first_row + tl.arange(0, ROWS)
-    mask = row < n_rows
+    mask = row < logits.n_rows
     reference = tl.load(reference_ptr + row, mask=mask, other=0.0)
-    n_tiles = tl.cdiv(n_classes, CLASSES)
+    n_tiles = tl.cdiv(logits.n_classes, CLASSES)
     maximum = tl.full((ROWS,), LOWEST, tl.float32)
     for tile_index in range(0, n_tiles):
-        tile_maximum = tl.load(tile_maximum_ptr + tl.cast(tile_index, tl.int64) * n_rows + row, mask=mask, other=LOWEST)
+        partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
+        tile_maximum = tl.load(out.tile_maximum_ptr + partial, mask=mask, other=LOWEST)
         maximum = tl.maximum(maximum, tile_maximum)
     beyond = mask & (maximum - reference > MARGIN)
     if tl.max(beyond.to(tl.int32), 0) > 0:
@@ -249,54 +195,26 @@ def recheck_kernel(
         tl.store(reference_ptr + row, reference, mask=mask)
         for tile_index in range(0, n_tiles):
             exponentials_tile(
-                z_ptr,
-                e_ptr,
-                bias_ptr,
-                target_ptr,
-                reference,
-                a_ptr,
-                tile_maximum_ptr,
-                tile_total_ptr,
-                target_logit_ptr,
-                n_rows,
-                n_classes,
-                stride,
-                first_row,
-                tile_index,
-                D,
-                EXPERTS,
-                HAS_BIAS,
-                ROWS,
-                CLASSES,
-                FEATURES,
-                PRECISION,
+                logits, target_ptr, reference, out, first_row, tile_index, D=D, EXPERTS=EXPERTS, TILE=TILE
             )
 
 
 @triton.jit
 def mix_kernel(
     reference_ptr,  # (R,)
-    tile_total_ptr,  # (tiles, R): Σ a
-    target_logit_ptr,  # (R,), NaN where the target is no class
-    prior_logits_ptr,  # (N, K)
-    target_ptr,  # (N,) int64
-    valid_ptr,  # (N,) bool
-    scale_ptr,  # ()
-    nll_ptr,  # (N,) out
-    log_total_ptr,  # (R,) out
-    responsibility_ptr,  # (R,) out, 0 where not valid
-    factor_ptr,  # (R,) out
-    grad_prior_ptr,  # (N, K) out
-    a_ptr,  # (R, stride): the targets' entries are written
+    exponentials,  # Exponentials: the targets' entries of a are written; target logits are NaN where there is no class
+    inputs,  # LossInputs
+    out,  # LossOutputs
     n_tokens,
     n_classes,
     n_tiles,
-    stride,
     K: tl.constexpr,
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,  # K, rounded up to a power of two
     TILES: tl.constexpr,
 ):
+    """Write the loss, the responsibilities and what a needs to become dl, from the exponentials of a block of
+    tokens."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS)
     mask = (token < n_tokens)[:, None] & (expert < K)[None, :]
@@ -304,38 +222,38 @@ def mix_kernel(
     flat_row = tl.reshape(row, (TOKENS * EXPERTS,))
     flat_mask = tl.reshape(mask, (TOKENS * EXPERTS,))
     n_rows = n_tokens * K
+    total_ptr = exponentials.tile_total_ptr
     _, others = combined(
-        reference_ptr, tile_total_ptr, flat_row, flat_mask, n_tiles, 0, n_rows, TOKENS * EXPERTS, TILES
+        reference_ptr, total_ptr, flat_row, flat_mask, n_tiles, 0, n_rows, BLOCK=TOKENS * EXPERTS, SPLITS=TILES
     )
     others = tl.reshape(others, (TOKENS, EXPERTS))  # Σ exp(l − reference), but for the target's
     reference = tl.load(reference_ptr + row, mask=mask, other=0.0)
-    target_logit = tl.load(target_logit_ptr + row, mask=mask, other=0.0)
+    target_logit = tl.load(exponentials.target_logit_ptr + row, mask=mask, other=0.0)
     at_target = tl.exp(target_logit - reference)
     total = others + at_target
     log_total = tl.log(total)
 
-    prior_logits = tl.load(prior_logits_ptr + row, mask=mask, other=float("-inf")).to(tl.float32)
+    prior_logits = tl.load(inputs.prior_logits_ptr + row, mask=mask, other=float("-inf")).to(tl.float32)
     centred = prior_logits - tl.max(prior_logits, 1)[:, None]
     log_prior = centred - tl.log(tl.sum(tl.exp(centred), 1))[:, None]
     joint = tl.where(mask, log_prior + ((target_logit - reference) - log_total), float("-inf"))
     peak = tl.maximum(tl.max(joint, 1), LOWEST)  # where every expert gives probability 0, nobody is responsible
     likelihood = tl.exp(joint - peak[:, None])
     likelihoods = tl.sum(likelihood, 1)
-    tl.store(nll_ptr + token, -(peak + tl.log(likelihoods)), mask=token < n_tokens)
+    tl.store(out.nll_ptr + token, -(peak + tl.log(likelihoods)), mask=token < n_tokens)
 
-    valid = tl.load(valid_ptr + token, mask=token < n_tokens, other=0).to(tl.int1)[:, None]
+    valid = tl.load(inputs.valid_ptr + token, mask=token < n_tokens, other=0).to(tl.int1)[:, None]
     responsibility = tl.where(valid & (likelihoods != 0)[:, None], likelihood / likelihoods[:, None], 0.0)
-    scale = tl.load(scale_ptr)
-    weight = tl.where(
-        responsibility != 0, responsibility * scale, 0.0
-    )  # 0 although the scale is infinite: no valid target
-    tl.store(log_total_ptr + row, log_total, mask=mask)
-    tl.store(responsibility_ptr + row, responsibility, mask=mask)
-    tl.store(factor_ptr + row, tl.where(weight != 0, weight / total, 0.0), mask=mask)
-    tl.store(grad_prior_ptr + row, tl.where(valid, tl.exp(log_prior) - responsibility, 0.0) * scale, mask=mask)
-    target = tl.load(target_ptr + token, mask=token < n_tokens, other=-1)[:, None]
-    entry = a_ptr + row.to(tl.int64) * stride + target
-    tl.store(entry, (-others).to(a_ptr.dtype.element_ty), mask=mask & (target >= 0) & (target < n_classes))
+    scale = tl.load(inputs.scale_ptr)
+    # 0 although the scale is infinite: no valid target
+    weight = tl.where(responsibility != 0, responsibility * scale, 0.0)
+    tl.store(out.log_total_ptr + row, log_total, mask=mask)
+    tl.store(out.responsibility_ptr + row, responsibility, mask=mask)
+    tl.store(out.factor_ptr + row, tl.where(weight != 0, weight / total, 0.0), mask=mask)
+    tl.store(out.grad_prior_ptr + row, tl.where(valid, tl.exp(log_prior) - responsibility, 0.0) * scale, mask=mask)
+    target = tl.load(inputs.target_ptr + token, mask=token < n_tokens, other=-1)[:, None]
+    entry = exponentials.a_ptr + row.to(tl.int64) * exponentials.stride + target
+    tl.store(entry, (-others).to(exponentials.a_ptr.dtype.element_ty), mask=mask & (target >= 0) & (target < n_classes))
 
 
 @triton.jit

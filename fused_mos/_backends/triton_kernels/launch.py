@@ -14,11 +14,13 @@ from torch import Tensor
 
 from . import configurations
 from .configurations import Architecture, Tile
+from .tiles import TileConstants
 
 
 @dataclass
 class Call:
-    """One launch: the kernel, its arguments in order, its constants, and the tile."""
+    """One launch: the kernel, its arguments in order (tensors, numbers, None, NamedTuples of these), its constants, and
+    the tile."""
 
     kernel: triton.runtime.JITFunction
     key: str  # of the tile's configuration; "" for kernels that have none
@@ -62,22 +64,15 @@ def architecture_of(device: torch.device) -> Architecture:
 
 
 def choose_tile(family: str, like: Tensor, n_rows: int) -> tuple[Tile, dict]:
-    """The tile for `n_rows` rows of `like`'s width and dtype, and what `launch` takes of it but for the tile's
-    shape."""
+    """The tile for `n_rows` rows of `like`'s width and dtype, and what `launch` takes of it."""
     precision = configurations.precision(like.dtype)
     key = configurations.tile_key(family, precision, n_rows, like.shape[-1])
     tiles = architecture_of(like.device).tiles | (_override.tiles if _override is not None else {})
     tile = tiles.get(key, configurations.INTERPRETER_TILE)
     tile = replace(tile, features=min(tile.features, max(triton.next_power_of_2(like.shape[-1]), 16)))
     dot = "ieee" if precision == "ieee" else "tf32"
-    return tile, {
-        "key": key,
-        "warps": tile.warps,
-        "stages": tile.stages,
-        "CLASSES": tile.classes,
-        "FEATURES": tile.features,
-        "PRECISION": dot,
-    }
+    constants = TileConstants(tile.rows, tile.classes, tile.features, dot, tile.resident)
+    return tile, {"key": key, "warps": tile.warps, "stages": tile.stages, "TILE": constants}
 
 
 def launch(
@@ -89,12 +84,14 @@ def launch(
     stages: int = 1,
     **constants,
 ) -> None:
+    """Runs `kernel` on its arguments, of which the first, or its first member, is a tensor."""
     if 0 in grid:
         return
     if _override is not None and _override.calls is not None:
         _override.calls.append(Call(kernel, key, arguments, constants, warps, stages))
         return
-    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    first = arguments[0]
+    device = (first if isinstance(first, Tensor) else first[0]).device
     # the launch goes to the current device's current stream
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)

@@ -49,19 +49,9 @@ def with_column(z: Tensor, d: int, factor: Tensor | None) -> Tensor:
     if factor is None:
         factor = z.new_ones(z.shape[0], dtype=torch.float32)
     features = min(triton.next_power_of_2(width), 128)
-    launch(
-        gradients.scaled_rows_kernel,
-        (triton.cdiv(z.shape[0], 16), triton.cdiv(width, features)),
-        z,
-        factor,
-        result,
-        z.shape[0],
-        STRIDE=z.shape[1],
-        D=d,
-        WIDTH=width,
-        ROWS=16,
-        FEATURES=features,
-    )
+    grid = triton.cdiv(z.shape[0], 16), triton.cdiv(width, features)
+    constants = {"STRIDE": z.shape[1], "D": d, "WIDTH": width, "ROWS": 16, "FEATURES": features}
+    launch(gradients.scaled_rows_kernel, grid, z, factor, result, z.shape[0], **constants)
     return result
 
 
@@ -84,14 +74,6 @@ def move_up(a: Tensor, survivors: Tensor) -> Tensor:
     hole[survivors[survivors < n]] = False
     destination = hole.nonzero().squeeze(1)
     order[destination] = source
-    launch(
-        gradients.move_rows_kernel,
-        (source.numel(), triton.cdiv(a.shape[1], 4096)),
-        a,
-        source,
-        destination,
-        a.shape[1],
-        a.stride(0),
-        COLUMNS=4096,
-    )
+    grid = source.numel(), triton.cdiv(a.shape[1], 4096)
+    launch(gradients.move_rows_kernel, grid, a, source, destination, a.shape[1], a.stride(0), COLUMNS=4096)
     return order

@@ -136,15 +136,34 @@ def _specialisation(argument) -> tuple[str, object, bool]:
     return ("i32" if -(2**31) <= argument < 2**31 else "i64"), None, argument % 16 == 0
 
 
+def _members(arguments: tuple) -> Iterator[tuple[tuple[int, ...], object]]:
+    """All arguments, the members of NamedTuples one by one, each with its path, as Triton counts them."""
+    for i, argument in enumerate(arguments):
+        if isinstance(argument, tuple):
+            yield from (((i, j), member) for j, member in enumerate(argument))
+        else:
+            yield (i,), argument
+
+
+def _type(argument) -> str | tuple:
+    """An argument's type; for a NamedTuple the same NamedTuple, of its members' types."""
+    if isinstance(argument, tuple):
+        return type(argument)(*(_specialisation(member)[0] for member in argument))
+    return _specialisation(argument)[0]
+
+
 def _source(call: Call) -> tuple[ASTSource, dict]:
     names = call.kernel.arg_names
-    arguments = [_specialisation(argument) for argument in call.arguments]
-    signature = {name: kind for name, (kind, _, _) in zip(names, arguments)} | dict.fromkeys(
-        call.constants, "constexpr"
-    )
-    constants = {(i,): value for i, (kind, value, _) in enumerate(arguments) if kind == "constexpr"}
-    constants |= {(names.index(name),): value for name, value in call.constants.items()}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, (_, _, aligned) in enumerate(arguments) if aligned}
+    signature = {name: _type(argument) for name, argument in zip(names, call.arguments)}
+    signature |= dict.fromkeys(call.constants, "constexpr")
+    constants = {(names.index(name),): value for name, value in call.constants.items()}
+    attributes = {}
+    for path, argument in _members(call.arguments):
+        kind, value, is_aligned = _specialisation(argument)
+        if kind == "constexpr":
+            constants[path] = value
+        if is_aligned:
+            attributes[path] = [["tt.divisibility", 16]]
     return ASTSource(call.kernel, signature, constants, attributes), {
         "num_warps": call.warps,
         "num_stages": call.stages,
@@ -160,19 +179,22 @@ def _resources(cubin: bytes) -> Resources:
     return resources
 
 
+def _tile(call: Call) -> tuple[int, ...]:
+    """Rows, classes, features, warps, stages; 0 for what the kernel's tile does not have."""
+    constants = call.constants
+    if "TILE" in constants:
+        rows, classes, features, *_ = constants["TILE"]
+    else:
+        rows = constants.get("ROWS", constants.get("TOKENS", 0))
+        classes, features = 0, constants.get("FEATURES", 0)
+    return rows, classes, features, call.warps, call.stages
+
+
 def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Compiled:
     source, options = _source(call)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    constants = call.constants
-    tile = (
-        constants.get("ROWS", constants.get("TOKENS", 0)),
-        constants.get("CLASSES", 0),
-        constants.get("FEATURES", 0),
-        call.warps,
-        call.stages,
-    )
-    dtype = next((TYPES[a.dtype] for a in call.arguments if isinstance(a, Tensor)), "")
-    about = call.kernel.__name__, shapes, dtype, call.key, tile
+    dtype = next(TYPES[member.dtype] for _, member in _members(call.arguments) if isinstance(member, Tensor))
+    about = call.kernel.__name__, shapes, dtype, call.key, _tile(call)
     try:
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # the compiler gives up in many ways, each of which is this kernel's alone
@@ -209,7 +231,8 @@ def distinct_calls(
         with float32_products(dtype_name) as dtype:
             for shape in shapes:
                 for call in recorded_calls(ARCHITECTURES[architecture], SHAPES[shape], dtype, {}):
-                    specialised = repr(([_specialisation(argument) for argument in call.arguments], call.constants))
+                    members = [_specialisation(member) for _, member in _members(call.arguments)]
+                    specialised = repr((members, call.constants))
                     same = call.kernel.__name__, call.key, call.warps, call.stages, "" if brief else specialised
                     names = found.setdefault(same, (call, []))[1]
                     if shape not in names:

@@ -12,26 +12,19 @@ from .tiles import LOWEST, logits_tile, row_targets
 
 @triton.jit
 def statistics_kernel(
-    z_ptr,  # (R, D)
-    e_ptr,  # (V, D)
-    bias_ptr,  # (V,)
-    target_ptr,  # (R / EXPERTS,) int64
+    logits,  # Logits of R rows
+    target_ptr,  # (R,) int64, or None
     maximum_ptr,  # (splits, R) out
     total_ptr,  # (splits, R) out: Σ exp(l − maximum)
     target_logit_ptr,  # (R,) out, only where the target is a class
-    n_rows,
-    n_classes,
     tiles_of_split,
     D: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_TARGET: tl.constexpr,
-    ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
+    """The maximum and Σ exp(l − maximum) of each row's logits in one split, and the target's logit."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    n_rows = logits.n_rows
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
     row = first_row + tl.arange(0, ROWS)
@@ -40,27 +33,11 @@ def statistics_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     target_logit = tl.full((ROWS,), float("nan"), tl.float32)
     first_tile = split * tiles_of_split
-    for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(n_classes, CLASSES))):
+    for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(logits.n_classes, CLASSES))):
         first_class = tile_index * CLASSES
-        tile = logits_tile(
-            z_ptr,
-            e_ptr,
-            bias_ptr,
-            n_rows,
-            n_classes,
-            first_row,
-            first_class,
-            D,
-            D,
-            HAS_BIAS,
-            ROWS,
-            CLASSES,
-            FEATURES,
-            PRECISION,
-            RESIDENT,
-        )
-        if HAS_TARGET:
-            target = row_targets(target_ptr, first_row, n_rows, first_class, EXPERTS, ROWS)
+        tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=TILE.resident)
+        if target_ptr is not None:
+            target = row_targets(target_ptr, first_row, n_rows, first_class, EXPERTS=1, ROWS=ROWS)
             here = (target >= 0) & (target < CLASSES)
             # most tiles hold no target of these rows: looking for one in each would cost as much as the exponentials
             if tl.max(here.to(tl.int32), 0) > 0:
@@ -69,7 +46,7 @@ def statistics_kernel(
         new_maximum = tl.maximum(maximum, tl.max(tile, 1))
         total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(tile - new_maximum[:, None]), 1)
         maximum = new_maximum
-    if HAS_TARGET:
+    if target_ptr is not None:
         tl.store(target_logit_ptr + row, target_logit, mask=(row < n_rows) & (target_logit == target_logit))
     start = tl.cast(split, tl.int64) * n_rows
     tl.store(maximum_ptr + start + row, maximum, mask=row < n_rows)
@@ -116,34 +93,29 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    """A row's statistics from those of its splits: its maximum and log Σ exp(l − maximum)."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < n_rows
-    maximum, total = combined(maximum_ptr, total_ptr, row, mask, n_splits, n_rows, n_rows, BLOCK, SPLITS)
+    maximum, total = combined(maximum_ptr, total_ptr, row, mask, n_splits, n_rows, n_rows, BLOCK=BLOCK, SPLITS=SPLITS)
     tl.store(row_maximum_ptr + row, maximum, mask=mask)
     tl.store(log_total_ptr + row, tl.log(total), mask=mask)
 
 
 @triton.jit
 def sample_kernel(
-    z_ptr,  # (R, D)
-    e_ptr,  # (V, D)
-    bias_ptr,  # (V,)
+    logits,  # Logits of R rows
     seed_ptr,  # (1,) int64
     best_ptr,  # (splits, R) out
     index_ptr,  # (splits, R) int64 out
     inverse_temperature,
-    n_rows,
-    n_classes,
     tiles_of_split,
     D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Gumbel-max: argmax_v (l / temperature − log e) with e exponentially distributed, drawn by its place (row, v)."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    n_rows = logits.n_rows
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
     row = first_row + tl.arange(0, ROWS)
@@ -152,25 +124,9 @@ def sample_kernel(
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     index = tl.zeros((ROWS,), tl.int32)
     first_tile = split * tiles_of_split
-    for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(n_classes, CLASSES))):
+    for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(logits.n_classes, CLASSES))):
         first_class = tile_index * CLASSES
-        tile = logits_tile(
-            z_ptr,
-            e_ptr,
-            bias_ptr,
-            n_rows,
-            n_classes,
-            first_row,
-            first_class,
-            D,
-            D,
-            HAS_BIAS,
-            ROWS,
-            CLASSES,
-            FEATURES,
-            PRECISION,
-            RESIDENT,
-        )
+        tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=TILE.resident)
         counter_of_class = (first_class + column)[None, :] + tl.zeros((ROWS, CLASSES), tl.int32)
         counter_of_row = row[:, None] + tl.zeros((ROWS, CLASSES), tl.int32)
         bits, _, _, _ = tl.philox(seed, counter_of_class, counter_of_row, 0, 0)

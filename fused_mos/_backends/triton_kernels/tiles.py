@@ -1,4 +1,7 @@
-"""What the kernels share: one tile of logits.
+"""What the kernels share: one tile of logits, and the operands that it is made of.
+
+Operands that travel together are one NamedTuple. Its members are tensors and numbers on the host, pointers and scalars
+in a kernel; Triton specialises each like an argument of its own, and None and 1 become constants.
 
 Index arithmetic: where a tile starts is a 64-bit scalar (V·D and N·K·V pass 2³¹ at 1-Billion-Word size), places within
 a tile are 32-bit. Rows and classes beyond the last are clamped to it, not masked, so that loads need no predicate;
@@ -6,72 +9,116 @@ their results are masked when stored.
 """
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """Where running maxima start: finite, so that a logit of −inf gives exp(−inf), never inf − inf."""
 
 
+class TileConstants(NamedTuple):
+    """A program's tile as its kernel is compiled for it, the constant TILE; see `configurations.Tile`."""
+
+    rows: int
+    classes: int
+    features: int
+    precision: str  # of the product: "ieee" or "tf32", which 16-bit operands ignore
+    resident: bool
+
+
+class Logits(NamedTuple):
+    """The operands of l = z·Eᵀ + b."""
+
+    z_ptr: Tensor  # (n_rows, K, D), K being 1 for single rows
+    e_ptr: Tensor  # (n_classes, D)
+    bias_ptr: Tensor | None  # (n_classes,)
+    n_rows: int
+    n_classes: int
+
+
+class LogitGradients(NamedTuple):
+    """Where dl is written: a span of the vocabulary, of all rows."""
+
+    dl_ptr: Tensor | None  # (R, stride) out, of which n_columns are written; None for the span alone
+    first_class: int  # of the first column
+    n_columns: int
+    stride: int
+
+
 @triton.jit
 def logits_tile(
-    z_ptr,  # (n_rows, row_stride), of which D features
-    e_ptr,  # (n_classes, D)
-    bias_ptr,  # (n_classes,)
-    n_rows,
-    n_classes,
+    logits,  # Logits
     first_row,
     first_class,
-    ROW_STRIDE: tl.constexpr,
+    expert,  # which of a row's K vectors to take
+    K: tl.constexpr,
     D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    RESIDENT: tl.constexpr,  # see configurations.Tile
+    TILE: tl.constexpr,  # TileConstants
+    RESIDENT: tl.constexpr,  # TILE.resident, or False where the caller keeps no operand from tile to tile
 ):
-    """z·Eᵀ + b of (ROWS, CLASSES), float32; −inf in the columns beyond the last class."""
-    row = tl.minimum(tl.arange(0, ROWS), n_rows - 1 - first_row)
+    """z·Eᵀ + b of (rows, classes) of TILE, float32; −inf in the columns beyond the last class."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    FEATURES: tl.constexpr = TILE.features
+    STRIDE: tl.constexpr = K * D
+    row = tl.minimum(tl.arange(0, ROWS), logits.n_rows - 1 - first_row)
     column = tl.arange(0, CLASSES)
-    clamped = tl.minimum(column, n_classes - 1 - first_class)
+    clamped = tl.minimum(column, logits.n_classes - 1 - first_class)
     feature = tl.arange(0, FEATURES)
-    z_tile = z_ptr + tl.cast(first_row, tl.int64) * ROW_STRIDE + (row[:, None] * ROW_STRIDE + feature[None, :])
-    e_tile = e_ptr + tl.cast(first_class, tl.int64) * D + (clamped[None, :] * D + feature[:, None])
+    z_row = logits.z_ptr + expert * D + tl.cast(first_row, tl.int64) * STRIDE
+    z_tile = z_row + (row[:, None] * STRIDE + feature[None, :])
+    e_tile = logits.e_ptr + tl.cast(first_class, tl.int64) * D + (clamped[None, :] * D + feature[:, None])
     tile = tl.zeros((ROWS, CLASSES), tl.float32)
     if RESIDENT:
         # unrolled: from a loop of the caller that stores nothing, the compiler moves the loads that do not change out
         for d in tl.static_range(0, D, FEATURES):
-            tile = add_product(z_tile + d, e_tile + d, feature, tile, D - d, FEATURES, PRECISION)
+            tile = add_product(z_tile + d, e_tile + d, feature, tile, D - d, TILE=TILE, MASKED=True)
     else:
         for d in range(0, D, FEATURES):
-            tile = add_product(z_tile, e_tile, feature, tile, D - d, FEATURES if D % FEATURES else 0, PRECISION)
+            tile = add_product(z_tile, e_tile, feature, tile, D - d, TILE=TILE, MASKED=D % FEATURES != 0)
             z_tile += FEATURES
             e_tile += FEATURES
-    inside = column < n_classes - first_class
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + first_class + clamped).to(tl.float32)
+    inside = column < logits.n_classes - first_class
+    if logits.bias_ptr is not None:
+        bias = tl.load(logits.bias_ptr + first_class + clamped).to(tl.float32)
     else:
         bias = tl.zeros((CLASSES,), tl.float32)
     return tile + tl.where(inside, bias, float("-inf"))[None, :]
 
 
 @triton.jit
-def add_product(z_tile, e_tile, feature, tile, features_left, FEATURES: tl.constexpr, PRECISION: tl.constexpr):
-    """tile + z·e of one step; FEATURES is 0 where every step has all of them."""
-    if FEATURES == 0:
-        z = tl.load(z_tile)
-        e = tl.load(e_tile)
-    else:
+def add_product(
+    z_tile,  # (ROWS, FEATURES) pointers
+    e_tile,  # (FEATURES, CLASSES) pointers
+    feature,  # (FEATURES,)
+    tile,  # (ROWS, CLASSES)
+    features_left,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """tile + z·e of one step; MASKED where a step may have fewer features than the others."""
+    if MASKED:
         z = tl.load(z_tile, mask=feature[None, :] < features_left, other=0.0)
         e = tl.load(e_tile, mask=feature[:, None] < features_left, other=0.0)
-    return tl.dot(z, e, tile, input_precision=PRECISION)
+    else:
+        z = tl.load(z_tile)
+        e = tl.load(e_tile)
+    return tl.dot(z, e, tile, input_precision=TILE.precision)
 
 
 @triton.jit
-def row_targets(target_ptr, first_row, n_rows, first_class, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+def row_targets(
+    target_ptr,  # (n_rows / EXPERTS,) int64
+    first_row,
+    n_rows,
+    first_class,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Each row's target as a column of the tile that starts at `first_class`: (ROWS,) int32, −1 where it is far
     away."""
     row = tl.minimum(first_row + tl.arange(0, ROWS), n_rows - 1)
