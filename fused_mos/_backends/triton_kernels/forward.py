@@ -60,8 +60,8 @@ def write_statistics(
     grid = triton.cdiv(n, tile.rows), splits
     outputs = maxima, totals, target_logit
     launch(rows.statistics_kernel, grid, logits, target, *outputs, tiles_of_split, D=z.shape[1], **constants)
-    grid = (triton.cdiv(n, 32),)
-    launch(rows.combine_kernel, grid, maxima, totals, maximum, log_total, n, splits, BLOCK=32, SPLITS=32)
+    blocks = (triton.cdiv(n, 32),)
+    launch(rows.combine_kernel, blocks, maxima, totals, maximum, log_total, n, splits, BLOCK=32, SPLITS=32)
 
 
 def sample(
