@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import functional as F
+from ._inputs import check_backend, check_reduction, is_autocast
+from ._vocabulary import LOCAL, TopK, Vocabulary
 from .dropout import LockedDropout, check_probability
 
 
@@ -24,9 +25,8 @@ class HeadOutput(NamedTuple):
 class Head(nn.Module):
     """What the heads share: a decoder, and a mixture over it given by `mixture(input)`."""
 
-    functions = F
-    """What computes with the mixture: fused_mos.functional, or the VocabShard that `vocab_parallel.parallelize` puts in
-    its place."""
+    vocabulary: Vocabulary = LOCAL
+    """Computes with the mixture; `vocab_parallel.parallelize` puts a VocabShard in its place."""
 
     def __init__(
         self, latent_features: int, n_classes: int, bias: bool, weight: nn.Parameter | None, backend: str, device, dtype
@@ -50,8 +50,7 @@ class Head(nn.Module):
                     f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got "
                     f"{tuple(weight.shape)}"
                 )
-        if backend not in F._backends.NAMES:
-            raise ValueError(f"backend must be one of {', '.join(F._backends.NAMES)}, got {backend!r}")
+        check_backend(backend)
         self.n_classes = n_classes
         self.backend = backend
         self.tied = weight is not None
@@ -102,9 +101,8 @@ class Head(nn.Module):
             raise ValueError(
                 f"target must have input's leading shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}"
             )
-        if reduction not in F.REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(F.REDUCTIONS)}, got {reduction!r}")
-        nll, loss = self.functions.nll_and_loss(
+        check_reduction(reduction)
+        nll, loss = self.vocabulary.nll_and_loss(
             latent,
             prior_logits,
             self.decoder.weight,
@@ -120,7 +118,7 @@ class Head(nn.Module):
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes: (…, in_features) -> (…, n_classes)."""
         latent, prior_logits = self._flat_mixture(input)
-        log_prob = self.functions.mos_log_prob(
+        log_prob = self.vocabulary.mos_log_prob(
             latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend
         )
         return log_prob.view(*input.shape[:-1], self.n_classes)
@@ -128,25 +126,25 @@ class Head(nn.Module):
     def predict(self, input: Tensor) -> Tensor:
         """The most probable class: (…, in_features) -> (…) int64."""
         latent, prior_logits = self._flat_mixture(input)
-        index = self.functions.mos_predict(
+        index = self.vocabulary.mos_predict(
             latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend
         )
         return index.view(input.shape[:-1])
 
-    def topk(self, input: Tensor, k: int) -> F.TopK:
+    def topk(self, input: Tensor, k: int) -> TopK:
         """The k most probable classes, most probable first: (…, in_features) -> values (…, k), log-probabilities, and
         indices (…, k) int64."""
         latent, prior_logits = self._flat_mixture(input)
-        values, indices = self.functions.mos_topk(
+        values, indices = self.vocabulary.mos_topk(
             latent, prior_logits, self.decoder.weight, self.decoder.bias, k=k, backend=self.backend
         )
-        return F.TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
+        return TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
 
     def sample(self, input: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """One class per position: (…, in_features) -> (…) int64; `temperature` divides each expert's logits, not the
         mixture's (`functional.mos_sample`): for the most probable class take `predict`."""
         latent, prior_logits = self._flat_mixture(input)
-        index = self.functions.mos_sample(
+        index = self.vocabulary.mos_sample(
             latent,
             prior_logits,
             self.decoder.weight,
@@ -162,7 +160,7 @@ class Head(nn.Module):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"input must be (…, in_features = {self.in_features}), got {tuple(input.shape)}")
-        if input.dtype != self.decoder.weight.dtype and not F._is_autocast(input.device.type):
+        if input.dtype != self.decoder.weight.dtype and not is_autocast(input.device.type):
             raise TypeError(f"input must have the parameters' dtype {self.decoder.weight.dtype}, got {input.dtype}")
         if input.device != self.decoder.weight.device:
             raise ValueError(f"input is on {input.device} but the parameters are on {self.decoder.weight.device}")

@@ -18,27 +18,15 @@ from torch.distributed.tensor import DTensor, Shard
 
 from . import _backends, ops
 from ._backends.reference import log_softmax_prior, mix_target
-from .functional import (
-    NLL,
-    REDUCTIONS,
-    TopK,
-    _autocast,
-    _check_inputs,
-    _check_k,
-    _check_target,
-    _check_temperature,
-    _contiguous,
-    _reduced,
-    _topk_of_spans,
-    _without_autocast,
-)
+from ._inputs import Operands, contiguous
+from ._vocabulary import NLL, Normalisers, TopK, Vocabulary, reduced, topk_of_spans
 from .module import Head
 
 IGNORED, ELSEWHERE = -100, -1
 """Targets as a shard sees them: none, and one that is a class of another rank. (0 … are its own classes.)"""
 
 
-class VocabShard:
+class VocabShard(Vocabulary):
     """A rank's share of the classes, and the functions of `fused_mos.functional` over all shares.
 
     Every rank of the group must call them with the same `latent`, `prior_logits` and `target`, its own rows of `weight`
@@ -93,131 +81,77 @@ class VocabShard:
         found = nn.functional.embedding(torch.where(own, tokens - self.start, 0), weight)
         return _Sum.apply(torch.where(own[..., None], found, 0), self.group)
 
-    def nll_and_loss(
-        self,
-        latent: Tensor,  # (N, K, D)
-        prior_logits: Tensor,  # (N, K)
-        weight: Tensor,  # (V of this rank, D)
-        target: Tensor,  # (N,), of all V classes
-        bias: Tensor | None,  # (V of this rank,)
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
-        grad_filter_eps: float = 0.0,
-    ) -> NLL:
-        """The NLL of each target (N,), and its reduction: `functional.mos_nll_loss`, which says what the arguments are.
+    def count_classes(self, operands: Operands) -> int:
+        if operands.weight.shape[0] != self.stop - self.start:
+            raise ValueError(
+                f"weight must have the {self.stop - self.start} rows of {self}, got {tuple(operands.weight.shape)}"
+            )
+        if operands.backend == "reference":
+            raise ValueError("backend 'reference' cannot be sharded; 'tiled' computes every dtype")
+        return self.n_classes
 
-        The backward pass recomputes the logits (four products): they cannot be weighted before all ranks have told
-        their sums.
-        """
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-        if not 0 <= grad_filter_eps < 1:
-            raise ValueError(f"grad_filter_eps must be in [0, 1), got {grad_filter_eps}")
-        latent, prior_logits, weight, bias, backend = self._prepared(latent, prior_logits, weight, bias, backend)
-        _check_target(target, latent, self.n_classes, ignore_index)
+    def loss(self, operands: Operands, target: Tensor, ignore_index: int, reduction: str, filter_eps: float) -> NLL:
+        """The backward pass recomputes the logits (four products): they cannot be weighted before all ranks have told
+        their sums."""
         own = (target >= self.start) & (target < self.stop)
         local = torch.where(target == ignore_index, IGNORED, torch.where(own, target - self.start, ELSEWHERE))
-        with _without_autocast(latent.device.type):
-            nll = _ShardedNLL.apply(latent, prior_logits, weight, bias, local, self.group, grad_filter_eps, backend)
-            return _reduced(nll, target, ignore_index, reduction)
+        nll = _ShardedNLL.apply(*operands.tensors, local, self.group, filter_eps, operands.backend)
+        return reduced(nll, target, ignore_index, reduction)
 
     @torch.no_grad()
-    def mos_log_prob(
-        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
-    ) -> Tensor:
-        """Log-probabilities of all classes, (N, V) on every rank, for evaluation: not differentiable."""
-        latent, prior_logits, weight, bias, backend = self._prepared(latent, prior_logits, weight, bias, backend)
-        log_prior, maximum, log_total = self._normalisers(latent, prior_logits, weight, bias, backend)
+    def distribution(self, operands: Operands) -> Tensor:
+        """The whole (N, V) on every rank, for evaluation: not differentiable."""
+        latent, _, weight, bias, backend = operands
+        log_prior, maximum, log_total = self.normalisers(operands)
         own = maximum.new_zeros(latent.shape[0], self._largest)
         own[:, : self.stop - self.start] = _backends.kernels(backend).log_prob(
             latent, log_prior, weight, bias, maximum, log_total
         )
         return torch.cat(self._gathered(own), 1)[:, : self.n_classes]
 
-    def mos_predict(
-        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
-    ) -> Tensor:
-        """The most probable class, (N,) int64."""
-        return self.mos_topk(latent, prior_logits, weight, bias, k=1, backend=backend).indices.squeeze(1)
+    def normalisers(self, operands: Operands) -> Normalisers:
+        latent, prior_logits, weight, bias, backend = operands
+        maximum, log_total, _ = _combined_statistics(latent, weight, bias, None, self.group, backend)
+        return Normalisers(log_softmax_prior(prior_logits).to(maximum.dtype), maximum, log_total)
 
-    @torch.no_grad()
-    def mos_topk(
-        self,
-        latent: Tensor,
-        prior_logits: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        k: int,
-        backend: str = "auto",
-    ) -> TopK:
-        """The k most probable classes, (N, k): each rank gathers every rank's candidates."""
-        _check_k(k, self.n_classes)
-        latent, prior_logits, weight, bias, backend = self._prepared(latent, prior_logits, weight, bias, backend)
-        log_prior, maximum, log_total = self._normalisers(latent, prior_logits, weight, bias, backend)
-        own = _topk_of_spans(latent, log_prior, weight, bias, maximum, log_total, k, backend)
+    def best(self, operands: Operands) -> Tensor:
+        return self.candidates(operands, 1).indices.squeeze(1)
+
+    def candidates(self, operands: Operands, k: int) -> TopK:
+        """The best of every rank's candidates, which each rank gathers."""
+        own = topk_of_spans(operands, self.normalisers(operands), k)
         filled = k - own.values.shape[1]  # where this rank has fewer than k classes
         values = torch.cat(self._gathered(nn.functional.pad(own.values, (0, filled), value=-torch.inf)), 1)
         indices = torch.cat(self._gathered(nn.functional.pad(own.indices + self.start, (0, filled))), 1)
         values, chosen = values.topk(k)
         return TopK(values, indices.gather(1, chosen))
 
-    @torch.no_grad()
-    def mos_sample(
+    def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The choice of the group's first rank."""
+        choice = torch.multinomial(probability, 1, generator=generator).squeeze(1)
+        dist.broadcast(choice, group=self.group, group_src=0)
+        return choice
+
+    def draw(
         self,
-        latent: Tensor,
-        prior_logits: Tensor,
+        rows: Tensor,
         weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        backend: str = "auto",
+        bias: Tensor | None,
+        temperature: float,
+        generator: torch.Generator | None,
+        backend: str,
     ) -> Tensor:
-        """One class per token, (N,) int64: the expert, the rank, the class, each from its own distribution.
-
-        The first two are drawn by the group's first rank; the class by the rank that has it.
-        """
-        _check_temperature(temperature)
-        latent, prior_logits, weight, bias, backend = self._prepared(latent, prior_logits, weight, bias, backend)
-        n = latent.shape[0]
-        if n == 0:  # torch.multinomial refuses an empty batch
-            return torch.empty(0, dtype=torch.int64, device=latent.device)
-
-        def drawn(probability: Tensor) -> Tensor:
-            choice = torch.multinomial(probability, 1, generator=generator).squeeze(1)
-            dist.broadcast(choice, group=self.group, group_src=0)
-            return choice
-
-        expert = drawn(log_softmax_prior(prior_logits).exp())
-        rows = latent[torch.arange(n, device=latent.device), expert]
+        """First the rank, then a class of that rank, which draws it."""
+        (rows,) = contiguous(rows)
         kernels = _backends.kernels(backend)
         cooled = rows / temperature, weight, bias if bias is None else bias / temperature
         maximum, log_total, _ = kernels.row_statistics(*cooled, None)
         shares = torch.stack(self._gathered(maximum + log_total), 1)
-        rank = drawn(torch.softmax(shares, 1))
+        rank = self.choose(torch.softmax(shares, 1), generator)
         own = kernels.sample(rows, weight, bias, temperature, generator) + self.start
         result = torch.where(rank == dist.get_rank(self.group), own, 0)
         dist.all_reduce(result, group=self.group)
         return result
-
-    def _prepared(self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str):
-        _check_inputs(latent, prior_logits, weight, bias)
-        if weight.shape[0] != self.stop - self.start:
-            raise ValueError(f"weight must have the {self.stop - self.start} rows of {self}, got {tuple(weight.shape)}")
-        if backend == "reference":
-            raise ValueError("backend 'reference' cannot be sharded; 'tiled' computes every dtype")
-        latent, prior_logits, weight, bias = _contiguous(*_autocast(latent, prior_logits, weight, bias))
-        return latent, prior_logits, weight, bias, _backends.resolve(backend, latent.device, latent.dtype)
-
-    def _normalisers(
-        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str
-    ) -> tuple[Tensor, ...]:
-        """log π, and the two terms of L over all shards, (N, K) each."""
-        maximum, log_total, _ = _combined_statistics(latent, weight, bias, None, self.group, backend)
-        return log_softmax_prior(prior_logits).to(maximum.dtype), maximum, log_total
 
     def _gathered(self, own: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(own) for _ in range(self.n_ranks)]
@@ -246,7 +180,7 @@ def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> Voc
     rank's rows, and with it an nn.Embedding that is tied to it. In place: make optimizers afterwards.
 
     The parameters must be the same on all ranks of the group, as from one seed. Returns the shard, which
-    `Head.functions` is from now on.
+    `Head.vocabulary` is from now on.
 
     Raises ValueError unless `model` holds exactly one head, RuntimeError without torch.distributed.
     """
@@ -257,7 +191,7 @@ def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> Voc
     shard = VocabShard(head.n_classes, group)
     whole = head.decoder.weight
     rows = nn.Parameter(shard.rows(whole.detach()).clone(), whole.requires_grad)
-    head.functions = shard
+    head.vocabulary = shard
     head.decoder.weight = rows
     head.decoder.out_features = rows.shape[0]
     if head.decoder.bias is not None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import EXACT, INPUTS, Problem, assert_meets_criterion, check_forward_and_gradients, problem
 
+from fused_mos import _vocabulary
 from fused_mos import functional as F
 from fused_mos._backends import reference, tiled
 
@@ -262,9 +263,7 @@ def test_gradient_through_both_the_tokens_and_the_loss(workspace, backend):
     grads = []
     for each in (backend, "reference"):
         p = case.to(dtype)
-        result = F.nll_and_loss(
-            *p.inputs()[:3], p.target, p.bias, ignore_index=-100, reduction="mean", backend=each, grad_filter_eps=0.0
-        )
+        result = _vocabulary.LOCAL.nll_and_loss(*p.inputs()[:3], p.target, p.bias, reduction="mean", backend=each)
         (3 * result.loss + (result.nll * torch.linspace(0, 1, 11, dtype=dtype)).sum()).backward()
         grads.append(p.gradients())
     for name in INPUTS:
@@ -350,7 +349,7 @@ def test_topk(k, workspace, backend, monkeypatch):
     """The values of the most probable classes, and classes that have them, from one span of the vocabulary and from
     several."""
     if workspace == "many tiles":
-        monkeypatch.setattr(F, "TOPK_BYTES", 1)
+        monkeypatch.setattr(_vocabulary, "TOPK_BYTES", 1)
     case = problem(37, 3, 33, 507).to(torch.float32, ())
     log_p = reference.log_prob(*case.inputs())
     values, indices = F.mos_topk(*case.inputs(), k=k, backend=backend)

@@ -126,7 +126,7 @@ def test_a_step_draws_masks_for_each_part_and_reads_no_number_back(averaging, sm
     """On a GPU, reading a number would make the host wait for the device. The two places that read on the CPU alone do
     as on a GPU."""
     monkeypatch.setattr("fused_mos.training.trainer.random_bptt_length", lambda *_: 12)
-    monkeypatch.setattr("fused_mos.functional._values_can_be_read", lambda *_: False)
+    monkeypatch.setattr("fused_mos._inputs.values_can_be_read", lambda *_: False)
     monkeypatch.setattr("fused_mos.ops._scaled", lambda gradient, factor: gradient * factor)
     trainer = Trainer(
         parse(

@@ -1,0 +1,177 @@
+"""What happens to the arguments of a head's function before anything is computed: checks, autocast, the backend.
+
+`prepared` does all of it; the other checks are for the arguments that only some functions have. Checks of values read
+CPU tensors alone, and none while a graph is traced: elsewhere they would stall the device.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+from . import _backends
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Operands(NamedTuple):
+    """Checked inputs, in the dtype to compute in, and the backend to compute with (never "auto")."""
+
+    latent: Tensor  # (N, K, D)
+    prior_logits: Tensor | None  # (N, K); None for a function that needs no prior
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    backend: str
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        return self[:4]
+
+    def contiguous(self) -> "Operands":
+        """The same as the fused backends take them (see `contiguous`)."""
+        return Operands(*contiguous(*self.tensors), self.backend)
+
+
+@contextlib.contextmanager
+def prepared(
+    latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None, backend: str
+) -> Iterator[Operands]:
+    """Checks and casts the inputs, resolves `backend`, and switches autocast off for the body.
+
+    Raises TypeError or ValueError for bad input, and what `_backends.resolve` raises.
+    """
+    check_inputs(latent, prior_logits, weight, bias)
+    tensors = _autocast(latent, prior_logits, weight, bias)
+    latent = tensors[0]
+    resolved = _backends.resolve(backend, latent.device, latent.dtype)
+    with _without_autocast(latent.device.type):
+        yield Operands(*tensors, resolved)
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as the fused backends take them (see `_backends.Kernels`). Raises RuntimeError for tangents, which
+    they would ignore."""
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None
+    ):
+        raise RuntimeError("the fused MoS ops have no forward-mode derivative; use backend='reference' for that")
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------- autocast
+
+
+def is_autocast(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Does nothing on the meta device, which has no autocast."""
+    return torch.autocast(device_type, enabled=False) if device_type != "meta" else contextlib.nullcontext()
+
+
+def _autocast(
+    latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Casts as torch.autocast would, but keeps the prior, whose product is small, in float32."""
+    device = latent.device.type
+    if not is_autocast(device) or latent.dtype == torch.float64:
+        return latent, prior_logits, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    prior_logits = prior_logits if prior_logits is None else prior_logits.float()
+    return latent.to(dtype), prior_logits, weight.to(dtype), bias if bias is None else bias.to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+    named = {"latent": latent, "prior_logits": prior_logits, "weight": weight, "bias": bias}
+    named = {name: tensor for name, tensor in named.items() if tensor is not None}
+    autocast = isinstance(latent, Tensor) and is_autocast(latent.device.type)
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+        if tensor.device != latent.device:
+            raise ValueError(f"{name} is on {tensor.device} but latent is on {latent.device}")
+        allowed = (latent.dtype, torch.float32) if name == "prior_logits" else (latent.dtype,)
+        if tensor.dtype not in allowed and not autocast:
+            raise TypeError(f"{name} must have latent's dtype {latent.dtype}, got {tensor.dtype}")
+    if latent.dim() != 3:
+        raise ValueError(f"latent must be (N, K, D), got shape {tuple(latent.shape)}")
+    n, k, d = latent.shape
+    if k == 0:
+        raise ValueError(f"latent must have at least one expert, got K = 0 in shape {tuple(latent.shape)}")
+    if prior_logits is not None and prior_logits.shape != (n, k):
+        raise ValueError(f"prior_logits must be (N, K) = {(n, k)} to match latent, got {tuple(prior_logits.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != d:
+        raise ValueError(f"weight must be (V, D) with latent's D = {d}, got {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one class, got V = 0 in shape {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"bias must be (V,) = {(weight.shape[0],)} to match weight, got {tuple(bias.shape)}")
+    if values_can_be_read(latent):
+        for name, tensor in named.items():
+            # max propagates NaN and, unlike isnan().any(), allocates nothing
+            if tensor.numel() and tensor.detach().amax().isnan():
+                raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
+
+
+def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must have dtype torch.int64, got {target.dtype}")
+    if target.device != latent.device:
+        raise ValueError(f"target is on {target.device} but latent is on {latent.device}")
+    if target.shape != latent.shape[:1]:
+        raise ValueError(f"target must be (N,) = {(latent.shape[0],)} to match latent, got {tuple(target.shape)}")
+    if values_can_be_read(target):
+        wrong = target[(target != ignore_index) & ((target < 0) | (target >= n_classes))]
+        if wrong.numel():
+            raise IndexError(
+                f"target must be in [0, V = {n_classes}) or ignore_index = {ignore_index}, got {int(wrong[0])}"
+            )
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_filter_eps(grad_filter_eps: float) -> None:
+    if not 0 <= grad_filter_eps < 1:
+        raise ValueError(f"grad_filter_eps must be in [0, 1), got {grad_filter_eps}")
+
+
+def check_k(k: int, n_classes: int) -> None:
+    if not isinstance(k, Integral):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= n_classes:
+        raise ValueError(f"k must be in [1, V = {n_classes}], got {k}")
+
+
+def check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature} (predict, or topk with k = 1, is greedy)")
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError for a name that no backend has, available here or not."""
+    if backend not in _backends.NAMES:
+        raise ValueError(f"backend must be one of {', '.join(_backends.NAMES)}, got {backend!r}")
+
+
+def values_can_be_read(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    return not isinstance(tensor, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
