@@ -23,7 +23,7 @@ except ImportError:  # installed without a compiler: the tests of the native ker
 
 from fused_mos import _backends
 
-triton = _backends._KERNELS.get("triton")
+triton = None if _backends.why_absent("triton") else _backends.kernels("triton")
 configurations = triton and triton.configurations
 if triton and triton.INTERPRETED:
     import triton_interpreter

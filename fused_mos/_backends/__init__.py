@@ -6,15 +6,21 @@ module with the functions of `Kernels` below: it computes values and gradients, 
 (The package has an underscore because `fused_mos.backends` is the public function.)
 """
 
+import importlib
 import os
+from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from . import reference, tiled
+from .tracing import assume_constant_result
+
+if TYPE_CHECKING:
+    from .cuda import Decoder
 
 
 class Kernels(Protocol):
@@ -68,44 +74,54 @@ def _why_missing(module: str, error: ImportError) -> str:
     return f"{package}, which Python imports, has no compiled {module}; pip install -e . in its clone compiles it there"
 
 
-_KERNELS = {"tiled": tiled}
-_ABSENT = {}
-try:
-    from . import cpu
+NAMES = ("auto", "reference", "tiled", "cpu", "triton", "cuda")
 
-    _KERNELS["cpu"] = cpu
-except ImportError as error:
-    _ABSENT["cpu"] = _why_missing("_cpu", error)
-if torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1":
+
+@cache
+def _load(name: str) -> str | None:
+    """Imports the module of a backend, and says why where it cannot: at the first use, since importing Triton alone
+    takes several times as long as the rest of the package."""
+    if name in ("triton", "cuda") and not (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"it is for NVIDIA GPUs, and this torch ({torch.__version__}) is built without CUDA"
+    if name == "cuda" and (reason := _load("triton")):  # on which it falls back
+        return reason
     try:
+        importlib.import_module(f".{name}", __name__)
+    except ImportError as error:
+        if name == "triton":
+            return f"triton cannot be loaded: {error} (pip install triton)"
+        return _why_missing(f"_{name}", error)
+    return None
+
+
+@assume_constant_result
+def why_absent(name: str) -> str | None:
+    """Why a backend other than the two in plain torch cannot be loaded here; None where it can."""
+    return _load(name)
+
+
+def kernels(name: str) -> ModuleType:
+    """The module of a backend that is not absent."""
+    # statements instead of a table, which torch.compile would take for what it was before the first use
+    if name == "cpu":
+        from . import cpu
+
+        return cpu
+    if name == "triton":
         from . import triton
 
-        _KERNELS["triton"] = triton
-    except ImportError as error:
-        _ABSENT["triton"] = f"triton cannot be loaded: {error} (pip install triton)"
-else:
-    _ABSENT["triton"] = f"it is for NVIDIA GPUs, and this torch ({torch.__version__}) is built without CUDA"
-if "triton" in _ABSENT:  # on which it falls back
-    _ABSENT["cuda"] = _ABSENT["triton"]
-else:
-    try:
+        return triton
+    if name == "cuda":
         from . import cuda
 
-        _KERNELS["cuda"] = cuda
-    except ImportError as error:
-        _ABSENT["cuda"] = _why_missing("_cuda", error)
-NAMES = ("auto", "reference", "tiled", "cpu", "triton", "cuda")
+        return cuda
+    return tiled
 
 
 def backends() -> dict[str, str]:
     """Says which backends exist on this machine: name -> "available", or the reason why not."""
-    available = {"reference": "available"} | {name: "available" for name in _KERNELS}
-    if "cpu" in _KERNELS:
-        available["cpu"] = f"available ({cpu.instruction_set()})"
-    for name in ("triton", "cuda"):
-        if name in _KERNELS:
-            available[name] = kernels(name).availability()
-    return available | _ABSENT
+    compiled = {name: why_absent(name) or kernels(name).availability() for name in ("cpu", "triton", "cuda")}
+    return {"reference": "available", "tiled": "available"} | compiled
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -115,21 +131,23 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     does not compute, RuntimeError for a backend that is not available here.
     """
     if name == "auto":
-        if device.type == "cpu":
-            return "cpu" if "cpu" in _KERNELS and dtype in cpu.DTYPES else "tiled"
-        usable = "triton" in _KERNELS and dtype in triton.DTYPES and triton.unsupported(device) is None
-        return "triton" if usable else "tiled"
+        fastest = "cpu" if device.type == "cpu" else "triton"
+        if why_absent(fastest) or dtype not in kernels(fastest).DTYPES:
+            return "tiled"
+        return "tiled" if fastest == "triton" and kernels(fastest).unsupported(device) else fastest
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
-    if name in _ABSENT:
-        raise _not_available(name, _ABSENT[name])
+    if name in ("reference", "tiled"):
+        return name
+    if reason := why_absent(name):
+        raise _not_available(name, reason)
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' is for tensors on the CPU, but latent is on {device}")
     if name in ("triton", "cuda") and (reason := kernels(name).unsupported(device)):
         if not (told := kernels(name).availability()).startswith("available"):
             raise _not_available(name, told)
         raise ValueError(f"backend {name!r} cannot be used: {reason}")
-    if name in ("cpu", "triton", "cuda") and dtype not in kernels(name).DTYPES:
+    if dtype not in kernels(name).DTYPES:
         raise TypeError(f"backend {name!r} computes {', '.join(map(str, kernels(name).DTYPES))}, got {dtype}")
     return name
 
@@ -138,21 +156,17 @@ def _not_available(name: str, reason: str) -> RuntimeError:
     return RuntimeError(f"backend {name!r} is not available: {reason}; fused_mos.backends() lists those that are")
 
 
-def kernels(name: str) -> ModuleType:
-    return _KERNELS[name]
-
-
 def traceable(name: str) -> ModuleType:
     """The kernels of `name`; while a graph is traced those of `tiled`, since others take addresses, which its tensors
     do not have."""
-    return _KERNELS["tiled" if torch.compiler.is_compiling() else name]
+    return kernels("tiled" if torch.compiler.is_compiling() else name)
 
 
-def decoder(name: str, *inputs: Tensor | None) -> "cuda.Decoder | None":
+def decoder(name: str, *inputs: Tensor | None) -> "Decoder | None":
     """What computes the mixture of a few tokens in one pass over `weight`, where the backend has it and no gradient is
     wanted. (It takes addresses, which tensors do not have while a graph is traced.)"""
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    return None if wanted or torch.compiler.is_compiling() else getattr(_KERNELS[name], "DECODER", None)
+    return None if wanted or torch.compiler.is_compiling() else getattr(kernels(name), "DECODER", None)
 
 
-__all__ = ["NAMES", "Kernels", "backends", "decoder", "kernels", "reference", "resolve", "traceable"]
+__all__ = ["NAMES", "Kernels", "backends", "decoder", "kernels", "reference", "resolve", "traceable", "why_absent"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _cpu  # after torch, so that both use the OpenMP runtime that torch loaded
 from .reference import accumulation_dtype
+from .tracing import assume_constant_result
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -35,6 +36,11 @@ BLOCK = 48  # the largest kBlock of csrc/cpu/product.h: rows come in blocks, of 
 def instruction_set() -> str:
     """The instruction set that the kernels run with; ValueError where FUSED_MOS_ISA names none of this processor's."""
     return _cpu.instruction_set()
+
+
+def availability() -> str:
+    """What `fused_mos.backends()` says of this backend."""
+    return f"available ({instruction_set()})"
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -122,7 +128,7 @@ def rows_backward(
     return gradients.results()
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _exponential_bytes(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.bfloat16 and _cpu.bf16_products() else 4
 

@@ -1,0 +1,13 @@
+"""What the backends tell torch.compile."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def assume_constant_result(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result` for programs that may never compile: that one imports torch._dynamo,
+    which takes as long as importing torch, to set the same attribute."""
+    function._dynamo_marked_constant = True
+    return function

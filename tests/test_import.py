@@ -1,0 +1,63 @@
+"""What importing the package costs, and that what it leaves for later is found when it is needed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import _cpu, triton
+
+HEAVY = [
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "torch.utils.tensorboard",
+    "matplotlib",
+    "safetensors",
+    "sympy",
+    "tensorboard",
+    "tqdm",
+    "transformers",
+    "triton",
+    "tyro",
+]
+
+
+def run(program: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_importing_the_package_brings_nothing_heavy():
+    """Beyond torch. (Any of these takes longer than the whole package.)"""
+    program = (
+        "import sys, torch\nbefore = set(sys.modules)\nimport fused_mos\nprint(*sorted(set(sys.modules) - before))"
+    )
+    imported = run(program).split()
+    assert "fused_mos.functional" in imported
+    assert not [m for m in imported if any(m == heavy or m.startswith(heavy + ".") for heavy in HEAVY)]
+    assert "fused_mos.vocab_parallel" not in imported and "fused_mos._backends.triton" not in imported
+
+
+@pytest.mark.parametrize("backend", ["tiled", "cpu", "triton"])
+def test_a_backend_is_loaded_while_a_graph_is_traced(backend):
+    """In a program that has computed nothing before: one graph, the values of tiled."""
+    if (triton if backend == "triton" else _cpu) is None:
+        pytest.skip(f"the {backend} backend is not available")
+    # bfloat16 asks the native kernels whether they multiply it; Triton's interpreter gets it wrong unless mended
+    dtype = "torch.float32" if backend == "triton" else "torch.bfloat16"
+    program = f"""
+import sys, torch, fused_mos
+device = "cuda" if {backend!r} == "triton" and torch.cuda.is_available() else "cpu"
+heads = [fused_mos.MoS(6, 90, 3, 4, backend=b, device=device, dtype={dtype}) for b in ("tiled", {backend!r})]
+heads[1].load_state_dict(heads[0].state_dict())
+x, y = torch.randn(7, 6, dtype={dtype}, device=device), torch.randint(90, (7,), device=device)
+assert {backend!r} == "tiled" or "fused_mos._backends.{backend}" not in sys.modules
+losses = torch.compile(lambda x: [head(x, y).loss for head in heads], fullgraph=True, backend="aot_eager")(x)
+assert "fused_mos._backends.{backend}" in sys.modules
+torch.testing.assert_close(*losses, rtol=0, atol=1e-2)
+"""
+    run(program)
