@@ -10,17 +10,21 @@ Rows are split as DTensor's Shard(0) splits them, so that `VocabShard.as_dtensor
 ranks can read.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from . import _backends, ops
 from ._backends.reference import log_softmax_prior, mix_target
 from ._inputs import Operands, contiguous
 from ._vocabulary import NLL, Normalisers, TopK, Vocabulary, reduced, topk_of_spans
 from .module import Head
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 IGNORED, ELSEWHERE = -100, -1
 """Targets as a shard sees them: none, and one that is a class of another rank. (0 … are its own classes.)"""
@@ -68,9 +72,11 @@ class VocabShard(Vocabulary):
             raise ValueError(f"a tensor of n_classes = {self.n_classes} rows is wanted, got {tuple(whole.shape)}")
         return whole[self.start : self.stop]
 
-    def as_dtensor(self, rows: Tensor, mesh: DeviceMesh) -> DTensor:
+    def as_dtensor(self, rows: Tensor, mesh: "DeviceMesh") -> "DTensor":
         """This rank's rows as part of the whole tensor, of which they share the memory; `mesh` has one dimension, the
         group."""
+        from torch.distributed.tensor import DTensor, Shard  # takes half as long as importing torch
+
         shape = torch.Size((self.n_classes, *rows.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(rows.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

@@ -31,15 +31,20 @@ def run(program: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_importing_the_package_brings_nothing_heavy():
+def imported_with(module: str) -> list[str]:
+    """What importing it adds to what torch has imported."""
+    return run(
+        f"import sys, torch\nbefore = set(sys.modules)\nimport {module}\nprint(*sorted(set(sys.modules) - before))"
+    ).split()
+
+
+@pytest.mark.parametrize("module", ["fused_mos", "fused_mos.vocab_parallel"])
+def test_importing_the_package_brings_nothing_heavy(module):
     """Beyond torch. (Any of these takes longer than the whole package.)"""
-    program = (
-        "import sys, torch\nbefore = set(sys.modules)\nimport fused_mos\nprint(*sorted(set(sys.modules) - before))"
-    )
-    imported = run(program).split()
-    assert "fused_mos.functional" in imported
+    imported = imported_with(module)
+    assert "fused_mos.functional" in imported and module in imported
     assert not [m for m in imported if any(m == heavy or m.startswith(heavy + ".") for heavy in HEAVY)]
-    assert "fused_mos.vocab_parallel" not in imported and "fused_mos._backends.triton" not in imported
+    assert "fused_mos._backends.triton" not in imported
 
 
 @pytest.mark.parametrize("backend", ["tiled", "cpu", "triton"])
