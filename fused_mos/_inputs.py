@@ -1,4 +1,4 @@
-"""What happens to the arguments of a head's function before anything is computed: checks, autocast, the backend.
+"""Checks, autocast and the choice of backend: all that happens to a function's arguments before it computes.
 
 `prepared` does all of it; the other checks are for the arguments that only some functions have. Checks of values read
 CPU tensors alone, and none while a graph is traced: elsewhere they would stall the device.
@@ -7,7 +7,7 @@ CPU tensors alone, and none while a graph is traced: elsewhere they would stall 
 import contextlib
 from collections.abc import Iterator
 from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,23 +18,26 @@ from . import _backends
 
 REDUCTIONS = ("mean", "sum", "none")
 
+T = TypeVar("T", Tensor, Tensor | None)
+
 
 class Operands(NamedTuple):
     """Checked inputs, in the dtype to compute in, and the backend to compute with (never "auto")."""
 
     latent: Tensor  # (N, K, D)
-    prior_logits: Tensor | None  # (N, K); None for a function that needs no prior
+    prior_logits: Tensor  # (N, K)
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     backend: str
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         return self[:4]
 
     def contiguous(self) -> "Operands":
         """The same as the fused backends take them (see `contiguous`)."""
-        return Operands(*contiguous(*self.tensors), self.backend)
+        latent, prior_logits, weight, bias, backend = self
+        return Operands(contiguous(latent), contiguous(prior_logits), contiguous(weight), contiguous(bias), backend)
 
 
 @contextlib.contextmanager
@@ -43,24 +46,25 @@ def prepared(
 ) -> Iterator[Operands]:
     """Checks and casts the inputs, resolves `backend`, and switches autocast off for the body.
 
+    A function without a prior gives None for `prior_logits`, and gets it back in the operands.
+
     Raises TypeError or ValueError for bad input, and what `_backends.resolve` raises.
     """
     check_inputs(latent, prior_logits, weight, bias)
-    tensors = _autocast(latent, prior_logits, weight, bias)
-    latent = tensors[0]
-    resolved = _backends.resolve(backend, latent.device, latent.dtype)
+    latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
+    backend = _backends.resolve(backend, latent.device, latent.dtype)
     with _without_autocast(latent.device.type):
-        yield Operands(*tensors, resolved)
+        yield Operands(latent, prior_logits, weight, bias, backend)  # type: ignore[arg-type]
 
 
-def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as the fused backends take them (see `_backends.Kernels`). Raises RuntimeError for tangents, which
-    they would ignore."""
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None
-    ):
+def contiguous(tensor: T) -> T:
+    """The tensor as the fused backends take it (see `_backends.Kernels`). Raises RuntimeError for one with a tangent,
+    which they would ignore."""
+    if tensor is None:
+        return None
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError("the fused MoS ops have no forward-mode derivative; use backend='reference' for that")
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+    return tensor.contiguous()
 
 
 # ------------------------------------------------------------------------------------------------------------- autocast
@@ -91,8 +95,8 @@ def _autocast(
 
 
 def check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
-    named = {"latent": latent, "prior_logits": prior_logits, "weight": weight, "bias": bias}
-    named = {name: tensor for name, tensor in named.items() if tensor is not None}
+    arguments = {"latent": latent, "prior_logits": prior_logits, "weight": weight, "bias": bias}
+    named = {name: tensor for name, tensor in arguments.items() if tensor is not None}
     autocast = isinstance(latent, Tensor) and is_autocast(latent.device.type)
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):

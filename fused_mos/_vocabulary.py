@@ -49,8 +49,8 @@ class Normalisers(NamedTuple):
 class Vocabulary(ABC):
     """The functions of `fused_mos.functional` over V classes, all of them here or spread over ranks.
 
-    What differs are the abstract methods. They get operands that are checked, cast and, but for `draw`, contiguous, of
-    any backend but "reference": the functions answer for that one themselves.
+    What differs are the abstract methods. They get operands that are checked, cast and contiguous (but for the rows
+    of `draw`), of any backend but "reference": the functions answer for that one themselves.
     """
 
     def nll_and_loss(
@@ -135,14 +135,13 @@ class Vocabulary(ABC):
             check_temperature(temperature)
             if operands.backend == "reference":
                 return reference.sample(*operands.tensors, temperature, generator)
-            latent, prior_logits = operands.latent, operands.prior_logits
+            latent, prior_logits, weight, bias, backend = operands
             n = latent.shape[0]
             if n == 0:  # torch.multinomial refuses an empty batch
                 return torch.empty(0, dtype=torch.int64, device=latent.device)
             expert = self.choose(log_softmax_prior(prior_logits).exp(), generator)
             rows = latent[torch.arange(n, device=latent.device), expert]
-            weight, bias = contiguous(operands.weight, operands.bias)
-            return self.draw(rows, weight, bias, temperature, generator, operands.backend)
+            return self.draw(rows, contiguous(weight), contiguous(bias), temperature, generator, backend)
 
     # -------------------------------------------------------------------------------------------------- the contract
 

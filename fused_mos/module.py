@@ -23,7 +23,7 @@ class HeadOutput(NamedTuple):
 
 
 class Head(nn.Module):
-    """What the heads share: a decoder, and a mixture over it given by `mixture(input)`."""
+    """The base of all heads: a decoder, and a mixture over it given by `mixture(input)`."""
 
     vocabulary: Vocabulary = LOCAL
     """Computes with the mixture; `vocab_parallel.parallelize` puts a VocabShard in its place."""

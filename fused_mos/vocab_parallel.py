@@ -148,7 +148,7 @@ class VocabShard(Vocabulary):
         backend: str,
     ) -> Tensor:
         """First the rank, then a class of that rank, which draws it."""
-        (rows,) = contiguous(rows)
+        rows = contiguous(rows)
         kernels = _backends.kernels(backend)
         cooled = rows / temperature, weight, bias if bias is None else bias / temperature
         maximum, log_total, _ = kernels.row_statistics(*cooled, None)

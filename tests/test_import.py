@@ -1,4 +1,4 @@
-"""What importing the package costs, and that what it leaves for later is found when it is needed."""
+"""Importing the package is cheap, and the modules that it leaves for later are loaded when they are needed."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def run(program: str, **environment: str) -> str:
 
 
 def imported_with(module: str) -> list[str]:
-    """What importing it adds to what torch has imported."""
+    """Modules that it adds to those of torch."""
     return run(
         f"import sys, torch\nbefore = set(sys.modules)\nimport {module}\nprint(*sorted(set(sys.modules) - before))"
     ).split()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Kernels(Protocol):
-    """What a fused backend implements; design notation, R = N·K rows.
+    """The functions of a fused backend's module; R = N·K rows.
 
     All tensors are contiguous; latent, weight and bias share one floating dtype. A row's log-sum-exp is kept
     as L = maximum + log_total: in one number, the rounding of a large L would spoil exp(l − L). Statistics,
@@ -63,8 +63,8 @@ class Kernels(Protocol):
 
 
 def _why_missing(module: str, error: ImportError) -> str:
-    """What setup.py wrote when it could not build the module; or that it never was asked to, in a clone beside an
-    installed package."""
+    """The reason that setup.py wrote when it could not build the module; or that it never was asked to, in a clone
+    beside an installed package."""
     package = Path(__file__).parent.parent
     recorded = package / f"{module}_missing.txt"
     if recorded.exists():
@@ -163,8 +163,8 @@ def traceable(name: str) -> ModuleType:
 
 
 def decoder(name: str, *inputs: Tensor | None) -> "Decoder | None":
-    """What computes the mixture of a few tokens in one pass over `weight`, where the backend has it and no gradient is
-    wanted. (It takes addresses, which tensors do not have while a graph is traced.)"""
+    """Computes the mixture of a few tokens in one pass over `weight`; None where the backend has no such kernel or a
+    gradient is wanted, and while a graph is traced, since it takes addresses, which tensors do not have then."""
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     return None if wanted or torch.compiler.is_compiling() else getattr(kernels(name), "DECODER", None)
 

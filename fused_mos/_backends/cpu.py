@@ -39,7 +39,7 @@ def instruction_set() -> str:
 
 
 def availability() -> str:
-    """What `fused_mos.backends()` says of this backend."""
+    """The entry of this backend in `fused_mos.backends()`."""
     return f"available ({instruction_set()})"
 
 
