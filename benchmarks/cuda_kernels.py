@@ -1,7 +1,7 @@
 """What the CUDA kernels that the package was installed with use, as nvcc compiled them, and how their launches are cut
 up. Needs no GPU.
 
-    python benchmarks/cuda_kernels.py [--out FILE.json]
+    python -m benchmarks.cuda_kernels [--out FILE.json]
 
 Registers, stack and spilled bytes of a thread, by architecture; then, for the decoders of the paper, blocks, shared
 memory of a block and workspace on a GPU of the architecture. Exit status 1 on a spill.
@@ -73,7 +73,7 @@ def plans() -> list[dict[str, object]]:
 
 
 def main() -> int:
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, prog="python -m benchmarks.cuda_kernels", description=__doc__)
     runtime = _cuda.versions()[0]
     result = {
         "nvcc": f"{runtime // 1000}.{runtime % 1000 // 10}",

@@ -1,7 +1,7 @@
 """One Billion Words with all of its 793,471 words, on a CPU: prepares 100 M words, takes a training step of lm1b-full,
 and evaluates.
 
-    python benchmarks/full_vocabulary.py FOLDER [--words 100_000_000] [--batch-size 8] [--out FILE.json]
+    python -m benchmarks.full_vocabulary FOLDER [--words 100_000_000] [--batch-size 8] [--out FILE.json]
 
 The words have no meaning (lm1b_corpus.py), the sizes are the benchmark's. It needs 23 GiB of memory, 15 GB of disk in
 FOLDER and ten minutes; what it finds done there is not done again.
@@ -19,7 +19,6 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import lm1b_corpus
 import torch
 import tyro
 
@@ -28,6 +27,8 @@ from fused_mos.data.lm1b import read_manifest
 from fused_mos.training.lm1b import memory
 from fused_mos.training.logging import read_metrics
 from fused_mos.training.run import write_json
+
+from . import lm1b_corpus
 
 
 @dataclasses.dataclass
@@ -151,7 +152,7 @@ def step(config: Config, corpus: Path, run: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, prog="python -m benchmarks.full_vocabulary", description=__doc__)
     source, prepared, run = (config.folder / name for name in ("source", "prepared", "run"))
     result = json.loads(config.out.read_text()) if config.out.is_file() else {}
     result |= {

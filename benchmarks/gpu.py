@@ -1,6 +1,6 @@
 """Checks and times the Triton kernels on a GPU, and writes all that it finds as JSON, with a plot made from it:
 
-    python benchmarks/gpu.py [--run RUN] [--out FILE.json]
+    python -m benchmarks.gpu [--run RUN] [--out FILE.json]
 
 The file is written after each step, and a step that it already has is not repeated (`--again` repeats it): a run that
 was cut off goes on where it stopped. RUN is a folder that `python -m fused_mos.train` left, for the filter on a trained
@@ -27,13 +27,9 @@ DRY_RUN = "--dry-run" in sys.argv
 if DRY_RUN:  # triton looks at this when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-import gpu_decode
 import torch
 import triton
 import tyro
-from gpu_report import goals, plot
-from harness import attempt, clear, inputs, interleaved, memory, mm_calls, spread, step
-from peers import MIXTURE, SINGLE, compiled, unavailable
 from tqdm import tqdm
 
 import fused_mos
@@ -43,6 +39,11 @@ from fused_mos._backends.triton_kernels.proof import SHAPES, float32_products
 from fused_mos.training import RECIPES, Trainer
 from fused_mos.training.device import allow_tf32
 from fused_mos.training.profile import StepProfile
+
+from . import gpu_decode
+from .gpu_report import goals, plot
+from .harness import attempt, clear, inputs, interleaved, memory, mm_calls, spread, step
+from .peers import MIXTURE, SINGLE, compiled, unavailable
 
 HERE = Path(__file__).parent
 DEVICE = "cpu" if DRY_RUN else "cuda"
@@ -221,7 +222,7 @@ def time_shape(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
 
 
 def filtered(config: Config) -> dict:
-    from gradient_filter import measure_run
+    from .gradient_filter import measure_run
 
     result = measure_run(config.run, config.data, 2 if DRY_RUN else 20, DEVICE, {"bfloat16": torch.bfloat16})
     rate, mm = products_per_second(result["shape"], torch.bfloat16)
@@ -273,7 +274,7 @@ def about(config: Config) -> dict:
 
 
 def main() -> int:
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, prog="python -m benchmarks.gpu", description=__doc__)
     if not DRY_RUN and (reason := backend.unsupported(torch.device(DEVICE))):
         print(f"error: {reason}", file=sys.stderr)
         return 2

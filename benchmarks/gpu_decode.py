@@ -5,9 +5,10 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from harness import inputs, interleaved
 
 from fused_mos import functional as F
+
+from .harness import inputs, interleaved
 
 SHAPES = {
     f"{name}, {n} tokens": (n, *rest)

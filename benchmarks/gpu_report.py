@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
-from gpu_decode import GOAL
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from .gpu_decode import GOAL
 
 STEP = "forward + backward"
 PEERS = {

@@ -1,7 +1,7 @@
 """A corpus of the size and the files of the One Billion Word benchmark, of words without meaning, for
 fused_mos.data.lm1b:
 
-    python benchmarks/lm1b_corpus.py OUT [--words 100_000_000] [--vocabulary 793_468] [--shards 99] …
+    python -m benchmarks.lm1b_corpus OUT [--words 100_000_000] [--vocabulary 793_468] [--shards 99] …
 
 Words are distributed as Zipf and Mandelbrot say: the one of rank r with p ∝ 1 / (r + 2.7).
 """
@@ -125,7 +125,7 @@ def generate(config: Config) -> None:
 
 def main() -> int:
     try:
-        generate(tyro.cli(Config, description=__doc__))
+        generate(tyro.cli(Config, prog="python -m benchmarks.lm1b_corpus", description=__doc__))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """What `lm1b-full` takes on 1, 8 and 64 GPUs, from formulas: the tables of docs/scaling.md.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.scaling
 
 Nothing is measured here. The rates below are assumptions, each with its source; replace them by those of a machine.
 """

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import peers
 import pytest
 import torch
-from harness import NATIVE, Floor, Shape, attempt, clear, inputs, interleaved, lacking, memory, spread, step
-from tables import OURS
 
 from fused_mos import functional as F
+
+from . import peers
+from .harness import NATIVE, Floor, Shape, attempt, clear, inputs, interleaved, lacking, memory, spread, step
+from .tables import OURS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEP = "training step"

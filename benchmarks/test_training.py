@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from harness import interleaved, lacking, memory, spread
-from peers import materialised, published
-from tables import OURS
 
 from fused_mos.lm import AWDLSTM
 from fused_mos.training.config import RECIPES
+
+from .harness import interleaved, lacking, memory, spread
+from .peers import materialised, published
+from .tables import OURS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RECIPE_WORDS = {"ptb": 10_000, "wikitext2": 33_278}

@@ -20,6 +20,7 @@ from fused_mos import functional as F
 if not triton:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+ROOT = Path(__file__).parent.parent
 only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="torch finds no CUDA GPU")
 
 # N, K, D, V: the training steps of the paper, rows by the hundred of odd width, and the head of a large model
@@ -101,12 +102,12 @@ def test_classes_of_all_functions_agree():
 
 @pytest.mark.skipif(ON_GPU, reason="on a GPU the script itself is to be run")
 def test_the_benchmark_script_is_rehearsed(tmp_path):
-    """benchmarks/gpu.py on the CPU, all but the device's own lines; a second call repeats nothing."""
+    """benchmarks.gpu on the CPU, all but the device's own lines; a second call repeats nothing."""
     path = tmp_path / "gpu.json"
-    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
     command = [
         sys.executable,
-        str(script),
+        "-m",
+        "benchmarks.gpu",
         "--dry-run",
         "--steps",
         "memcheck",
@@ -119,7 +120,7 @@ def test_the_benchmark_script_is_rehearsed(tmp_path):
         "--out",
         str(path),
     ]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     result = json.loads(path.read_text())
     rows = result["times"]["ptb bfloat16"]["rows"]
     assert all(len(row["ms"]) == 3 for name, row in rows.items() if "needs products" in row)
@@ -128,7 +129,7 @@ def test_the_benchmark_script_is_rehearsed(tmp_path):
     }
     assert {"triton log_prob", "triton topk", "triton sample"} <= result["decode"]["tiny"]["rows"].keys()
     assert result["goals"] and path.with_suffix(".png").stat().st_size > 0
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert json.loads(path.read_text())["times"] == result["times"]
 
 
