@@ -222,7 +222,7 @@ def time_shape(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
 
 
 def filtered(config: Config) -> dict:
-    from .gradient_filter import measure_run
+    from experiments.gradient_filter import measure_run
 
     result = measure_run(config.run, config.data, 2 if DRY_RUN else 20, DEVICE, {"bfloat16": torch.bfloat16})
     rate, mm = products_per_second(result["shape"], torch.bfloat16)

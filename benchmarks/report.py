@@ -2,15 +2,15 @@
 
     pytest benchmarks --benchmark-only --benchmark-json=run.json
     python -m benchmarks.report --record run.json   # its rows into benchmarks/results/machines/; then as without
-    python -m benchmarks.report                     # tables of README.md and docs/, and plots, from benchmarks/results/
+    python -m benchmarks.report                     # tables of README.md and docs/, and the machines' plots, from JSON
     python -m benchmarks.report --verify            # exit status 1 where a document shows something else
     python -m benchmarks.report --show MACHINE      # the tables of one machine, in the terminal
     python -m benchmarks.report --compare run.json  # measures what fell by more than 10 % again; names what did each
                                                     # time, with exit status 1
 
-A table of a document stands between `<!-- table: NAME -->` and `<!-- end -->`; `benchmarks/tables.py` has its NAME,
-after which a table of times names the machine: the name of its file in benchmarks/results/machines/, whose plot lies
-beside it.
+A table of a document stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is one of experiments/tables.py,
+made from experiments/results/. Or it is one of benchmarks/tables.py and the machine: the name of a file in
+benchmarks/results/machines/, whose plot lies beside it.
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ from typing import Any
 
 import tyro
 
+from experiments.tables import BLOCKS
 from fused_mos.training.run import write_json
 
 from .plots import head_axes
-from .tables import BLOCKS, MACHINES, OF_A_MACHINE, OURS
+from .tables import MACHINES, OF_A_MACHINE, OURS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

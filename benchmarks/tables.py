@@ -1,25 +1,18 @@
-"""The tables of README.md and docs/, from the JSON under results/."""
+"""The documents' tables of speed and memory, from a machine's JSON under results/machines/."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-MACHINES = RESULTS / "machines"
+MACHINES = Path(__file__).parent / "results" / "machines"
 OURS = "fused_mos"
-HEAD_NAMES = {"softmax": "softmax", "moc": "MoC", "mos": "MoS", "softmax-wide": "softmax, d = 320"}
 SHAPE_NAMES = {"ptb": "Penn Treebank", "wikitext2": "WikiText-2", "lm1b": "One Billion Words", "softmax": "K = 1"}
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def rows_of(machine: str, figure: str) -> dict[tuple[str, str, str], dict[str, dict]]:
     """(case, dtype, operation) -> contender -> row, in the order of the run."""
     found: dict[tuple[str, str, str], dict[str, dict]] = {}
-    for row in load(f"machines/{machine}.json")["rows"]:
+    for row in json.loads((MACHINES / f"{machine}.json").read_text(encoding="utf-8"))["rows"]:
         if row["figure"] == figure:
             found.setdefault((row["case"], row["dtype"], row["operation"]), {})[row["contender"]] = row
     return found
@@ -121,91 +114,6 @@ def training(machine: str) -> str:
     return table(["recipe", "", "words/s", "time ÷ ours", "memory"], found)
 
 
-def ranks() -> str:
-    found = [
-        [
-            HEAD_NAMES[row["head"]],
-            str(row["n_experts"]),
-            str(row["d"]),
-            f"{row['rank']:,} of {row['columns']:,}",
-            f"{row['test_ppl']:.2f}",
-        ]
-        for row in load("rank-ptb.json")["runs"].values()
-    ]
-    return table(["head", "K", "d", "rank", "test perplexity"], found)
-
-
-def synthetic() -> str:
-    rows = load("synthetic-gap.json")["rows"].values()
-    sizes, names = sorted({row["d"] for row in rows}), list(dict.fromkeys(row["head"] for row in rows))
-    gaps = {(row["head"], row["d"]): f"{row['gap']:.3f}" for row in rows}
-    return table(
-        ["nats above the entropy", *(f"d = {d}" for d in sizes)],
-        [[name, *(gaps.get((name, d), "–") for d in sizes)] for name in names],
-    )
-
-
-def heads() -> str:
-    """Test perplexities of the stages at equal parameters and training time."""
-    facts = load("heads-ptb-small.json")
-    found = [
-        [
-            HEAD_NAMES[head],
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{facts['words per second'][head]['median']:,}",
-            f"{row['epochs']} + {row['fine-tuning epochs']}",
-            *(f"{row[stage]['test']:.2f}" for stage in ("trained", "fine-tuned", "dynamic")),
-        ]
-        for head, row in facts["heads"].items()
-    ]
-    return table(["head", "parameters", "words/s", "epochs", "trained", "fine-tuned", "with dynamic evaluation"], found)
-
-
-def lm1b_heads() -> str:
-    heads = load("lm1b-heads.json")["heads"]
-    seeds = list(heads["mos"])
-    found = [
-        [HEAD_NAMES[head], f"{rows[seeds[0]]['parameters']:,}", *(f"{rows[seed]['heldout_ppl']:.1f}" for seed in seeds)]
-        for head, rows in heads.items()
-    ]
-    return table(["head", "parameters", *(f"seed {seed}" for seed in seeds)], found)
-
-
-def published() -> str:
-    facts = load("published.json")["ptb"]
-    epochs = facts["valid perplexity by epoch, as the published code counts"]
-    speed = facts["speed"]["words_per_second"]
-    seeds = sorted(epochs[OURS], key=int)
-    found = []
-    for name in (OURS, "published"):
-        rate = next(value for key, value in speed.items() if key.split(",")[0] == name)
-        measured = f"{rate['median']:.0f} ({rate['min']:.0f}–{rate['max']:.0f})"
-        found.append(
-            [
-                f"**{name}**" if name == OURS else f"{name} code",
-                measured,
-                *(f"{epochs[name][s][-1]:.2f}" if s in epochs.get(name, {}) else "–" for s in seeds),
-            ]
-        )
-    return table(
-        [
-            "`ptb`, float32",
-            "words/s",
-            *(f"validation perplexity after {len(epochs[OURS][s])} epoch, seed {s}" for s in seeds),
-        ],
-        found,
-    )
-
-
-BLOCKS: dict[str, Callable[[], str]] = {
-    "ranks": ranks,
-    "synthetic": synthetic,
-    "heads": heads,
-    "lm1b-heads": lm1b_heads,
-    "published": published,
-}
-"""What a document's `<!-- table: NAME -->` stands for."""
-
 OF_A_MACHINE: dict[str, Callable[[str], str]] = {
     "head": head,
     "operations": operations,
@@ -213,4 +121,4 @@ OF_A_MACHINE: dict[str, Callable[[str], str]] = {
     "vocabulary": vocabulary,
     "training": training,
 }
-"""And its `<!-- table: NAME MACHINE -->`."""
+"""The table that a document's `<!-- table: NAME MACHINE -->` stands for, by NAME."""

@@ -2,7 +2,7 @@
 plain PyTorch.
 
 The words are random: the time of a step does not depend on them. Both share everything but the head; float32.
-(published.py runs the published code itself.)
+(experiments/published.py runs the published code itself.)
 """
 
 import functools

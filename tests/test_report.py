@@ -82,8 +82,7 @@ def test_a_run_replaces_its_own_rows(tmp_path, monkeypatch):
 
 def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
     """A run of one case, of failed peers, of nothing of ours: tables and the plot are made all the same."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    for module in (report, plots):
+    for module in (report, plots, tables):
         monkeypatch.setattr(module, "MACHINES", tmp_path / "machines")
     (tmp_path / "machines").mkdir()
     figures = [

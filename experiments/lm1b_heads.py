@@ -1,6 +1,6 @@
 """The paper's claim on One Billion Words in small: MoS and softmax with as many parameters, several seeds of each.
 
-    python -m benchmarks.lm1b_heads --data PREPARED [--seeds 1 2 3] [--out FILE.json]
+    python -m experiments.lm1b_heads --data PREPARED [--seeds 1 2 3] [--out FILE.json]
 
 Runs lm1b-tiny on shards that fused_mos.data.lm1b has prepared; both heads read the same text for as many epochs. What
 the JSON file has is not repeated, and a run that was cut off goes on.
@@ -37,7 +37,7 @@ class Config:
 
 
 def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.lm1b_heads", description=__doc__)
+    config = tyro.cli(Config, prog="python -m experiments.lm1b_heads", description=__doc__)
     digest = PreparedCorpus(config.data).digest
     result = json.loads(config.out.read_text()) if config.out.is_file() else {"vocabulary sha256": digest}
     if result["vocabulary sha256"] != digest:

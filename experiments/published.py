@@ -1,7 +1,7 @@
 """The trainer beside the paper's published code, on the same machine and text:
 
     git clone https://github.com/zihangdai/mos CODE
-    python -m benchmarks.published CODE --data PTB [--rounds 10] [--epochs 1 --seeds 28 29 30] [--out FILE.json]
+    python -m experiments.published CODE --data PTB [--rounds 10] [--epochs 1 --seeds 28 29 30] [--out FILE.json]
 
 Speed: training steps of both in turns, in one process, of the recipe's mean length. With --epochs, both are also
 trained from each seed, theirs as it is, by its own command line, and validation perplexities compared. Their seeds draw
@@ -27,12 +27,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from benchmarks.harness import interleaved
 from fused_mos.data import batchify, segment
 from fused_mos.training import RECIPES, TrainConfig, Trainer
 from fused_mos.training.logging import perplexity, read_metrics
 from fused_mos.training.run import write_json
-
-from .harness import interleaved
 
 
 @dataclasses.dataclass
@@ -197,7 +196,7 @@ def train_ours(config: Config, seed: int) -> list[float]:
 
 
 def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.published", description=__doc__)
+    config = tyro.cli(Config, prog="python -m experiments.published", description=__doc__)
     result = json.loads(config.out.read_text()) if config.out.is_file() else {}
     facts = result.setdefault(config.recipe, {})
     facts |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}

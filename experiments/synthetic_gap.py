@@ -1,6 +1,6 @@
 """What the rank of a head costs: its gap to the entropy of a language of known rank, against features d and experts K.
 
-    python -m benchmarks.synthetic_gap [--out FILE.json]
+    python -m experiments.synthetic_gap [--out FILE.json]
 
 Each head is trained on the language itself, the expected loss over all texts, with a free vector for each context; so
 the gap is what the head cannot express (and what Adam has not found), not what a sample does not tell. The plot lies
@@ -106,7 +106,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.synthetic_gap", description=__doc__)
+    config = tyro.cli(Config, prog="python -m experiments.synthetic_gap", description=__doc__)
     language = SyntheticLanguage(config.n_words, config.rank)
     about = {name: getattr(config, name) for name in ("n_words", "rank", "context_features", "steps")} | {
         "entropy": language.entropy

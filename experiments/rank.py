@@ -1,7 +1,7 @@
 """The softmax bottleneck made visible: the empirical rank of the log-probabilities of trained models (Yang et al. 2018,
 section 3.2).
 
-    python -m benchmarks.rank RUN [RUN ...] [--split valid] [--out FILE.json]
+    python -m experiments.rank RUN [RUN ...] [--split valid] [--out FILE.json]
 
 RUN is a folder that fused_mos.train or fused_mos.finetune left. A run takes minutes and 24·V² bytes of memory. What the
 JSON file has is not repeated; the plot of all its singular values lies beside it.
@@ -118,7 +118,7 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.rank", description=__doc__)
+    config = tyro.cli(Config, prog="python -m experiments.rank", description=__doc__)
     result = json.loads(config.out.read_text()) if config.out.is_file() else {"split": config.split, "runs": {}}
     if result["split"] != config.split:
         raise SystemExit(

@@ -1,6 +1,6 @@
 """What `grad_filter_eps` at the dtype's rounding drops, saves and costs on a real model, before and after training:
 
-    python -m benchmarks.gradient_filter RUN [--segments 10] [--device cuda] [--data FOLDER] [--out FILE.json]
+    python -m experiments.gradient_filter RUN [--segments 10] [--device cuda] [--data FOLDER] [--out FILE.json]
 
 RUN is a folder that `python -m fused_mos.train` left. Segments are of its training text, with dropout as in training.
 """
@@ -15,13 +15,12 @@ from typing import Annotated
 import torch
 import tyro
 
+from benchmarks.harness import seconds, step
 from fused_mos import functional as F
 from fused_mos.data import Corpus, batchify
 from fused_mos.lm import AWDLSTM
 from fused_mos.training.checkpoint import load_checkpoint, load_parameters
 from fused_mos.training.run import write_json
-
-from .harness import seconds, step
 
 
 def _relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
@@ -95,7 +94,7 @@ class Config:
 
 
 def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.gradient_filter", description=__doc__)
+    config = tyro.cli(Config, prog="python -m experiments.gradient_filter", description=__doc__)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     result = measure_run(config.run, config.data, config.segments, config.device, dtypes)
     if config.out:

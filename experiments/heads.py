@@ -1,6 +1,6 @@
 """Softmax, MoC and MoS at equal parameters and equal time, through all stages, with a table and a plot:
 
-    python -m benchmarks.heads --data PTB [--recipe ptb-small] [--minutes 40] [--heads softmax moc mos softmax-wide]
+    python -m experiments.heads --data PTB [--recipe ptb-small] [--minutes 40] [--heads softmax moc mos softmax-wide]
 
 Each head is given as many epochs as fit into the time at the speed that it has on this machine when nothing else runs,
 measured in turns at the start. So what else the machine does later changes no result. Killed at any moment, the same
@@ -37,7 +37,7 @@ from fused_mos.training.trainer import train_to_the_end
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .harness import interleaved
+from benchmarks.harness import interleaved
 
 HEADS = ("softmax", "moc", "mos")
 FINETUNING = 0.25
@@ -71,7 +71,7 @@ class Config:
     runs: Path = Path("runs/heads")
     """Where the runs leave their folders."""
     out: Path | None = None
-    """The JSON file; by default benchmarks/results/heads-RECIPE.json. The plot lies beside it."""
+    """The JSON file; by default experiments/results/heads-RECIPE.json. The plot lies beside it."""
 
 
 def recipe(config: Config, head: str) -> TrainConfig:
@@ -197,7 +197,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    config = tyro.cli(Config, prog="python -m benchmarks.heads", description=__doc__)
+    config = tyro.cli(Config, prog="python -m experiments.heads", description=__doc__)
     path = config.out or Path(__file__).parent / "results" / f"heads-{config.recipe}.json"
     result = (
         json.loads(path.read_text())

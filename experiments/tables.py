@@ -1,0 +1,101 @@
+"""The documents' tables of quality, from the JSON under results/."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import OURS, table
+
+RESULTS = Path(__file__).parent / "results"
+HEAD_NAMES = {"softmax": "softmax", "moc": "MoC", "mos": "MoS", "softmax-wide": "softmax, d = 320"}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def ranks() -> str:
+    found = [
+        [
+            HEAD_NAMES[row["head"]],
+            str(row["n_experts"]),
+            str(row["d"]),
+            f"{row['rank']:,} of {row['columns']:,}",
+            f"{row['test_ppl']:.2f}",
+        ]
+        for row in load("rank-ptb.json")["runs"].values()
+    ]
+    return table(["head", "K", "d", "rank", "test perplexity"], found)
+
+
+def synthetic() -> str:
+    rows = load("synthetic-gap.json")["rows"].values()
+    sizes, names = sorted({row["d"] for row in rows}), list(dict.fromkeys(row["head"] for row in rows))
+    gaps = {(row["head"], row["d"]): f"{row['gap']:.3f}" for row in rows}
+    return table(
+        ["nats above the entropy", *(f"d = {d}" for d in sizes)],
+        [[name, *(gaps.get((name, d), "–") for d in sizes)] for name in names],
+    )
+
+
+def heads() -> str:
+    """Test perplexities of the stages at equal parameters and training time."""
+    facts = load("heads-ptb-small.json")
+    found = [
+        [
+            HEAD_NAMES[head],
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{facts['words per second'][head]['median']:,}",
+            f"{row['epochs']} + {row['fine-tuning epochs']}",
+            *(f"{row[stage]['test']:.2f}" for stage in ("trained", "fine-tuned", "dynamic")),
+        ]
+        for head, row in facts["heads"].items()
+    ]
+    return table(["head", "parameters", "words/s", "epochs", "trained", "fine-tuned", "with dynamic evaluation"], found)
+
+
+def lm1b_heads() -> str:
+    heads = load("lm1b-heads.json")["heads"]
+    seeds = list(heads["mos"])
+    found = [
+        [HEAD_NAMES[head], f"{rows[seeds[0]]['parameters']:,}", *(f"{rows[seed]['heldout_ppl']:.1f}" for seed in seeds)]
+        for head, rows in heads.items()
+    ]
+    return table(["head", "parameters", *(f"seed {seed}" for seed in seeds)], found)
+
+
+def published() -> str:
+    facts = load("published.json")["ptb"]
+    epochs = facts["valid perplexity by epoch, as the published code counts"]
+    speed = facts["speed"]["words_per_second"]
+    seeds = sorted(epochs[OURS], key=int)
+    found = []
+    for name in (OURS, "published"):
+        rate = next(value for key, value in speed.items() if key.split(",")[0] == name)
+        measured = f"{rate['median']:.0f} ({rate['min']:.0f}–{rate['max']:.0f})"
+        found.append(
+            [
+                f"**{name}**" if name == OURS else f"{name} code",
+                measured,
+                *(f"{epochs[name][s][-1]:.2f}" if s in epochs.get(name, {}) else "–" for s in seeds),
+            ]
+        )
+    return table(
+        [
+            "`ptb`, float32",
+            "words/s",
+            *(f"validation perplexity after {len(epochs[OURS][s])} epoch, seed {s}" for s in seeds),
+        ],
+        found,
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "ranks": ranks,
+    "synthetic": synthetic,
+    "heads": heads,
+    "lm1b-heads": lm1b_heads,
+    "published": published,
+}
+"""The table that a document's `<!-- table: NAME -->` stands for, by NAME."""
