@@ -1,5 +1,5 @@
-"""What was measured on which machine, with which versions and at which commit: for the file of `--benchmark-json`, and
-in each row's extra_info. And a line for each row, as soon as it is there."""
+"""Record the machine, versions and commit in the file of `--benchmark-json` and in each row's extra_info. Print a line
+for each row as soon as it is measured."""
 
 import functools
 import platform
@@ -26,7 +26,7 @@ def measured_on() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """With the numbers that tell generations of a brand apart, which a virtual machine may hide."""
+    """Brand, family and model; the numbers tell generations apart where a virtual machine hides the full name."""
     import cpuinfo  # which pytest-benchmark brings
 
     about = cpuinfo.get_cpu_info()
@@ -35,7 +35,7 @@ def _cpu_name() -> str:
 
 
 def _instruction_set() -> str:
-    """Of the native kernels on the CPU, by which their times differ more than by the processor's name."""
+    """Instruction set of the native CPU kernels: their times depend on it more than on the processor's name."""
     try:
         from fused_mos._backends import cpu
     except ImportError:

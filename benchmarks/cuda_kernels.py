@@ -1,10 +1,9 @@
-"""What the CUDA kernels that the package was installed with use, as nvcc compiled them, and how their launches are cut
-up. Needs no GPU.
+"""List the resources of the compiled CUDA kernels and the plans of their launches. Needs no GPU:
 
     python -m benchmarks.cuda_kernels [--out FILE.json]
 
-Registers, stack and spilled bytes of a thread, by architecture; then, for the decoders of the paper, blocks, shared
-memory of a block and workspace on a GPU of the architecture. Exit status 1 on a spill.
+By architecture: registers, stack and spilled bytes of a thread; then blocks, shared memory of a block and workspace for
+the paper's decoders. Exit status 1 on a spill.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ from fused_mos.training.run import write_json
 @dataclasses.dataclass
 class Config:
     out: Path = Path(__file__).parent / "results" / "cuda-kernels.json"
+    """JSON file of the results."""
 
 
 def kernels(module: Path) -> list[dict[str, object]]:
@@ -41,7 +41,7 @@ def kernels(module: Path) -> list[dict[str, object]]:
 
 
 def plans() -> list[dict[str, object]]:
-    """Of log_prob, for 1, 4 and 8 tokens."""
+    """Launch plans of log_prob for 1, 4 and 8 tokens."""
     found = []
     for name in ("sm_80", "sm_90", "sm_100"):  # on GPUs of 99 KiB a block none fits
         architecture = ARCHITECTURES[name]

@@ -1,10 +1,9 @@
-"""One Billion Words with all of its 793,471 words, on a CPU: prepares 100 M words, takes a training step of lm1b-full,
-and evaluates.
+"""Prepare 100 M words, take a training step of lm1b-full with all 793,471 words, and evaluate, on a CPU:
 
     python -m benchmarks.full_vocabulary FOLDER [--words 100_000_000] [--batch-size 8] [--out FILE.json]
 
-The words have no meaning (lm1b_corpus.py), the sizes are the benchmark's. It needs 23 GiB of memory, 15 GB of disk in
-FOLDER and ten minutes; what it finds done there is not done again.
+The words are random (lm1b_corpus.py), the sizes are those of One Billion Words. It needs 23 GiB of memory, 15 GB of
+disk in FOLDER and ten minutes. Parts already in the JSON file are not repeated.
 """
 
 import dataclasses
@@ -34,20 +33,21 @@ from . import lm1b_corpus
 @dataclasses.dataclass
 class Config:
     folder: Annotated[Path, tyro.conf.Positional]
-    """For the corpus and the run."""
+    """Folder for the corpus and the run."""
     words: int = 100_000_000
-    """To prepare."""
+    """Words to prepare."""
     heldout_words: int = 2_500
-    """To evaluate on."""
+    """Words to evaluate on."""
     batch_size: int = 8
-    """Columns of text of the step."""
+    """Columns of text in the training step."""
     embedding_size: int = 1024
-    """Of words and latent vectors."""
+    """Size of embeddings and latent vectors."""
     out: Path = Path(__file__).parent / "results" / "full-vocabulary-cpu.json"
+    """JSON file of the results."""
 
 
 def processes(pid: int) -> list[int]:
-    """The process, and all that it or they have started."""
+    """The process and all its descendants."""
     found = [pid]
     try:
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -59,8 +59,7 @@ def processes(pid: int) -> list[int]:
 
 
 def own_mib(pid: int) -> float:
-    """Memory of a process that is not of files, which the system may drop; what processes share is divided among
-    them."""
+    """Anonymous memory of a process, each shared page divided among its owners. (The system may drop file pages.)"""
     try:
         return int(re.search(r"Pss_Anon:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1]) / 1024
     except (OSError, TypeError):
@@ -68,7 +67,7 @@ def own_mib(pid: int) -> float:
 
 
 def prepare(source: Path, out: Path) -> dict[str, Any]:
-    """Speed from nothing to the end, and memory over the time."""
+    """Prepare the corpus; return the speed of the whole command and its memory over time."""
     start, samples = time.monotonic(), []
     command = [
         sys.executable,
@@ -105,7 +104,7 @@ def prepare(source: Path, out: Path) -> dict[str, Any]:
 
 
 def step(config: Config, corpus: Path, run: Path) -> dict[str, Any]:
-    """A step, and the evaluation after it."""
+    """Take one training step and evaluate."""
     flags = [
         "--recipe",
         "lm1b-full",

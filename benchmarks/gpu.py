@@ -1,11 +1,10 @@
-"""Checks and times the Triton kernels on a GPU, and writes all that it finds as JSON, with a plot made from it:
+"""Check and time the Triton kernels on a GPU; write all results as JSON, and a plot of them:
 
     python -m benchmarks.gpu [--run RUN] [--out FILE.json]
 
-The file is written after each step, and a step that it already has is not repeated (`--again` repeats it): a run that
-was cut off goes on where it stopped. RUN is a folder that `python -m fused_mos.train` left, for the filter on a trained
-model. `--dry-run` walks through the same code on a CPU, with Triton's interpreter and tiny shapes; its times mean
-nothing.
+The file is written after each step, and steps that it has are not repeated unless `--again` is given: a run that was
+cut off continues where it stopped. RUN is the folder of a `python -m fused_mos.train` run, for the filter on a trained
+model. `--dry-run` runs the same code on a CPU, with Triton's interpreter and tiny shapes; its times mean nothing.
 """
 
 import dataclasses
@@ -39,6 +38,7 @@ from fused_mos._backends.triton_kernels.proof import SHAPES, float32_products
 from fused_mos.training import RECIPES, Trainer
 from fused_mos.training.device import allow_tf32
 from fused_mos.training.profile import StepProfile
+from fused_mos.training.run import write_json
 
 from . import gpu_decode
 from .gpu_report import goals, plot
@@ -61,16 +61,16 @@ if DRY_RUN:
 @dataclasses.dataclass
 class Config:
     run: Path | None = None
-    """A folder that `python -m fused_mos.train` left, for the filter on a trained model."""
+    """Folder of a `python -m fused_mos.train` run, for the filter on a trained model."""
 
     data: Path | None = None
-    """Where RUN's corpus is; by default where it was in training."""
+    """Folder of RUN's corpus; by default the one that it was trained on."""
 
     out: Path | None = None
-    """The JSON file; by default benchmarks/results/gpu-NAME.json. The plot lies beside it."""
+    """JSON file, benchmarks/results/gpu-NAME.json by default. The plot is written beside it."""
 
     steps: tuple[str, ...] = ("tests", "memcheck", "racecheck", "synccheck", "times", "decode", "filter", "training")
-    """What to do: all tests on the GPU, some under compute-sanitizer, times and memory, decoding in one pass, the
+    """Steps to run: all tests on the GPU, some under compute-sanitizer, times and memory, decoding in one pass, the
     filter, profiles of training steps on a text of random words."""
 
     shapes: tuple[str, ...] = NAMES
@@ -80,20 +80,20 @@ class Config:
     """Products to time: bfloat16, float16, tf32, float32."""
 
     again: bool = False
-    """Repeat what the file has."""
+    """Repeat steps that the file has."""
 
     commit: str = ""
-    """The commit that is measured, where git cannot tell."""
+    """Commit that is measured, if git cannot tell."""
 
     dry_run: bool = False
-    """On a CPU: exercise the code, at tiny shapes."""
+    """Exercise the code on a CPU, at tiny shapes."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- tests
 
 
 def run_tests(selection: list[str], wrapper: tuple[str, ...] = (), **environment: str) -> dict:
-    """Runs pytest in a process of its own; its last lines tell what failed."""
+    """Run pytest in a process of its own; return whether it passed, its summary and its failures."""
     command = [*wrapper, sys.executable, "-m", "pytest", *selection]
     result = subprocess.run(command, cwd=HERE.parent, env=os.environ | environment, capture_output=True, text=True)
     lines = (result.stdout + result.stderr).strip().splitlines()
@@ -290,9 +290,7 @@ def main() -> int:
 
     def save() -> None:
         result["goals"] = goals(result)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        unfinished.replace(path)
+        write_json(path, result)
 
     for name in ("tests", "memcheck", "racecheck", "synccheck"):
         if name in config.steps and (config.again or name not in result):

@@ -1,4 +1,4 @@
-"""Decoding with few tokens, for gpu.py: the one-pass kernel of csrc/cuda beside the Triton backend, against the time to
+"""Time decoding with few tokens, for gpu.py: the one-pass kernel of csrc/cuda and the Triton backend, over the time to
 read the embedding."""
 
 import statistics
@@ -20,11 +20,11 @@ SHAPES = {
     for n in (1, 8)
 }
 GOAL = 1.3
-"""Times the floor, in bfloat16."""
+"""Wanted time over the floor, in bfloat16."""
 
 
 def bytes_per_second(device: str, rounds: int) -> float:
-    """Of a large copy, what it reads and what it writes."""
+    """Rate of a large copy, counting what it reads and what it writes."""
     source = torch.empty((1 << 30) if device == "cuda" else (1 << 22), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = interleaved({"copy": lambda: target.copy_(source)}, rounds, on_gpu=device == "cuda")["copy"]
@@ -32,7 +32,7 @@ def bytes_per_second(device: str, rounds: int) -> float:
 
 
 def calls(arguments: list[torch.Tensor], backends: tuple[str, ...]) -> dict[str, Callable[[], object]]:
-    """Each backend's, and those of `cuda` replayed from a graph."""
+    """The calls of each backend, and those of `cuda` replayed from a graph as well."""
     z, a, w, _, b = (tensor.detach() for tensor in arguments)
     functions = {
         "log_prob": F.mos_log_prob,

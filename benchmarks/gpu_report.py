@@ -1,4 +1,4 @@
-"""What the figures of `gpu.py` say: which goals are met, and a plot."""
+"""Judge the results of gpu.py against its goals, and plot them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ PEERS = {
     "cut-cross-entropy": 1,
     "Liger": 1,
 }
-"""How many times faster a step is to be than a peer's, at the shapes of the paper's training, and at K = 1."""
+"""Wanted speedup of a step over each peer, at the shapes of the paper's training and at K = 1."""
 KINDS = {
     "fused_mos": STEP,
     "published code": "published",
@@ -36,11 +36,11 @@ KINDS = {
     "cut-cross-entropy": "cut-cross",
     "Liger": "Liger",
 }
-"""Bars of the plot, and what is in the names of their rows."""
+"""Bars of the plot, each with a part of its rows' names."""
 
 
 def goals(result: dict) -> list[dict]:
-    """Each goal with what was measured; those of steps that were not run are absent."""
+    """Each goal with its measured value. Goals of steps that were not run are left out."""
     return [{"goal": goal, "value": value, "wanted": wanted, "met": met} for goal, value, wanted, met in _goals(result)]
 
 
@@ -97,7 +97,7 @@ def _goals(result: dict) -> Iterator[tuple[str, object, str, bool]]:
 
 
 def _row_of(kind: str, rows: dict[str, dict]) -> dict:
-    """The row of a kind of contender; empty where a shape has none."""
+    """The row of one kind of contender, empty if the shape has none."""
     if kind == "plain PyTorch":
         return rows.get("log-sum-exp") or rows["F.linear + F.cross_entropy"]
     return next(

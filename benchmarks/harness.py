@@ -1,4 +1,4 @@
-"""What the benchmarks share: the problem, timing in turns, the floor, and memory."""
+"""Shared by benchmarks and experiments: the problem, timing in turns, the floor, and memory."""
 
 import ctypes
 import gc
@@ -18,7 +18,7 @@ except ImportError:
     _cpu = None
 
 NATIVE = _cpu is not None
-"""Whether the CPU's native kernels were compiled."""
+"""True if the CPU's native kernels were compiled."""
 Shape = tuple[int, int, int, int]
 """N, K, D, V."""
 
@@ -39,8 +39,8 @@ def inputs(n: int, k: int, d: int, v: int, dtype: torch.dtype = torch.float32, d
 
 
 def seconds(call: Callable[[], object], on_gpu: bool = False, before: Callable[[], object] | None = None) -> float:
-    """On a GPU from when its first kernel could start until its last has ended, the host's time to get there included;
-    unless `before` keeps the device busy for longer."""
+    """Time of one call. On a GPU it includes the host's time to launch the kernels, unless `before` keeps the device
+    busy for longer than that."""
     if before:
         before()
     if on_gpu:
@@ -74,8 +74,8 @@ def interleaved(
     warm_up: bool = True,
     budget: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, all in turns, `rounds` times after a warm-up, so that ratios hold on a noisy machine; from
-    the second round on, no further one once `budget` seconds are spent."""
+    """Seconds of each call. All calls take turns, `rounds` times after a warm-up, so that ratios hold on a noisy
+    machine. After two rounds, no further one starts once `budget` seconds are spent."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     if warm_up:
         for call in calls.values():
@@ -96,7 +96,7 @@ def spread(values: Iterable[float], digits: int = 4) -> list[float]:
 
 
 def attempt(call: Callable[[], object]) -> str | None:
-    """Warms up; why the call cannot be measured, or None."""
+    """Make the call once, as a warm-up. Return why it cannot be measured, or None."""
     try:
         call()
         return None
@@ -125,9 +125,9 @@ def mm_calls(
 class Floor:
     """The time of one product, 2·N·K·D·V operations, at the best rate of this device, measured between the contenders.
 
-    On a CPU that of a register-only loop of multiply-adds, where the native kernels are there to have it; else
-    torch.mm's best of the step's three products, on so many classes that the largest matrix takes a GiB (10,000 classes
-    on a CPU), whose rate is that of all.
+    On a CPU with native kernels, that is the rate of a register-only loop of multiply-adds. Elsewhere it is torch.mm's
+    best rate among the step's three products. They are timed on a part of the classes: 10,000 on a CPU, otherwise as
+    many as keep the largest matrix within a GiB.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
@@ -164,7 +164,7 @@ def available_bytes(device: str) -> int:
 
 
 def lacking(needed: int, device: str) -> str | None:
-    """Why a call that needs so many bytes cannot be made; None where they are free."""
+    """Why a call that needs so many bytes cannot be made, or None if they are free."""
     free = available_bytes(device)
     return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free" if needed > free else None
 

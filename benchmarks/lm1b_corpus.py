@@ -1,9 +1,9 @@
-"""A corpus of the size and the files of the One Billion Word benchmark, of words without meaning, for
+"""Generate a corpus of random words with the size and the files of the One Billion Word benchmark, for
 fused_mos.data.lm1b:
 
     python -m benchmarks.lm1b_corpus OUT [--words 100_000_000] [--vocabulary 793_468] [--shards 99] …
 
-Words are distributed as Zipf and Mandelbrot say: the one of rank r with p ∝ 1 / (r + 2.7).
+Word frequencies follow the Zipf–Mandelbrot law: rank r has probability ∝ 1 / (r + 2.7).
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from fused_mos.data.lm1b import FOLDERS, MIN_COUNT, SHARDS
 
 SHIFT = 2.7
 SENTENCE = 25
-"""Words of a sentence, on average."""
+"""Mean length of a sentence, in words."""
 CHUNK = 1 << 20
-"""Words joined at once, so that memory does not grow with a shard."""
+"""Words joined at once: bounds the memory of a shard."""
 
 
 @dataclasses.dataclass
@@ -31,17 +31,17 @@ class Config:
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write."""
     words: int = 100_000_000
-    """Of the training shards."""
+    """Words in all training shards."""
     heldout_words: int = 0
-    """Of the held-out shards; 0: as many as in a training shard, which is how it is in the benchmark."""
+    """Words in all held-out shards. 0 takes as many as a training shard has, as in the benchmark."""
     vocabulary: int = 793_468
-    """Different words; each is there three times at least, if the training shards have so many words."""
+    """Distinct words. Each occurs at least three times if the training shards have that many words."""
     shards: int = 99
     """Training shards."""
     heldout_shards: int = 50
     """Held-out shards."""
     seed: int = 1
-    """Of the random words."""
+    """Seed of the random words."""
 
     def check(self) -> None:
         for name, value, most in (
@@ -63,8 +63,7 @@ class Config:
 
 
 def words(n: int) -> list[bytes]:
-    """`n` different words. The first are short, so that Zipf's distribution makes them about as long as those of
-    English."""
+    """`n` distinct words. The frequent ones are short, so that text has about the word length of English."""
     syllables = [consonant + vowel for consonant in "bcdfghjklmnprstvwxyz" for vowel in "aeiou"]
     all_words = ("".join(word) for length in itertools.count(1) for word in itertools.product(syllables, repeat=length))
     return [word.encode() for word in itertools.islice(all_words, n)]
@@ -79,7 +78,7 @@ def ranks(n: int, vocabulary: int, generator: np.random.Generator) -> np.ndarray
 
 
 def write_shard(path: Path, n: int, often_enough: np.ndarray, table: np.ndarray, generator: np.random.Generator) -> int:
-    """`n` words, those of `often_enough` among them. Returns the bytes written."""
+    """Write `n` words, those of `often_enough` among them. Return the bytes written."""
     vocabulary = len(table) // 2
     ids = np.concatenate([often_enough, ranks(n - len(often_enough), vocabulary, generator)])
     generator.shuffle(ids)

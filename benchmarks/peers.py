@@ -1,5 +1,5 @@
-"""What a user would write instead of the head: losses of (latent (N, K, D), prior_logits (N, K), weight (V, D), target
-(N,), bias (V,))."""
+"""Peers: the losses that a user would write instead of the head. Each takes latent (N, K, D), prior_logits (N, K),
+weight (V, D), target (N,) and bias (V,)."""
 
 import functools
 import importlib.util
@@ -13,14 +13,13 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def published(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """As the paper's published code computes it: K distributions of V words for every token, their mean, its
-    logarithm."""
+    """The paper's published code: K distributions of V words for every token, their mean, and its logarithm."""
     probability = (torch.softmax(linear(z, w, b), -1) * torch.softmax(a, -1).to(z.dtype)[..., None]).sum(1)
     return nll_loss(torch.log(probability + 1e-8), y)
 
 
 def log_sum_exp(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """As its equations stand, in logarithms; the mixture is only formed for the target."""
+    """The paper's equations in logarithms; the mixture is formed for the target alone."""
     log_softmax = torch.log_softmax(linear(z, w, b), -1)
     at_target = log_softmax.gather(2, y[:, None, None].expand(-1, z.shape[1], 1))[..., 0]
     return -torch.logsumexp(torch.log_softmax(a, 1) + at_target, 1).mean()
@@ -38,7 +37,7 @@ def _five_lines(rows_nll: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) ->
 
 
 def _torch(rows: Tensor, w: Tensor, y: Tensor, b: Tensor, chunked: bool, reduction: str) -> Tensor:
-    """PyTorch's own: as its default computes it, all logits at once, or in chunks of rows."""
+    """PyTorch's own function: its default forms all logits at once, `chunked` those of some rows at a time."""
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     return torch.nn.functional.linear_cross_entropy(rows, w, y, linear_bias=b, reduction=reduction, options=options)
 
@@ -74,7 +73,7 @@ def cut_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> 
 
 
 def _cce(rows: Tensor, w: Tensor, y: Tensor, **options) -> Tensor:
-    """With exact gradients, as ours are: none is filtered out."""
+    """Cut cross-entropy with exact gradients like ours: none is filtered out."""
     from cut_cross_entropy import linear_cross_entropy as function
 
     return function(rows, w, y, impl="cce" if rows.is_cuda else "torch_compile", filter_eps=None, **options)
@@ -97,9 +96,9 @@ SINGLE: dict[str, Loss] = {
     "cut-cross-entropy": cut_cross_entropy,
     "Liger": liger,
 }
-"""Of K = 1."""
+"""Peers at K = 1."""
 COMPILED = {"published code": published, "log-sum-exp": log_sum_exp, "F.linear + F.cross_entropy": plain}
-"""Those that torch.compile may improve."""
+"""Peers that torch.compile may improve."""
 
 
 def compiled(name: str) -> Loss:
@@ -107,12 +106,12 @@ def compiled(name: str) -> Loss:
 
 
 def compiles(name: str, device_type: str) -> bool:
-    """Whether a first call is long because torch.compile has its part in it."""
+    """True if the first call is long because it runs torch.compile."""
     return name.endswith(", compiled") or "cut-cross-entropy" in name and device_type == "cpu"
 
 
 def materialised(name: str, device_type: str) -> int:
-    """How many numbers a token, expert and word need at once, forward and backward."""
+    """Numbers that a peer holds at once for each token, expert and word, forward and backward."""
     name = name.removesuffix(", compiled").removeprefix("five lines, ")
     of_cce = 0 if device_type == "cuda" else 1
     return {
@@ -125,7 +124,7 @@ def materialised(name: str, device_type: str) -> int:
 
 
 def unavailable(name: str, device_type: str) -> str | None:
-    """Why a peer of this name cannot run here; None where it can."""
+    """Why a peer of this name cannot run here, or None if it can."""
     if "linear_cross_entropy" in name and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
     if "chunked" in name and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -140,7 +139,7 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 
 def too_slow(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why no peer ends in reasonable time with this dtype; None where they do."""
+    """Why no peer ends in reasonable time with this dtype, or None if they do."""
     if device_type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "torch multiplies bfloat16 without oneDNN on this processor, many times slower than float32"
     return None

@@ -1,5 +1,4 @@
-"""The plot of a machine's times, from the JSON under results/machines/; other plots are made by the scripts that
-measure."""
+"""Plot a machine's times from its JSON under results/machines/. (Other plots are made by the scripts that measure.)"""
 
 import matplotlib
 
@@ -14,7 +13,7 @@ AXES = {
     "features": (2, "features D"),
     "tokens": (0, "tokens N"),
 }
-"""Figures of test_head.py: which of N, K, D, V grows, and its name."""
+"""Figures of test_head.py: the index of the size among N, K, D, V that grows, and its label."""
 COLOURS = {OURS: "tab:blue", "published code": "tab:red", "five lines, F.linear_cross_entropy": "tab:orange"}
 
 

@@ -1,4 +1,4 @@
-"""From what was measured to what the documents show:
+"""Keep measured rows, and make the documents' tables and plots from them:
 
     pytest benchmarks --benchmark-only --benchmark-json=run.json
     python -m benchmarks.report --record run.json   # its rows into benchmarks/results/machines/; then as without
@@ -33,30 +33,30 @@ from .tables import MACHINES, OF_A_MACHINE, OURS
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FELL = 0.1
-"""Of a ratio: what is named."""
+"""Relative worsening of a ratio that --compare reports."""
 MACHINE = ("device", "device type", "instruction set", "threads")
-"""Of a row's extra_info: what all rows of a file have in common."""
+"""Entries of a row's extra_info that all rows of a file share."""
 VERSIONS = ("torch", "python")
-"""What each row keeps."""
+"""Entries that each row keeps for itself."""
 
 
 @dataclasses.dataclass
 class Config:
     record: Path | None = None
-    """A file of --benchmark-json whose rows to keep; rows that it lacks stay."""
+    """A --benchmark-json file whose rows replace the recorded ones; other rows stay."""
     compare: Path | None = None
-    """A file of --benchmark-json to compare with what is recorded for the same machine."""
+    """A --benchmark-json file to compare with the rows recorded for the same machine."""
     again: int = 2
-    """How often --compare measures again what fell: a machine that others share is slow for minutes."""
+    """How often --compare measures a worse row again, since a shared machine can be slow for minutes."""
     show: str | None = None
-    """A machine whose tables to print."""
+    """Print the tables of this machine."""
     verify: bool = False
-    """Write nothing."""
+    """Write nothing; exit status 1 if a document shows other tables."""
 
 
 def condensed(path: Path) -> dict[str, Any]:
-    """The rows of a --benchmark-json file, and on what they were measured. Raises SystemExit where it is none of
-    `pytest benchmarks`."""
+    """The rows of a --benchmark-json file and the machine they were measured on. Raises SystemExit for any other
+    file."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         found = [bench["extra_info"] for bench in run["benchmarks"] if "contender" in bench["extra_info"]]

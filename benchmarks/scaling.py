@@ -1,8 +1,8 @@
-"""What `lm1b-full` takes on 1, 8 and 64 GPUs, from formulas: the tables of docs/scaling.md.
+"""Predict the time and memory of `lm1b-full` on 1, 8 and 64 GPUs: the tables of docs/scaling.md.
 
     python -m benchmarks.scaling
 
-Nothing is measured here. The rates below are assumptions, each with its source; replace them by those of a machine.
+Nothing is measured here. The rates below are assumptions, each with its source; replace them by your machine's.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Of one GPU and its links."""
+    """Rates of one GPU and its links."""
 
     product_flops: float = 500e12
     """bfloat16 products of the head's shapes: half of an H100 SXM's 989 TFLOP/s; fused cross-entropies of other
     projects are reported at 600 to 745."""
     memory_bytes: float = 2.7e12
-    """A second, of 3.35e12."""
+    """Memory bandwidth per second, of the 3.35e12 in the data sheet."""
     node_link: float = 300e9
-    """Bytes a second that a GPU sends in an all-reduce within a node of eight, of NVLink's 450e9."""
+    """Bytes per second that a GPU sends in an all-reduce within a node of eight, of NVLink's 450e9."""
     network_link: float = 40e9
-    """The same between nodes, of 50e9 (400 Gbit/s a GPU)."""
+    """Bytes per second between nodes, of 50e9 (400 Gbit/s a GPU)."""
     lstm_step: float = 60e-6
     """Seconds of one time step of one layer, forward and backward: two small products and their launches."""
 
@@ -43,7 +43,7 @@ class Plan:
         return self.n_data * self.n_vocab
 
     def row(self) -> str:
-        """Milliseconds of a step of 128 columns a data rank."""
+        """Table row of a step with 128 columns per data rank."""
         config = dataclasses.replace(RECIPES["lm1b-full"](), vocab_parallel=self.n_vocab)
         config = dataclasses.replace(config, batch_size=config.batch_size * self.n_data)
         model, tokens = config.model, config.bptt * config.batch_size // self.n_data
@@ -78,7 +78,7 @@ class Plan:
 
 
 def _share(ranks: int) -> float:
-    """Of its bytes, what a rank sends in a ring all-reduce."""
+    """Share of its bytes that a rank sends in a ring all-reduce."""
     return 2 * (ranks - 1) / ranks
 
 

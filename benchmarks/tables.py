@@ -42,8 +42,8 @@ def mebibytes(row: dict) -> str:
 
 
 def head(machine: str) -> str:
-    """A training step's time over ours, by contender; floor and memory. What a machine was not asked for is left out,
-    in each table."""
+    """A training step's time over ours by contender, with floor and memory. Like all tables, it leaves out what the
+    machine has not measured."""
     found = []
     for (case, dtype, _), contenders in rows_of(machine, "shapes").items():
         some = next(iter(contenders.values()))
@@ -79,7 +79,7 @@ def operations(machine: str) -> str:
 
 
 def experts(machine: str) -> str:
-    """Milliseconds of a step, and of an expert more."""
+    """Milliseconds of a step for each expert, by number of experts."""
     cases = rows_of(machine, "experts")
     names = list(dict.fromkeys(name for contenders in cases.values() for name in contenders))
     found = []

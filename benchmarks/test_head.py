@@ -1,8 +1,8 @@
-"""The head beside what a user would write instead: pytest benchmarks --benchmark-only.
+"""Time the head and what a user would write instead: pytest benchmarks --benchmark-only.
 
-All contenders of a case run in one process, in turns, so that ratios hold on a noisy machine; each row's extra_info has
-the ratio to ours, the time over the floor (harness.Floor) and the memory beside the inputs. What cannot run says why.
-On a GPU, if there is one.
+All contenders of a case take turns in one process, so that ratios hold on a noisy machine. Each row's extra_info has
+the ratio to ours, the time over the floor (harness.Floor) and the memory beside the inputs, or the reason why the
+contender cannot run. Runs on a GPU if there is one.
 """
 
 import functools
@@ -25,9 +25,9 @@ STEP = "training step"
 EACH = "training step, loss of each token"
 N_ROUNDS = {"cpu": 5, "cuda": 20}[DEVICE]
 BUDGET = 5.0
-"""Seconds of a case after which there are no more rounds than two."""
+"""Seconds of a case after which no round beyond the second starts."""
 PATIENCE = 10.0
-"""Seconds that a peer may take five times as long as ours: beyond them its first call is its last."""
+"""Seconds allowed to a peer's first call even if it takes five times as long as ours; a slower peer is not timed."""
 
 
 class Case(NamedTuple):
@@ -57,7 +57,7 @@ SHAPES: dict[str, Shape] = (
         "softmax": (3_150, 1, 280, 10_000),
     }
 )
-"""Training steps of the paper; on a CPU a part of their tokens."""
+"""Shapes of the paper's training steps, on a CPU with a part of the tokens."""
 SOME = {"cpu": 1, "cuda": 8}[DEVICE]
 
 
@@ -124,7 +124,7 @@ def _without_grad(case: Case, arguments: list[torch.Tensor]) -> dict[str, Callab
 
 
 def products(case: Case) -> float:
-    """Of N·K rows by the vocabulary, that nobody can do without: a sample needs the logits of one expert."""
+    """Products of N·K rows with the vocabulary that no method can avoid. (A sample needs the logits of one expert.)"""
     return {STEP: 3, EACH: 3, "forward": 1, "log_prob": 1, "sample": 1 / case.shape[1]}[case.operation]
 
 

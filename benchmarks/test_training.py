@@ -1,7 +1,7 @@
-"""A training step of the paper's recipes, in words a second, beside the same model with the published code's head in
+"""Time a training step of the paper's recipes in words per second, and the same model with the published code's head in
 plain PyTorch.
 
-The words are random: the time of a step does not depend on them. Both share everything but the head; float32.
+Both share everything but the head, in float32. The words are random: the time of a step does not depend on them.
 (experiments/published.py runs the published code itself.)
 """
 
@@ -24,7 +24,7 @@ RECIPE_WORDS = {"ptb": 10_000, "wikitext2": 33_278}
 CONTENDERS = (OURS, "published head")
 N_ROUNDS = {"cpu": 3, "cuda": 20}[DEVICE.type]
 BUDGET = 15.0
-"""Seconds after which there are no more rounds than two."""
+"""Seconds after which no round beyond the second starts."""
 
 
 class Step(NamedTuple):

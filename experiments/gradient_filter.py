@@ -1,8 +1,9 @@
-"""What `grad_filter_eps` at the dtype's rounding drops, saves and costs on a real model, before and after training:
+"""Measure what `grad_filter_eps` drops, saves and costs on a real model, before and after training:
 
     python -m experiments.gradient_filter RUN [--segments 10] [--device cuda] [--data FOLDER] [--out FILE.json]
 
-RUN is a folder that `python -m fused_mos.train` left. Segments are of its training text, with dropout as in training.
+RUN is the folder of a `python -m fused_mos.train` run. The threshold is the rounding error of the dtype; the tokens are
+segments of the run's training text, with dropout as in training.
 """
 
 import dataclasses
@@ -29,8 +30,8 @@ def _relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def measure(model: AWDLSTM, text: torch.Tensor, bptt: int, n_segments: int, dtype: torch.dtype) -> dict:
-    """Medians over segments of the share of rows dropped, the speed-up of forward + backward, and the gradients'
-    errors."""
+    """Medians over segments: share of rows dropped, speedup of forward + backward, and relative errors of the
+    gradients."""
     eps, hidden, rows = torch.finfo(dtype).eps, None, []
     for i in range(n_segments):
         inputs, target = text[i * bptt : (i + 1) * bptt], text[i * bptt + 1 : (i + 1) * bptt + 1]
@@ -59,7 +60,7 @@ def measure(model: AWDLSTM, text: torch.Tensor, bptt: int, n_segments: int, dtyp
 
 
 def measure_run(run: Path, data: Path | None, n_segments: int, device: str, dtypes: dict[str, torch.dtype]) -> dict:
-    """`measure` by "fresh" or "trained" and dtype, beside the head's shape N, K, D, V."""
+    """The head's shape (N, K, D, V), and the results of `measure` for the fresh and the trained model in each dtype."""
     config = json.loads((run / "config.json").read_text())
     corpus = Corpus(data or config["data"])
     text = batchify(corpus.train, config["optim"]["batch_size"]).to(device)
@@ -83,14 +84,15 @@ def measure_run(run: Path, data: Path | None, n_segments: int, device: str, dtyp
 @dataclasses.dataclass
 class Config:
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder that fused_mos.train left."""
+    """Folder of a fused_mos.train run."""
     segments: int = 10
-    """Of the training text, to measure on."""
+    """Segments of the training text to measure on."""
     device: str = "cpu"
+    """cpu or cuda."""
     data: Path | None = None
-    """Where the corpus is; by default where it was in training."""
+    """Folder of the corpus; by default the one that the run was trained on."""
     out: Path | None = None
-    """Where to write the table as JSON."""
+    """JSON file for the table; by default it is only printed."""
 
 
 def main() -> int:

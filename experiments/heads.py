@@ -1,13 +1,11 @@
-"""Softmax, MoC and MoS at equal parameters and equal time, through all stages, with a table and a plot:
+"""Train softmax, MoC and MoS with equal parameters for equal time, through all stages; write a table and a plot:
 
     python -m experiments.heads --data PTB [--recipe ptb-small] [--minutes 40] [--heads softmax moc mos softmax-wide]
 
-Each head is given as many epochs as fit into the time at the speed that it has on this machine when nothing else runs,
-measured in turns at the start. So what else the machine does later changes no result. Killed at any moment, the same
-command continues.
+Each head gets as many epochs as fit into the time at its speed on this machine. The speeds are measured once, in turns,
+at the start. Have the machine idle then; load on it later changes no result. After a kill the same command continues.
 
-softmax-wide is a softmax with so many more features that its words cost as much time as those of MoS: equal cost
-instead of equal parameters.
+softmax-wide has enough features that a word takes as long as with MoS: equal cost instead of equal parameters.
 """
 
 import dataclasses
@@ -41,7 +39,7 @@ from benchmarks.harness import interleaved
 
 HEADS = ("softmax", "moc", "mos")
 FINETUNING = 0.25
-"""Of the time."""
+"""Share of the time that goes to fine-tuning."""
 
 SOFTMAX = {
     "ptb-small": {"embedding_size": 160, "hidden_sizes": (416, 160)},
@@ -61,17 +59,17 @@ class Config:
     heads: tuple[str, ...] = HEADS
     """Heads to train: softmax, moc, mos, softmax-wide."""
     minutes: float = 40.0
-    """Of training and fine-tuning."""
+    """Minutes of training and fine-tuning, for each head."""
     precision: str = "float32"
     """float32 or bfloat16."""
     stages: tuple[str, ...] = ("train", "finetune", "dynamic")
-    """What to do with each head; without finetune, training has all the time."""
+    """Stages of each head. Without finetune, training takes all the time."""
     tune: bool = True
-    """Search the rule of dynamic evaluation on the validation text; else it is the recipe's."""
+    """Search the hyperparameters of dynamic evaluation on the validation text, instead of taking the recipe's."""
     runs: Path = Path("runs/heads")
-    """Where the runs leave their folders."""
+    """Folder for the runs."""
     out: Path | None = None
-    """The JSON file; by default experiments/results/heads-RECIPE.json. The plot lies beside it."""
+    """JSON file, experiments/results/heads-RECIPE.json by default. The plot is written beside it."""
 
 
 def recipe(config: Config, head: str) -> TrainConfig:
@@ -84,8 +82,8 @@ def recipe(config: Config, head: str) -> TrainConfig:
 def words_per_second(
     config: Config, known: dict[str, dict[str, float]], rounds: int = 15
 ) -> dict[str, dict[str, float]]:
-    """Of each head. Those that are not known yet are measured beside one that is, and told at the machine's speed of
-    then."""
+    """Speed of each head. A head that is not in `known` is measured next to one that is, and scaled by how much that
+    one's speed has changed since."""
     missing = [head for head in config.heads if head not in known]
     if not missing:
         return known
@@ -111,7 +109,7 @@ def _measured(config: Config, heads: list[str], rounds: int) -> dict[str, dict[s
 
 
 def compare(config: Config, head: str, speed: float) -> dict[str, Any]:
-    """All stages of one head; what is done is not done again."""
+    """Run all stages of one head, skipping those already done, and return its row."""
     folder = config.runs / f"{config.recipe}-{head}"
     base = recipe(config, head)
     tuned = "finetune" in config.stages
@@ -160,7 +158,7 @@ def _curve(folder: Path, start: float, minutes_per_epoch: float) -> list[tuple[f
 
 
 def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
-    """With the rule that is best on the validation text, or the recipe's."""
+    """Test perplexity under dynamic evaluation, with the rule found on the validation text or the recipe's."""
     path = folder / "dynamic" / "result.json"
     if not path.is_file():
         evaluation = Evaluation(folder, "test", dynamic=True, tune=config.tune, rule=dynamic_rule(config.recipe))
@@ -207,7 +205,7 @@ def main() -> int:
     for name in ("recipe", "minutes", "precision"):
         if result[name] != getattr(config, name):
             raise SystemExit(
-                f"error: {path} is of {name} {result[name]}, got {getattr(config, name)}; name another --out"
+                f"error: {path} has results for {name} {result[name]}, got {getattr(config, name)}; name another --out"
             )
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
 

@@ -1,9 +1,9 @@
-"""The paper's claim on One Billion Words in small: MoS and softmax with as many parameters, several seeds of each.
+"""Compare MoS and softmax with equal parameters on a small part of One Billion Words, over several seeds:
 
     python -m experiments.lm1b_heads --data PREPARED [--seeds 1 2 3] [--out FILE.json]
 
-Runs lm1b-tiny on shards that fused_mos.data.lm1b has prepared; both heads read the same text for as many epochs. What
-the JSON file has is not repeated, and a run that was cut off goes on.
+Trains lm1b-tiny on shards prepared by fused_mos.data.lm1b. Both heads read the same text for the same number of epochs.
+Runs already in the JSON file are not repeated, and a run that was cut off continues.
 """
 
 import dataclasses
@@ -22,18 +22,20 @@ from fused_mos.data.token_stream import PreparedCorpus
 from fused_mos.training.run import write_json
 
 HEADS = {"mos": [], "softmax": ["--head", "softmax", "--embedding-size", "104", "--hidden-sizes", "192", "104"]}
-"""Flags. At the 9,607 words of two held-out shards softmax has 1,361,567 parameters and MoS, K = 3, has 1,356,999."""
+"""Flags of each head. With the 9,607 words of two held-out shards, softmax has 1,361,567 parameters and MoS (K = 3) has
+1,356,999."""
 
 
 @dataclasses.dataclass
 class Config:
     data: Path
-    """Folder that fused_mos.data.lm1b prepare wrote."""
+    """Folder written by fused_mos.data.lm1b prepare."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Of initialisation and the order of text."""
+    """Seeds of the initialisation and of the order of the text."""
     runs: Path = Path("runs/lm1b-heads")
-    """Where the runs leave their folders."""
+    """Folder for the runs."""
     out: Path = Path(__file__).parent / "results" / "lm1b-heads.json"
+    """JSON file of the results."""
 
 
 def main() -> int:
@@ -41,7 +43,7 @@ def main() -> int:
     digest = PreparedCorpus(config.data).digest
     result = json.loads(config.out.read_text()) if config.out.is_file() else {"vocabulary sha256": digest}
     if result["vocabulary sha256"] != digest:
-        raise SystemExit(f"error: {config.out} is of another corpus than {config.data}; name another --out")
+        raise SystemExit(f"error: {config.out} has results for another corpus than {config.data}; name another --out")
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
     for seed in config.seeds:
         for head, flags in HEADS.items():

@@ -1,11 +1,12 @@
-"""The trainer beside the paper's published code, on the same machine and text:
+"""Compare the trainer with the paper's published code, on the same machine and text:
 
     git clone https://github.com/zihangdai/mos CODE
     python -m experiments.published CODE --data PTB [--rounds 10] [--epochs 1 --seeds 28 29 30] [--out FILE.json]
 
-Speed: training steps of both in turns, in one process, of the recipe's mean length. With --epochs, both are also
-trained from each seed, theirs as it is, by its own command line, and validation perplexities compared. Their seeds draw
-other numbers than ours: it is the spread over seeds that tells. What the JSON file has is not repeated.
+Speed: training steps of both take turns in one process, at the recipe's mean segment length. With --epochs, both are
+also trained from each seed, the published code unchanged and by its own command line, and their validation perplexities
+are compared. The same seed draws different numbers in the two, so compare over several seeds. Results already in the
+JSON file are not measured again.
 """
 
 import dataclasses
@@ -43,20 +44,21 @@ class Config:
     recipe: str = "ptb"
     """ptb or wikitext2."""
     rounds: int = 10
-    """Steps of each to time; 0: none."""
+    """Steps of each to time; 0 skips the timing."""
     epochs: int = 0
-    """Epochs to train of each; 0: none."""
+    """Epochs to train each; 0 skips the training."""
     seeds: tuple[int, ...] = (28,)
-    """Of the trainings."""
+    """Seeds of the training runs."""
     precisions: tuple[str, ...] = ("float32",)
-    """Of our steps that are timed: float32, tf32 (GPU), bfloat16."""
+    """Precisions in which our steps are timed: float32, tf32 (GPU), bfloat16."""
     runs: Path = Path("runs/published")
-    """Where our trainings leave their folders; one that was cut off goes on."""
+    """Folder for our training runs; one that was cut off continues."""
     out: Path = Path(__file__).parent / "results" / "published.json"
+    """JSON file of the results."""
 
 
 def options(config: TrainConfig) -> dict[str, Any]:
-    """The flags of the published main.py that say what `config` says."""
+    """The published main.py's flags for the same model and optimizer as `config`."""
     model, optim = config.model, config.optim
     return {
         "emsize": model.embedding_size,
@@ -159,8 +161,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def train_published(config: Config, seed: int) -> list[float]:
-    """Validation perplexities after each epoch, as its main.py reports them. (After the last one it stops with an error
-    where torch refuses to unpickle its model.)"""
+    """Validation perplexity after each epoch, as main.py reports it. (main.py fails after the last epoch where torch
+    refuses to unpickle its model; by then all perplexities are known.)"""
     flags = [f"--{name}={value}" for name, value in options(RECIPES[config.recipe]()).items()]
     flags += ["--single_gpu", f"--seed={seed}", f"--epochs={config.epochs}", f"--data={config.data.resolve()}"]
     if not torch.cuda.is_available():
@@ -183,7 +185,7 @@ def train_published(config: Config, seed: int) -> list[float]:
 
 
 def train_ours(config: Config, seed: int) -> list[float]:
-    """Validation perplexities after each epoch, counted as the published code counts."""
+    """Validation perplexity after each epoch, counted as the published code counts."""
     folder = config.runs / f"{config.recipe}-{seed}"
     default = dataclasses.replace(RECIPES[config.recipe](), data=config.data, out=folder, seed=seed)
     resume = folder if (folder / "last.safetensors").is_file() else None

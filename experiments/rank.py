@@ -1,10 +1,10 @@
-"""The softmax bottleneck made visible: the empirical rank of the log-probabilities of trained models (Yang et al. 2018,
-section 3.2).
+"""Measure the softmax bottleneck: the empirical rank of trained models' log-probabilities (Yang et al. 2018, section
+3.2):
 
     python -m experiments.rank RUN [RUN ...] [--split valid] [--out FILE.json]
 
-RUN is a folder that fused_mos.train or fused_mos.finetune left. A run takes minutes and 24·V² bytes of memory. What the
-JSON file has is not repeated; the plot of all its singular values lies beside it.
+RUN is the folder of a fused_mos.train or fused_mos.finetune run. Each takes minutes and 24·V² bytes of memory. Runs
+already in the JSON file are not measured again. The plot of all their singular values is written beside it.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from fused_mos.lm.rank import Spectrum, numerical_rank, rank_threshold
 from fused_mos.training.run import Run, load_run, write_json
 
 COLUMNS = 10
-"""Parts of the text that are read beside each other."""
+"""Parts of the text that are read in parallel."""
 BLOCK = 2048
-"""Rows that are added to the Gram matrix at once."""
+"""Rows added to the Gram matrix at once."""
 POINTS = 400
-"""Singular values of each run that the JSON keeps, for the plot."""
+"""Singular values of each run kept in the JSON, for the plot."""
 
 
 @dataclasses.dataclass
@@ -43,8 +43,9 @@ class Config:
     split: Literal["valid", "test"] = "valid"
     """Text whose contexts are the rows."""
     data: Path | None = None
-    """The corpus; by default where it was in training."""
+    """Folder of the corpus; by default the one that the runs were trained on."""
     out: Path = Path(__file__).parent / "results" / "rank-ptb.json"
+    """JSON file of the results."""
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def main() -> int:
     result = json.loads(config.out.read_text()) if config.out.is_file() else {"split": config.split, "runs": {}}
     if result["split"] != config.split:
         raise SystemExit(
-            f"error: {config.out} is of the {result['split']} text, not of {config.split}; name another --out"
+            f"error: {config.out} is for the {result['split']} text, not for {config.split}; name another --out"
         )
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
     for folder in config.runs:

@@ -1,10 +1,10 @@
-"""What the rank of a head costs: its gap to the entropy of a language of known rank, against features d and experts K.
+"""Measure the cost of a head's rank: its gap to the entropy of a language of known rank, by features d and experts K:
 
     python -m experiments.synthetic_gap [--out FILE.json]
 
-Each head is trained on the language itself, the expected loss over all texts, with a free vector for each context; so
-the gap is what the head cannot express (and what Adam has not found), not what a sample does not tell. The plot lies
-beside the JSON; what that has is not repeated.
+Each head minimises its expected loss under the language itself, with a free vector for each context. So the gap is what
+the head cannot express (and what Adam has not found), without any sampling error. Rows already in the JSON file are not
+measured again. The plot is written beside it.
 """
 
 import dataclasses
@@ -32,24 +32,25 @@ from fused_mos.training.run import write_json
 @dataclasses.dataclass
 class Config:
     n_words: int = 500
-    """Vocabulary of the language."""
+    """Vocabulary size of the language."""
     rank: int = 65
-    """Of its log-probabilities."""
+    """Rank of its log-probabilities."""
     features: tuple[int, ...] = (8, 16, 32, 64)
-    """Sizes d of the decoder."""
+    """Features d of the decoder."""
     experts: tuple[int, ...] = (2, 4, 8, 16)
-    """Softmaxes K of a MoS; MoC has the largest but one."""
+    """Experts K of MoS. MoC takes the second largest."""
     context_features: int = 128
-    """Size of a context's vector before the experts of a mixture (a softmax has none)."""
+    """Size of a context's vector before the experts of a mixture. A softmax takes one of d features."""
     steps: int = 3000
-    """Of Adam, its rate falling from 0.01 to 0 as a cosine."""
+    """Steps of Adam; the learning rate falls from 0.01 to 0 along a cosine."""
     out: Path = Path(__file__).parent / "results" / "synthetic-gap.json"
+    """JSON file of the results."""
 
 
 def gap(
     language: SyntheticLanguage, head: fused_mos.module.Head, context_features: int, steps: int, name: str
 ) -> dict[str, float]:
-    """Nats a word above the entropy, after training."""
+    """Train the head; return its nats per word above the entropy, its parameters and the time."""
     context = torch.nn.Parameter(torch.randn(language.n_words, context_features))
     parameters = [context, *head.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=0.01)
