@@ -1,7 +1,17 @@
 """The dropouts of AWD-LSTM (Merity et al. 2017, section 4), as functions of a tensor."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
+
+
+class EmbeddingLike(Protocol):
+    """An nn.Embedding, or what stands for one: a shard of its rows on this rank."""
+
+    num_embeddings: int
+
+    def __call__(self, tokens: Tensor, /) -> Tensor: ...
 
 
 def locked_dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
@@ -15,9 +25,9 @@ def locked_dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     return x * _mask(x, shape, p)
 
 
-def embedding_dropout(embedding: nn.Module, tokens: Tensor, p: float, training: bool = True) -> Tensor:
-    """Looks `tokens` up in an nn.Embedding (V, D), or what stands for one, with whole words dropped: one Bernoulli per
-    vocabulary row, shared over batch and time, scaled by 1/(1 − p). Returns (*tokens.shape, D)."""
+def embedding_dropout(embedding: EmbeddingLike, tokens: Tensor, p: float, training: bool = True) -> Tensor:
+    """Looks `tokens` up in an embedding (V, D) with whole words dropped: one Bernoulli per vocabulary row, shared over
+    batch and time, scaled by 1/(1 − p). Returns (*tokens.shape, D)."""
     embedded = embedding(tokens)
     if not training or p == 0:
         return embedded

@@ -56,11 +56,14 @@ class Workspace:
         return self._buffer[: n_rows * n_columns].view(n_rows, n_columns)
 
 
-def _operands(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _operands(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """16-bit operands as the products take them. A GPU multiplies 16-bit numbers and delivers float32; a CPU
     would round each product to 16 bits, for a gain of speed that only some processors have, so there
     they are widened first (and float16, which most CPUs multiply slowly, becomes usable)."""
-    return tuple(t if t is None or t.is_cuda else t.to(accumulation_dtype(t.dtype)) for t in tensors)
+    if rows.is_cuda:
+        return rows, weight, bias
+    dtype = accumulation_dtype(rows.dtype)
+    return rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ def rows_backward(
             rows[r], weight[c], None if bias is None else bias[c], workspace.tile(r.stop - r.start, c.stop - c.start)
         )
         _exp_(tile, maximum[r, None], log_total[r, None]).mul_(grad_lse[r, None])
-        if target is not None:
+        if target is not None and grad_target is not None:
             local, inside = _local_target(target[r], c)
             tile.scatter_add_(1, local, torch.where(inside, -grad_target[r, None], 0))
         _add_gradients(tile, rows[r], weight, c, (grad_rows[r] if needs[0] else None, grad_weight, grad_bias), needs)
@@ -336,8 +339,10 @@ def sample(
 def _zero_gradients(
     rows: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (rows.shape, weight.shape, weight.shape[:1])
-    return tuple(rows.new_zeros(shape if need else (0,), dtype=dtype) for shape, need in zip(shapes, needs))
+    def zeros(shape: torch.Size, needed: bool) -> Tensor:
+        return rows.new_zeros(shape if needed else (0,), dtype=dtype)
+
+    return zeros(rows.shape, needs[0]), zeros(weight.shape, needs[1]), zeros(weight.shape[:1], needs[2])
 
 
 def _add_gradients(
@@ -354,4 +359,5 @@ def _add_gradients(
 
 
 def _cast_gradients(gradients: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(gradient.to(dtype) for gradient in gradients)
+    grad_rows, grad_weight, grad_bias = gradients
+    return grad_rows.to(dtype), grad_weight.to(dtype), grad_bias.to(dtype)

@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +50,6 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
-def bar(*arguments: Any, **options: Any) -> tqdm:
+def bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     # where no person watches, a line every half minute is enough
-    return tqdm(*arguments, mininterval=0.5 if sys.stderr.isatty() else 30.0, dynamic_ncols=True, **options)
+    return tqdm(iterable, mininterval=0.5 if sys.stderr.isatty() else 30.0, dynamic_ncols=True, **options)

@@ -81,7 +81,7 @@ class Shard:
     """A file of sentences, and what is made of it: how often it has each word, and its token ids."""
 
     path: Path
-    bytes: int
+    n_bytes: int
     counts: Path
     tokens: Path
 
@@ -130,16 +130,16 @@ def prepare(config: Prepare) -> dict[str, Any]:
     text = b"\n".join(words) + b"\n"
     digest = hashlib.sha256(text).hexdigest()
     path, manifest_path = config.out / "vocabulary.txt", config.out / "manifest.json"
-    entries = {shard: _finished(shard, digest) for of_split in shards.values() for shard in of_split}
-    pending = [shard for shard, entry in entries.items() if entry is None]
+    finished = {shard: _finished(shard, digest) for of_split in shards.values() for shard in of_split}
+    pending = [shard for shard, entry in finished.items() if entry is None]
     known = path.is_file() and path.read_bytes() == text
     if pending or not known:
         manifest_path.unlink(missing_ok=True)
     if not known:
         with writing(path) as file:
             file.write(text)
-    description = f"tokenise {len(pending)} of {len(entries)} shards"
-    entries |= _each(
+    description = f"tokenise {len(pending)} of {len(finished)} shards"
+    entries = {shard: entry for shard, entry in finished.items() if entry is not None} | _each(
         functools.partial(_tokenise, digest=digest),
         pending,
         config.workers,
@@ -254,7 +254,7 @@ def _is_counted(shard: Shard) -> bool:
     if not shard.counts.is_file():
         return False
     with shard.counts.open("rb") as file:
-        return file.readline().split() == [shard.path.name.encode(), b"%d" % shard.bytes]
+        return file.readline().split() == [shard.path.name.encode(), b"%d" % shard.n_bytes]
 
 
 def _count(shard: Shard) -> int:
@@ -263,7 +263,7 @@ def _count(shard: Shard) -> int:
     for block in shard.blocks():
         counts.update(block.split())
     with writing(shard.counts) as file:
-        file.write(f"{shard.path.name}\t{shard.bytes}\n".encode())
+        file.write(f"{shard.path.name}\t{shard.n_bytes}\n".encode())
         file.writelines(b"%s\t%d\n" % item for item in counts.items())
     return counts.total()
 
@@ -274,7 +274,7 @@ def _finished(shard: Shard, digest: str) -> dict[str, Any] | None:
         entry = json.loads(shard.tokens.with_suffix(".json").read_bytes())
         fits = (entry["vocabulary"], entry["source"]["bytes"], 4 * entry["tokens"]) == (
             digest,
-            shard.bytes,
+            shard.n_bytes,
             shard.tokens.stat().st_size,
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -299,8 +299,8 @@ def _tokenise(shard: Shard, digest: str) -> dict[str, Any]:
     with writing(shard.tokens) as file:
         for block in shard.blocks():
             ids = index.encode(block)
-            file.write(ids)
-            sha256.update(ids)
+            file.write(ids.data)
+            sha256.update(ids.data)
             source_sha256.update(block)
             lines += block.count(b"\n")
             totals["tokens"] += len(ids)
@@ -308,7 +308,7 @@ def _tokenise(shard: Shard, digest: str) -> dict[str, Any]:
             totals["unknown"] += int(np.count_nonzero(ids == index.unknown))
         if not totals["sentences"]:
             raise CorpusError(f"{shard.path} has no sentence in its {lines} lines, all blank; download it again")
-    source = {"name": shard.path.name, "bytes": shard.bytes, "sha256": source_sha256.hexdigest()}
+    source = {"name": shard.path.name, "bytes": shard.n_bytes, "sha256": source_sha256.hexdigest()}
     entry = {
         "file": shard.tokens.relative_to(out).as_posix(),
         **totals,
@@ -331,7 +331,7 @@ def _each(
     speed."""
     if not shards:
         return {}
-    start, results, n_bytes = time.monotonic(), {}, sum(shard.bytes for shard in shards)
+    start, results, n_bytes = time.monotonic(), {}, sum(shard.n_bytes for shard in shards)
     workers = min(
         len(shards),
         workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
@@ -341,7 +341,7 @@ def _each(
             _in_processes(function, shards, workers) if workers > 1 else ((shard, function(shard)) for shard in shards)
         ):
             results[shard] = result
-            progress.update(shard.bytes)
+            progress.update(shard.n_bytes)
     seconds, words = time.monotonic() - start, sum(map(n_words, results.values()))
     print(
         f"{description}: {words:,} words in {seconds:.1f} s, {words / seconds / 1e6:.2f} M words/s, "

@@ -197,9 +197,9 @@ def evaluation_segments(
     rows = int(np.diff(bounds).max())
     for start in range(0, rows - 1, bptt):
         stop = min(start + bptt, rows - 1)
-        segment = np.full((len(columns), stop + 1 - start), bos, dtype=np.int64)
+        padded = np.full((len(columns), stop + 1 - start), bos, dtype=np.int64)
         for i, column in enumerate(columns):
             words = text[bounds[column] : bounds[column + 1]][start : stop + 1]
-            segment[i, : len(words)] = words
-        segment = torch.from_numpy(segment.T.copy())
+            padded[i, : len(words)] = words
+        segment = torch.from_numpy(padded.T.copy())
         yield segment[:-1], segment[1:]

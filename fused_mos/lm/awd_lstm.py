@@ -3,13 +3,13 @@
 Shape letters: T time steps, B batch columns, V words. Every dropout is named as in the papers' code.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..dropout import check_probability, embedding_dropout, locked_dropout
-from ..module import MoC, MoS, Softmax
+from ..module import Head, MoC, MoS, Softmax
 from .lstm import WeightDropLSTM
 
 Hidden = list[tuple[Tensor, Tensor]]
@@ -78,7 +78,9 @@ class AWDLSTM(nn.Module):
         self.rnns = nn.ModuleList(
             WeightDropLSTM(size, width, wdrop) for size, width in zip([embedding_size, *widths[:-1]], widths)
         )
-        weight = self.encoder.weight if tied else None
+        self.widths = widths
+        weight = cast(nn.Parameter, self.encoder.weight) if tied else None  # torch's stubs call it a Tensor
+        self.head: Head
         if head == "softmax":
             self.head = Softmax(embedding_size, n_words, weight=weight, backend=backend)
         else:
@@ -100,10 +102,10 @@ class AWDLSTM(nn.Module):
         """
         names, count = set(state_dict), len({name.split(".")[1] for name in state_dict if name.startswith("rnns.")})
         recurrent = [
-            next((n for n in names if n.startswith(f"rnns.{i}.") and "weight_hh_l0" in n), None) for i in range(count)
+            next((n for n in names if n.startswith(f"rnns.{i}.") and "weight_hh_l0" in n), "") for i in range(count)
         ]
         missing = {"encoder.weight", "prior.weight", "latent.0.weight", "decoder.weight"} - names
-        if missing or not recurrent or None in recurrent:
+        if missing or not recurrent or not all(recurrent):
             raise ValueError(
                 "state_dict is not of the published code: it lacks "
                 f"{', '.join(sorted(missing)) or 'weight_hh_l0 of an LSTM'}"
@@ -122,8 +124,7 @@ class AWDLSTM(nn.Module):
         """Zeros, as at the start of an epoch."""
         weight = self.encoder.weight
         return [
-            (weight.new_zeros(1, batch_size, rnn.hidden_size), weight.new_zeros(1, batch_size, rnn.hidden_size))
-            for rnn in self.rnns
+            (weight.new_zeros(1, batch_size, width), weight.new_zeros(1, batch_size, width)) for width in self.widths
         ]
 
     def features(self, tokens: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Tensor, Hidden]:

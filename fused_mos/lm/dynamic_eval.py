@@ -8,8 +8,9 @@ after each segment of the text, whose words are predicted before they are learnt
 leaves the recurrent one on in its port to PyTorch 0.4.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class GradientStatistics:
             self.model.zero_grad(set_to_none=True)
             output = self.model(inputs, targets, self.hidden)
             output.loss.backward()
-            gradients = [p.grad for p in self.model.parameters()]
+            gradients = _gradients(self.model.parameters())
             torch._foreach_addcmul_(self.sums, gradients, gradients)
             self.hidden = detach(output.hidden)
             self.row += inputs.shape[0]
@@ -74,7 +75,7 @@ class DynamicEvaluation:
         """source: (T, B); the paper's B is 1. The model's present parameters are the trained ones, θ₀."""
         rule.check()
         self.model, self.source, self.rule = model.eval(), source, rule
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.trained = [p.detach().clone() for p in self.parameters]
         scale = sum(ms.mean() for ms in root_mean_squares)
         # λ·min(MS/Σ, 1/λ): the share of the way back to θ₀ that each step takes
@@ -101,10 +102,15 @@ class DynamicEvaluation:
     def _update(self) -> None:
         back = torch._foreach_sub(self.trained, self.parameters)
         torch._foreach_mul_(back, self.decay)
-        torch._foreach_addcmul_(back, [p.grad for p in self.parameters], self.step_sizes, value=-1.0)
+        torch._foreach_addcmul_(back, _gradients(self.parameters), self.step_sizes, value=-1.0)
         torch._foreach_add_(self.parameters, back)
 
     @property
     def loss(self) -> float:
         """Mean NLL in nats of the words predicted so far, read from the device."""
         return self.total.item() / max(self.row * self.source.shape[1], 1)
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients after a backward pass, which gives every parameter of the model one."""
+    return [cast(Tensor, p.grad) for p in parameters]

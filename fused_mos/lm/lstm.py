@@ -88,7 +88,7 @@ class _FlatWeights:
 
     def write(self, weight: Tensor, mask: Tensor | None) -> Tensor:
         """weight·mask, differentiable with respect to weight."""
-        reader = self.reader and self.reader()
+        reader = None if self.reader is None else self.reader()
         if reader is not None and not reader.finished:
             return weight if mask is None else weight * mask
         recurrent = _Write.apply(weight, mask, self.recurrent.detach())

@@ -21,7 +21,7 @@ class NTASGD:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, nonmono: int = 5):
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self.lr = lr
         self.nonmono = nonmono
         self.history: list[float] = []

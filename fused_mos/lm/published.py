@@ -22,6 +22,7 @@ class PublishedError(ValueError):
 class _Record:
     """An object's attributes, and none of its code."""
 
+    dropout: float  # of a WeightDrop
     dump_patches = False  # torch.load compares the code that PyTorch 0.4 saved beside a module with this class's
 
     def __new__(cls, *_):
@@ -93,10 +94,10 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     try:
         with path.open("rb") as file:
             # torch.load would give a TorchScript archive to another loader, which runs the code in it
-            if torch.serialization._is_zipfile(file) and torch._C.PyTorchFileReader(str(path)).has_record(
-                "constants.pkl"
-            ):
-                raise PublishedError("it is a TorchScript archive")
+            if torch.serialization._is_zipfile(file):
+                archive = torch._C.PyTorchFileReader(str(path))
+                if archive.has_record("constants.pkl"):  # type: ignore[attr-defined]  # torch's stubs lack it
+                    raise PublishedError("it is a TorchScript archive")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
             model = torch.load(path, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
