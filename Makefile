@@ -1,4 +1,5 @@
 # make demo: train softmax and MoS side by side, about three minutes.   make test: the test suite.
+# make test-quick: what to run after each edit, under a minute.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -11,13 +12,17 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH_OPTIONS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 0)
 
-.PHONY: demo test lint format types benchmark bench-check sanitize clean
+.PHONY: demo test test-quick lint format types benchmark bench-check sanitize clean
 
 demo: $(VENV)/installed
 	$(PY) -m fused_mos.demo
 
 test: $(VENV)/installed
 	$(PY) -m pytest tests -n auto --maxprocesses 4 -p no:benchmark
+
+# the native kernels and the portable loop, without Triton's interpreter and without other processes
+test-quick: $(VENV)/installed
+	$(PY) -m pytest tests -n auto --maxprocesses 2 -p no:benchmark -m "not slow and not interpreted and not processes"
 
 # seconds: its small environment holds the linters alone
 lint: $(LINT)/installed

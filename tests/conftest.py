@@ -9,40 +9,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if ON_GPU:
+if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch's deterministic algorithms ask for
 else:  # the Triton kernels are interpreted; triton looks at this when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-try:
-    from fused_mos import _cpu
-    from fused_mos._backends import cpu
-except ImportError:  # installed without a compiler: the tests of the native kernels are skipped
-    _cpu = cpu = None
+from backends import INSTRUCTION_SETS, ON_GPU, TRITON, configurations, cpu, triton, use_instruction_set
+from markers import add_markers
 
-from fused_mos import _backends
-
-triton = None if _backends.why_absent("triton") else _backends.kernels("triton")
-configurations = triton and triton.configurations
 if triton and triton.INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.repair()
 
-INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16"]
 
-
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(not triton, reason="triton is not installed"))
-CPU = pytest.param("cpu", marks=pytest.mark.skipif(_cpu is None, reason="the native kernels are not installed"))
-
-
-def use_instruction_set(name: str, monkeypatch) -> None:
-    if _cpu is None:
-        pytest.skip("the native kernels are not installed")
-    if name not in _cpu.instruction_sets():
-        pytest.skip(f"this processor has no {name}")
-    monkeypatch.setenv("FUSED_MOS_ISA", name)
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
+def pytest_collection_modifyitems(items):
+    for item in items:
+        add_markers(item)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pybind11
 import pytest
 import torch
-from conftest import ON_GPU
+from backends import ON_GPU
 from problem import assert_meets_criterion, problem
 
 import fused_mos
@@ -33,6 +33,8 @@ SHARED_BYTES = 227 * 1024
 cuda = None if _backends.why_absent("cuda") else _backends.kernels("cuda")
 if shutil.which("g++") is None or cuda is None:
     pytest.skip("g++, nvcc or triton is not there", allow_module_level=True)
+
+pytestmark = pytest.mark.processes
 
 
 def emulation(sources: Path, folder: Path):

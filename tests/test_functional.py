@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS, ON_GPU, TRITON, configurations, use_instruction_set
+from backends import INSTRUCTION_SETS, ON_GPU, TRITON, configurations, use_instruction_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import EXACT, INPUTS, Problem, assert_meets_criterion, check_forward_and_gradients, problem

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_GPU, triton
+from backends import ON_GPU, triton
 from problem import check_forward_and_gradients, problem
 
 import fused_mos
@@ -19,6 +19,8 @@ from fused_mos import functional as F
 
 if not triton:
     pytest.skip("triton is not installed", allow_module_level=True)
+
+pytestmark = pytest.mark.interpreted if triton.INTERPRETED else ()
 
 ROOT = Path(__file__).parent.parent
 only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="torch finds no CUDA GPU")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import _cpu, triton
+from backends import _cpu, triton
 
 HEAVY = [
     "torch._dynamo",

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import CPU, TRITON, _cpu, configurations, cpu, triton
+from backends import CPU, TRITON, _cpu, configurations, cpu, triton
 from problem import EXACT, INPUTS, problem
 from torch._subclasses import FakeTensorMode
 
@@ -100,6 +100,7 @@ def test_compiles_without_a_graph_break(backend):
             assert torch.allclose(a, b, rtol=0, atol=tolerance)
 
 
+@pytest.mark.processes
 def test_compiles_with_inductor():
     head = fused_mos.MoS(6, V, K, D)
     x, target = torch.randn(7, 6), torch.randint(0, V, (7,))

@@ -145,6 +145,7 @@ def test_what_fell_is_named(fresh, fell, named, tmp_path, monkeypatch, capsys):
     assert ("did within them" in out) == (not fell and bool(named))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("floor", "fell"), [(0.01, True), (10_000, False)])
 def test_what_fell_is_measured_again(floor, fell, tmp_path, monkeypatch, capsys):
     """One token's head really is: it took some ten times the floor, whatever the files say."""

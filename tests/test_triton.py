@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import configurations, triton
+from backends import configurations, triton
 from problem import check_forward_and_gradients, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +24,8 @@ from fused_mos import functional as F
 
 if not triton or not triton.INTERPRETED:
     pytest.skip("triton is not installed, or not interpreting", allow_module_level=True)
+
+pytestmark = pytest.mark.interpreted
 
 from triton_interpreter import run_program
 

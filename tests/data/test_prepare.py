@@ -256,6 +256,7 @@ def count_or_sleep(shard):
     return lm1b._count(shard)
 
 
+@pytest.mark.processes
 def test_a_worker_is_killed_and_the_next_run_continues(tmp_path, monkeypatch):
     source, out = write_shards(tmp_path / "source", TRAIN * 3), tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -289,7 +290,7 @@ def test_ctrl_c_ends_the_workers_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["counts/news.en-00002-of-00100.tsv", "train/news.en-00002-of-00100.tokens", "manifest.json"]
 )
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.processes)])
 def test_a_full_disk(name, workers, source, tmp_path, capsys):
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
