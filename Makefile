@@ -12,17 +12,21 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH_OPTIONS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 0)
 
+# neighbours share set-ups: each process takes a run of neighbours, and steals from another when it is done
+XDIST = -n auto --maxprocesses 4 --dist worksteal
+
 .PHONY: demo test test-quick lint format types benchmark bench-check sanitize clean
 
 demo: $(VENV)/installed
 	$(PY) -m fused_mos.demo
 
 test: $(VENV)/installed
-	$(PY) -m pytest tests -n auto --maxprocesses 4 -p no:benchmark
+	$(PY) -m pytest tests $(XDIST) -p no:benchmark
 
-# the native kernels and the portable loop, without Triton's interpreter and without other processes
+# the native kernels and the portable loop, without what takes long for another reason than they
 test-quick: $(VENV)/installed
-	$(PY) -m pytest tests -n auto --maxprocesses 2 -p no:benchmark -m "not slow and not interpreted and not processes"
+	$(PY) -m pytest tests $(XDIST) -p no:benchmark \
+		-m "not slow and not interpreted and not processes and not compiles and not trains"
 
 # seconds: its small environment holds the linters alone
 lint: $(LINT)/installed

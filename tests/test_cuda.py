@@ -34,7 +34,7 @@ cuda = None if _backends.why_absent("cuda") else _backends.kernels("cuda")
 if shutil.which("g++") is None or cuda is None:
     pytest.skip("g++, nvcc or triton is not there", allow_module_level=True)
 
-pytestmark = pytest.mark.processes
+pytestmark = pytest.mark.compiles
 
 
 def emulation(sources: Path, folder: Path):

@@ -78,6 +78,7 @@ def test_opcheck(bias, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", ["tiled", "reference", TRITON, CPU])
+@pytest.mark.compiles
 def test_compiles_without_a_graph_break(backend):
     """The head twice in one graph, forward and all gradients, with a reused and a dynamic number of tokens."""
     dtype, tolerance = EXACT.get(backend, (torch.float64, 1e-12))
@@ -100,7 +101,7 @@ def test_compiles_without_a_graph_break(backend):
             assert torch.allclose(a, b, rtol=0, atol=tolerance)
 
 
-@pytest.mark.processes
+@pytest.mark.compiles
 def test_compiles_with_inductor():
     head = fused_mos.MoS(6, V, K, D)
     x, target = torch.randn(7, 6), torch.randint(0, V, (7,))
@@ -127,6 +128,7 @@ class _Generation(torch.nn.Module):
 
 
 @pytest.mark.parametrize("how", ["compile", "export"])
+@pytest.mark.compiles
 @pytest.mark.parametrize("backend", ["auto", "tiled", "reference", TRITON, CPU])
 def test_generation_compiles_and_exports(backend, how):
     module, x = _Generation(backend), torch.randn(70, 6)

@@ -81,6 +81,7 @@ def test_interrupted_evaluations_continue_bit_identically(interrupted, trained, 
     assert rows[-1] == reached, "it began again instead of continuing"
 
 
+@pytest.mark.trains
 def test_a_time_limit_cuts_a_dynamic_evaluation_into_pieces(trained, capsys):
     flags = [str(trained), "--dynamic", "--split", "valid"]
     assert evaluate.main(flags) == 0

@@ -20,6 +20,7 @@ def small_recipe(small_flags, monkeypatch):
     monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
 
 
+@pytest.mark.trains
 def test_all_stages_in_pieces_are_those_of_one_go(small_recipe, corpus_folder, tmp_path, capsys):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(whole)]) == 0

@@ -186,6 +186,7 @@ def test_a_profile_changes_no_more_than_rounding(small_flags, tmp_path, capsys, 
     assert "profile of 5 steps on cpu" in capsys.readouterr().out
 
 
+@pytest.mark.trains
 def test_backends_train_alike(tmp_path):
     """Some 300 steps on CPython's documentation, dropout and all: the same random numbers, so the same losses up to
     rounding."""

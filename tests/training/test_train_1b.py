@@ -187,6 +187,7 @@ def test_a_chunked_head_keeps_one_chunk_of_vectors():
 # ----------------------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.trains
 def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
     out = tmp_path / "run"
     assert train_1b.main([*flags, "--epochs", "8", "--lr", "0.03", "--out", str(out)]) == 0
@@ -222,6 +223,7 @@ def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
     )
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
 def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monkeypatch, capsys):
     flags = [*flags, "--optimizer", optimizer, "--dropout", "0.2", "--accumulate", "2"]
@@ -246,6 +248,7 @@ def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monke
     assert a["heldout_ppl"] == b["heldout_ppl"] and a["words"] == b["words"]
 
 
+@pytest.mark.trains
 def test_a_kill_at_the_first_step_or_in_the_first_checkpoint_costs_nothing(flags, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
@@ -320,6 +323,7 @@ def test_adagrad_begins_as_that_of_jozefowicz_et_al():
         torch.testing.assert_close(p.detach(), q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.trains
 def test_a_segment_without_a_word_to_predict(flags, tmp_path):
     assert (
         train_1b.main(

@@ -24,6 +24,7 @@ def run(flags, out):
     return trainer.run()
 
 
+@pytest.mark.trains
 def test_a_run_leaves_its_folder(small_flags, tmp_path):
     out = tmp_path / "run"
     wider = ["--hidden-sizes", "48", "--embedding-size", "24", "--lr", "20", "--alpha", "0", "--beta", "0"]
@@ -131,6 +132,7 @@ def test_a_kill_while_the_first_checkpoint_is_written_leaves_a_folder_to_start_i
     assert not list(out.glob("*.partial"))
 
 
+@pytest.mark.trains
 def test_a_run_in_pieces_is_the_whole_run(small_flags, tmp_path, capsys):
     """Each piece ends by the time limit, after a step at least, and leaves its checkpoint in small files."""
     whole, pieces, flags = tmp_path / "whole", tmp_path / "pieces", [*small_flags, "--hidden-sizes", "300", "10"]
@@ -149,6 +151,7 @@ def test_a_run_in_pieces_is_the_whole_run(small_flags, tmp_path, capsys):
     )
 
 
+@pytest.mark.trains
 def test_a_finished_run_resumes_to_more_epochs(small_flags, tmp_path):
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     run([*small_flags, "--epochs", "4"], whole)
