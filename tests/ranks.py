@@ -15,7 +15,9 @@ def run_on_ranks(n_ranks: int, function, *arguments, init: bool = True) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (n_ranks, port, init, function, arguments), nprocs=n_ranks)
+    # forked from a server that has imported torch, which takes longer than what the tests do
+    mp.set_forkserver_preload(["fused_mos"])
+    mp.start_processes(_rank, (n_ranks, port, init, function, arguments), n_ranks, start_method="forkserver")
 
 
 def _rank(rank: int, n_ranks: int, port: int, init: bool, function, arguments) -> None:
