@@ -60,7 +60,7 @@ def workspace(request, monkeypatch):
             monkeypatch.setattr(triton, "WORKSPACE_BYTES", 128 * 1024)
             monkeypatch.setattr(triton, "MAX_ROWS", 64)
             monkeypatch.setattr(triton, "MIN_GRADIENT_ROWS", 1)
-            monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(16, 256, 32, 4, 1))
+            monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(32, 128, 32, 4, 1))
         monkeypatch.setitem(tiled.WORKSPACE_BYTES, "cpu", 16 * 1024)
         monkeypatch.setattr(tiled, "MAX_ROWS", 32)
         monkeypatch.setattr(tiled, "MIN_GRADIENT_ROWS", 1)  # also where its blocks are of one token

@@ -22,7 +22,7 @@ def _arguments(dtype=torch.float64):
     return case, case.inputs()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck_nll(reduction, workspace):
     case, inputs = _arguments()
     assert torch.autograd.gradcheck(
@@ -36,8 +36,9 @@ def test_gradcheck_log_prob_and_logsumexp(workspace):
     assert torch.autograd.gradcheck(F.mos_logsumexp, (z, w, b))
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("bias", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=["bias float32", "no bias bfloat16"]
+)
 @pytest.mark.parametrize("backend", ["tiled", TRITON, CPU])
 def test_opcheck(bias, dtype, backend):
     """Schema, autograd registration, fake kernel, and AOT dispatch with dynamic shapes."""
@@ -77,8 +78,8 @@ def test_opcheck(bias, dtype, backend):
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("backend", ["tiled", "reference", TRITON, CPU])
 @pytest.mark.compiles
+@pytest.mark.parametrize("backend", ["tiled", "reference", TRITON, CPU])
 def test_compiles_without_a_graph_break(backend):
     """The head twice in one graph, forward and all gradients, with a reused and a dynamic number of tokens."""
     dtype, tolerance = EXACT.get(backend, (torch.float64, 1e-12))
@@ -127,8 +128,8 @@ class _Generation(torch.nn.Module):
         return self.head.log_prob(x), self.head.predict(x), *self.head.topk(x, 3), self.head.sample(x, temperature=0.01)
 
 
-@pytest.mark.parametrize("how", ["compile", "export"])
 @pytest.mark.compiles
+@pytest.mark.parametrize("how", ["compile", "export"])
 @pytest.mark.parametrize("backend", ["auto", "tiled", "reference", TRITON, CPU])
 def test_generation_compiles_and_exports(backend, how):
     module, x = _Generation(backend), torch.randn(70, 6)
@@ -265,7 +266,8 @@ def test_extra_memory_does_not_grow_with_nkv(what, eps, backend, monkeypatch):
     if backend == "triton":  # fewer and larger tiles, since the interpreter's time goes with their number
         workspace, small, large = 2 * 2**20, 2_000, 6_000
         monkeypatch.setattr(triton, "WORKSPACE_BYTES", workspace)
-        monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(256, 2048, 16, 4, 1))
+        rows = 64 if what in ("log_prob", "predict") else 256  # of tokens, of which there are n, or of n·k rows
+        monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(rows, 2048, 16, 4, 1))
     if backend == "cpu":
         monkeypatch.setattr(cpu, "WORKSPACE_BYTES", workspace)
         monkeypatch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", workspace)
