@@ -1,30 +1,38 @@
 """A small text and small runs on it."""
 
 import random
+import shutil
 
 import pytest
 from runs import write_benchmark
 
 from fused_mos.data import lm1b
+from fused_mos.train import parse
+from fused_mos.training import Trainer
 
 
 def _write(path, sentences):
     path.write_text("\n".join(" ".join(words) for words in sentences) + "\n")
 
 
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("text")
+
+
 @pytest.fixture
-def corpus_folder(tmp_path):
+def corpus_folder(text_folder):
     """Train: cyclic sentences of 40 words. Valid and test: half as much of random words, so that validation soon gets
-    worse and averaging starts."""
+    worse and averaging starts. Written for each test, which may change it, to the folder that finished runs name."""
     draw = random.Random(0)
     words = [f"w{i}" for i in range(40)]
-    folder = tmp_path / "text"
-    folder.mkdir()
+    shutil.rmtree(text_folder)
+    text_folder.mkdir()
     starts = [draw.randrange(40) for _ in range(250)]
-    _write(folder / "train.txt", [[words[(s + i) % 40] for i in range(8)] for s in starts] + [words])
+    _write(text_folder / "train.txt", [[words[(s + i) % 40] for i in range(8)] for s in starts] + [words])
     for split in ("valid", "test"):
-        _write(folder / f"{split}.txt", [[draw.choice(words) for _ in range(8)] for _ in range(40)])
-    return folder
+        _write(text_folder / f"{split}.txt", [[draw.choice(words) for _ in range(8)] for _ in range(40)])
+    return text_folder
 
 
 @pytest.fixture
@@ -57,6 +65,26 @@ def small_flags(corpus_folder):
         "--lr",
         "10",
     ]
+
+
+@pytest.fixture(scope="session")
+def made_runs():
+    """Folders of finished runs by their number of epochs."""
+    return {}
+
+
+@pytest.fixture
+def finished_run(made_runs, small_flags, tmp_path_factory, tmp_path):
+    """Copies a finished run of so many epochs, trained once, to a folder of the test's own."""
+
+    def copied(epochs: int):
+        if epochs not in made_runs:
+            folder = tmp_path_factory.mktemp("runs") / "run"
+            Trainer(parse([*small_flags, "--epochs", str(epochs), "--out", str(folder)])).run()
+            made_runs[epochs] = folder
+        return shutil.copytree(made_runs[epochs], tmp_path / "run")
+
+    return copied
 
 
 @pytest.fixture(scope="session")

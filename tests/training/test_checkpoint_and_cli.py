@@ -16,10 +16,8 @@ def contents(folder):
 
 
 @pytest.fixture
-def finished(small_flags, tmp_path):
-    out = tmp_path / "run"
-    assert main([*small_flags, "--epochs", "1", "--out", str(out)]) == 0
-    return out
+def finished(finished_run):
+    return finished_run(1)
 
 
 def assert_refused(flags, capsys, *parts):

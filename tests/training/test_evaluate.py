@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from fused_mos import evaluate, train
+from fused_mos import evaluate
 from fused_mos.lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
-from fused_mos.training import ConfigError, Trainer
+from fused_mos.training import ConfigError
 from fused_mos.training import dynamic as dynamic_module
 from fused_mos.training.checkpoint import CheckpointClock
 from fused_mos.training.dynamic import DynamicRun
@@ -17,11 +17,9 @@ from fused_mos.training.run import load_run
 
 
 @pytest.fixture
-def trained(small_flags, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    Trainer(train.parse([*small_flags, "--epochs", "2", "--out", str(folder)])).run()
+def trained(finished_run, monkeypatch):
     monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
-    return folder
+    return finished_run(2)
 
 
 def results(folder):

@@ -7,18 +7,16 @@ import torch
 from runs import killed_at, losses
 from safetensors.torch import load_file
 
-from fused_mos import finetune, train
+from fused_mos import finetune
 from fused_mos.training import CheckpointError, Trainer
 from fused_mos.training.checkpoint import load_checkpoint
 from fused_mos.training.logging import read_metrics
 
 
 @pytest.fixture
-def trained(small_flags, tmp_path):
+def trained(finished_run):
     """A run of one epoch."""
-    folder = tmp_path / "run"
-    Trainer(train.parse([*small_flags, "--epochs", "1", "--out", str(folder)])).run()
-    return folder
+    return finished_run(1)
 
 
 def test_continues_from_the_best_model(trained, capsys):
