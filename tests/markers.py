@@ -1,5 +1,6 @@
 """Finds out which tests are slow and why, so that nobody has to mark them by hand."""
 
+import functools
 import inspect
 import multiprocessing
 import subprocess
@@ -20,8 +21,13 @@ def add_markers(item: pytest.Item) -> None:
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     if triton and triton.INTERPRETED and any(isinstance(value, str) and value == "triton" for value in parameters):
         item.add_marker("interpreted")
-    if _starts_processes(inspect.unwrap(item.function), set()):
+    if starts_processes(item.function):
         item.add_marker("processes")
+
+
+@functools.cache  # each test function has many parameters
+def starts_processes(test) -> bool:
+    return _starts_processes(inspect.unwrap(test), set())
 
 
 def _starts_processes(function: FunctionType, seen: set[FunctionType]) -> bool:

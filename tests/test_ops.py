@@ -36,6 +36,7 @@ def test_gradcheck_log_prob_and_logsumexp(workspace):
     assert torch.autograd.gradcheck(F.mos_logsumexp, (z, w, b))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     ("bias", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=["bias float32", "no bias bfloat16"]
 )

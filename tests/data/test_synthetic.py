@@ -100,7 +100,8 @@ def test_written_texts_are_read_back(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_written(changed, message, tmp_path, capsys):
-    assert synthetic.main(["--out", str(tmp_path / "x"), "--n-words", "30", "--rank", "4", *changed]) == 2
+    arguments = ["--out", str(tmp_path / "x"), "--n-words", "30", "--rank", "4", "--heldout", "500", *changed]
+    assert synthetic.main(arguments) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
