@@ -181,6 +181,7 @@ def test_samples_never_have_probability_zero(instruction_set):
     bias[:500], bias[700:] = -torch.inf, -torch.inf
     drawn = torch.cat([F.mos_sample(rows[:, None], torch.zeros(40, 1), weight, bias, backend="cpu") for _ in range(20)])
     assert drawn.min() >= 500 and drawn.max() < 700
+    assert len(drawn.unique()) > 20  # also where the classes before, as a whole, have probability zero
     head, bias = cpu._head(weight, bias)
     for u in (0.0, 1 - 2**-53):
         uniform, result = torch.full((40,), u, dtype=torch.float64), torch.empty(40, dtype=torch.int64)
