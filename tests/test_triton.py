@@ -156,6 +156,14 @@ def test_float16_gradients_of_a_mean_do_not_underflow():
     assert error < 1e-2
 
 
+def test_a_row_of_weight_zero_gives_no_gradient_whatever_its_statistics_are():
+    rows_, weight, target = torch.randn(3, 8), torch.randn(40, 8), torch.tensor([3, 0, 39])
+    log_total = torch.tensor([0.0, -math.inf, math.nan])  # as of a row whose classes are all masked
+    zero = torch.zeros(3)
+    for gradient in triton.rows_backward(rows_, weight, None, target, zero, log_total, zero, zero, (True,) * 3):
+        assert gradient.eq(0).all()
+
+
 def test_the_vocabulary_is_split_where_rows_are_few(monkeypatch):
     """One split or many: the same statistics, classes and samples but for rounding."""
     monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(16, 64, 16, 4, 1))
