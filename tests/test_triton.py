@@ -156,6 +156,15 @@ def test_float16_gradients_of_a_mean_do_not_underflow():
     assert error < 1e-2
 
 
+def test_a_factor_in_two_columns_is_rounded_twice():
+    """The bias's gradient sums them: rounded once to 16 bits, it would have lost half of its digits."""
+    z, factor = torch.randn(50, 8).bfloat16(), torch.rand(50)
+    result = operands.with_column(z, 7, factor)
+    assert torch.equal(result[:, :7], (z[:, :7].float() * factor[:, None]).bfloat16())
+    assert torch.allclose(result[:, 7:9].float().sum(1), factor, rtol=2**-15, atol=0)
+    assert result[:, 9:].eq(0).all()
+
+
 def test_a_row_of_weight_zero_gives_no_gradient_whatever_its_statistics_are():
     rows_, weight, target = torch.randn(3, 8), torch.randn(40, 8), torch.tensor([3, 0, 39])
     log_total = torch.tensor([0.0, -math.inf, math.nan])  # as of a row whose classes are all masked
