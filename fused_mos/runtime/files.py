@@ -1,0 +1,205 @@
+"""Durable files: complete or absent after a kill at any moment, and one writer a folder.
+
+A file is written beside its name, forced to the disk, and renamed; then its folder is forced to the disk, too.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: nothing to lock with
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = ".partial"
+"""Suffix of a file or folder that is being written."""
+
+LOCK = ".lock"
+"""Name of the file in a folder that its writer holds locked."""
+
+
+class FileError(UserError, OSError):
+    """A file that could not be written, with its path and the reason."""
+
+
+class FolderInUse(UserError):
+    """Another process writes to the folder."""
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns an OSError of what is done inside into a FileError that names `path` and says what to do."""
+    try:
+        yield
+    except (UserError, BrokenPipeError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f"the disk that holds {path} is full; free space and run the same command, which continues"
+            raise FileError(what) from error
+        raise FileError(f"{error.filename or path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the path of a partial file, which takes the name `path` if the block ends without an exception.
+
+    Raises FileError where the file cannot be written; the old one then is as it was.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with explained(path):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            rename(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that replaces `path` once all of it is on the disk. Raises FileError."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by a UTF-8 text. Raises FileError."""
+    with writing(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` by a value as indented JSON. Raises FileError."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def append_json(path: Path, record: Any) -> None:
+    """Adds a record to the JSON list in `path`, which begins empty. Processes that append at the same time wait for
+    each other, so that no record is lost. Raises FileError."""
+    with explained(path), path.with_name(f".{path.name}{LOCK}").open("ab") as lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        write_json(path, [*records, record])
+
+
+def rename(old: Path, new: Path) -> None:
+    """Renames a complete file or folder, and forces the new name to the disk."""
+    os.replace(old, new)
+    sync_folder(new.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Forces the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems have no such thing
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """The user's cache of this package, which may be deleted at any time; a temporary one where there is no home that
+    can be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_mos"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"fused_mos-{os.getuid()}"
+
+
+# -------------------------------------------------------------------------------------------------------------- locking
+
+
+class FolderLock:
+    """The right to write to a folder, until `release`, the end of the block, or the end of the process, however it
+    ends.
+
+    A process may lock a folder that it has locked already: the folder is free again once each lock is released.
+    Creates the folder. With `wait`, waits for the other process instead of refusing. Raises FolderInUse where another
+    process has the lock, FileError where the folder cannot be made.
+    """
+
+    _held: dict[Path, tuple[BinaryIO, int]] = {}  # by folder: the locked file, and how many locks there are
+
+    def __init__(self, folder: Path, wait: bool = False):
+        self._folder: Path | None = None
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder.resolve()
+            file, count = self._held.get(path) or (_locked_file(folder, wait), 0)
+        self._held[path], self._folder = (file, count + 1), path
+
+    def release(self) -> None:
+        """Gives the right back; a second call does nothing."""
+        if self._folder is None:
+            return
+        file, count = self._held.pop(self._folder)
+        if count > 1:
+            self._held[self._folder] = file, count - 1
+        else:
+            file.close()
+        self._folder = None
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.release()
+
+
+def _locked_file(folder: Path, wait: bool) -> BinaryIO:
+    """The folder's lock file, locked, with who has it: a process, its machine and its command."""
+    file = (folder / LOCK).open("ab+")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            holder = file.read().decode(errors="replace").strip() or "another process"
+        raise FolderInUse(f"{folder} is being written by {holder}; wait for it, or stop it") from None
+    except OSError as error:  # a file system without locks must not keep anybody from working
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            file.close()
+            raise
+        print(
+            f"warning: {folder} cannot be locked ({error.strerror}); let no other process write to it", file=sys.stderr
+        )
+    file.truncate(0)
+    command = " ".join(["python", *sys.orig_argv[1:]])[:200]
+    file.write(f"process {os.getpid()} on {socket.gethostname()} ({command})\n".encode())
+    file.flush()
+    return file
+
+
+def is_leftover(path: Path) -> bool:
+    """True if `path` is a lock or an unfinished file, which a killed process may leave in a folder that holds nothing
+    else yet."""
+    return path.name == LOCK or PARTIAL in path.suffixes
