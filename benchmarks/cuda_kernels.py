@@ -19,7 +19,7 @@ from fused_mos import _cuda
 from fused_mos._backends.resources import kernel_resources
 from fused_mos._backends.triton_kernels.configurations import ARCHITECTURES
 from fused_mos._backends.triton_kernels.proof import SHAPES
-from fused_mos.training.run import write_json
+from fused_mos.runtime.files import write_json
 
 
 @dataclasses.dataclass

@@ -35,10 +35,10 @@ import fused_mos
 from fused_mos import functional as F
 from fused_mos._backends import triton as backend
 from fused_mos._backends.triton_kernels.proof import SHAPES, float32_products
+from fused_mos.runtime.files import write_json
 from fused_mos.training import RECIPES, Trainer
 from fused_mos.training.device import allow_tf32
-from fused_mos.training.profile import StepProfile
-from fused_mos.training.run import write_json
+from fused_mos.training.profiling import StepProfile
 
 from . import gpu_decode
 from .gpu_report import goals, plot

@@ -25,7 +25,7 @@ from typing import Any
 import tyro
 
 from experiments.tables import BLOCKS
-from fused_mos.training.run import write_json
+from fused_mos.runtime.files import write_json
 
 from .plots import head_axes
 from .tables import MACHINES, OF_A_MACHINE, OURS

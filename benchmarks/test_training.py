@@ -41,7 +41,7 @@ def _step(recipe: str, contender: str) -> Step:
     model = AWDLSTM(n_words, **vars(config.model)).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     tokens = torch.randint(0, n_words, (config.optim.bptt + 1, config.optim.batch_size), device=DEVICE)
-    parts = tokens.split(config.optim.small_batch_size or config.optim.batch_size, 1)
+    parts = tokens.split(config.optim.batch_size // config.optim.micro_batches, 1)
 
     def loss(inputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if contender == OURS:
@@ -62,7 +62,7 @@ def _step(recipe: str, contender: str) -> Step:
 def _needed(recipe: str) -> int:
     """Bytes of the distributions that the published head holds."""
     config = RECIPES[recipe]()
-    columns = config.optim.small_batch_size or config.optim.batch_size
+    columns = config.optim.batch_size // config.optim.micro_batches
     return (
         materialised("published code", DEVICE.type)
         * 4

@@ -20,8 +20,8 @@ from benchmarks.harness import seconds, step
 from fused_mos import functional as F
 from fused_mos.data import Corpus, batchify
 from fused_mos.lm import AWDLSTM
+from fused_mos.runtime.files import write_json
 from fused_mos.training.checkpoint import load_checkpoint, load_parameters
-from fused_mos.training.run import write_json
 
 
 def _relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:

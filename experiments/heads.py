@@ -23,14 +23,14 @@ import matplotlib
 import torch
 import tyro
 
-from fused_mos.evaluate import Config as Evaluation
-from fused_mos.evaluate import run_evaluation
-from fused_mos.finetune import finetuning_config
+from fused_mos.runtime.files import write_json
+from fused_mos.runtime.signals import CheckpointClock
 from fused_mos.training import RECIPES, TrainConfig, Trainer
 from fused_mos.training.config import dynamic_rule
-from fused_mos.training.logging import read_metrics
-from fused_mos.training.run import load_run, write_json
-from fused_mos.training.trainer import train_to_the_end
+from fused_mos.training.evaluation import dynamic_evaluation
+from fused_mos.training.metrics import read_metrics
+from fused_mos.training.run import load_run
+from fused_mos.training.stages import finetuning_config, train_to_the_end
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -161,8 +161,8 @@ def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
     """Test perplexity under dynamic evaluation, with the rule found on the validation text or the recipe's."""
     path = folder / "dynamic" / "result.json"
     if not path.is_file():
-        evaluation = Evaluation(folder, "test", dynamic=True, tune=config.tune, rule=dynamic_rule(config.recipe))
-        test = run_evaluation(evaluation, load_run(folder))
+        rule, clock = dynamic_rule(config.recipe), CheckpointClock(minutes=5.0)
+        test = dynamic_evaluation(load_run(folder), "test", rule, config.tune, clock)
         write_json(path, {"test": round(test["ppl"], 2), "rule": test["rule"]})
     return json.loads(path.read_text())
 

@@ -19,7 +19,7 @@ import tyro
 
 from fused_mos import train_1b
 from fused_mos.data.token_stream import PreparedCorpus
-from fused_mos.training.run import write_json
+from fused_mos.runtime.files import write_json
 
 HEADS = {"mos": [], "softmax": ["--head", "softmax", "--embedding-size", "104", "--hidden-sizes", "192", "104"]}
 """Flags of each head. With the 9,607 words of two held-out shards, softmax has 1,361,567 parameters and MoS (K = 3) has

@@ -30,9 +30,9 @@ import tyro
 
 from benchmarks.harness import interleaved
 from fused_mos.data import batchify, segment
+from fused_mos.runtime.files import write_json
 from fused_mos.training import RECIPES, TrainConfig, Trainer
-from fused_mos.training.logging import perplexity, read_metrics
-from fused_mos.training.run import write_json
+from fused_mos.training.metrics import perplexity, read_metrics
 
 
 @dataclasses.dataclass
@@ -76,7 +76,7 @@ def options(config: TrainConfig) -> dict[str, Any]:
         "clip": optim.clip,
         "batch_size": optim.batch_size,
         "bptt": optim.bptt,
-        "small_batch_size": optim.small_batch_size or optim.batch_size,
+        "small_batch_size": optim.batch_size // optim.micro_batches,
         "max_seq_len_delta": optim.bptt_delta,
         "alpha": optim.alpha,
         "beta": optim.beta,
@@ -188,10 +188,7 @@ def train_ours(config: Config, seed: int) -> list[float]:
     """Validation perplexity after each epoch, counted as the published code counts."""
     folder = config.runs / f"{config.recipe}-{seed}"
     default = dataclasses.replace(RECIPES[config.recipe](), data=config.data, out=folder, seed=seed)
-    resume = folder if (folder / "last.safetensors").is_file() else None
-    trainer = Trainer(
-        dataclasses.replace(default, resume=resume, optim=dataclasses.replace(default.optim, epochs=config.epochs))
-    )
+    trainer = Trainer(dataclasses.replace(default, optim=dataclasses.replace(default.optim, epochs=config.epochs)))
     trainer.run()
     rows = trainer.corpus.valid.numel() // default.valid_batch_size
     return [round(perplexity(m["loss"] * (rows - 1) / rows), 2) for m in read_metrics(folder) if m["kind"] == "valid"]

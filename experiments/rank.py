@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from fused_mos.data import batchify, segment
 from fused_mos.lm.rank import Spectrum, numerical_rank, rank_threshold
-from fused_mos.training.run import Run, load_run, write_json
+from fused_mos.runtime.files import write_json
+from fused_mos.training.run import Run, load_run
 
 COLUMNS = 10
 """Parts of the text that are read in parallel."""
@@ -52,7 +53,7 @@ class Config:
 def spectrum(run: Run, tokens: Tensor, name: str) -> tuple[Tensor, int]:
     """Singular values of the log-probabilities (n, V) after each word of the text, and n."""
     source, bptt = batchify(tokens, COLUMNS).to(run.device), run.config.optim.bptt
-    found, hidden, block = Spectrum(len(run.corpus.vocabulary), run.device), run.model.initial_hidden(COLUMNS), []
+    found, hidden, block = Spectrum(len(run.vocabulary), run.device), run.model.initial_hidden(COLUMNS), []
     rows = source.shape[0] - 1
     with tqdm(total=rows * COLUMNS, desc=name, unit="contexts", mininterval=0.5, dynamic_ncols=True) as bar:
         for start in range(0, rows, bptt):
@@ -70,7 +71,7 @@ def spectrum(run: Run, tokens: Tensor, name: str) -> tuple[Tensor, int]:
 def measure(run: Run, split: str) -> dict[str, Any]:
     model = run.config.model
     values, n_rows = spectrum(run, getattr(run.corpus, split), run.folder.name)
-    n_columns = len(run.corpus.vocabulary)
+    n_columns = len(run.vocabulary)
     places = torch.unique(
         torch.logspace(0, torch.tensor(float(len(values))).log10().item(), POINTS, dtype=torch.float64).round().long()
     ).clamp(max=len(values))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import fused_mos
 from fused_mos.data.synthetic import SyntheticLanguage
-from fused_mos.training.run import write_json
+from fused_mos.runtime.files import write_json
 
 
 @dataclasses.dataclass

@@ -1,76 +1,95 @@
 """python -m fused_mos.convert OLD NEW: a checkpoint of the paper's published code as a run folder of this package.
 
 OLD is the published code's model.pt, a pickled module, also of PyTorch 0.4; no code in it is run. NEW becomes a folder
-with best.safetensors and config.json, for `fused_mos.evaluate`, `fused_mos.finetune` and `fused_mos.generate`.
+with best.safetensors, config.json and, where --data is given, vocabulary.txt, for `fused_mos.evaluate`,
+`fused_mos.finetune` and `fused_mos.generate`.
 """
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from .lm import AWDLSTM
-from .lm.published import PublishedError, read_published
-from .training import RECIPES, ConfigError, ModelConfig
-from .training.checkpoint import save_checkpoint
-from .training.run import write_json
+from .runtime import UserError, command, files
+from .training.config import RECIPES, ModelConfig
+from .training.errors import ConfigError
 
-
-def convert(old: Path, new: Path, data: Path = Path("data"), recipe: str = "ptb") -> AWDLSTM:
-    """Writes the run folder `new`; `recipe` gives the numbers of fine-tuning and dynamic evaluation. Raises
-    PublishedError, ConfigError, or ValueError where weights do not fit each other."""
-    if new.exists() and (not new.is_dir() or any(new.iterdir())):
-        raise ConfigError(f"{new} is not empty; name another folder")
-    tensors, dropouts = read_published(old)
-    model = AWDLSTM.from_published(tensors, **dropouts)
-    config = dataclasses.replace(
-        RECIPES[recipe](),
-        data=data,
-        model=ModelConfig(
-            n_experts=model.head.n_experts,
-            embedding_size=model.encoder.embedding_dim,
-            hidden_sizes=tuple(rnn.hidden_size for rnn in model.rnns),
-            tied=model.head.decoder.weight is model.encoder.weight,
-            **dropouts,
-        ),
-    )
-    new.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(
-        new / "best.safetensors",
-        dict(model.named_parameters()),
-        {"config": config.to_json(), "epoch": 0, "valid_loss": None},
-    )
-    write_json(new / "config.json", config.to_json())
-    return model
+if TYPE_CHECKING:
+    from .lm import AWDLSTM
 
 
 @dataclasses.dataclass
-class Config:
+class Flags:
     old: Annotated[Path, tyro.conf.Positional]
     """model.pt or finetune_model.pt of the published code."""
     new: Annotated[Path, tyro.conf.Positional]
     """The folder to write, new or empty."""
     recipe: Literal["ptb", "wikitext2"] = "ptb"
     """The paper's corpus that it was trained on, whose numbers of fine-tuning and dynamic evaluation the run takes."""
-    data: Path = Path("data")
-    """The corpus that it was trained on, for the commands that come after."""
+    data: Path | None = None
+    """The corpus that it was trained on, whose words become vocabulary.txt; without it, later commands need --data."""
+
+
+def convert(old: Path, new: Path, data: Path | None = None, recipe: str = "ptb") -> "AWDLSTM":
+    """Writes the run folder `new` and returns its model.
+
+    Args:
+        data: the corpus that it was trained on, whose words become vocabulary.txt.
+        recipe: gives the numbers of fine-tuning and dynamic evaluation.
+
+    Raises PublishedError, ConfigError, CorpusError, or ValueError where weights do not fit each other.
+    """
+    from .data import Corpus
+    from .lm import AWDLSTM
+    from .lm.published import read_published
+    from .module import MoS
+    from .training.checkpoint import save_checkpoint
+
+    if new.exists() and (not new.is_dir() or any(new.iterdir())):
+        raise ConfigError(f"{new} is not empty; name another folder")
+    vocabulary = Corpus(data, RECIPES[recipe]().map_unknown).vocabulary if data else None
+    tensors, dropouts = read_published(old)
+    model = AWDLSTM.from_published(tensors, **dropouts)
+    n_words, head = model.encoder.num_embeddings, model.head
+    assert isinstance(head, MoS)  # the published code has no other
+    if vocabulary and len(vocabulary) != n_words:
+        raise ConfigError(f"data: {data} has {len(vocabulary):,} words, and the model of {old} has {n_words:,}")
+    config = dataclasses.replace(
+        RECIPES[recipe](),
+        model=ModelConfig(
+            n_experts=head.n_experts,
+            embedding_size=model.encoder.embedding_dim,
+            hidden_sizes=tuple(model.widths),
+            tied=head.decoder.weight is model.encoder.weight,
+            **dropouts,
+        ),
+    )
+    if data:
+        config = dataclasses.replace(config, data=data.absolute())
+    with files.FolderLock(new):
+        meta = {"config": config.to_json(), "epoch": 0, "valid_loss": None}
+        save_checkpoint(new / "best.safetensors", dict(model.named_parameters()), meta)
+        if vocabulary:
+            vocabulary.save(new / "vocabulary.txt")
+        files.write_json(new / "config.json", config.to_json())
+    return model
+
+
+def work(arguments: list[str]) -> None:
+    config = command.parse(Flags, "convert", __doc__.splitlines()[0], arguments)
+    try:
+        model = convert(config.old, config.new, config.data, config.recipe)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    n_words, size = model.encoder.weight.shape
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{config.new}: {n_parameters:,} parameters, {n_words:,} words, K = {model.head.n_experts}, d = {size}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(Config, prog="python -m fused_mos.convert", description=__doc__.splitlines()[0], args=arguments)
-    try:
-        model = convert(config.old, config.new, config.data, config.recipe)
-    except (PublishedError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    n_words, size = model.encoder.weight.shape
-    print(
-        f"{config.new}: {sum(p.numel() for p in model.parameters()):,} parameters, {n_words:,} words, K = "
-        f"{model.head.n_experts}, d = {size}"
-    )
-    return 0
+    return command.run(work, arguments)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .data import CorpusError
-from .evaluate import Config as Evaluation
-from .evaluate import run_evaluation
-from .finetune import finetuning_config
-from .training import RECIPES, USER_ERRORS, ConfigError, TimeLimitReached
-from .training.config import dynamic_rule
-from .training.run import load_run, write_json
-from .training.trainer import train_to_the_end
+from .runtime import command, files
+from .runtime.progress import say
+from .runtime.signals import CheckpointClock, TimeLimitReached
+from .training.config import RECIPES, Precision, dynamic_rule
+from .training.settings import NOT_NEGATIVE, check, setting
 
 STAGES = ("trained", "fine-tuned", "dynamic evaluation")
 
@@ -30,10 +27,15 @@ PAPER = {
 }
 """Validation and test perplexity of AWD-LSTM-MoS (Yang et al. 2018, tables 1 and 2)."""
 
+if TYPE_CHECKING:  # which knows no Literal of names that are computed
+    Recipe = str
+else:
+    Recipe = Literal[tuple(RECIPES)]
+
 
 @dataclasses.dataclass
-class Config:
-    recipe: Annotated[Literal[tuple(RECIPES)], tyro.conf.Positional]
+class Flags:
+    recipe: Annotated[Recipe, tyro.conf.Positional]
     """What to reproduce: the paper's ptb or wikitext2, or a recipe for a CPU, of which the paper has no numbers."""
     data: Path
     """Folder with train.txt, valid.txt and test.txt."""
@@ -41,13 +43,13 @@ class Config:
     """Folder of the run; by default runs/reproduce-RECIPE."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products in training; evaluation is float32."""
+    precision: Precision = "float32"
+    """Precision of matrix products in training; evaluation is float32."""
     tune: bool = False
     """Search the numbers of dynamic evaluation on the validation text instead of taking the recipe's."""
-    time_limit: float = 0.0
+    time_limit: float = setting(0.0, NOT_NEGATIVE)
     """Seconds after which to save and exit; the same command continues. 0: none."""
-    checkpoint_max_mib: int = 0
+    checkpoint_max_mib: int = setting(0, NOT_NEGATIVE)
     """Split checkpoints into files of at most this size; 0: one file."""
 
     @property
@@ -55,9 +57,13 @@ class Config:
         return self.out or Path("runs") / f"reproduce-{self.recipe}"
 
 
-def reproduce(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
-    """Runs what is left of the stages; returns the evaluations by stage and split. Raises TimeLimitReached when the
-    time is up."""
+def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
+    """Runs what is left of the stages; returns the evaluations by stage and split.
+
+    Raises TimeLimitReached or Stopped, with everything saved.
+    """
+    from .training import stages
+
     started = time.monotonic()
 
     def seconds_left() -> float:
@@ -67,37 +73,40 @@ def reproduce(config: Config) -> dict[str, dict[str, dict[str, Any]]]:
         return left if config.time_limit else 0.0
 
     recipe = dataclasses.replace(RECIPES[config.recipe](), data=config.data, precision=config.precision)
-    finetuned, flags = (
-        config.folder / "finetune",
-        {
-            "data": config.data,
-            "device": config.device,
-            "precision": config.precision,
-            "checkpoint_max_mib": config.checkpoint_max_mib,
-        },
+    finetuned = config.folder / "finetune"
+    changes = {
+        "data": config.data,
+        "device": config.device,
+        "precision": config.precision,
+        "checkpoint_max_mib": config.checkpoint_max_mib,
+    }
+    stages.train_to_the_end(config.folder, lambda: recipe, **changes, time_limit=seconds_left())
+    stages.train_to_the_end(
+        finetuned, lambda: stages.finetuning_config(config.folder), **changes, time_limit=seconds_left()
     )
-    train_to_the_end(config.folder, lambda: recipe, **flags, time_limit=seconds_left())
-    train_to_the_end(finetuned, lambda: finetuning_config(config.folder), **flags, time_limit=seconds_left())
-
     path = config.folder / "reproduction.json"
-    results = json.loads(path.read_text()) if path.is_file() else {}
-    for stage, folder in zip(STAGES, (config.folder, finetuned, finetuned)):
-        dynamic = stage == "dynamic evaluation"
-        for split in ("valid", "test"):
-            if split not in results.setdefault(stage, {}):
-                print(f"{stage}: {split}", flush=True)
-                run = load_run(folder, config.data, config.device)
-                evaluation = Evaluation(
-                    folder,
-                    split,
-                    dynamic=dynamic,
-                    tune=dynamic and config.tune,
-                    rule=dynamic_rule(config.recipe),
-                    time_limit=seconds_left(),
-                )
-                results[stage][split] = run_evaluation(evaluation, run)
-                write_json(path, results)
+    with files.FolderLock(config.folder):
+        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for stage, folder in zip(STAGES, (config.folder, finetuned, finetuned)):
+            for split in ("valid", "test"):
+                if split not in results.setdefault(stage, {}):
+                    say(f"{stage}: {split}")
+                    dynamic = stage == "dynamic evaluation"
+                    results[stage][split] = evaluated(config, folder, split, dynamic, seconds_left())
+                    files.write_json(path, results)
     return results
+
+
+def evaluated(config: Flags, folder: Path, split: str, dynamic: bool, time_limit: float) -> dict[str, Any]:
+    """Evaluates the best model of the run in `folder`."""
+    from .training import evaluation
+    from .training.run import load_run
+
+    run = load_run(folder, config.data, config.device)
+    if not dynamic:
+        return evaluation.static_evaluation(run, split)
+    clock = CheckpointClock(minutes=5.0, time_limit=time_limit)
+    return evaluation.dynamic_evaluation(run, split, dynamic_rule(config.recipe), config.tune, clock)
 
 
 def table(recipe: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -114,25 +123,16 @@ def table(recipe: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(Config, prog="python -m fused_mos.reproduce", description=__doc__, args=arguments)
-    try:
-        if not config.time_limit >= 0:
-            raise ConfigError(f"time_limit must not be negative, got {config.time_limit}")
-        results = reproduce(config)
-    except (CorpusError, *USER_ERRORS) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except TimeLimitReached:
-        print("time limit reached; the same command continues")
-        return 0
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues at the last checkpoint", file=sys.stderr)
-        return 130
-    text = table(config.recipe, results)
-    (config.folder / "reproduction.md").write_text(text + "\n", encoding="utf-8")
+def work(arguments: list[str]) -> None:
+    config = command.parse(Flags, "reproduce", __doc__, arguments)
+    check(config)
+    text = table(config.recipe, reproduce(config))
+    files.write_text(config.folder / "reproduction.md", text + "\n")
     print(f"\n{text}\n\nalso in {config.folder / 'reproduction.md'}, all numbers in reproduction.json")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command.run(work, arguments, command.CONTINUES)
 
 
 if __name__ == "__main__":

@@ -4,91 +4,98 @@
 Trains a language model on the One Billion Word benchmark, or a corpus of its form, that fused_mos.data.lm1b has
 prepared. The same command continues a run. Exit status: 0 at the end or the time limit, 2 for an error, 143 or 130
 after SIGTERM or SIGINT, with everything saved. (Send signals to torchrun itself: it starts ranks anew that end with
-another status than 0, if it may.)
+another status than 0, if it may.) Without --recipe and --data, and where there is no folder `lm1b`, it trains for two
+minutes on the text that every machine with Python has.
 """
 
-import argparse
-import os
+import dataclasses
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tyro
+from .runtime import command
+from .training.lm1b.config import RECIPES, LM1BConfig
 
-from .data import CorpusError
-from .training import USER_ERRORS, ConfigError, TimeLimitReached
-from .training.lm1b import RECIPES, LM1BConfig, LM1BTrainer, Stopped
-from .training.lm1b.ranks import OtherRankFailed, Ranks
+if TYPE_CHECKING:
+    from .training.lm1b.ranks import Ranks
+
+SAMPLE_FOLDER = Path("runs/sample-1b")
+
+HOW_TO_GET_THE_CORPUS = """
+This was lm1b-tiny on the sample text. The benchmark itself, 0.8 billion words:
+  python -m fused_mos.data.lm1b download --out data                            # 1.8 GB; resumes
+  python -m fused_mos.data.lm1b prepare --source data --out lm1b --top 100000  # or --min-count 3: all 793,471 words
+  python -m fused_mos.train_1b --recipe lm1b-mos --data lm1b --out runs/mos"""
+
+Flags = LM1BConfig
+
+
+def sample() -> LM1BConfig:
+    """A run of the recipe `lm1b-tiny` on the sample text."""
+    from .data import sample
+
+    return dataclasses.replace(RECIPES["lm1b-tiny"](), data=sample.cached_benchmark(), out=SAMPLE_FOLDER, epochs=10)
+
+
+def saved_config(folder: Path) -> LM1BConfig:
+    from .training.lm1b.checkpoint import saved_config
+
+    return saved_config(folder)
 
 
 def parse(arguments: list[str]) -> LM1BConfig:
-    """The recipe gives the defaults; every other flag overrides one field."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="lm1b-mos")
-    chosen, _ = first.parse_known_args(arguments)
-    if chosen.recipe not in RECIPES:
-        raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, got {chosen.recipe!r}")
-    config = tyro.cli(
-        tyro.conf.OmitArgPrefixes[LM1BConfig],
-        prog="python -m fused_mos.train_1b",
-        description=f"Recipes: {', '.join(RECIPES)}.",
-        args=arguments,
-        default=RECIPES[chosen.recipe](),
-    )
-    config.check()
-    return config
+    """The recipe (or the run to resume) gives the defaults; every other flag overrides one field."""
+    from .training import flags
+
+    description = "Train a language model on the One Billion Word benchmark."
+    return flags.parse(LM1BConfig, "train_1b", description, arguments, RECIPES, saved_config, sample)
 
 
-def run(config: LM1BConfig, ranks: Ranks) -> None:
+def train(config: LM1BConfig, ranks: "Ranks") -> None:
+    from .training.lm1b import LM1BTrainer
+
     def tell(text: str) -> None:
-        if ranks.first:
+        if ranks.is_main:
             print(text, flush=True)
 
     trainer = LM1BTrainer(config, ranks)
     if config.evaluate:
         result = trainer.final_evaluation()
     else:
-        tell(
-            f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {len(trainer.corpus.vocabulary):,} "
-            "words"
-        )
+        if config.run_folder == SAMPLE_FOLDER:
+            tell("no --data: training lm1b-tiny on Python's own documentation")
+        n_words = len(trainer.corpus.vocabulary)
+        tell(f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {n_words:,} words")
         tell(
             f"{ranks.n_ranks} ranks on {ranks.device.type}: {ranks.n_data} read other text, {ranks.n_vocab} share a "
-            f"decoder; memory of one:\n{trainer.memory}"
+            "decoder"
         )
+        tell(f"memory of one:\n{trainer.memory}")
         if trainer.resumed:
             tell(f"goes on at step {trainer.progress.step} of {trainer.total_steps}")
         result = trainer.run()
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
     tell(f"{result['head']}: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words{speed}")
+    if config.run_folder == SAMPLE_FOLDER:
+        tell(HOW_TO_GET_THE_CORPUS)
+
+
+def work(arguments: list[str]) -> int:
+    config = parse(arguments)
+    from .training.lm1b.ranks import OtherRankFailed, Ranks
+
+    ranks = Ranks(config.device, config.vocab_parallel)
+    try:
+        train(config, ranks)
+    except OtherRankFailed:
+        return 2  # the other one tells
+    finally:
+        ranks.close()
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    ranks = None
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
-        ranks = Ranks(config.device, config.vocab_parallel)
-        run(config, ranks)
-    except OtherRankFailed:
-        return 2  # the other one tells
-    except (CorpusError, *USER_ERRORS) as error:
-        print(f"error: {error}" if first else f"error on rank {os.environ['RANK']}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {config.run_folder}: {error.strerror or error}; the same command continues", file=sys.stderr)
-        return 2
-    except TimeLimitReached:
-        if first:
-            print("time limit reached; the same command continues")
-    except Stopped as stopped:
-        if first:
-            print("stopped, and saved; the same command continues", file=sys.stderr)
-        return 128 + stopped.signum
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        if ranks:
-            ranks.close()
-    return 0
+    return command.run(work, arguments, command.CONTINUES)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-import tyro
-from tqdm import tqdm
 
 try:
     import triton
@@ -20,18 +18,25 @@ except ImportError as error:
 
 from ._backends import triton as backend
 from ._backends.triton_kernels import configurations, proof, tuning
+from .runtime import UserError, command, files
+from .runtime.progress import bar, say
 
-Shape = Literal[tuple(proof.SHAPES)]
-DType = Literal[tuple(proof.DTYPES)]
-Architecture = Literal[tuple(configurations.ARCHITECTURES)]
+if TYPE_CHECKING:  # which knows no Literal of names that are computed
+    Shape = str
+    DType = str
+    Architecture = str
+else:
+    Shape = Literal[tuple(proof.SHAPES)]
+    DType = Literal[tuple(proof.DTYPES)]
+    Architecture = Literal[tuple(configurations.ARCHITECTURES)]
 
 
-class TuneError(Exception):
-    """What the user can mend."""
+class TuneError(UserError):
+    """A GPU or a flag that cannot be tuned for."""
 
 
 @dataclass
-class TuneConfig:
+class Flags:
     shapes: tuple[Shape, ...] = tuple(proof.SHAPES)
     """Shapes by name: those of the paper and of the benchmarks, and short inputs, as in generation."""
 
@@ -58,23 +63,16 @@ class TuneConfig:
     """Compile each configuration of a kernel once, not once for each shape and dtype."""
 
 
-def compile_only(config: TuneConfig) -> int:
+def compile_only(config: Flags) -> int:
     """Returns the number of faults."""
     if config.shape:
         raise TuneError("--compile-only is for --shapes, got --shape")
     calls = proof.distinct_calls(config.arch, config.shapes, config.dtypes, config.brief)
     compiled = []
-    for kernel in tqdm(
-        proof.compile_all(calls, config.arch),
-        total=len(calls),
-        desc=config.arch,
-        unit="kernel",
-        mininterval=0.5,
-        dynamic_ncols=True,
-    ):
+    for kernel in bar(proof.compile_all(calls, config.arch), total=len(calls), desc=config.arch, unit="kernels"):
         compiled.append(kernel)
         for fault in kernel.faults(config.arch):
-            tqdm.write(f"FAULT {kernel.kernel} {kernel.dtype} ({kernel.key}) {kernel.tile}: {fault}", file=sys.stderr)
+            say(f"FAULT {kernel.kernel} {kernel.dtype} ({kernel.key}) {kernel.tile}: {fault}", sys.stderr)
     compiled.sort(key=lambda kernel: (kernel.kernel, kernel.key, kernel.dtype, kernel.shapes))
     print(
         f"{'kernel':24} {'configuration':30} {'dtype':5} {'tile, warps, stages':20} {'registers':>9} {'stack':>5} "
@@ -92,11 +90,12 @@ def compile_only(config: TuneConfig) -> int:
     if config.json:
         kernels = [json.dumps(asdict(kernel) | {"faults": kernel.faults(config.arch)}) for kernel in compiled]
         about = json.dumps({"architecture": config.arch, "triton": triton.__version__, "kernels": []}, indent=1)
-        config.json.write_text(about.replace("[]", "[\n" + ",\n".join(kernels) + "\n]") + "\n")  # a line for each
+        text = about.replace("[]", "[\n" + ",\n".join(kernels) + "\n]")  # a line for each kernel
+        files.write_text(config.json, text + "\n")
     return n_faults
 
 
-def tune(config: TuneConfig) -> None:
+def tune(config: Flags) -> None:
     """Saves after each configuration, so that what was found is not lost with the process."""
     if not configurations.INTERPRETED and not torch.cuda.is_available():
         raise TuneError("torch finds no CUDA GPU to tune for; --compile-only needs none")
@@ -116,35 +115,35 @@ def tune(config: TuneConfig) -> None:
         for name, shape in shapes.items():
             with (
                 proof.float32_products(dtype_name) as dtype,
-                tqdm(desc=f"{name} {dtype_name}", unit="tile", dynamic_ncols=True) as bar,
+                bar(desc=f"{name} {dtype_name}", unit="tiles", total=0) as shown,
             ):
                 for progress in tuning.tune(shape, dtype, device, done, compile_for):
-                    bar.n, bar.total = progress.done, progress.total
-                    bar.set_postfix_str(f"{progress.key}: {progress.seconds_before / progress.seconds:.2f}x")
+                    shown.n, shown.total = progress.done, progress.total
+                    shown.set_postfix_str(f"{progress.key}: {progress.seconds_before / progress.seconds:.2f}x")
                     if progress.done == progress.total:
                         done.add(progress.key)
                         tuned[progress.key] = progress.best
                         configurations.save_tuned(gpu, tuned)
                         times = f"{progress.seconds * 1e3:.3f} ms, before {progress.seconds_before * 1e3:.3f} ms"
-                        tqdm.write(f"{progress.key}: {progress.best}, {times}")
+                        say(f"{progress.key}: {progress.best}, {times}")
     print(f"{len(tuned)} configurations in {configurations.cache_file(gpu)}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(TuneConfig, prog="python -m fused_mos.tune", description=__doc__, args=arguments)
+def work(arguments: list[str]) -> int:
+    config = command.parse(Flags, "tune", __doc__, arguments)
     try:
         if config.compile_only:
             if configurations.INTERPRETED:
                 raise TuneError("--compile-only cannot compile while triton interprets; unset TRITON_INTERPRET")
             return 1 if compile_only(config) else 0
         tune(config)
-    except (TuneError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the configurations found so far are kept, and skipped next time", file=sys.stderr)
-        return 130
+    except ValueError as error:
+        raise TuneError(str(error)) from None
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command.run(work, arguments, "the configurations found so far are kept, and skipped next time")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..runtime import UserError, files
+
 EOS = "<eos>"
 UNKNOWN = "<unk>"
 SPLITS = ("train", "valid", "test")
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError, ValueError):
     """A corpus that cannot be used, with the file and the reason."""
 
 
@@ -33,7 +35,8 @@ class Vocabulary:
         return len(self.words)
 
     def save(self, path: Path) -> None:
-        path.write_text("\n".join(self.words) + "\n", encoding="utf-8")
+        """One word a line. Raises FileError."""
+        files.write_text(path, "\n".join(self.words) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
@@ -53,35 +56,49 @@ class Corpus:
 
     def __init__(self, folder: str | Path, map_unknown: bool = False):
         folder = Path(folder)
-        if not folder.is_dir():
-            wrong = "is not a folder" if folder.exists() else "does not exist"
-            raise CorpusError(f"data folder {folder} {wrong}; it must hold train.txt, valid.txt and test.txt")
-        missing = [f"{split}.txt" for split in SPLITS if not (folder / f"{split}.txt").is_file()]
-        if missing:
-            raise CorpusError(f"data folder {folder} lacks {', '.join(missing)}")
+        _check_folder(folder, SPLITS)
         self.vocabulary = Vocabulary(dict.fromkeys(word for _, words in _lines(folder / "train.txt") for word in words))
-        self.train, self.valid, self.test = (self._tokens(folder / f"{split}.txt", map_unknown) for split in SPLITS)
+        self.train, self.valid, self.test = (
+            _tokens(folder / f"{split}.txt", self.vocabulary, map_unknown) for split in SPLITS
+        )
 
-    def _tokens(self, path: Path, map_unknown: bool) -> Tensor:
-        index = self.vocabulary.index
-        tokens: list[int] = []
-        for number, words in _lines(path):
-            for word in words:
-                token = index.get(word)
-                if token is None:
-                    if not map_unknown:
-                        raise CorpusError(
-                            f"{path}:{number}: the word {word!r} is not in train.txt's vocabulary of {len(index)} "
-                            "words; "
-                            f"train with --map-unknown to count such words as {UNKNOWN}"
-                        )
-                    if UNKNOWN not in index:
-                        raise CorpusError(
-                            f"{path}:{number}: cannot map {word!r} to {UNKNOWN}, which train.txt does not contain"
-                        )
-                    token = index[UNKNOWN]
-                tokens.append(token)
-        return torch.tensor(tokens, dtype=torch.int64)
+
+def read_text(folder: Path, split: str, vocabulary: Vocabulary, map_unknown: bool = False) -> Tensor:
+    """Word indices (n,) of "train", "valid" or "test" of a folder, by a vocabulary that is known; no other file is
+    read. Raises CorpusError."""
+    _check_folder(folder, (split,))
+    return _tokens(folder / f"{split}.txt", vocabulary, map_unknown)
+
+
+def _check_folder(folder: Path, splits: Iterable[str]) -> None:
+    names = " and ".join(", ".join(f"{split}.txt" for split in splits).rsplit(", ", 1))
+    if not folder.is_dir():
+        wrong = "is not a folder" if folder.exists() else "does not exist"
+        raise CorpusError(f"data folder {folder} {wrong}; it must hold {names}")
+    missing = [f"{split}.txt" for split in splits if not (folder / f"{split}.txt").is_file()]
+    if missing:
+        raise CorpusError(f"data folder {folder} lacks {', '.join(missing)}")
+
+
+def _tokens(path: Path, vocabulary: Vocabulary, map_unknown: bool) -> Tensor:
+    index = vocabulary.index
+    tokens: list[int] = []
+    for number, words in _lines(path):
+        for word in words:
+            token = index.get(word)
+            if token is None:
+                if not map_unknown:
+                    raise CorpusError(
+                        f"{path}:{number}: the word {word!r} is not in train.txt's vocabulary of {len(index)} words; "
+                        f"train with --map-unknown to count such words as {UNKNOWN}"
+                    )
+                if UNKNOWN not in index:
+                    raise CorpusError(
+                        f"{path}:{number}: cannot map {word!r} to {UNKNOWN}, which train.txt does not contain"
+                    )
+                token = index[UNKNOWN]
+            tokens.append(token)
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import hashlib
 import http.client
-import os
 import re
 import tarfile
 import urllib.error
@@ -13,8 +12,12 @@ import zlib
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from ..runtime import files
+from ..runtime.progress import bar
 from .corpus import CorpusError
-from .files import BLOCK_BYTES, bar, explained
+
+BLOCK_BYTES = 2 << 20
+"""Read at once, so that memory does not grow with a file."""
 
 FOLDER = "1-billion-word-language-modeling-benchmark-r13output"
 URL = f"http://www.statmt.org/lm-benchmark/{FOLDER}.tar.gz"
@@ -33,13 +36,18 @@ class Download:
 
 
 def download(config: Download) -> Path:
-    """The folder that the archive is extracted to. Raises CorpusError or OSError; then the same command continues."""
+    """Returns the folder that the archive is extracted to. Raises CorpusError, FileError or FolderInUse; the same call
+    continues."""
     name = PurePosixPath(urlsplit(config.url).path).name
     if urlsplit(config.url).scheme not in ("http", "https") or not name:
         raise CorpusError(f"url must be the http address of a file, got {config.url!r}")
     if config.sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", config.sha256):
         raise CorpusError(f"sha256 must be 64 hexadecimal digits, got {config.sha256!r}")
-    config.out.mkdir(parents=True, exist_ok=True)
+    with files.FolderLock(config.out):
+        return _download(config, name)
+
+
+def _download(config: Download, name: str) -> Path:
     archive = fetched = config.out / name
     if not archive.is_file():
         fetched = config.out / f"{name}.partial"
@@ -55,7 +63,8 @@ def download(config: Download) -> Path:
             f"{fetched}: its sha256 is {digest.hexdigest()}, not {config.sha256}; delete it to fetch it again, or "
             "correct --sha256"
         )
-    os.replace(fetched, archive)
+    with files.explained(archive):
+        files.rename(fetched, archive)
     return _extract(archive, config.out)
 
 
@@ -64,16 +73,17 @@ def _fetch(url: str, path: Path) -> None:
     size = path.stat().st_size if path.is_file() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
     try:
-        with explained(path), urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             size = size if response.status == 206 else 0
             length = response.headers["Content-Length"]
             total = size + int(length) if length else None
             with (
-                path.open("ab" if size else "wb") as file,
-                bar(desc="download", total=total, initial=size, unit="B", unit_scale=True) as progress,
+                path.open("ab" if size else "wb", buffering=0) as file,
+                bar(desc="download", total=total, initial=size, unit="bytes") as progress,
             ):
                 while block := response.read1(BLOCK_BYTES):
-                    file.write(block)
+                    with files.explained(path):
+                        file.write(block)
                     size += len(block)
                     progress.update(len(block))
     except urllib.error.HTTPError as error:
@@ -81,6 +91,8 @@ def _fetch(url: str, path: Path) -> None:
             raise CorpusError(
                 f"{url}: the server answers {error.code} {error.reason}; try again later, or another --url"
             ) from None
+    except files.FileError:
+        raise
     except (OSError, http.client.HTTPException) as error:
         raise CorpusError(f"{url}: {error}; the same command continues") from None
     else:
@@ -94,14 +106,15 @@ def _extract(archive: Path, out: Path) -> Path:
     """Extracts the regular files below the benchmark's folder that are not there in their full size."""
     n_files = 0
     try:
-        with explained(out / FOLDER), gzip.open(archive) as file, tarfile.open(fileobj=file) as tar:
-            for member in bar(tar, desc="extract", unit=" files"):
+        with gzip.open(archive) as file, tarfile.open(fileobj=file) as tar:
+            for member in bar(tar, desc="extract", unit="files"):
                 path = PurePosixPath(member.name)
                 if not member.isfile() or path.parts[:1] != (FOLDER,) or ".." in path.parts:
                     continue
                 n_files += 1
                 if not (out / path).is_file() or (out / path).stat().st_size != member.size:
-                    tar.extract(member, out, filter="data")
+                    with files.explained(out / path):
+                        tar.extract(member, out, filter="data")
             while file.read(BLOCK_BYTES):  # to its end, where the check sum is
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:

@@ -9,26 +9,21 @@ import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
+from ..runtime import command, files
+from ..runtime.progress import bar
 from .corpus import CorpusError
-from .download import FOLDER, Download, download
-from .files import BLOCK_BYTES, bar, write_json, writing
+from .download import BLOCK_BYTES, FOLDER, Download, download
+from .workers import in_processes, usable_processors
 
 BOS, EOS, UNKNOWN = MARKS = ("<S>", "</S>", "<UNK>")
 FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "heldout": "heldout-monolingual.tokenized.shuffled"}
@@ -121,9 +116,15 @@ class Index(dict):
 
 
 def prepare(config: Prepare) -> dict[str, Any]:
-    """What it writes to manifest.json. Raises CorpusError or OSError; then the same command continues."""
+    """Returns what it writes to manifest.json. Raises CorpusError, FileError or FolderInUse; the same call
+    continues."""
     config.check()
     shards = {split: _find_shards(config, split) for split in FOLDERS}
+    with files.FolderLock(config.out):
+        return _prepare(config, shards)
+
+
+def _prepare(config: Prepare, shards: dict[str, list[Shard]]) -> dict[str, Any]:
     for name in ("counts", *FOLDERS):
         (config.out / name).mkdir(parents=True, exist_ok=True)
     words = _read_vocabulary(config.vocabulary) if config.vocabulary else _count_vocabulary(config, shards["train"])
@@ -136,7 +137,7 @@ def prepare(config: Prepare) -> dict[str, Any]:
     if pending or not known:
         manifest_path.unlink(missing_ok=True)
     if not known:
-        with writing(path) as file:
+        with files.writing(path) as file:
             file.write(text)
     description = f"tokenise {len(pending)} of {len(finished)} shards"
     entries = {shard: entry for shard, entry in finished.items() if entry is not None} | _each(
@@ -151,7 +152,7 @@ def prepare(config: Prepare) -> dict[str, Any]:
         manifest[split] = [
             {key: value for key, value in entries[shard].items() if key != "vocabulary"} for shard in of_split
         ]
-    write_json(manifest_path, manifest)
+    files.write_json(manifest_path, manifest)
     return manifest
 
 
@@ -262,7 +263,7 @@ def _count(shard: Shard) -> int:
     counts: Counter[bytes] = Counter()
     for block in shard.blocks():
         counts.update(block.split())
-    with writing(shard.counts) as file:
+    with files.writing(shard.counts) as file:
         file.write(f"{shard.path.name}\t{shard.n_bytes}\n".encode())
         file.writelines(b"%s\t%d\n" % item for item in counts.items())
     return counts.total()
@@ -296,7 +297,7 @@ def _tokenise(shard: Shard, digest: str) -> dict[str, Any]:
     totals = dict.fromkeys(("tokens", "sentences", "unknown"), 0)
     source_sha256, sha256 = hashlib.sha256(), hashlib.sha256()
     shard.tokens.with_suffix(".json").unlink(missing_ok=True)  # it speaks of other tokens
-    with writing(shard.tokens) as file:
+    with files.writing(shard.tokens) as file:
         for block in shard.blocks():
             ids = index.encode(block)
             file.write(ids.data)
@@ -316,7 +317,7 @@ def _tokenise(shard: Shard, digest: str) -> dict[str, Any]:
         "sha256": sha256.hexdigest(),
     }
     entry |= {"vocabulary": digest, "source": source}
-    write_json(shard.tokens.with_suffix(".json"), entry)
+    files.write_json(shard.tokens.with_suffix(".json"), entry)
     return entry
 
 
@@ -332,13 +333,10 @@ def _each(
     if not shards:
         return {}
     start, results, n_bytes = time.monotonic(), {}, sum(shard.n_bytes for shard in shards)
-    workers = min(
-        len(shards),
-        workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
-    )
-    with bar(desc=description, total=n_bytes, unit="B", unit_scale=True) as progress:
+    workers = min(len(shards), workers or usable_processors())
+    with bar(desc=description, total=n_bytes, unit="bytes") as progress:
         for shard, result in (
-            _in_processes(function, shards, workers) if workers > 1 else ((shard, function(shard)) for shard in shards)
+            in_processes(function, shards, workers) if workers > 1 else ((shard, function(shard)) for shard in shards)
         ):
             results[shard] = result
             progress.update(shard.n_bytes)
@@ -350,50 +348,15 @@ def _each(
     return results
 
 
-def _in_processes(function: Callable[[Shard], Any], shards: list[Shard], workers: int) -> Iterator[tuple[Shard, Any]]:
-    """(shard, result) as they come."""
-    # a server that has imported this package forks workers at once; where there is none, each imports it
-    context = multiprocessing.get_context(
-        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    )
-    multiprocessing.set_forkserver_preload(["fused_mos.data.corpus"])
-    ours, theirs = context.Pipe()
-    with ours, ProcessPoolExecutor(workers, context, _start_worker, (theirs,)) as pool:
-        try:
-            futures = {pool.submit(function, shard): shard for shard in shards}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            raise CorpusError(
-                "a worker process was killed, perhaps for want of memory; run the same command, which continues"
-            ) from None
-        except (KeyboardInterrupt, GeneratorExit):
-            ours.close()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+Flags = Prepare | Download
 
 
-def _start_worker(pipe: Connection) -> None:
-    """Ctrl-C is left to the parent; its end of the pipe closes where the parent stops or is killed, and the worker ends
-    with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: pipe.poll(None) and os._exit(1), daemon=True).start()
-
-
-def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(Prepare | Download, prog="python -m fused_mos.data.lm1b", description=__doc__, args=arguments)
-    try:
-        if isinstance(config, Download):
-            download(config)
-            return 0
-        manifest = prepare(config)
-    except (CorpusError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        return 130
+def work(arguments: list[str]) -> None:
+    config: Prepare | Download = command.parse(Flags, "data.lm1b", __doc__, arguments)
+    if isinstance(config, Download):
+        download(config)
+        return
+    manifest = prepare(config)
     print(f"{config.out}: a vocabulary of {manifest['vocabulary']['words']:,} words")
     for split in FOLDERS:
         tokens, sentences, unknown, empty = (
@@ -401,10 +364,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         share = unknown / (tokens - 2 * sentences)
         print(
-            f"{split}: {tokens:,} tokens in {sentences:,} sentences, {share:.2%} of the words {UNKNOWN}, {empty:,} "
-            "blank lines skipped"
+            f"{split}: {tokens:,} tokens in {sentences:,} sentences, {share:.2%} of the words {UNKNOWN}, "
+            f"{empty:,} blank lines skipped"
         )
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command.run(work, arguments, command.CONTINUES)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ model can beat.
 """
 
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
+
+from ..runtime import UserError, command, files
 
 
 class SyntheticLanguage:
@@ -92,7 +92,7 @@ def _stationary(transition: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass
-class Config:
+class Flags:
     out: Path
     """Folder to write to."""
     n_words: int = 1000
@@ -109,7 +109,7 @@ class Config:
     """Words of valid.txt and of test.txt."""
 
 
-def write(config: Config) -> dict[str, float]:
+def write(config: Flags) -> dict[str, float]:
     """Writes the folder and returns what language.json holds. Raises ValueError for a text too short to contain each
     word."""
     language = SyntheticLanguage(config.n_words, config.rank, config.concentration, config.seed)
@@ -128,7 +128,7 @@ def write(config: Config) -> dict[str, float]:
     words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
     for split, tokens in texts.items():
         # a line's end is a word, and the corpus ends the last line by itself
-        (config.out / f"{split}.txt").write_text("".join(words[i] for i in tokens.tolist()), encoding="utf-8")
+        files.write_text(config.out / f"{split}.txt", "".join(words[i] for i in tokens.tolist()))
     facts = {
         "entropy": language.entropy,
         "perplexity": math.exp(language.entropy),
@@ -137,22 +137,24 @@ def write(config: Config) -> dict[str, float]:
         "concentration": config.concentration,
         "seed": config.seed,
     }
-    (config.out / "language.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    files.write_json(config.out / "language.json", facts)
     return facts
 
 
-def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(Config, prog="python -m fused_mos.data.synthetic", description=__doc__, args=arguments)
+def work(arguments: list[str]) -> None:
+    config = command.parse(Flags, "data.synthetic", __doc__, arguments)
     try:
         facts = write(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ValueError as error:
+        raise UserError(str(error)) from None
     print(
         f"{config.out}: {config.n_words} words, rank {config.rank}; no model's perplexity can be below "
         f"{facts['perplexity']:.2f}"
     )
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command.run(work, arguments)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ..runtime.progress import bar
 from .corpus import CorpusError, Vocabulary
 from .lm1b import BOS, read_manifest
 
@@ -88,16 +88,10 @@ class PreparedCorpus:
     def check(self, rank: int = 0, n_ranks: int = 1) -> None:
         """Compares the digests of the files that are this rank's to check; see `TokenFile.check`."""
         files = [*self.train, *self.heldout][rank::n_ranks]
-        with tqdm(
-            total=4 * sum(f.n_tokens for f in files),
-            desc="check shards",
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            disable=rank > 0,
-        ) as bar:
+        n_bytes = 4 * sum(f.n_tokens for f in files)
+        with bar(desc="check shards", unit="bytes", total=n_bytes, leave=False, disable=rank > 0) as shown:
             for file in files:
-                file.check(bar.update)
+                file.check(shown.update)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 Shape letters: T time steps, B batch columns, V words. Every dropout is named as in the papers' code.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
@@ -170,6 +171,11 @@ def temporal_activation_regularization(raw: Tensor) -> Tensor:
 def detach(hidden: Hidden) -> Hidden:
     """Cuts backpropagation through time between segments."""
     return [(h.detach(), c.detach()) for h, c in hidden]
+
+
+def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The gradients after a backward pass, which gives every parameter of the model one."""
+    return [cast(Tensor, p.grad) for p in parameters]
 
 
 def _rename_published_keys(module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:

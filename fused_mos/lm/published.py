@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime import UserError
 
-class PublishedError(ValueError):
+
+class PublishedError(UserError, ValueError):
     """A file that is not a model of the published code, with its path."""
 
 

@@ -1,21 +1,29 @@
 """Training of language models: configuration and recipes, the loop, checkpoints and logs."""
 
-from .checkpoint import CheckpointError, TimeLimitReached
-from .config import RECIPES, ConfigError, ModelConfig, OptimConfig, TrainConfig
-from .trainer import Trainer, TrainingDiverged
+from typing import TYPE_CHECKING
 
-USER_ERRORS = (CheckpointError, ConfigError, TrainingDiverged)
-"""Errors that a command shows as one line: what was wrong and what to do."""
+from .config import RECIPES, ModelConfig, OptimConfig, TrainConfig
+from .errors import CheckpointError, ConfigError, TrainingDiverged
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 __all__ = [
     "RECIPES",
-    "USER_ERRORS",
     "CheckpointError",
     "ConfigError",
     "ModelConfig",
     "OptimConfig",
-    "TimeLimitReached",
     "TrainConfig",
     "Trainer",
     "TrainingDiverged",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Imports the trainer when it is asked for: a command's --help does without."""
+    if name == "Trainer":
+        from .trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

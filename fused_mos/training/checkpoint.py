@@ -2,57 +2,14 @@
 
 import hashlib
 import json
-import math
-import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor
+from torch import Tensor, nn
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged, or of another model, with its path."""
-
-
-class TimeLimitReached(Exception):
-    """Long work has saved its state and stopped; it can be continued."""
-
-
-class CheckpointClock:
-    """Says when long work saves its state, and when it stops.
-
-    Args:
-        minutes: between checkpoints; 0 saves at every tick.
-        time_limit: seconds from now on after which to stop; 0: never.
-    """
-
-    def __init__(self, minutes: float, time_limit: float = 0.0):
-        self._seconds = minutes * 60
-        self._saved = time.monotonic()
-        self._deadline = self._saved + time_limit if time_limit else math.inf
-
-    @property
-    def over(self) -> bool:
-        return time.monotonic() >= self._deadline
-
-    @property
-    def due(self) -> bool:
-        return self.over or time.monotonic() - self._saved >= self._seconds
-
-    def saved(self) -> None:
-        self._saved = time.monotonic()
-
-    def tick(self, save: Callable[[], None]) -> None:
-        """Saves if it is time. Raises TimeLimitReached, after saving."""
-        stop = self.over
-        if stop or self.due:
-            save()
-            self.saved()
-        if stop:
-            raise TimeLimitReached
+from ..runtime import files
+from .errors import CheckpointError
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], max_mib: int = 0) -> None:
@@ -69,15 +26,17 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
         size = max_mib << 20
         for start in range(0, len(content), size):
             part = path.with_name(f"{path.name}.{digest[:12]}.{start // size:03}")
-            _write(part, lambda partial: partial.write_bytes(content[start : start + size]))
+            with files.writing(part) as file:
+                file.write(content[start : start + size])
             parts.append(part.name)
         tensors, metadata = {}, {"parts": json.dumps(parts), "sha256": digest}
-    _write(path, lambda partial: safetensors.torch.save_file(tensors, partial, metadata))
+    with files.replacing(path) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata)
     _remove_parts(path, parts)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """With its parts; nothing where there is none."""
+    """Deletes the checkpoint and its parts, if any."""
     path.unlink(missing_ok=True)
     _remove_parts(path, [])
 
@@ -107,20 +66,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error}); nothing was changed") from None
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors under `prefix.`, without it."""
     return {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
-def load_parameters(model, tensors: dict[str, Tensor], path: Path) -> None:
+def load_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copies `tensors` into the model's parameters, tied ones once. Raises CheckpointError unless names and shapes
     fit."""
     parameters = dict(model.named_parameters())

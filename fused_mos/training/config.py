@@ -4,70 +4,58 @@ The docstring below each field is its help line; the symbol or flag in parenthes
 its published code.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from .._backends import NAMES
-from ..lm.dynamic_eval import DynamicRule
+from ..lm.dynamic_evaluation import DynamicRule
+from . import settings
+from .errors import ConfigError
+from .settings import NOT_NEGATIVE, POSITIVE, SEED, SHARE, setting
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run, with the field and its value."""
-
-
-def check_seed(seed: int) -> None:
-    """Raises ConfigError for what is no seed of torch's."""
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed must be in [0, 2**63), got {seed}")
+HeadName = Literal["mos", "moc", "softmax"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The AWD-LSTM and its head. Defaults: the paper's Penn Treebank model."""
 
-    head: Literal["mos", "moc", "softmax"] = "mos"
+    head: HeadName = "mos"
     """Output layer: Mixture of Softmaxes, Mixture of Contexts, or one softmax (whose last LSTM layer is as wide as the
     embedding)."""
-    n_experts: int = 15
+    n_experts: int = setting(15, POSITIVE)
     """Softmaxes in the mixture (K, n_experts)."""
-    embedding_size: int = 280
+    embedding_size: int = setting(280, POSITIVE)
     """Size of word embeddings and latent vectors (d, emsize)."""
     hidden_sizes: tuple[int, ...] = (960, 960, 620)
     """Width of each LSTM layer (nhid, nhid, nhidlast)."""
-    dropoute: float = 0.1
+    dropoute: float = setting(0.1, SHARE)
     """Dropout of whole words from the embedding (dropoute)."""
-    dropouti: float = 0.4
+    dropouti: float = setting(0.4, SHARE)
     """Locked dropout of the embedded input (dropouti)."""
-    dropouth: float = 0.225
+    dropouth: float = setting(0.225, SHARE)
     """Locked dropout between LSTM layers (dropouth)."""
-    dropout: float = 0.4
+    dropout: float = setting(0.4, SHARE)
     """Locked dropout of the last LSTM layer's output (dropout)."""
-    dropoutl: float = 0.29
+    dropoutl: float = setting(0.29, SHARE)
     """Locked dropout of the latent vectors, independent across experts (dropoutl)."""
-    wdrop: float = 0.5
+    wdrop: float = setting(0.5, SHARE)
     """Dropout of the hidden-to-hidden weights (wdrop)."""
     tied: bool = True
     """Share the embedding's weight with the decoder (tied)."""
-    backend: str = "auto"
+    backend: str = setting("auto", may_change=True)
     """Implementation of the head; fused_mos.backends() lists them."""
-    grad_filter_eps: float = 0.0
+    grad_filter_eps: float = setting(0.0, SHARE)
     """Drop experts of responsibility below this from the backward pass; 0 is exact."""
 
     def check(self) -> None:
         """Raises ConfigError for a value that no model can have."""
-        for name in ("embedding_size", "n_experts"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop", "grad_filter_eps"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        settings.check(self)
         if not self.hidden_sizes or min(self.hidden_sizes) < 1:
             raise ConfigError(f"hidden_sizes must be one or more positive widths, got {self.hidden_sizes}")
-        if self.head not in get_args(ModelConfig.__dataclass_fields__["head"].type):
-            raise ConfigError(f"head must be mos, moc or softmax, got {self.head!r}")
         if self.backend not in NAMES:
             raise ConfigError(f"backend must be one of {', '.join(NAMES)}, got {self.backend!r}")
 
@@ -76,126 +64,117 @@ class ModelConfig:
 class OptimConfig:
     """NT-ASGD and its regularisers. Defaults: the paper's Penn Treebank training."""
 
-    lr: float = 20.0
+    lr: float = setting(20.0, POSITIVE)
     """Learning rate of SGD and ASGD (lr)."""
-    finetune_lr: float = 25.0
+    finetune_lr: float = setting(25.0, POSITIVE)
     """Learning rate that fine-tuning takes for lr."""
-    batch_size: int = 12
+    batch_size: int = setting(12, POSITIVE)
     """Parallel columns of text (batch_size)."""
-    small_batch_size: int = 0
-    """Columns computed at once, gradients accumulated over the batch; 0: all (small_batch_size)."""
-    epochs: int = 1000
+    micro_batches: int = setting(1, POSITIVE)
+    """Parts of a batch's columns that are computed one after the other, their gradients accumulated, to save memory.
+    (The published code's small_batch_size, the columns of a part, is taken, too.)"""
+    epochs: int = setting(1000, POSITIVE, may_change=True)
     """Epochs at most (epochs)."""
-    bptt: int = 70
+    bptt: int = setting(70, POSITIVE)
     """Mean length of a segment of truncated backpropagation (bptt)."""
-    bptt_delta: int = 40
+    bptt_delta: int = setting(40, NOT_NEGATIVE)
     """Segments are at most bptt + this long (max_seq_len_delta)."""
-    clip: float = 0.25
+    clip: float = setting(0.25, NOT_NEGATIVE)
     """Largest norm of the gradient; 0: no clipping (clip)."""
-    weight_decay: float = 1.2e-6
+    weight_decay: float = setting(1.2e-6, NOT_NEGATIVE)
     """L2 decay of all weights (wdecay)."""
-    alpha: float = 2.0
+    alpha: float = setting(2.0, NOT_NEGATIVE)
     """Weight of activation regularisation, AR (alpha)."""
-    beta: float = 1.0
+    beta: float = setting(1.0, NOT_NEGATIVE)
     """Weight of temporal activation regularisation, TAR (beta)."""
-    nonmono: int = 5
+    nonmono: int = setting(5, NOT_NEGATIVE)
     """Epochs without a better validation loss before averaging starts (nonmono, n)."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class RunConfig:
+    """What a run of either trainer is told."""
+
+    recipe: str = ""
+    """Named set of defaults for all other flags."""
+    data: Path = setting(Path("data"), may_change=True)
+    """Folder of the corpus."""
+    out: Path | None = setting(None, may_change=True)
+    """Folder of the run: a new one, or one in which the same command goes on."""
+    resume: Path | None = setting(None, may_change=True)
+    """Go on with the run in this folder: short for the command that began it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    seed: int = setting(0, SEED)
+    """Seed."""
+    device: str = setting("auto", may_change=True)
+    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    precision: Precision = "float32"
+    """Precision of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in
+    the LSTM on a GPU. Parameters, cell states, losses and evaluation are float32."""
+    log_interval: int = setting(50, POSITIVE, may_change=True)
+    """Steps between lines of metrics.jsonl (log-interval)."""
+    checkpoint_minutes: float = setting(5.0, NOT_NEGATIVE, may_change=True)
+    """Minutes between checkpoints; 0 writes one after every step."""
+    time_limit: float = setting(0.0, NOT_NEGATIVE, may_change=True)
+    """Seconds after which the run saves and exits, looked at after every step; the same command continues. 0: none."""
+
+    def check(self) -> None:
+        """Raises ConfigError for a value that no run can have."""
+        settings.check(self)
+        self.model.check()
+
+    def to_json(self) -> dict[str, Any]:
+        return settings.to_json(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A run of the AWD-LSTM on a corpus of three files."""
+
     recipe: str = "ptb-small"
     """Named set of defaults for all other flags."""
-    data: Path = Path("data")
+    data: Path = setting(Path("data"), may_change=True)
     """Folder with train.txt, valid.txt and test.txt."""
-    out: Path | None = None
-    """Folder of the run, new or empty; by default runs/RECIPE-HEAD-seedSEED."""
-    resume: Path | None = None
-    """Continue the run in this folder exactly where its last checkpoint stands."""
-    start: Path | None = None
+    out: Path | None = setting(None, may_change=True)
+    """Folder of the run: a new one, or one in which the same command goes on. By default runs/RECIPE-HEAD-seedSEED."""
+    start: Path | None = setting(None, may_change=True)
     """Fine-tune: start from the best model of the run in this folder, average from the first step, and stop where
     averaging would have started."""
-    model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    seed: int = 28
+    seed: int = setting(28, SEED)
     """Seed of initialisation, dropout and segment lengths (seed)."""
-    device: str = "auto"
-    """Device to train on: cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in the LSTM on
-    a GPU. Parameters, cell states, losses and evaluation are float32."""
     map_unknown: bool = False
     """Count words of valid.txt and test.txt that train.txt lacks as <unk>, instead of refusing them."""
-    valid_batch_size: int = 10
+    valid_batch_size: int = setting(10, POSITIVE)
     """Columns of validation text (eval_batch_size)."""
-    test_batch_size: int = 1
+    test_batch_size: int = setting(1, POSITIVE)
     """Columns of test text (test_batch_size)."""
-    log_interval: int = 50
-    """Steps between lines of metrics.jsonl (log-interval)."""
-    checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints within an epoch; 0 writes one after every step."""
-    checkpoint_max_mib: int = 0
+    checkpoint_max_mib: int = setting(0, NOT_NEGATIVE, may_change=True)
     """Split checkpoints into files of at most this size; 0: one file."""
-    time_limit: float = 0.0
-    """Seconds after which the run saves and exits, to be continued with --resume; 0: none. Looked at after every
-    step."""
-    profile: int = 0
+    profile: int = setting(0, NOT_NEGATIVE, may_change=True)
     """Steps whose time to measure stage by stage, into profile.json; training goes on after them. Hooks order sums
     anew, so the losses' last digits may differ."""
 
     def check(self) -> None:
         """Raises ConfigError for a value that no run can have."""
-        model, optim = self.model, self.optim
-        positive = {
-            "batch_size": optim.batch_size,
-            "epochs": optim.epochs,
-            "bptt": optim.bptt,
-            "lr": optim.lr,
-            "finetune_lr": optim.finetune_lr,
-            "valid_batch_size": self.valid_batch_size,
-            "test_batch_size": self.test_batch_size,
-            "log_interval": self.log_interval,
-        }
-        for name, value in positive.items():
-            if not value > 0:
-                raise ConfigError(f"{name} must be positive, got {value}")
-        for name in ("small_batch_size", "bptt_delta", "clip", "weight_decay", "alpha", "beta", "nonmono"):
-            if getattr(optim, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(optim, name)}")
-        for name in ("checkpoint_minutes", "checkpoint_max_mib", "time_limit", "profile"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        check_seed(self.seed)
-        model.check()
-        if optim.small_batch_size and optim.batch_size % optim.small_batch_size:
-            raise ConfigError(
-                f"small_batch_size must divide batch_size = {optim.batch_size}, got {optim.small_batch_size}"
-            )
-        if self.precision not in get_args(TrainConfig.__dataclass_fields__["precision"].type):
-            raise ConfigError(f"precision must be float32, tf32 or bfloat16, got {self.precision!r}")
+        super().check()
+        optim = self.optim
+        if optim.batch_size % optim.micro_batches:
+            raise ConfigError(f"micro_batches must divide batch_size = {optim.batch_size}, got {optim.micro_batches}")
 
     @property
     def run_folder(self) -> Path:
-        return self.out or Path("runs") / f"{self.recipe}-{self.model.head}-seed{self.seed}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
-        }
+        return self.out or self.resume or Path("runs") / f"{self.recipe}-{self.model.head}-seed{self.seed}"
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The inverse of `to_json`; raises ConfigError for a field that this version does not know."""
-        values = dict(values)
-        try:
-            model, optim = values.pop("model"), OptimConfig(**values.pop("optim"))
-            model = ModelConfig(**{**model, "hidden_sizes": tuple(model["hidden_sizes"])})
-            paths = {
-                name: path and Path(path) for name, path in values.items() if name in ("data", "out", "resume", "start")
-            }
-            return cls(**{**values, **paths}, model=model, optim=optim)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"the saved configuration does not fit this version: {error}") from None
+        """The inverse of `to_json`, also of versions before 0.2, whose name for micro-batches was another. Raises
+        ConfigError for a field that this version does not know."""
+        optim = dict(values.get("optim", {}))
+        columns = optim.pop("small_batch_size", 0)
+        if columns:
+            optim["micro_batches"] = optim["batch_size"] // columns
+        return settings.from_json(cls, {**values, "optim": optim})
 
 
 def ptb() -> TrainConfig:
@@ -209,7 +188,7 @@ def wikitext2() -> TrainConfig:
         recipe="wikitext2",
         seed=1882,
         model=ModelConfig(embedding_size=300, hidden_sizes=(1150, 1150, 650), dropouti=0.55, dropouth=0.2),
-        optim=OptimConfig(lr=15.0, finetune_lr=20.0, batch_size=15, small_batch_size=5, bptt_delta=20),
+        optim=OptimConfig(lr=15.0, finetune_lr=20.0, batch_size=15, micro_batches=3, bptt_delta=20),
     )
 
 

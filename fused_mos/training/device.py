@@ -2,13 +2,12 @@
 
 import resource
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .._backends import resolve
-from .config import ConfigError
+from .errors import ConfigError
 
 
 def device_named(name: str) -> torch.device:
@@ -23,11 +22,18 @@ def device_named(name: str) -> torch.device:
 
 
 def allow_tf32(device: torch.device, allowed: bool) -> None:
-    """Whether float32 products on a GPU may be rounded to TF32; torch keeps this as a setting of the process, and by
-    default allows it in cuDNN's LSTM."""
+    """Sets whether float32 products on a GPU may be rounded to TF32. torch keeps this as a setting of the process, and
+    by default allows it in cuDNN's LSTM."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if allowed else "highest")
-        torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
+        # torch gives this module its attributes when it is imported, where mypy does not see them
+        torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"  # type: ignore[attr-defined]
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises ConfigError where a run's products cannot have this precision on this device."""
+    if precision == "tf32" and device.type != "cuda":
+        raise ConfigError(f"precision tf32 is that of NVIDIA GPUs, got device {device}")
 
 
 def check_backend(backend: str, device: torch.device, bfloat16: bool = False) -> None:
@@ -38,22 +44,24 @@ def check_backend(backend: str, device: torch.device, bfloat16: bool = False) ->
         raise ConfigError(str(error)) from None
 
 
-def read_later(number: Tensor) -> Callable[[], float]:
-    """The present value of a tensor (), copied from a GPU while the host goes on; the result waits for that copy
-    alone."""
-    if number.device.type != "cuda":
-        value = number.item()
-        return lambda: value
-    host = torch.empty((), dtype=number.dtype, pin_memory=True)
-    host.copy_(number, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+class AsyncScalar:
+    """The present value of a tensor (), copied from a GPU while the host goes on."""
 
-    def value() -> float:
-        copied.synchronize()
-        return host.item()
+    def __init__(self, number: Tensor):
+        self._copied: torch.cuda.Event | None = None
+        if number.device.type != "cuda":
+            self._host = number.clone()
+            return
+        self._host = torch.empty((), dtype=number.dtype, pin_memory=True)
+        self._host.copy_(number, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
 
-    return value
+    def item(self) -> float:
+        """Waits for that copy alone."""
+        if self._copied:
+            self._copied.synchronize()
+        return self._host.item()
 
 
 def peak_memory_mib(device: torch.device) -> float:

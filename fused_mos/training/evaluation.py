@@ -1,17 +1,33 @@
-"""Static evaluation: the mean negative log-likelihood of a text."""
+"""Evaluation of a text: its mean negative log-likelihood, and what a command reports of it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data import batchify, segment
 from ..lm import AWDLSTM
+from ..lm.dynamic_evaluation import DynamicRule
+from ..runtime.progress import bar
+from ..runtime.signals import CheckpointClock
+from .dynamic_evaluation import DynamicRun
+from .metrics import perplexity
+from .run import Run
 
 
 @torch.no_grad()
-def evaluate(model: AWDLSTM, tokens: Tensor, batch_size: int, bptt: int, description: str = "evaluate") -> float:
-    """Mean NLL in nats over every predicted word of `tokens` (n,), read as `batch_size` columns in segments of `bptt`
-    with the hidden state carried on.
+def evaluate(
+    model: AWDLSTM,
+    tokens: Tensor,  # (n,)
+    batch_size: int,
+    bptt: int,
+    description: str = "evaluate",
+    check: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean NLL in nats over every predicted word of `tokens`, read as `batch_size` columns in segments of `bptt`
+    with the hidden state carried on. `check` is called between segments and may raise to end it.
 
     The mean is exact: the paper's published code divides by one more row than it predicts, which lowers its
     perplexities by about 0.03 on Penn Treebank.
@@ -22,11 +38,40 @@ def evaluate(model: AWDLSTM, tokens: Tensor, batch_size: int, bptt: int, descrip
     hidden = model.initial_hidden(batch_size)
     total = torch.zeros((), dtype=torch.float64, device=device)
     rows = source.shape[0] - 1
-    with tqdm(total=rows, desc=description, unit="rows", leave=False, mininterval=0.5, dynamic_ncols=True) as bar:
+    with bar(desc=description, unit="words", total=rows * batch_size, leave=False) as shown:
         for start in range(0, rows, bptt):
+            check()
             inputs, targets = segment(source, start, bptt)
             output = model(inputs, targets, hidden)
             hidden = output.hidden
             total -= output.log_likelihood.sum(dtype=torch.float64)
-            bar.update(inputs.shape[0])
+            shown.update(inputs.numel())
     return total.item() / (rows * batch_size)
+
+
+def static_evaluation(run: Run, split: str, context: int = 0) -> dict[str, Any]:
+    """The record for evaluation.json. `context` is the words of a segment; 0: the run's bptt."""
+    context = context or run.config.optim.bptt
+    tokens, batch_size = run.text(split), getattr(run.config, f"{split}_batch_size")
+    loss = evaluate(run.model, tokens, batch_size, context, split)
+    rows = tokens.numel() // batch_size
+    record = {"split": split, "dynamic": False, "eval_context": context}
+    return record | _perplexities(loss, loss * (rows - 1) / rows)  # the published code divides by a row too many
+
+
+def dynamic_evaluation(run: Run, split: str, rule: DynamicRule, tune: bool, clock: CheckpointClock) -> dict[str, Any]:
+    """The record for evaluation.json. With `tune`, the rule is searched on the validation text, from `rule` on.
+
+    Raises FolderInUse; Stopped or TimeLimitReached, with everything saved; ConfigError where the rule makes the model
+    diverge.
+    """
+    dynamic = DynamicRun(run, clock)
+    if tune:
+        rule = dynamic.tune(rule)
+    loss = dynamic.evaluate(run.text(split), rule, split)
+    record = {"split": split, "dynamic": True, "rule": dataclasses.asdict(rule), "tuned": tune}
+    return record | _perplexities(loss, loss)
+
+
+def _perplexities(loss: float, published: float) -> dict[str, float]:
+    return {"loss": loss, "ppl": perplexity(loss), "ppl_published": perplexity(published)}

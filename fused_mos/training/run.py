@@ -2,51 +2,77 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..data import Corpus, CorpusError
+from ..data import Corpus, CorpusError, Vocabulary, read_text
 from ..lm import AWDLSTM
-from .checkpoint import CheckpointError, load_checkpoint, load_parameters
+from .checkpoint import load_checkpoint, load_parameters
 from .config import TrainConfig
 from .device import allow_tf32, check_backend, device_named
+from .errors import CheckpointError
 
 
 @dataclasses.dataclass
 class Run:
-    """The best model of a run, in evaluation mode, and the corpus that it was trained on."""
+    """The best model of a run, in evaluation mode, its vocabulary, and the texts of its corpus, read when asked for."""
 
     folder: Path
     config: TrainConfig
     model: AWDLSTM
-    corpus: Corpus
+    vocabulary: Vocabulary
     device: torch.device
+    data: Path
+    _moved: bool = False  # whether `data` was named by the user
+    _texts: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def text(self, split: str) -> Tensor:
+        """Word indices (n,) of "train", "valid" or "test", for which that file alone is read. Raises CorpusError."""
+        if split not in self._texts:
+            try:
+                self._texts[split] = read_text(self.data, split, self.vocabulary, self.config.map_unknown)
+            except CorpusError as error:
+                raise error if self._moved else _with_hint(error) from None
+        return self._texts[split]
 
 
 def load_run(folder: Path, data: Path | None = None, device: str = "auto", backend: str | None = None) -> Run:
-    """Raises CheckpointError, ConfigError or CorpusError. `data` and `backend` replace those of the run."""
+    """Loads the best model of the run in `folder`. `data` and `backend` replace those of the run.
+
+    Raises CheckpointError, ConfigError or CorpusError.
+    """
     config = read_config(folder)
     place = device_named(device)
-    try:
-        corpus = Corpus(data or config.data, config.map_unknown)
-    except CorpusError as error:
-        raise error if data else CorpusError(f"{error}; if the run's corpus has moved, name it with --data") from None
-    check_vocabulary(corpus, folder / "vocabulary.txt")
     check_backend(backend or config.model.backend, place)
+    vocabulary = _vocabulary(folder, config, data)
     options = dataclasses.asdict(config.model) | ({"backend": backend} if backend else {})
-    model = AWDLSTM(len(corpus.vocabulary), **options).to(place).eval()
+    model = AWDLSTM(len(vocabulary), **options).to(place).eval()
     allow_tf32(place, False)
     best = folder / "best.safetensors"
     load_parameters(model, load_checkpoint(best)[0], best)
-    return Run(folder, config, model, corpus, place)
+    return Run(folder, config, model, vocabulary, place, data or config.data, _moved=data is not None)
+
+
+def _vocabulary(folder: Path, config: TrainConfig, data: Path | None) -> Vocabulary:
+    """The run's vocabulary.txt, or, for a run converted without a corpus, the words of the corpus."""
+    path = folder / "vocabulary.txt"
+    if path.is_file():
+        return Vocabulary.load(path)
+    try:
+        return Corpus(data or config.data, config.map_unknown).vocabulary
+    except CorpusError as error:
+        raise error if data else _with_hint(error) from None
+
+
+def _with_hint(error: CorpusError) -> CorpusError:
+    return CorpusError(f"{error}; if the run's corpus has moved, name it with --data")
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """Raises CheckpointError where the folder is not a run's, ConfigError where its configuration is not of this
-    version."""
+    """Reads config.json. Raises CheckpointError where the folder is not a run's, ConfigError where its configuration is
+    not of this version."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.json")
@@ -57,12 +83,7 @@ def read_config(folder: Path) -> TrainConfig:
 
 
 def check_vocabulary(corpus: Corpus, path: Path) -> None:
-    """Raises CheckpointError unless the corpus has the words of the run's vocabulary.txt. A converted run has none."""
-    if path.is_file() and path.read_text(encoding="utf-8").split("\n")[:-1] != corpus.vocabulary.words:
+    """Raises CheckpointError unless the corpus has the words of the run's vocabulary.txt. A converted run may lack
+    it."""
+    if path.is_file() and Vocabulary.load(path).words != corpus.vocabulary.words:
         raise CheckpointError(f"the vocabulary of the corpus is not the one in {path}; name the run's own --data")
-
-
-def write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -1,194 +1,161 @@
 """The training loop of AWD-LSTM-MoS: SGD → NT-ASGD over randomised BPTT segments, resumable at any moment."""
 
 import dataclasses
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data import Corpus, batchify, digest, random_bptt_length, segment
 from ..lm import AWDLSTM, NTASGD
-from ..lm.awd_lstm import activation_regularization, detach, temporal_activation_regularization
-from .checkpoint import CheckpointClock, CheckpointError, group, load_checkpoint, load_parameters, save_checkpoint
-from .config import ConfigError, TrainConfig
-from .device import allow_tf32, check_backend, device_named, peak_memory_mib, read_later
+from ..lm.awd_lstm import Hidden, LMOutput, activation_regularization, detach, temporal_activation_regularization
+from ..runtime import files, signals
+from ..runtime.progress import bar, say
+from . import folder as run_folder
+from . import meter
+from .checkpoint import group, load_checkpoint, load_parameters, save_checkpoint
+from .config import TrainConfig
+from .device import AsyncScalar, allow_tf32, check_backend, check_precision, device_named, peak_memory_mib
+from .errors import CheckpointError, TrainingDiverged
 from .evaluation import evaluate
-from .logging import MetricsLog, perplexity, plot_learning_curves
-from .profile import StepProfile, as_table
-from .run import check_vocabulary, write_json
-
-RESUMABLE_FLAGS = (
-    "epochs",
-    "log_interval",
-    "checkpoint_minutes",
-    "checkpoint_max_mib",
-    "time_limit",
-    "profile",
-    "data",
-    "device",
-    "backend",
-)
-"""What may be changed when a run is resumed; anything else would make it another run."""
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
+from .metrics import MetricsLog, perplexity, plot_learning_curves
+from .profiling import StepProfile, as_table
+from .run import check_vocabulary
+from .state import Progress, RunTensors, is_of_run, load_last
 
 
 @dataclasses.dataclass
-class Progress:
-    """Where a run stands; with the parameters, optimizer, hidden and random states this is all of its state."""
+class PendingInterval:
+    """Numbers for a line of metrics.jsonl whose loss is on its way from the device."""
 
-    epoch: int = 0  # epochs finished
-    stopped: bool = False  # by the rule that ends fine-tuning
-    row: int = 0  # rows of the training text done in the current epoch
-    step: int = 0
-    words: int = 0
-    seconds: float = 0.0  # of training, without evaluation and checkpoints
-    best: float | None = None  # lowest validation loss
-    interval_words: int = 0  # since the last line of metrics.jsonl
-    interval_seconds: float = 0.0
-    metrics_bytes: int = 0
-    peak_memory_mib: float = 0.0
+    step: int
+    words: int
+    values: dict[str, Any]
+    loss: AsyncScalar
 
 
 class Trainer:
     """A run in its folder: config.json, vocabulary.txt, metrics.jsonl, tensorboard/, best.safetensors,
     last.safetensors, learning-curve.png and, at the end, result.json.
 
-    Raises ConfigError, CorpusError or CheckpointError before anything in the folder is changed.
+    Goes on where the folder's last checkpoint stands, if it has one. Holds the folder's lock until `run` ends.
+
+    Raises ConfigError, CorpusError, CheckpointError or FolderInUse before anything in the folder is changed.
     """
 
     def __init__(self, config: TrainConfig):
         config.check()
-        self.clock = CheckpointClock(config.checkpoint_minutes, config.time_limit)
-        self.config = config
-        self.folder = config.run_folder
+        self.clock = signals.CheckpointClock(config.checkpoint_minutes, config.time_limit)
         self.device = device_named(config.device)
-        if config.precision == "tf32" and self.device.type != "cuda":
-            raise ConfigError(f"precision tf32 is that of NVIDIA GPUs, got device {self.device}")
+        check_precision(config.precision, self.device)
         check_backend(config.model.backend, self.device, config.precision == "bfloat16")
-        saved = load_checkpoint(self.folder / "last.safetensors") if config.resume else None
-        start = load_checkpoint(config.start / "best.safetensors")[0] if config.start and not saved else None
-        if (
-            not config.resume
-            and self.folder.exists()
-            and (not self.folder.is_dir() or any(not begun(path) for path in self.folder.iterdir()))
-        ):
-            resume = (
-                f"continue that run with --resume {self.folder}, or "
-                if (self.folder / "last.safetensors").is_file()
-                else ""
-            )
-            raise ConfigError(f"out: {self.folder} is not empty; {resume}name another --out")
+        self.folder = config.run_folder
+        run_folder.check_free(self.folder, is_of_run)
+        new = not (self.folder / "last.safetensors").is_file()
+        start = load_checkpoint(config.start / "best.safetensors")[0] if config.start and new else {}
 
         self.corpus = Corpus(config.data, config.map_unknown)
         for split, batch_size in (("valid", config.valid_batch_size), ("test", config.test_batch_size)):
-            batchify(
-                getattr(self.corpus, split), batch_size
-            )  # too short a text is better found now than after an epoch
+            # too short a text is better found now than after an epoch
+            batchify(getattr(self.corpus, split), batch_size)
         self.source = batchify(self.corpus.train, config.optim.batch_size).to(self.device)
+        # a run remembers where its texts are, wherever it is continued from
+        self.config = config = dataclasses.replace(
+            config, data=config.data.absolute(), start=config.start and config.start.absolute()
+        )
+        lock = run_folder.claim(self.folder, is_of_run) if self.folder.exists() else None
+        saved = load_last(config)
 
         torch.manual_seed(config.seed)
         self.bptt_generator = torch.Generator().manual_seed(config.seed)
         self.model = AWDLSTM(len(self.corpus.vocabulary), **dataclasses.asdict(config.model)).to(self.device)
         optim = config.optim
         self.optimizer = NTASGD(self.model.parameters(), optim.lr, optim.weight_decay, optim.nonmono)
+        self.tensors = RunTensors(self.model, self.optimizer, self.bptt_generator, self.device)
         self.progress = Progress()
         self.interval_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.noted: tuple | None = None  # numbers of an interval whose loss is on its way from the device
+        self.pending_interval: PendingInterval | None = None
         self.status = ""
         self.hidden = self._initial_hidden()
-        self.metrics: MetricsLog | None = None
         if saved:
             self._restore(*saved)
-        else:
-            if start is not None:
-                check_vocabulary(self.corpus, config.start / "vocabulary.txt")
-                load_parameters(self.model, start, config.start / "best.safetensors")
-                self.optimizer.start_averaging()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._save_last()  # before anything else, so that there is no moment from which a run cannot go on
+        elif config.start:
+            check_vocabulary(self.corpus, config.start / "vocabulary.txt")
+            load_parameters(self.model, start, config.start / "best.safetensors")
+            self.optimizer.start_averaging()
+        self._lock = lock or run_folder.claim(self.folder, is_of_run)
+        self.resumed = saved is not None
+        if not self.resumed:  # before anything else, so that there is no moment from which a run cannot go on
+            self._check_finite()
+            self._write_last()
+        self.stopwatch = meter.Stopwatch(self.progress, self.device)
         self.corpus.vocabulary.save(self.folder / "vocabulary.txt")
-        write_json(self.folder / "config.json", dataclasses.replace(config, resume=None).to_json())
+        files.write_json(self.folder / "config.json", self._config_json())
         self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
         self.profile = StepProfile(self.model, config.profile) if config.profile else None
 
-    @property
-    def _sub_batch(self) -> int:
-        return self.config.optim.small_batch_size or self.config.optim.batch_size
+    def _config_json(self) -> dict[str, Any]:
+        return dataclasses.replace(self.config, resume=None).to_json()
 
-    def _initial_hidden(self):
-        """One hidden state per sub-batch: each is a slice of columns with a state of its own."""
+    @property
+    def _micro_batch(self) -> int:
+        """Columns that are computed at once."""
+        return self.config.optim.batch_size // self.config.optim.micro_batches
+
+    def _initial_hidden(self) -> list[Hidden]:
+        """One hidden state per micro-batch: each is a slice of columns with a state of its own."""
         return [
-            self.model.initial_hidden(self._sub_batch) for _ in range(0, self.config.optim.batch_size, self._sub_batch)
+            self.model.initial_hidden(self._micro_batch)
+            for _ in range(0, self.config.optim.batch_size, self._micro_batch)
         ]
 
     def run(self) -> dict[str, Any]:
         """Trains to the last epoch, evaluates the best model, and returns what it writes to result.json.
 
-        Raises TimeLimitReached, with everything saved, TrainingDiverged, or CheckpointError where the best model is
-        gone.
+        Raises TimeLimitReached or Stopped, with everything saved, TrainingDiverged, or CheckpointError where the best
+        model is gone.
         """
         try:
-            if self.config.start and self.progress.best is None:
-                self._keep_if_best(
-                    self._validate(), epoch=0
-                )  # the model that is fine-tuned is the best until another is better
-                self._save_last()
-            while self.progress.epoch < self.config.optim.epochs and not self.progress.stopped:
-                self._train_epoch()
-                self._finish_epoch()
-            return self._finish()
+            with signals.noting():
+                if self.config.start and self.progress.best is None:
+                    # the model that is fine-tuned is the best until another is better
+                    self._keep_if_best(self._validate(), epoch=0)
+                    self._save_last()
+                while self.progress.epoch < self.config.optim.epochs and not self.progress.stopped:
+                    self._train_epoch()
+                    self._finish_epoch()
+                return self._finish()
         finally:
             self.metrics.close()
+            self._lock.release()
 
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress
         rows = self.source.shape[0]
         self.model.train()
         allow_tf32(self.device, config.precision != "float32")
-        description = f"epoch {progress.epoch + 1}/{config.optim.epochs}"
-        # where no person watches, a line every half minute is enough
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        with tqdm(
-            total=rows - 1,
-            initial=progress.row,
-            desc=description,
-            unit="rows",
-            mininterval=interval,
-            dynamic_ncols=True,
-        ) as bar:
-            self._since = time.monotonic()
+        columns = config.optim.batch_size
+        with bar(
+            desc=f"epoch {progress.epoch + 1}/{config.optim.epochs}",
+            unit="words",
+            total=(rows - 1) * columns,
+            initial=progress.row * columns,
+        ) as shown:
+            self.stopwatch.start()
             while progress.row < rows - 1:
                 length = self.train_step()
-                self._count_time()
+                self.stopwatch.lap()
                 if progress.step % config.log_interval == 0:
                     self._end_interval()
-                    bar.set_postfix_str(self.status, refresh=False)
-                bar.update(length)
+                    shown.set_postfix_str(self.status, refresh=False)
+                shown.update(length * columns)
                 self.clock.tick(self._checkpoint)
-            self._count_time(wait=True)
-
-    def _count_time(self, wait: bool = False) -> None:
-        """Adds what passed since the last call to the time of training; with `wait`, until the device has done its
-        work."""
-        if wait and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.monotonic()
-        self.progress.seconds += now - self._since
-        self.progress.interval_seconds += now - self._since
-        self._since = now
+            self.stopwatch.lap(wait=True)
 
     def _checkpoint(self) -> None:
-        self._count_time(wait=True)
+        self.stopwatch.lap(wait=True)
         self._save_last()
-        self._since = time.monotonic()
+        self.stopwatch.start()
 
     def train_step(self, length: int | None = None) -> int:
         """One segment of all columns, of `length` rows or as many as are drawn: forward, backward, clip, step. Returns
@@ -201,8 +168,8 @@ class Trainer:
         self.optimizer.zero_grad()
         mark = self._mark
         mark("data")
-        for i, columns in enumerate(range(0, optim.batch_size, self._sub_batch)):
-            part = slice(columns, columns + self._sub_batch)
+        for i, columns in enumerate(range(0, optim.batch_size, self._micro_batch)):
+            part = slice(columns, columns + self._micro_batch)
             output = self._forward(inputs[:, part], targets[:, part], self.hidden[i])
             self.hidden[i] = detach(output.hidden)
             loss = output.loss
@@ -210,9 +177,9 @@ class Trainer:
                 loss = loss + optim.alpha * activation_regularization(output.dropped)
             if optim.beta:
                 loss = loss + optim.beta * temporal_activation_regularization(output.raw)
-            (loss * (self._sub_batch / optim.batch_size)).backward()
+            (loss * (self._micro_batch / optim.batch_size)).backward()
             mark("embedding, backward")
-            self.interval_loss += output.loss.detach() * (self._sub_batch * inputs.shape[0])
+            self.interval_loss += output.loss.detach() * (self._micro_batch * inputs.shape[0])
         if optim.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip)
         mark("clipping")
@@ -220,26 +187,24 @@ class Trainer:
         self.optimizer.step(scale=drawn / optim.bptt)
         mark("optimizer")
         progress.row += inputs.shape[0]
-        progress.step += 1
-        progress.words += inputs.numel()
-        progress.interval_words += inputs.numel()
+        progress.count(inputs.numel())
         if self.profile:
-            self._profiled(inputs.numel())
+            self._end_profile_step(self.profile, inputs.numel())
         return inputs.shape[0]
 
     def _mark(self, stage: str) -> None:
         if self.profile:
             self.profile.mark(stage)
 
-    def _profiled(self, words: int) -> None:
+    def _end_profile_step(self, profile: StepProfile, words: int) -> None:
         """Writes the profile once it has seen its steps."""
-        self.profile.stop(words)
-        if self.profile.done:
-            report, self.profile = self.profile.report(), None
-            write_json(self.folder / "profile.json", report)
-            tqdm.write(as_table(report))
+        profile.stop(words)
+        if profile.done:
+            report, self.profile = profile.report(), None
+            files.write_json(self.folder / "profile.json", report)
+            say(as_table(report))
 
-    def _forward(self, inputs: Tensor, targets: Tensor, hidden):
+    def _forward(self, inputs: Tensor, targets: Tensor, hidden: Hidden) -> LMOutput:
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                 return self.model(inputs, targets, hidden)
@@ -255,48 +220,50 @@ class Trainer:
         )
 
     def _end_interval(self) -> None:
-        """Notes the interval's numbers. On a GPU its loss is written an interval later, so that the host need not wait
+        """Keeps the interval's numbers. On a GPU its loss is written an interval later, so that the host need not wait
         for it."""
         self._write_interval()
         progress = self.progress
-        speed = progress.interval_words / progress.interval_seconds
         values = {
             "epoch": progress.epoch + 1,
-            "words_per_second": speed,
+            "words_per_second": progress.interval_words / progress.interval_seconds,
             "lr": self.config.optim.lr,
             "epoch_fraction": progress.epoch + progress.row / (self.source.shape[0] - 1),
         }
-        self.noted = progress.step, progress.interval_words, values, read_later(self.interval_loss)
+        loss = AsyncScalar(self.interval_loss)
+        self.pending_interval = PendingInterval(progress.step, progress.interval_words, values, loss)
         self._start_interval()
         if self.device.type != "cuda":
             self._write_interval()
 
     def _write_interval(self) -> None:
-        """Writes what is noted to the logs."""
-        if self.noted is None:
+        """Writes the pending interval to the logs."""
+        if self.pending_interval is None:
             return
-        (step, words, values, total), self.noted = self.noted, None
-        loss = total() / words
+        pending, self.pending_interval = self.pending_interval, None
+        loss = pending.loss.item() / pending.words
         if loss != loss:
-            raise self._diverged(f"the loss is NaN before step {step}")
-        self.metrics.write("train", step, loss=loss, ppl=perplexity(loss), **values)
-        self.status = f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {values['words_per_second']:,.0f} words/s"
+            raise self._diverged(f"the loss is NaN before step {pending.step}")
+        self.metrics.write("train", pending.step, loss=loss, ppl=perplexity(loss), **pending.values)
+        self.status = f"ppl {perplexity(loss):.2f}"
 
     def _start_interval(self) -> None:
         self.interval_loss.zero_()
-        self.progress.interval_words, self.progress.interval_seconds = 0, 0.0
+        self.progress.start_interval()
 
     def _validate(self) -> float:
         config = self.config
         allow_tf32(self.device, False)
-        return evaluate(self.model, self.corpus.valid, config.valid_batch_size, config.optim.bptt, "validate")
+        tokens, columns, bptt = self.corpus.valid, config.valid_batch_size, config.optim.bptt
+        return evaluate(self.model, tokens, columns, bptt, "validate", signals.check)
 
     def _keep_if_best(self, loss: float, epoch: int) -> bool:
         better = self.progress.best is None or loss < self.progress.best
         if better:
             self.progress.best = loss
-            meta = {"config": self.config.to_json(), "epoch": epoch, "valid_loss": loss}
-            save_checkpoint(self.folder / "best.safetensors", self._parameters(), meta, self.config.checkpoint_max_mib)
+            path, tensors = self.folder / "best.safetensors", self.tensors.parameters()
+            meta = {"config": self._config_json(), "epoch": epoch, "valid_loss": loss}
+            save_checkpoint(path, tensors, meta, self.config.checkpoint_max_mib)
         return better
 
     def _finish_epoch(self) -> None:
@@ -304,11 +271,15 @@ class Trainer:
         fine-tuning."""
         progress = self.progress
         self._write_interval()
-        with self.optimizer.averaged():
-            loss = self._validate()
-            if loss != loss:
-                raise self._diverged(f"the validation loss of epoch {progress.epoch + 1} is NaN")
-            better = self._keep_if_best(loss, progress.epoch + 1)
+        try:
+            with self.optimizer.averaged():
+                loss = self._validate()
+                if loss != loss:
+                    raise self._diverged(f"the validation loss of epoch {progress.epoch + 1} is NaN")
+                better = self._keep_if_best(loss, progress.epoch + 1)
+        except signals.Stopped:
+            self._save_last()  # its row is the epoch's last: a run that goes on validates first
+            raise
         averaging = self.optimizer.averaging
         fires = self.optimizer.record(loss)
         progress.stopped = fires and self.config.start is not None
@@ -321,13 +292,13 @@ class Trainer:
         )
         self._save_last()
         plot_learning_curves({self.config.model.head: self.folder}, self.folder / "learning-curve.png")
-        starts = self.optimizer.averaging and not averaging
-        tqdm.write(
-            f"epoch {progress.epoch}: valid loss {loss:.4f}, ppl {perplexity(loss):.2f}"
-            + (" (best)" if better else "")
-            + (", averaging starts" if starts else "")
-            + (", fine-tuning ends" if progress.stopped else "")
-        )
+        notes = [
+            "best" if better else "",
+            "averaging starts" if self.optimizer.averaging and not averaging else "",
+            "fine-tuning ends" if progress.stopped else "",
+        ]
+        told = f" ({', '.join(filter(None, notes))})" if any(notes) else ""
+        say(f"epoch {progress.epoch}: valid loss {loss:.4f}, ppl {perplexity(loss):.2f}{told}")
 
     def _finish(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
@@ -335,12 +306,13 @@ class Trainer:
         tensors, meta = load_checkpoint(best)
         load_parameters(self.model, tensors, best)
         allow_tf32(self.device, False)
-        test = evaluate(self.model, self.corpus.test, config.test_batch_size, config.optim.bptt, "test")
+        tokens, columns, bptt = self.corpus.test, config.test_batch_size, config.optim.bptt
+        test = evaluate(self.model, tokens, columns, bptt, "test", signals.check)
         result = {
             "valid_ppl": perplexity(meta["valid_loss"]),
             "test_ppl": perplexity(test),
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "words_per_second": progress.words / progress.seconds if progress.seconds else None,
+            "words_per_second": progress.words_per_second,
             "peak_memory_mib": max(progress.peak_memory_mib, peak_memory_mib(self.device)),
             "seed": config.seed,
             "head": config.model.head,
@@ -349,31 +321,26 @@ class Trainer:
             "epochs": progress.epoch,
             "training_seconds": progress.seconds,
         }
-        write_json(self.folder / "result.json", result)
+        files.write_json(self.folder / "result.json", result)
         return result
 
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())  # a tied weight once
-
     def _save_last(self) -> None:
+        """Saves the run and what its logs have so far. Raises TrainingDiverged if the parameters are not finite."""
         self._write_interval()
-        progress = self.progress
+        self._check_finite()
+        self.progress.metrics_bytes = self.metrics.sync()
+        self._write_last()
+
+    def _check_finite(self) -> None:
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise self._diverged(f"parameters are no longer finite at step {progress.step}")
-        progress.metrics_bytes = self.metrics.sync() if self.metrics else 0
+            raise self._diverged(f"parameters are no longer finite at step {self.progress.step}")
+
+    def _write_last(self) -> None:
+        progress = self.progress
         progress.peak_memory_mib = max(progress.peak_memory_mib, peak_memory_mib(self.device))
-        optimizer_tensors, optimizer_meta = self.optimizer.state_dict()
-        tensors = {f"model.{name}": t for name, t in self._parameters().items()}
-        tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors.items()}
-        for i, layers in enumerate(self.hidden):
-            for layer, (h, c) in enumerate(layers):
-                tensors |= {f"hidden.{i}.{layer}.h": h, f"hidden.{i}.{layer}.c": c}
-        tensors |= {"random.torch": torch.get_rng_state(), "random.bptt": self.bptt_generator.get_state()}
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
-        tensors["interval_loss"] = self.interval_loss
+        tensors, optimizer_meta = self.tensors.to_save(self.hidden, self.interval_loss)
         meta = {
-            "config": self.config.to_json(),
+            "config": self._config_json(),
             "progress": dataclasses.asdict(progress),
             "optimizer": optimizer_meta,
             "train": digest(self.corpus.train),
@@ -390,54 +357,7 @@ class Trainer:
         load_parameters(self.model, group(tensors, "model"), path)
         try:
             self.progress = Progress(**meta["progress"])
-            self.optimizer.load_state_dict(group(tensors, "optimizer"), meta["optimizer"])
-            self.hidden = [
-                [
-                    (tensors[f"hidden.{i}.{layer}.h"].to(self.device), tensors[f"hidden.{i}.{layer}.c"].to(self.device))
-                    for layer in range(len(layers))
-                ]
-                for i, layers in enumerate(self.hidden)
-            ]
-            self.interval_loss = tensors["interval_loss"].to(self.device)
-            torch.set_rng_state(tensors["random.torch"])
-            self.bptt_generator.set_state(tensors["random.bptt"])
-            if self.device.type == "cuda" and "random.cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+            optimizer_meta, n_parts = meta["optimizer"], len(self.hidden)
+            self.hidden, self.interval_loss = self.tensors.restore(tensors, optimizer_meta, n_parts)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
-
-
-def begun(path: Path) -> bool:
-    """Whether a file is what a run leaves that was killed while it wrote its very first checkpoint."""
-    return path.name.startswith("last.safetensors.")
-
-
-def resumed_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in `folder`, ready to continue it. Raises CheckpointError."""
-    _, meta = load_checkpoint(folder / "last.safetensors")
-    return dataclasses.replace(
-        TrainConfig.from_json(meta["config"]), out=folder, resume=folder, time_limit=0.0, profile=0
-    )
-
-
-def train_to_the_end(folder: Path, new: Callable[[], TrainConfig], **flags: Any) -> None:
-    """Trains in `folder`: from the start with the configuration `new()`, or from its last checkpoint; not at all if it
-    is finished. `flags` replace fields, of a run that is continued only those that may change."""
-    if (folder / "result.json").is_file():
-        return
-    exists = (folder / "last.safetensors").is_file()
-    config = resumed_config(folder) if exists else dataclasses.replace(new(), out=folder)
-    print(f"{folder}: {'continued' if exists else 'fine-tuning' if config.start else 'training'}", flush=True)
-    changed = dataclasses.replace(config, **flags)
-    if exists:
-        check_resumable(config, changed)
-    Trainer(changed).run()
-
-
-def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
-    """Raises ConfigError if `asked` differs from `saved` in more than RESUMABLE_FLAGS."""
-    for part_saved, part_asked in ((saved, asked), (saved.model, asked.model), (saved.optim, asked.optim)):
-        for field in dataclasses.fields(part_saved):
-            before, now = getattr(part_saved, field.name), getattr(part_asked, field.name)
-            if before != now and not dataclasses.is_dataclass(before) and field.name not in RESUMABLE_FLAGS:
-                raise ConfigError(f"{field.name} cannot change when a run is resumed: it was {before}, got {now}")

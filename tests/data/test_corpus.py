@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_mos.data import Corpus, CorpusError, Vocabulary, batchify, random_bptt_length, segment
-from fused_mos.data.pydoc import write_pydoc_corpus
+from fused_mos.data.sample import write_corpus
 
 
 def write(folder, train="b a b\n\nc <unk>\n", valid="a b\n", test="c\n"):
@@ -74,7 +74,7 @@ def test_bptt_lengths_are_distributed_as_in_the_paper():
 
 
 def test_pydoc_corpus(tmp_path):
-    write_pydoc_corpus(tmp_path / "x")
+    write_corpus(tmp_path / "x")
     corpus = Corpus(tmp_path / "x")  # raises if valid or test had an unknown word
     assert corpus.train.numel() > 50_000 and min(corpus.valid.numel(), corpus.test.numel()) > 5_000
     assert {"<unk>", "N", "python", "."} <= set(corpus.vocabulary.words)

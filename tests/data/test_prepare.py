@@ -208,7 +208,7 @@ def test_tokens_of_another_vocabulary_are_never_taken_for_finished(run, tmp_path
     """Stopped between a shard's tokens and what is said of them, with a vocabulary that comes and goes."""
     first = run(min_count=1)
     with monkeypatch.context() as patch:
-        patch.setattr(lm1b, "write_json", interrupt)
+        patch.setattr(lm1b.files, "write_json", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(top=5)
     assert run(min_count=1) == first
@@ -465,7 +465,7 @@ def test_download(server, tmp_path, capsys):
         "archive.tar.gz",
     ]
     before = files(tmp_path)
-    assert sorted(before) == sorted(names)
+    assert sorted(before) == sorted([".lock", *names])
     (tmp_path / names[0]).write_bytes(b"half")
     assert download(server, tmp_path, "--sha256", digest.upper()) == 0
     after = files(tmp_path)
@@ -485,7 +485,7 @@ def test_an_interrupted_download_continues(ranges, server, tmp_path, capsys):
         f"the connection ended after 100 of {len(server.content)} bytes; the same command continues"
         in capsys.readouterr().err
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["archive.tar.gz.partial"]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "archive.tar.gz.partial"}
     server.sends = len(server.content)
     assert download(server, tmp_path, "--sha256", digest) == 0
     assert server.requests == [None, "bytes=100-"] and (tmp_path / "archive.tar.gz").read_bytes() == server.content
@@ -495,7 +495,7 @@ def test_a_download_with_another_digest(server, tmp_path, capsys):
     digest = hashlib.sha256(server.content).hexdigest()
     assert download(server, tmp_path, "--sha256", "0" * 64) == 2
     assert f"its sha256 is {digest}, not {'0' * 64}; delete it" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["archive.tar.gz.partial"]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "archive.tar.gz.partial"}
     assert download(server, tmp_path, "--sha256", digest) == 0, "it is whole and needs only the check"
     assert server.requests == [None, f"bytes={len(server.content)}-"]
 

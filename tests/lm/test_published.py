@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from fused_mos import convert, evaluate, finetune
+from fused_mos import convert, evaluate
 from fused_mos.lm import AWDLSTM
 from fused_mos.lm.published import PublishedError, read_published
 from fused_mos.training import RECIPES
 from fused_mos.training.checkpoint import load_checkpoint
 from fused_mos.training.config import dynamic_rule
+from fused_mos.training.stages import finetuning_config
 
 V, D, K, WIDTHS = 23, 6, 3, (9, 9, 8)
 
@@ -97,9 +98,7 @@ def test_a_pickled_module_becomes_a_run(published, zipped, wdrop, tied, tmp_path
 def test_the_recipe_gives_what_comes_after(published, tmp_path):
     torch.save(published(), tmp_path / "model.pt")
     assert convert.main([str(tmp_path / "model.pt"), str(tmp_path / "run"), "--recipe", "wikitext2"]) == 0
-    assert finetune.finetuning_config(tmp_path / "run").optim == dataclasses.replace(
-        RECIPES["wikitext2"]().optim, lr=20
-    )
+    assert finetuning_config(tmp_path / "run").optim == dataclasses.replace(RECIPES["wikitext2"]().optim, lr=20)
     assert evaluate.parse([str(tmp_path / "run")]).rule == dynamic_rule("wikitext2")
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 from fused_mos.data import lm1b
-from fused_mos.training.logging import read_metrics
+from fused_mos.training.metrics import read_metrics
 
 
 def losses(folder):

@@ -124,7 +124,9 @@ def test_resuming_on_the_same_words_in_another_order(finished, corpus_folder, ca
 
 def test_an_occupied_folder_is_not_overwritten(finished, small_flags, capsys):
     before = contents(finished)
-    assert_refused([*small_flags, "--out", str(finished)], capsys, finished, "not empty", "--resume")
+    (finished / "last.safetensors").unlink()
+    before.pop(finished / "last.safetensors")
+    assert_refused([*small_flags, "--out", str(finished)], capsys, finished, "is not empty and holds no checkpoint")
     assert contents(finished) == before
 
 
@@ -202,7 +204,7 @@ def test_the_papers_recipes():
         lr=20,
         finetune_lr=25,
         batch_size=12,
-        small_batch_size=0,
+        micro_batches=1,
         epochs=1000,
         bptt=70,
         bptt_delta=40,
@@ -229,7 +231,7 @@ def test_the_papers_recipes():
         lr=15,
         finetune_lr=20,
         batch_size=15,
-        small_batch_size=5,
+        micro_batches=3,
         epochs=1000,
         bptt=70,
         bptt_delta=20,

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from fused_mos import evaluate
-from fused_mos.lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
+from fused_mos.lm.dynamic_evaluation import DynamicEvaluation, DynamicRule, GradientStatistics
+from fused_mos.runtime import files
+from fused_mos.runtime.signals import CheckpointClock
 from fused_mos.training import ConfigError
-from fused_mos.training import dynamic as dynamic_module
-from fused_mos.training.checkpoint import CheckpointClock
-from fused_mos.training.dynamic import DynamicRun
+from fused_mos.training import dynamic_evaluation as dynamic_module
+from fused_mos.training.dynamic_evaluation import DynamicRun
 from fused_mos.training.run import load_run
 
 
@@ -36,7 +37,7 @@ def test_static_is_what_training_reported(trained, capsys):
         reported["valid_ppl"], abs=1e-3
     )  # the hidden state is carried over any segments
     # what the published code divides by: all rows of its one column, of which the first is not predicted
-    rows = load_run(trained).corpus.test.numel()
+    rows = load_run(trained).text("test").numel()
     assert test["ppl_published"] == pytest.approx(math.exp(test["loss"] * (rows - 1) / rows), rel=1e-12)
     assert evaluate.main([str(trained), "--dynamic"]) == 0
     assert results(trained)[-1]["ppl_published"] == results(trained)[-1]["ppl"]
@@ -46,7 +47,7 @@ def test_static_is_what_training_reported(trained, capsys):
 def test_dynamic_learns_and_leaves_the_model_as_it_was(trained):
     run = load_run(trained)
     before = [p.detach().clone() for p in run.model.parameters()]
-    repeated = run.corpus.valid[:60].repeat(8)
+    repeated = run.text("valid")[:60].repeat(8)
     dynamic = DynamicRun(run, CheckpointClock(5))
     losses = [dynamic.evaluate(repeated, DynamicRule(lr=lr), "repeated") for lr in (1e-9, 0.004)]
     assert losses[1] < losses[0] - 0.01
@@ -55,7 +56,7 @@ def test_dynamic_learns_and_leaves_the_model_as_it_was(trained):
 
 @pytest.mark.parametrize("interrupted", [GradientStatistics, DynamicEvaluation])
 def test_interrupted_evaluations_continue_bit_identically(interrupted, trained, monkeypatch):
-    tokens, rule = load_run(trained).corpus.valid, DynamicRule(lr=0.01)
+    tokens, rule = load_run(trained).text("valid"), DynamicRule(lr=0.01)
     whole = DynamicRun(load_run(trained), CheckpointClock(5)).evaluate(tokens, rule, "valid")
     for path in (trained / "dynamic").iterdir():
         path.unlink()
@@ -130,7 +131,7 @@ def test_a_rule_that_diverges_is_named_and_does_not_end_the_search(trained, monk
         lambda self, tokens, rule, name: some_diverge(self, tokens, dataclasses.replace(rule, lr=1), name),
     )
     with pytest.raises(ConfigError, match="diverges"):
-        DynamicRun(load_run(trained), CheckpointClock(5)).evaluate(dynamic.run.corpus.valid, DynamicRule(), "valid")
+        DynamicRun(load_run(trained), CheckpointClock(5)).evaluate(dynamic.run.text("valid"), DynamicRule(), "valid")
 
 
 def test_nothing_is_left_of_finished_evaluations(trained):
@@ -140,8 +141,9 @@ def test_nothing_is_left_of_finished_evaluations(trained):
     dynamic = DynamicRun(run, CheckpointClock(0))
     save = dynamic._save
     dynamic._save = lambda path, tensors, meta: save(path, tensors | {"filling": torch.zeros(1 << 19)}, meta)
-    dynamic.evaluate(run.corpus.valid[:40], DynamicRule(), "valid")
-    assert {path.name.split(".")[0] for path in (trained / "dynamic").iterdir()} == {"gradient-statistics"}
+    dynamic.evaluate(run.text("valid")[:40], DynamicRule(), "valid")
+    names = {path.name.split(".")[0] for path in (trained / "dynamic").iterdir() if path.name != files.LOCK}
+    assert names == {"gradient-statistics"}
 
 
 def test_tuning_finds_a_better_rule_and_keeps_what_it_tried(trained, monkeypatch, capsys):

@@ -6,17 +6,17 @@ import json
 import pytest
 
 from fused_mos import evaluate, reproduce
-from fused_mos.lm.dynamic_eval import DynamicRule
+from fused_mos.lm.dynamic_evaluation import DynamicRule
 from fused_mos.train import parse
 from fused_mos.training import RECIPES
-from fused_mos.training import dynamic as dynamic_module
+from fused_mos.training import dynamic_evaluation as dynamic_module
 
 
 @pytest.fixture
 def small_recipe(small_flags, monkeypatch):
     """`demo` made as small as the other tests' runs."""
     config = parse([*small_flags, "--epochs", "2"])
-    monkeypatch.setitem(RECIPES, "demo", lambda: dataclasses.replace(config, resume=None))
+    monkeypatch.setitem(RECIPES, "demo", lambda: config)
     monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
 
 

@@ -8,10 +8,10 @@ import torch
 from runs import losses
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_mos.data.pydoc import write_pydoc_corpus
+from fused_mos.data.sample import write_corpus
 from fused_mos.train import parse
 from fused_mos.training import Trainer
-from fused_mos.training.profile import StepProfile
+from fused_mos.training.profiling import StepProfile
 
 NO_DROPOUT = [
     f for name in ("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop") for f in (f"--{name}", "0")
@@ -55,7 +55,7 @@ class Restatement:
         return nll + self.optim.alpha * (x**2).mean() + self.optim.beta * ((x[1:] - x[:-1]) ** 2).mean()
 
     def step(self, inputs, targets, drawn):
-        optim, size = self.optim, self.optim.small_batch_size
+        optim, size = self.optim, self.optim.batch_size // self.optim.micro_batches
         parts = range(optim.batch_size // size)
         columns = [slice(part * size, (part + 1) * size) for part in parts]
         loss = sum(
@@ -191,7 +191,7 @@ def test_backends_train_alike(tmp_path):
     """Some 300 steps on CPython's documentation, dropout and all: the same random numbers, so the same losses up to
     rounding."""
     data = tmp_path / "data"
-    write_pydoc_corpus(data)
+    write_corpus(data)
     backends = ["reference", "tiled", "auto"]
     perplexities = []
     for backend in backends:

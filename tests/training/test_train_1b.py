@@ -201,6 +201,7 @@ def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
     assert result["heldout_words"] == sum(int((file.open() != 0).sum()) for file in PreparedCorpus(prepared).heldout)
     names = {path.name for path in out.iterdir()}
     assert names == {
+        ".lock",
         "config.json",
         "metrics.jsonl",
         "tensorboard",
@@ -226,7 +227,7 @@ def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
 @pytest.mark.trains
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
 def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monkeypatch, capsys):
-    flags = [*flags, "--optimizer", optimizer, "--dropout", "0.2", "--accumulate", "2"]
+    flags = [*flags, "--optimizer", optimizer, "--dropout", "0.2", "--micro-batches", "2"]
     assert train_1b.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     out, original = tmp_path / "pieces", LM1BTrainer.train_step
     for at, number, status in ((7, signal.SIGTERM, 143), (33, signal.SIGINT, 130)):
@@ -238,7 +239,7 @@ def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monke
 
         monkeypatch.setattr(LM1BTrainer, "train_step", stopping)
         assert train_1b.main([*flags, "--out", str(out)]) == status
-        assert "stopped, and saved; the same command continues" in capsys.readouterr().err
+        assert "stopped; the same command continues" in capsys.readouterr().err
         assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{at + 1:08}"]
     monkeypatch.setattr(LM1BTrainer, "train_step", original)
     assert train_1b.main([*flags, "--out", str(out), "--time-limit", "1e-9"]) == 0
@@ -272,7 +273,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, ca
     def fails(*_, **__):
         raise full
 
-    for what in ("safetensors.torch.save", "json.dump"):
+    for what in ("safetensors.torch.save", "fused_mos.training.lm1b.checkpoint._complete"):
         with monkeypatch.context() as patch:
             patch.setattr(what, fails)
             assert train_1b.main([*flags, "--checkpoint-minutes", "0", "--out", str(out)]) == 2
@@ -370,7 +371,7 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
         (["--lr", "0.5"], "lr cannot change when a run goes on: it was 0.01, got 0.5"),
         (
             ["--hidden-sizes", "12", "11"],
-            "hidden_sizes cannot change when a run goes on: it was [12, 10], got (12, 11)",
+            "hidden_sizes cannot change when a run goes on: it was (12, 10), got (12, 11)",
         ),
         (["--data", str(tmp_path / "other")], "is not the corpus that"),
     ):
@@ -399,8 +400,8 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
     [
         (["--recipe", "lm1b-huge"], "recipe must be one of lm1b-mos"),
         (
-            ["--batch-size", "7", "--accumulate", "2"],
-            "batch_size must be a multiple of 2 (ranks that read other text × accumulate = 1 × 2), got 7",
+            ["--batch-size", "7", "--micro-batches", "2"],
+            "batch_size must be a multiple of 2 (ranks that read other text × micro_batches = 1 × 2), got 7",
         ),
         (["--vocab-parallel", "2"], "vocab_parallel must divide the number of ranks, 1, got 2"),
         (["--lr", "0"], "lr must be positive, got 0.0"),
@@ -475,7 +476,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
 
     full = dataclasses.replace(RECIPES["lm1b-full"](), memory_gib=19.2)
     with pytest.raises(
-        ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20:(.|\n)*it would fit with --accumulate \d+"
+        ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20:(.|\n)*it would fit with --micro-batches \d+"
     ):
         memory.check(full, 793_471, OneRank)
     with pytest.raises(ConfigError, match="take a smaller embedding or vocabulary"):

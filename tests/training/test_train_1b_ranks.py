@@ -47,9 +47,9 @@ def test_ranks_train_as_one_and_one_continues_what_they_began(n_ranks, vocab_par
     flags, whole, out = [*flags, "--decay", "none"], tmp_path / "whole", tmp_path / "run"
     assert train_1b.main([*flags, "--out", str(whole)]) == 0
     half = sum(kind == "train" for kind, _, _ in losses(whole)) // 2
-    ranks = ["--vocab-parallel", str(vocab_parallel), "--accumulate", str(accumulate)]
+    ranks = ["--vocab-parallel", str(vocab_parallel), "--micro-batches", str(accumulate)]
     finish(torchrun(n_ranks, [*flags, "--out", str(out), "--max-steps", str(half), *ranks]))
-    assert train_1b.main([*flags, "--accumulate", "2", "--out", str(out)]) == 0
+    assert train_1b.main([*flags, "--micro-batches", "2", "--out", str(out)]) == 0
     by_step = {(kind, step): loss for kind, step, loss in losses(out)}
     for kind, step, loss in losses(whole):
         assert by_step[kind, step] == pytest.approx(loss, rel=1e-5), (kind, step)
@@ -127,7 +127,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_for_good(flags, tmp_path):
         time.sleep(0.05)
     agent.send_signal(signal.SIGTERM)
     _, error = agent.communicate(timeout=60)
-    assert b"stopped, and saved" in error and agent.returncode
+    assert b"stopped; the same command continues" in error and agent.returncode
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert int(checkpoint.name.removeprefix("step-")) >= 5 and (checkpoint / "state.json").is_file()
 

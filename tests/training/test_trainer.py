@@ -11,7 +11,7 @@ from fused_mos.train import main, parse
 from fused_mos.training import Trainer, TrainingDiverged
 from fused_mos.training.checkpoint import load_checkpoint
 from fused_mos.training.evaluation import evaluate
-from fused_mos.training.logging import perplexity, read_metrics
+from fused_mos.training.metrics import perplexity, read_metrics
 from fused_mos.training.run import load_run
 
 NO_DROPOUT = [
@@ -31,6 +31,7 @@ def test_a_run_leaves_its_folder(small_flags, tmp_path):
     result = run([*small_flags, *NO_DROPOUT, *wider, "--epochs", "8", "--nonmono", "9"], out)
     names = {path.name for path in out.iterdir()}
     assert names == {
+        ".lock",
         "config.json",
         "vocabulary.txt",
         "metrics.jsonl",
@@ -73,7 +74,7 @@ def test_bfloat16_trains_alike_with_float32_parameters_and_evaluation(small_flag
     saved = load_file(tmp_path / "bfloat16" / "last.safetensors")
     assert all(t.dtype == torch.float32 for name, t in saved.items() if name.startswith(("model.", "hidden.")))
     best = load_run(tmp_path / "bfloat16")
-    loss = evaluate(best.model, best.corpus.valid, best.config.valid_batch_size, best.config.optim.bptt)
+    loss = evaluate(best.model, best.text("valid"), best.config.valid_batch_size, best.config.optim.bptt)
     assert perplexity(loss) == results["bfloat16"]["valid_ppl"]
 
 
@@ -138,7 +139,7 @@ def test_a_run_in_pieces_is_the_whole_run(small_flags, tmp_path, capsys):
     whole, pieces, flags = tmp_path / "whole", tmp_path / "pieces", [*small_flags, "--hidden-sizes", "300", "10"]
     run(flags, whole)
     assert main([*flags, "--out", str(pieces), "--time-limit", "1e-9", "--checkpoint-max-mib", "1"]) == 0
-    assert f"time limit reached; continue with: python -m fused_mos.train --resume {pieces}" in capsys.readouterr().out
+    assert "time limit reached; the same command continues" in capsys.readouterr().out
     assert len(losses(pieces)) == 1 and len(list(pieces.glob("last.safetensors.*"))) > 1
     count = 1
     while not (pieces / "result.json").exists():

@@ -1,6 +1,19 @@
 """Training at the scale of the One Billion Word benchmark, on one device or many under torchrun."""
 
-from .config import RECIPES, LM1BConfig
-from .trainer import LM1BTrainer, Stopped
+from typing import TYPE_CHECKING
 
-__all__ = ["RECIPES", "LM1BConfig", "LM1BTrainer", "Stopped"]
+from .config import RECIPES, LM1BConfig
+
+if TYPE_CHECKING:
+    from .trainer import LM1BTrainer
+
+__all__ = ["RECIPES", "LM1BConfig", "LM1BTrainer"]
+
+
+def __getattr__(name: str) -> object:
+    """Imports the trainer when it is asked for: a command's --help does without."""
+    if name == "LM1BTrainer":
+        from .trainer import LM1BTrainer
+
+        return LM1BTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,9 +10,9 @@ whole.
 
 import errno
 import json
-import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,35 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ..checkpoint import CheckpointError
+from ...runtime import files
+from ..errors import CheckpointError
+from .config import LM1BConfig
 from .ranks import Ranks
 
+FOLDER = "checkpoints"
 STATE = "state.json"
 COMPLETE = re.compile(r"step-\d{8,}")
 """Names of checkpoints that were written to the end."""
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
-    """All ranks together; `tensors` are DTensors or the same on all ranks, and not scalars. A checkpoint of this name
-    stays as it is: it is of the same step. Raises CheckpointError, on all ranks."""
-    if ranks.sums(ranks.first and path.exists()).item():
+    """Writes a checkpoint, all ranks together; `tensors` are DTensors or the same on all ranks, and not scalars. One of
+    this name stays as it is: it is of the same step. Raises CheckpointError, on all ranks."""
+    if ranks.sums(ranks.is_main and path.exists()).item():
         return
-    partial = path.with_name(path.name + ".partial")
-    _first_does(ranks, path, lambda: _fresh_folder(partial))
+    partial = path.with_name(path.name + files.PARTIAL)
+    _main_does(ranks, path, lambda: _fresh_folder(partial))
     error = None
     try:
         dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
     except (CheckpointException, OSError) as failure:
         error = failure
-    _first_does(ranks, path, lambda: _complete(partial, path, state), error)
+    _main_does(ranks, path, lambda: _complete(partial, path, state), error)
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Into `tensors`, in place, whatever number of ranks wrote them. Raises CheckpointError, on all ranks."""
+    """Reads a checkpoint into `tensors`, in place, whatever number of ranks wrote it. Raises CheckpointError, on all
+    ranks."""
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except CheckpointException as failure:
@@ -61,10 +65,22 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path, ranks: Ranks) -> Path | None:
-    """The last complete checkpoint, as the first rank sees it."""
-    names = sorted(path.name for path in folder.glob("step-*") if COMPLETE.fullmatch(path.name))
-    step = int(ranks.sums(int(names[-1].removeprefix("step-")) + 1 if ranks.first and names else 0)[0].item()) - 1
+    """The last complete checkpoint, as the main rank sees it."""
+    names = _complete_names(folder)
+    step = int(ranks.sums(int(names[-1].removeprefix("step-")) + 1 if ranks.is_main and names else 0)[0].item()) - 1
     return None if step < 0 else folder / step_name(step)
+
+
+def saved_config(folder: Path) -> LM1BConfig:
+    """The configuration of the run in `folder`, as its last checkpoint has it. Raises CheckpointError, ConfigError."""
+    names = _complete_names(folder / FOLDER)
+    if not names:
+        raise CheckpointError(f"there is no checkpoint in {folder / FOLDER}")
+    return LM1BConfig.from_json(read_state(folder / FOLDER / names[-1])["config"])
+
+
+def _complete_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*") if COMPLETE.fullmatch(path.name))
 
 
 def step_name(step: int) -> str:
@@ -83,33 +99,21 @@ def _fresh_folder(path: Path) -> None:
 
 
 def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
-    with (partial / STATE).open("w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(partial)
-    os.replace(partial, path)
-    _sync_folder(path.parent)
+    files.write_json(partial / STATE, state)
+    files.sync_folder(partial)
+    files.rename(partial, path)
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _first_does(ranks: Ranks, path: Path, action, error: Exception | None = None) -> None:
-    """The first rank acts, unless there is an error; all ranks raise CheckpointError if it fails."""
-    if ranks.first and error is None:
+def _main_does(ranks: Ranks, path: Path, action: Callable[[], None], error: BaseException | None = None) -> None:
+    """The main rank acts, unless there is an error; all ranks raise CheckpointError if it fails."""
+    if ranks.is_main and error is None:
         try:
             action()
         except OSError as failure:
             error = failure
     wrapped = None
     if error is not None:
-        shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+        shutil.rmtree(path.with_name(path.name + files.PARTIAL), ignore_errors=True)
         wrapped = CheckpointError(
             f"checkpoint {path} could not be written ({_reason(error)}); the last complete one is as it was"
         )

@@ -2,125 +2,92 @@
 embedding, two LSTM layers of 1,024, SGD at 20 with batches of 60 and gradients of norm 0.25 at most, 7 experts. What it
 does not say (bptt, dropout) is ours."""
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ..config import ConfigError, ModelConfig
+from .. import settings
+from ..config import ModelConfig, RunConfig
+from ..errors import ConfigError
+from ..settings import NOT_NEGATIVE, POSITIVE, SEED, setting
 
-NO_DROPOUT = {"dropoute": 0.0, "dropouti": 0.0, "dropouth": 0.0, "dropout": 0.0, "dropoutl": 0.0, "wdrop": 0.0}
-"""Of 0.8 billion words a model of this size sees few twice."""
+NO_DROPOUT = ModelConfig(dropoute=0.0, dropouti=0.0, dropouth=0.0, dropout=0.0, dropoutl=0.0, wdrop=0.0)
+"""A model of this size sees few of 0.8 billion words twice."""
 
 
 @dataclass(frozen=True)
-class LM1BConfig:
+class LM1BConfig(RunConfig):
+    """A run on the One Billion Word benchmark, or a corpus in its form."""
+
     recipe: str = "lm1b-mos"
     """Named set of defaults for all other flags."""
-    data: Path = Path("lm1b")
+    data: Path = setting(Path("lm1b"), may_change=True)
     """Folder that python -m fused_mos.data.lm1b prepare wrote. On many machines, each reads its own copy, or a shared
     one."""
-    out: Path | None = None
-    """Folder of the run, which must be on a file system that all ranks share. If it holds a checkpoint, the run goes on
-    there. By default runs/RECIPE-seedSEED."""
-    evaluate: bool = False
+    out: Path | None = setting(None, may_change=True)
+    """Folder of the run, on a file system that all ranks share: a new one, or one in which the same command goes on. By
+    default runs/RECIPE-seedSEED."""
+    evaluate: bool = setting(False, may_change=True)
     """Instead of training, evaluate the best model of the run on all held-out shards."""
     model: ModelConfig = field(
-        default_factory=lambda: ModelConfig(n_experts=7, embedding_size=900, hidden_sizes=(1024, 1024), **NO_DROPOUT)
+        default_factory=lambda: replace(NO_DROPOUT, n_experts=7, embedding_size=900, hidden_sizes=(1024, 1024))
     )
     optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
-    """PyTorch's, fused where it has that."""
-    lr: float = 20.0
+    """PyTorch's optimizer, fused where it has that."""
+    lr: float = setting(20.0, POSITIVE)
     """Learning rate."""
-    initial_accumulator: float = 0.0
-    """Of adagrad: what its sums of squared gradients start with. With 0, the first step moves every parameter by lr."""
-    warmup_steps: int = 0
+    initial_accumulator: float = setting(0.0, NOT_NEGATIVE)
+    """What adagrad's sums of squared gradients start with. With 0, the first step moves every parameter by lr."""
+    warmup_steps: int = setting(0, NOT_NEGATIVE)
     """Steps over which the learning rate rises from 0."""
     decay: Literal["none", "linear", "cosine"] = "none"
-    """Of the learning rate, from the end of the warm-up to 0 at the end of the run."""
-    weight_decay: float = 0.0
-    """L2 decay of all weights (of adam: decoupled, as AdamW's)."""
-    clip: float = 0.25
+    """Fall of the learning rate from the end of the warm-up to 0 at the end of the run."""
+    weight_decay: float = setting(0.0, NOT_NEGATIVE)
+    """L2 decay of all weights (for adam decoupled, as AdamW's)."""
+    clip: float = setting(0.25, NOT_NEGATIVE)
     """Largest norm of the gradient; 0: no clipping."""
-    batch_size: int = 60
+    batch_size: int = setting(60, POSITIVE)
     """Columns of text over all ranks."""
-    accumulate: int = 1
-    """Parts of a rank's columns that are computed one after the other, to save memory."""
-    head_chunk: int = 0
+    micro_batches: int = setting(1, POSITIVE, may_change=True)
+    """Parts of a rank's columns that are computed one after the other, their gradients accumulated, to save memory.
+    (--accumulate, its earlier name, is taken, too.)"""
+    head_chunk: int = setting(0, NOT_NEGATIVE, may_change=True)
     """Tokens for which the head is computed at once, its vectors recomputed in the backward pass; 0: all, and kept."""
-    bptt: int = 35
+    bptt: int = setting(35, POSITIVE)
     """Rows of a segment of truncated backpropagation."""
-    epochs: int = 1
+    epochs: int = setting(1, POSITIVE, may_change=True)
     """Passes over the training shards."""
-    max_steps: int = 0
+    max_steps: int = setting(0, NOT_NEGATIVE, may_change=True)
     """Steps at most; 0: no limit."""
-    vocab_parallel: int = 1
+    vocab_parallel: int = setting(1, POSITIVE, may_change=True)
     """Ranks that share one copy of the decoder and embedding, and read the same text. The others are copies (data
     parallelism)."""
-    seed: int = 1
-    """Of initialisation, dropout and the order of shards."""
-    device: str = "auto"
+    seed: int = setting(1, SEED)
+    """Seed of initialisation, dropout and the order of shards."""
+    device: str = setting("auto", may_change=True)
     """cpu or cuda; auto takes GPUs if there are any. Each rank of a machine takes the GPU of its LOCAL_RANK."""
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
-    """Of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in the LSTM on
-    a GPU. Parameters, cell states, losses and evaluation are float32."""
-    eval_interval: int = 2000
+    eval_interval: int = setting(2000, POSITIVE, may_change=True)
     """Steps between evaluations on the held-out text; there is one more at the end."""
-    eval_shards: int = 1
+    eval_shards: int = setting(1, NOT_NEGATIVE, may_change=True)
     """Held-out shards to evaluate on in training; 0: all. The first is the usual test shard of the full benchmark."""
-    eval_batch_size: int = 60
+    eval_batch_size: int = setting(60, POSITIVE, may_change=True)
     """Columns of held-out text over all ranks."""
-    log_interval: int = 50
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_minutes: float = 15.0
+    checkpoint_minutes: float = setting(15.0, NOT_NEGATIVE, may_change=True)
     """Minutes between checkpoints; 0 writes one after every step."""
-    time_limit: float = 0.0
-    """Seconds after which the run saves and exits; 0: none."""
-    memory_gib: float = 0.0
+    memory_gib: float = setting(0.0, NOT_NEGATIVE, may_change=True)
     """Memory that a rank may use; 0: what the device has, shared by the ranks on it. A run that needs more is
     refused."""
 
     def check(self) -> None:
         """Raises ConfigError for a value that no run can have."""
-        self.model.check()
-        for name in (
-            "lr",
-            "batch_size",
-            "accumulate",
-            "bptt",
-            "epochs",
-            "vocab_parallel",
-            "eval_interval",
-            "eval_batch_size",
-            "log_interval",
-        ):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in (
-            "initial_accumulator",
-            "warmup_steps",
-            "weight_decay",
-            "clip",
-            "head_chunk",
-            "max_steps",
-            "eval_shards",
-            "checkpoint_minutes",
-            "time_limit",
-            "memory_gib",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("optimizer", "decay", "precision"):
-            choices = get_args(type(self).__dataclass_fields__[name].type)
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        super().check()
         if not self.model.tied:
             raise ConfigError("tied must be True: the recipes share the embedding's weight with the decoder, got False")
 
     @property
     def run_folder(self) -> Path:
-        return self.out or Path("runs") / f"{self.recipe}-seed{self.seed}"
+        return self.out or self.resume or Path("runs") / f"{self.recipe}-seed{self.seed}"
 
     def check_ranks(self, n_ranks: int) -> None:
         """Raises ConfigError where the columns cannot be shared out."""
@@ -130,18 +97,22 @@ class LM1BConfig:
                 f"eval_batch_size must be at least {n_data}, a column for each rank that reads other text, got "
                 f"{self.eval_batch_size}"
             )
-        parts = n_data * self.accumulate
+        parts = n_data * self.micro_batches
         if self.batch_size % parts:
             raise ConfigError(
-                f"batch_size must be a multiple of {parts} (ranks that read other text × accumulate = "
-                f"{parts // self.accumulate} × {self.accumulate}), "
+                f"batch_size must be a multiple of {parts} (ranks that read other text × micro_batches = "
+                f"{parts // self.micro_batches} × {self.micro_batches}), "
                 f"got {self.batch_size}"
             )
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(self).items()
-        }
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "LM1BConfig":
+        """The inverse of `to_json`, also of versions before 0.2. Raises ConfigError for a field that this version does
+        not know."""
+        values = dict(values)
+        if (parts := values.pop("accumulate", None)) is not None:
+            values["micro_batches"] = parts
+        return settings.from_json(cls, values)
 
 
 def lm1b_mos() -> LM1BConfig:
@@ -151,7 +122,7 @@ def lm1b_mos() -> LM1BConfig:
 
 def lm1b_softmax() -> LM1BConfig:
     """The paper's softmax, 119 million parameters at 100,000 words."""
-    model = ModelConfig(head="softmax", embedding_size=1024, hidden_sizes=(1024, 1024), **NO_DROPOUT)
+    model = replace(NO_DROPOUT, head="softmax", embedding_size=1024, hidden_sizes=(1024, 1024))
     return LM1BConfig(recipe="lm1b-softmax", model=model)
 
 
@@ -159,7 +130,7 @@ def lm1b_full() -> LM1BConfig:
     """For all 793,471 words: a billion parameters. Adagrad as in Jozefowicz et al. 2016, for SGD hardly moves rare
     words: lr 0.2, and 1 to start with where losses are summed over the 20 rows of a segment. Ours is their mean, with
     gradients a 20th and squares a 400th of those."""
-    model = ModelConfig(n_experts=7, embedding_size=1024, hidden_sizes=(1024, 1024), **NO_DROPOUT)
+    model = replace(NO_DROPOUT, n_experts=7, embedding_size=1024, hidden_sizes=(1024, 1024))
     return LM1BConfig(
         recipe="lm1b-full",
         model=model,
@@ -176,7 +147,7 @@ def lm1b_full() -> LM1BConfig:
 def lm1b_tiny() -> LM1BConfig:
     """Minutes on a CPU, for a few shards and vocabularies of some 10,000 words. The paper's SGD: with Adam, at 0.0007
     to 0.005, MoS of this size stays for long at the perplexity of the words' frequencies."""
-    model = ModelConfig(n_experts=3, embedding_size=96, hidden_sizes=(192, 128), **NO_DROPOUT)
+    model = replace(NO_DROPOUT, n_experts=3, embedding_size=96, hidden_sizes=(192, 128))
     return LM1BConfig(
         recipe="lm1b-tiny",
         model=model,

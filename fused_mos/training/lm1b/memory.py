@@ -8,11 +8,12 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...lm import AWDLSTM
-from ..config import ConfigError
+from ..errors import ConfigError
 from .config import LM1BConfig
 from .ranks import Ranks
 
@@ -36,8 +37,8 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     whole_bytes = n_parameters * item
     rows = -(-n_words // config.vocab_parallel)
     n_parameters -= (n_words - rows) * (d + 1)
-    widths = [rnn.hidden_size for rnn in whole.rnns]
-    tokens = config.bptt * (config.batch_size // (n_data * config.accumulate))
+    widths = whole.widths
+    tokens = config.bptt * (config.batch_size // (n_data * config.micro_batches))
     in_head = min(tokens, config.head_chunk or tokens)
     half = 2 if config.precision == "bfloat16" else 0
 
@@ -100,18 +101,18 @@ def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
     )
 
 
-def _smaller(config: LM1BConfig, n_data: int) -> Iterator[dict[str, int | str]]:
-    """Changes that save memory, those that leave the results as they are first."""
+def _smaller(config: LM1BConfig, n_data: int) -> Iterator[dict[str, Any]]:
+    """Changes of fields that save memory, those that leave the results as they are first."""
     columns = config.batch_size // n_data
-    splits = [n for n in range(config.accumulate, columns + 1) if columns % n == 0]
-    yield from ({"accumulate": n} for n in splits)
-    yield {"accumulate": splits[-1], "head_chunk": config.bptt}
+    splits = [n for n in range(config.micro_batches, columns + 1) if columns % n == 0]
+    yield from ({"micro_batches": n} for n in splits)
+    yield {"micro_batches": splits[-1], "head_chunk": config.bptt}
     ranks = n_data * config.vocab_parallel
     for n in range(config.vocab_parallel + 1, ranks + 1):
         if ranks % n == 0:
-            yield {"vocab_parallel": n, "accumulate": config.batch_size // (ranks // n)}
+            yield {"vocab_parallel": n, "micro_batches": config.batch_size // (ranks // n)}
     cheaper = [name for name, copies in OPTIMIZER_COPIES.items() if copies < OPTIMIZER_COPIES[config.optimizer]]
-    yield from ({"accumulate": splits[-1], "optimizer": name} for name in reversed(cheaper))
+    yield from ({"micro_batches": splits[-1], "optimizer": name} for name in reversed(cheaper))
 
 
 def as_text(needed: dict[str, int], limit: int) -> str:

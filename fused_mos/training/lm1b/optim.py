@@ -9,15 +9,17 @@ from .config import LM1BConfig
 
 
 def make_optimizer(config: LM1BConfig, model: AWDLSTM, device: torch.device) -> torch.optim.Optimizer:
-    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    if config.optimizer == "adagrad":  # fused on a CPU only
-        options |= {"fused": device.type == "cpu", "initial_accumulator_value": config.initial_accumulator}
-        return torch.optim.Adagrad(model.parameters(), **options)
-    return {"sgd": torch.optim.SGD, "adam": torch.optim.AdamW}[config.optimizer](model.parameters(), **options)
+    parameters, lr, decay = model.parameters(), config.lr, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr, weight_decay=decay, fused=True)
+    if config.optimizer == "adam":
+        return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True)
+    start, fused = config.initial_accumulator, device.type == "cpu"  # where alone Adagrad is fused
+    return torch.optim.Adagrad(parameters, lr, weight_decay=decay, initial_accumulator_value=start, fused=fused)
 
 
 def learning_rate(config: LM1BConfig, step: int, total_steps: int) -> float:
-    """Of step 0, 1, …"""
+    """Learning rate at `step`, counted from 0."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "none":

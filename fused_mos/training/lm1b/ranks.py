@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from ..config import ConfigError
 from ..device import device_named
+from ..errors import ConfigError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After which a rank that waits for one that hangs gives up, so that torchrun can start anew. (A rank that dies is
@@ -55,7 +55,7 @@ class Ranks:
         self.data = self.mesh.get_local_rank("data")
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes logs and talks to the user."""
         return self.rank == 0
 
@@ -83,7 +83,7 @@ class Ranks:
         number = int.from_bytes(digest.digest()[:7], "big")
         extremes = torch.tensor([number, -number], device=self.device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        return extremes[0] == -extremes[1]
+        return bool(extremes[0] == -extremes[1])
 
     def least(self, number: int) -> int:
         """The least of all ranks' numbers."""

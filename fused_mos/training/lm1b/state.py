@@ -1,13 +1,18 @@
-"""A run's tensors in the form in which any number of ranks can save and read them: views of the run's own memory."""
+"""The state of a run: what its checkpoints hold, in the form in which any number of ranks can save and read it."""
+
+import dataclasses
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Shard
 
+from ...data.token_stream import Position
 from ...lm import AWDLSTM
-from ...lm.awd_lstm import Hidden
+from ...lm.awd_lstm import Hidden, gradients
 from ...vocab_parallel import VocabShard
+from .. import meter
 from .ranks import Ranks
 
 
@@ -19,9 +24,24 @@ def initialize(model: AWDLSTM, optimizer: torch.optim.Optimizer) -> None:
             state["step"].zero_()
 
 
+@dataclasses.dataclass
+class Progress(meter.Progress):
+    """Where a run stands, the same on all ranks; with the parameters, optimizer, hidden and random states this is all
+    of its state."""
+
+    position: Position = dataclasses.field(default_factory=Position)
+    evaluated: int = 0  # step of the last evaluation
+    interval_loss: float = 0.0  # sum since the last line of metrics.jsonl
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """The inverse of `dataclasses.asdict`. Raises KeyError or TypeError for the fields of another version."""
+        return cls(**values | {"position": Position(**values["position"])})
+
+
 class RunTensors:
-    """What is cut over ranks comes as a DTensor: decoder rows (and what the optimizer keeps for them) over `vocab`,
-    columns over `data`."""
+    """A run's state as named tensors, views of the run's own memory. What is cut over ranks comes as a DTensor: decoder
+    rows (and what the optimizer keeps for them) over `vocab`, columns over `data`."""
 
     def __init__(self, model: AWDLSTM, optimizer: torch.optim.Optimizer, shard: VocabShard | None, ranks: Ranks):
         self.model, self.optimizer, self.shard, self.ranks = model, optimizer, shard, ranks
@@ -33,9 +53,15 @@ class RunTensors:
     def parameters(self) -> dict[str, Tensor]:
         return {f"model.{name}": self._as_saved(name, p) for name, p in self.model.named_parameters()}
 
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters' gradients after a backward pass: of this rank's parts of larger ones, and of whole ones."""
+        named = list(self.model.named_parameters())
+        sharded = gradients(p for name, p in named if self.is_sharded(name))
+        return sharded, gradients(p for name, p in named if not self.is_sharded(name))
+
     def training(self) -> dict[str, Tensor]:
         """Parameters and the optimizer's state."""
-        names = {p: name for name, p in self.model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         tensors = self.parameters()
         for p, state in self.optimizer.state.items():
             tensors |= {
@@ -47,7 +73,7 @@ class RunTensors:
 
     def hidden(self, parts: list[Hidden]) -> dict[str, Tensor]:
         """(columns of all ranks, width) of each layer. A copy: `parts_of` is the way back."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer in range(len(parts[0])):
             for i, name in enumerate("hc"):
                 own = torch.cat([part[layer][i][0] for part in parts])
@@ -58,7 +84,7 @@ class RunTensors:
     def parts_of(tensors: dict[str, Tensor], size: int) -> list[Hidden]:
         """The hidden states of this rank's columns, in parts of `size` columns."""
         layers = sum(name.startswith("hidden.") for name in tensors) // 2
-        split = [[tensors[f"hidden.{layer}.{name}"].to_local().split(size) for name in "hc"] for layer in range(layers)]
+        split = [[_own(tensors[f"hidden.{layer}.{name}"]).split(size) for name in "hc"] for layer in range(layers)]
         return [[(h[i][None].contiguous(), c[i][None].contiguous()) for h, c in split] for i in range(len(split[0][0]))]
 
     def random(self) -> dict[str, Tensor]:
@@ -68,7 +94,7 @@ class RunTensors:
         return {"random": self._columns(torch.cat(states)[None].to(device))}
 
     def set_random(self, tensors: dict[str, Tensor]) -> None:
-        state, of_cpu = tensors["random"].to_local()[0].cpu(), torch.get_rng_state().numel()
+        state, of_cpu = _own(tensors["random"])[0].cpu(), torch.get_rng_state().numel()
         torch.set_rng_state(state[:of_cpu])
         if self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(state[of_cpu:], self.ranks.device)
@@ -77,8 +103,13 @@ class RunTensors:
         return DTensor.from_local(own, self.ranks.mesh["data"], [Shard(0)], run_check=False)
 
     def _as_saved(self, name: str, tensor: Tensor) -> Tensor:
-        """Of a parameter, or what the optimizer keeps for it."""
-        if self.is_sharded(name) and tensor.dim():
+        """A parameter, or what the optimizer keeps for it."""
+        if self.shard is not None and self.is_sharded(name) and tensor.dim():
             return self.shard.as_dtensor(tensor, self.ranks.mesh["vocab"])
         tensor = tensor.detach()
         return tensor.view(1) if tensor.dim() == 0 else tensor  # slices of safetensors have at least one dimension
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is cut over ranks."""
+    return cast(DTensor, tensor).to_local()

@@ -4,89 +4,35 @@ ranks."""
 import dataclasses
 import hashlib
 import math
-import signal
-import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ...data.corpus import CorpusError
-from ...data.token_stream import Position, PreparedCorpus, TokenFile, TrainStream, evaluation_segments
+from ...data.token_stream import PreparedCorpus, TokenFile, TrainStream
 from ...lm import AWDLSTM
+from ...lm.awd_lstm import gradients
+from ...runtime import UserError, files, signals
+from ...runtime.progress import bar, say
 from ...vocab_parallel import parallelize
-from ..checkpoint import CheckpointClock, CheckpointError, TimeLimitReached
-from ..config import ConfigError
-from ..device import allow_tf32, peak_memory_mib
-from ..logging import MetricsLog, perplexity, plot_learning_curves
-from ..run import write_json
-from ..trainer import TrainingDiverged
+from .. import folder as run_folder
+from .. import meter, settings
+from ..device import allow_tf32, check_precision, peak_memory_mib
+from ..errors import CheckpointError, TrainingDiverged
+from ..metrics import MetricsLog, perplexity, plot_learning_curves
 from . import checkpoint, memory
 from .config import LM1BConfig
+from .evaluation import evaluate
+from .exchange import StepDecision, exchange
 from .loss import SummedLoss
 from .optim import learning_rate, make_optimizer
 from .ranks import Ranks
-from .state import RunTensors, initialize
-
-CHANGEABLE = {
-    "data",
-    "out",
-    "evaluate",
-    "accumulate",
-    "head_chunk",
-    "epochs",
-    "max_steps",
-    "vocab_parallel",
-    "device",
-    "eval_interval",
-    "eval_shards",
-    "eval_batch_size",
-    "log_interval",
-    "checkpoint_minutes",
-    "time_limit",
-    "memory_gib",
-    "backend",
-}
-"""Fields that may differ from those of the checkpoint; any other would make it another run."""
-
-
-class Stopped(Exception):
-    """A signal has arrived, on any rank; everything is saved. `signum`: which."""
-
-    def __init__(self, signum: int):
-        super().__init__(signum)
-        self.signum = signum
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; with the parameters, optimizer, hidden and random states this is all of its state, the same
-    on all ranks."""
-
-    position: Position = dataclasses.field(default_factory=Position)
-    step: int = 0
-    words: int = 0  # predicted, over all ranks
-    seconds: float = 0.0  # of training
-    best: float | None = None  # lowest held-out loss
-    evaluated: int = 0  # step of the last evaluation
-    interval_loss: float = 0.0  # sums since the last line of metrics.jsonl
-    interval_words: int = 0
-    interval_seconds: float = 0.0
-    metrics_bytes: int = 0
-
-
-class Wish(NamedTuple):
-    """What all ranks do after a step, if one of them wants it."""
-
-    signum: int  # of a signal that ends the run, or 0
-    save: bool
-    stop: bool  # the time is up
+from .state import Progress, RunTensors, initialize
 
 
 class LM1BTrainer:
@@ -100,10 +46,9 @@ class LM1BTrainer:
         config.check_ranks(ranks.n_ranks)
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.folder = config.run_folder
-        self.checkpoints, self.best = self.folder / "checkpoints", self.folder / "best"
-        self.clock = CheckpointClock(config.checkpoint_minutes, config.time_limit)
-        if config.precision == "tf32" and self.device.type != "cuda":
-            raise ConfigError(f"precision tf32 is that of NVIDIA GPUs, got device {self.device}")
+        self.checkpoints, self.best = self.folder / checkpoint.FOLDER, self.folder / "best"
+        self.clock = signals.CheckpointClock(config.checkpoint_minutes, config.time_limit)
+        check_precision(config.precision, self.device)
         self.corpus = self._read_corpus()
         self.memory = "" if config.evaluate else memory.check(config, len(self.corpus.vocabulary), ranks)
         self.progress = Progress()
@@ -116,9 +61,8 @@ class LM1BTrainer:
             self.progress.position,
         )
         torch.manual_seed(config.seed)
-        self.model = AWDLSTM(
-            len(self.corpus.vocabulary), **dataclasses.asdict(config.model)
-        )  # on the CPU: the same on every device
+        # on the CPU: the same on every device
+        self.model = AWDLSTM(len(self.corpus.vocabulary), **dataclasses.asdict(config.model))
         self.shard = parallelize(self.model, ranks.mesh["vocab"].get_group()) if ranks.n_vocab > 1 else None
         self.model.to(self.device)
         self.loss = SummedLoss(self.model, self.corpus.bos, config.head_chunk)
@@ -128,14 +72,15 @@ class LM1BTrainer:
         self._seed_dropout(0)
         self.parts = [range(start, start + self._part) for start in range(0, len(self.stream.columns), self._part)]
         self.hidden = [self.model.initial_hidden(self._part) for _ in self.parts]
-        self.signals = {signal.SIGTERM: 0, signal.SIGINT: 0}
         self.metrics: MetricsLog | None = None
+        self._lock = None if config.evaluate else self._claim_folder()
         self.resumed = checkpoint.newest(self.checkpoints, ranks)
         if self.resumed:
             self._restore(self.resumed)
-        elif not config.evaluate:
-            self._check_empty()
-        self.distributed = self.loss
+        elif config.resume:
+            raise CheckpointError(f"there is no checkpoint in {self.checkpoints}")
+        self.stopwatch = meter.Stopwatch(self.progress, self.device)
+        self.distributed: DistributedDataParallel | None = None
         if ranks.n_data > 1:  # only now: it makes the parameters of all ranks the same
             group, devices = ranks.mesh["data"].get_group(), [self.device] if self.device.type == "cuda" else None
             self.distributed = DistributedDataParallel(
@@ -144,40 +89,40 @@ class LM1BTrainer:
 
     @property
     def _part(self) -> int:
-        return len(self.stream.columns) // self.config.accumulate
+        return len(self.stream.columns) // self.config.micro_batches
 
     @property
     def n_parameters(self) -> int:
-        sharded = (
-            0
-            if self.shard is None
-            else (self.shard.n_classes - self.shard.stop + self.shard.start) * (self.config.model.embedding_size + 1)
-        )
-        return sum(p.numel() for p in self.model.parameters()) + sharded
+        """Parameters of the whole model, of which this rank may hold a part."""
+        own = sum(p.numel() for p in self.model.parameters())
+        if self.shard is None:
+            return own
+        rows_of_others = self.shard.n_classes - (self.shard.stop - self.shard.start)
+        return own + rows_of_others * (self.config.model.embedding_size + 1)
 
     def _read_corpus(self) -> PreparedCorpus:
-        error = corpus = None
+        error = None
         try:
             corpus = PreparedCorpus(self.config.data)
             corpus.check(self.ranks.local_rank, self.ranks.n_local)  # each machine its own files
         except CorpusError as failure:
             error = failure
         self.ranks.agree(error)
-        if not self.ranks.have_the_same(
-            hashlib.sha256("".join([corpus.digest, *(f.sha256 for f in (*corpus.train, *corpus.heldout))]).encode())
-        ):
+        digests = [corpus.digest, *(file.sha256 for file in (*corpus.train, *corpus.heldout))]
+        if not self.ranks.have_the_same(hashlib.sha256("".join(digests).encode())):
             raise CorpusError(f"data: {self.config.data} is not the same corpus on all ranks")
         return corpus
 
-    def _check_empty(self) -> None:
-        # a folder of checkpoints, none of them complete, is that of a run which was killed while it wrote its first
-        others = (
-            self.ranks.first
-            and self.folder.exists()
-            and (not self.folder.is_dir() or any(p != self.checkpoints for p in self.folder.iterdir()))
-        )
-        message = f"out: {self.folder} is not empty and holds no checkpoint; name another --out"
-        self.ranks.agree(ConfigError(message) if others else None)
+    def _claim_folder(self) -> files.FolderLock | None:
+        """Locks the run's folder for the main rank; on all ranks raises what the main rank meets."""
+        lock, error = None, None
+        if self.ranks.is_main:
+            try:
+                lock = run_folder.claim(self.folder, lambda path: path == self.checkpoints)
+            except UserError as failure:
+                error = failure
+        self.ranks.agree(error)
+        return lock
 
     def _seed_dropout(self, step: int) -> None:
         """Each group of ranks that reads other text draws other masks."""
@@ -194,19 +139,19 @@ class LM1BTrainer:
         """
         if not self.resumed:
             self._save()  # before anything else, so that there is no moment from which a run cannot go on
-        if self.ranks.first:
-            write_json(self.folder / "config.json", self.config.to_json())
+        if self.ranks.is_main:
+            files.write_json(self.folder / "config.json", self._config_json())
             self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
-        before = {number: signal.signal(number, self._on_signal) for number in self.signals}
         try:
-            self._train()
-            self._evaluate_and_keep_best()
-            self._save()
+            with signals.noting():
+                self._train()
+                self._evaluate_and_keep_best()
+                self._save()
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             if self.metrics:
                 self.metrics.close()
+            if self._lock:
+                self._lock.release()
         return self.final_evaluation()
 
     @property
@@ -216,100 +161,73 @@ class LM1BTrainer:
 
     def _train(self) -> None:
         config, progress = self.config, self.progress
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        rows, done = (
-            self.stream.rows_per_epoch * config.epochs,
-            round(self.stream.fraction * self.stream.rows_per_epoch),
-        )
-        with tqdm(
-            total=rows,
-            initial=done,
-            unit="rows",
-            mininterval=interval,
-            dynamic_ncols=True,
-            disable=not self.ranks.first,
-        ) as bar:
-            self._since = time.monotonic()
+        columns, rows = config.batch_size, self.stream.rows_per_epoch
+        with bar(
+            desc="train",
+            unit="words",
+            total=rows * config.epochs * columns,
+            initial=round(self.stream.fraction * rows) * columns,
+            disable=not self.ranks.is_main,
+        ) as shown:
+            self.stopwatch.start()
             while not self._done:
                 for inputs, targets in self.stream.segments():
-                    wish = self.train_step(inputs, targets)
-                    bar.update(len(inputs))
-                    self._count_time()
+                    decision = self.train_step(inputs, targets)
+                    shown.update(len(inputs) * columns)
+                    self.stopwatch.lap()
                     if progress.step % config.log_interval == 0:
-                        self._log(bar)
+                        self._log(shown)
                     if progress.step % config.eval_interval == 0:
                         self._evaluate_and_keep_best()
-                        self._since = time.monotonic()
-                    if wish.save:
+                        self.stopwatch.start()
+                    if decision.save:
                         self._save()
                         self.clock.saved()
-                        self._since = time.monotonic()
-                    if wish.signum:
-                        raise Stopped(wish.signum)
-                    if wish.stop:
-                        raise TimeLimitReached
+                        self.stopwatch.start()
+                    if decision.signum:
+                        raise signals.Stopped(decision.signum)
+                    if decision.stop:
+                        raise signals.TimeLimitReached
                     if self._done:
                         break
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> "Wish":
+    def train_step(self, inputs: Tensor, targets: Tensor) -> StepDecision:
         """One segment of this rank's columns (T, B). Returns what is to be done after it, the same on all ranks."""
         ranks, config, progress = self.ranks, self.config, self.progress
         self.model.train()
         allow_tf32(self.device, config.precision != "float32")
         inputs, targets = inputs.to(self.device), targets.to(self.device)
         words = ranks.sums((targets != self.corpus.bos).sum() / ranks.n_vocab)[0].clamp(min=1)
+        distributed = self.distributed
+        forward = self.loss if distributed is None else distributed
         # in several parts DistributedDataParallel would make new gradients beside those in its buckets
-        self.optimizer.zero_grad(set_to_none=self.distributed is self.loss or len(self.parts) == 1)
+        self.optimizer.zero_grad(set_to_none=distributed is None or len(self.parts) == 1)
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         for i, part in enumerate(self.parts):
             last = i + 1 == len(self.parts)
             columns = slice(part.start, part.stop)
-            with nullcontext() if last or self.distributed is self.loss else self.distributed.no_sync():
+            with nullcontext() if last or distributed is None else distributed.no_sync():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    loss, self.hidden[i] = self.distributed(inputs[:, columns], targets[:, columns], self.hidden[i])
+                    loss, self.hidden[i] = forward(inputs[:, columns], targets[:, columns], self.hidden[i])
                 # DistributedDataParallel takes the mean over ranks of what is here a sum over words
                 (loss * (ranks.n_data / words).to(loss.dtype)).backward()
             nll += loss.detach()
-        total, norm, words, wish = self._exchange(nll, words)
+        sharded, whole = self.tensors.gradients()
+        total, norm, n_words, decision = exchange(nll, words, sharded, whole, ranks, self.clock)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"training diverged at step {progress.step + 1}: loss {total / max(words, 1):.4g}, norm of the "
-                f"gradient {norm:.4g}; nothing was "
-                f"updated, and the checkpoints in {self.checkpoints} are from before that; try a lower --lr or --clip"
+                f"training diverged at step {progress.step + 1}: loss {total / max(n_words, 1):.4g}, norm of the "
+                f"gradient {norm:.4g}; nothing was updated, and the checkpoints in {self.checkpoints} are from before "
+                "that; try a lower --lr or --clip"
             )
         if config.clip and norm > config.clip:
-            torch._foreach_mul_([p.grad for p in self.model.parameters()], config.clip / norm)
+            torch._foreach_mul_(gradients(self.model.parameters()), config.clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, progress.step, self.total_steps)
         self.optimizer.step()
-        progress.step += 1
-        progress.words += round(words)
+        progress.count(round(n_words))
         progress.interval_loss += total
-        progress.interval_words += round(words)
-        return wish
-
-    def _exchange(self, nll: Tensor, words: Tensor) -> tuple[float, float, float, "Wish"]:
-        """Over all ranks: the summed NLL, the norm of the whole gradient, the words, and what is to be done. The one
-        time that a step waits."""
-        sharded, whole = [], []
-        for name, p in self.model.named_parameters():
-            (sharded if self.tensors.is_sharded(name) else whole).append(p.grad)
-        ranks, clock = self.ranks, self.clock
-        if ranks.n_vocab > 1:  # the same up to rounding, on which some kernels do not decide alike
-            for grad in whole:
-                dist.all_reduce(grad, group=ranks.mesh["vocab"].get_group())
-            torch._foreach_div_(whole, ranks.n_vocab)
-        squares = [
-            torch.nn.utils.get_total_norm(grads).double() ** 2 if grads else nll.new_zeros(())
-            for grads in (sharded, whole)
-        ]
-        times = (clock.due, clock.over) if ranks.first else (0, 0)  # clocks differ
-        numbers = ranks.sums(
-            nll / ranks.n_vocab, squares[0] / ranks.n_data + squares[1] / ranks.n_ranks, *self.signals.values(), *times
-        )
-        total, square, terminate, interrupt, due, over, words = torch.cat([numbers, words[None]]).tolist()
-        signum = signal.SIGINT if interrupt else signal.SIGTERM if terminate else 0
-        return total, math.sqrt(square), words, Wish(signum, bool(due or signum), bool(over))
+        return decision
 
     @property
     def total_steps(self) -> int:
@@ -318,23 +236,10 @@ class LM1BTrainer:
         steps = config.epochs * sum(-(-n // config.bptt) for n in rows)
         return min(steps, config.max_steps) if config.max_steps else steps
 
-    def _on_signal(self, signum: int, frame) -> None:
-        """The next step will see it; a second one of the kind acts at once."""
-        self.signals[signum] = 1
-        signal.signal(signum, signal.SIG_DFL)
-
-    def _count_time(self) -> None:
-        now = time.monotonic()
-        self.progress.seconds += now - self._since
-        self.progress.interval_seconds += now - self._since
-        self._since = now
-
-    def _log(self, bar: tqdm) -> None:
+    def _log(self, shown: tqdm) -> None:
         progress = self.progress
-        loss, speed = (
-            progress.interval_loss / progress.interval_words,
-            progress.interval_words / progress.interval_seconds,
-        )
+        loss = progress.interval_loss / progress.interval_words
+        speed = progress.interval_words / progress.interval_seconds
         if self.metrics:
             self.metrics.write(
                 "train",
@@ -346,64 +251,35 @@ class LM1BTrainer:
                 lr=learning_rate(self.config, progress.step - 1, self.total_steps),
                 epoch_fraction=self.stream.fraction,
             )
-        bar.set_postfix_str(
-            f"loss {loss:.3f}, ppl {perplexity(loss):.2f}, {speed:,.0f} words/s, {speed / self.ranks.n_ranks:,.0f} a "
-            "rank",
-            refresh=False,
-        )
-        progress.interval_loss, progress.interval_words, progress.interval_seconds = 0.0, 0, 0.0
+        shown.set_postfix_str(f"ppl {perplexity(loss):.2f}", refresh=False)
+        progress.interval_loss = 0.0
+        progress.start_interval()
 
     # ------------------------------------------------------------------------------------------------------- evaluation
 
-    @torch.no_grad()
-    def evaluate(self, files: list[TokenFile]) -> tuple[float, int]:
-        """Mean NLL in nats over every word of the files, </S> and <UNK> among them, and how many that are. The hidden
-        state starts anew with each file."""
-        config, ranks = self.config, self.ranks
-        self.model.eval()
-        allow_tf32(self.device, False)
-        columns = ranks.columns(config.eval_batch_size)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = torch.zeros((), dtype=torch.int64, device=self.device)
-        for file in tqdm(
-            files,
-            desc="evaluate",
-            unit="shards",
-            leave=False,
-            dynamic_ncols=True,
-            disable=not ranks.first or len(files) == 1,
-        ):
-            hidden = self.model.initial_hidden(len(columns))
-            for inputs, targets in evaluation_segments(
-                file, self.corpus.bos, config.eval_batch_size, columns, config.bptt
-            ):
-                targets = targets.to(self.device)
-                loss, hidden = self.loss(inputs.to(self.device), targets, hidden)
-                total += loss
-                count += (targets != self.corpus.bos).sum()
-        loss, words = (ranks.sums(total, count) / ranks.n_vocab).tolist()
-        return loss / words, round(words)
+    def _evaluate(self, shards: list[TokenFile]) -> tuple[float, int]:
+        return evaluate(self.loss, shards, self.config.eval_batch_size, self.config.bptt, self.ranks)
 
     def _evaluate_and_keep_best(self) -> None:
         progress = self.progress
         if progress.evaluated == progress.step:
             return
         progress.evaluated = progress.step
-        loss, words = self.evaluate(self.corpus.heldout[: self.config.eval_shards or None])
+        loss, words = self._evaluate(self.corpus.heldout[: self.config.eval_shards or None])
         better = progress.best is None or loss < progress.best
         if better:
             progress.best = loss
             path = self.best / checkpoint.step_name(progress.step)
             checkpoint.save(path, self.tensors.parameters(), {"step": progress.step, "loss": loss}, self.ranks)
-            if self.ranks.first:
+            if self.ranks.is_main:
                 checkpoint.remove_older(self.best, path)
-        if self.ranks.first:
+        if self.metrics:  # the main rank's
             epoch = self.stream.fraction
             self.metrics.write(
                 "valid", progress.step, loss=loss, ppl=perplexity(loss), words=words, epoch=epoch, averaging=False
             )
             plot_learning_curves({self.config.model.head: self.folder}, self.folder / "learning-curve.png")
-            tqdm.write(
+            say(
                 f"step {progress.step}: held-out ppl {perplexity(loss):.2f} over {words:,} words"
                 + (" (best)" if better else "")
             )
@@ -415,7 +291,7 @@ class LM1BTrainer:
             raise CheckpointError(f"{self.folder} has no best model: it is not the folder of a run that was evaluated")
         state = checkpoint.read_state(best)
         checkpoint.load(best, self.tensors.parameters())
-        loss, words = self.evaluate(self.corpus.heldout)
+        loss, words = self._evaluate(self.corpus.heldout)
         progress = self.progress
         result = {
             "recipe": self.config.recipe,
@@ -430,12 +306,12 @@ class LM1BTrainer:
             "steps": progress.step,
             "words": progress.words,
             "ranks": self.ranks.n_ranks,
-            "words_per_second": progress.words / progress.seconds if progress.seconds else None,
+            "words_per_second": progress.words_per_second,
             "training_seconds": progress.seconds,
             "peak_memory_mib": peak_memory_mib(self.device),
         }
-        if self.ranks.first:
-            write_json(self.folder / "result.json", result)
+        if self.ranks.is_main:
+            files.write_json(self.folder / "result.json", result)
         return result
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -445,17 +321,16 @@ class LM1BTrainer:
         if self.metrics:
             progress.metrics_bytes = self.metrics.sync()
         state = {
-            "config": self.config.to_json(),
+            "config": self._config_json(),
             "progress": dataclasses.asdict(progress),
             "vocabulary": self.corpus.digest,
             "shards": [file.sha256 for file in self.corpus.train],
             "random": [self.ranks.n_data, self.device.type],
         }
+        tensors = self.tensors.training() | self.tensors.hidden(self.hidden) | self.tensors.random()
         path = self.checkpoints / checkpoint.step_name(progress.step)
-        checkpoint.save(
-            path, self.tensors.training() | self.tensors.hidden(self.hidden) | self.tensors.random(), state, self.ranks
-        )
-        if self.ranks.first:
+        checkpoint.save(path, tensors, state, self.ranks)
+        if self.ranks.is_main:
             checkpoint.remove_older(self.checkpoints, path)
 
     def _restore(self, path: Path) -> None:
@@ -467,8 +342,7 @@ class LM1BTrainer:
             tensors |= self.tensors.random()
         checkpoint.load(path, tensors)
         try:
-            values = state["progress"]
-            self.progress = Progress(**values | {"position": Position(**values["position"])})
+            self.progress = Progress.from_json(state["progress"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
         self.stream.position = self.progress.position
@@ -481,18 +355,8 @@ class LM1BTrainer:
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
         if state["vocabulary"] != self.corpus.digest or state["shards"] != [file.sha256 for file in self.corpus.train]:
             raise CheckpointError(f"data: {self.config.data} is not the corpus that {path} was trained on")
-        saved, asked, default = state["config"], self.config.to_json(), LM1BConfig().to_json()
-        for was, now, otherwise in ((saved["model"], asked["model"], default["model"]), (saved, asked, default)):
-            for name in now:
-                before = was.get(
-                    name, otherwise[name]
-                )  # a field that came later has the value that it has where nobody asks for another
-                if name not in {"model", *CHANGEABLE} and _as_json(before) != _as_json(now[name]):
-                    raise ConfigError(
-                        f"{name} cannot change when a run goes on: it was {before}, got {now[name]}; name another --out"
-                    )
+        settings.check_same_run(LM1BConfig.from_json(state["config"]), self.config)
 
-
-def _as_json(value: Any) -> Any:
-    """JSON has no tuples."""
-    return list(value) if isinstance(value, tuple) else value
+    def _config_json(self) -> dict[str, Any]:
+        """The configuration for a later command, wherever that is started."""
+        return dataclasses.replace(self.config, data=self.config.data.absolute(), resume=None).to_json()

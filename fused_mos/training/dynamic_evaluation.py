@@ -4,19 +4,22 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data import batchify, digest
-from ..lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
-from .checkpoint import CheckpointClock, load_checkpoint, remove_checkpoint, save_checkpoint
-from .config import ConfigError
-from .logging import perplexity
-from .run import Run, write_json
+from ..lm.awd_lstm import Hidden
+from ..lm.dynamic_evaluation import DynamicEvaluation, DynamicRule, GradientStatistics
+from ..runtime import files, signals
+from ..runtime.progress import bar, say
+from .checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from .errors import ConfigError
+from .metrics import perplexity
+from .run import Run
 
 STATISTICS_BATCH_SIZE = 100
 STATISTICS_BPTT = 5
@@ -24,7 +27,7 @@ STATISTICS_BPTT = 5
 own bptt leaves them as they are."""
 
 SCREENING_SHARE = 0.1
-"""Of the validation text that the search reads first."""
+"""Share of the validation text that the search reads first."""
 
 POSTFIX_INTERVAL = 100
 """Segments between looks at the perplexity, for which the host must wait for the device."""
@@ -37,20 +40,21 @@ FINALISTS = 3
 
 
 class DynamicRun:
-    """Dynamic evaluation of the best model of a run. Its files lie in RUN/dynamic, and belong to that model alone."""
+    """Dynamic evaluation of the best model of a run. Its files lie in RUN/dynamic, which it locks, and belong to that
+    model alone. Raises FolderInUse."""
 
-    def __init__(self, run: Run, clock: CheckpointClock):
+    def __init__(self, run: Run, clock: signals.CheckpointClock):
         self.run, self.clock = run, clock
         self.folder = run.folder / "dynamic"
-        self.folder.mkdir(exist_ok=True)
+        self._lock = files.FolderLock(self.folder)
         self.trained = {name: p.detach().clone() for name, p in run.model.named_parameters()}
         self.model_digest = hashlib.sha256((run.folder / "best.safetensors").read_bytes()).hexdigest()
-        self.train_digest, self.valid_digest = digest(run.corpus.train), digest(run.corpus.valid)
+        self.train_digest, self.valid_digest = digest(run.text("train")), digest(run.text("valid"))
 
     def statistics(self) -> list[Tensor]:
         """Root mean squares of the training set's gradients, kept for later evaluations."""
         path = self.folder / "gradient-statistics.safetensors"
-        source = batchify(self.run.corpus.train, STATISTICS_BATCH_SIZE).to(self.run.device)
+        source = batchify(self.run.text("train"), STATISTICS_BATCH_SIZE).to(self.run.device)
         self._reset()
         statistics = GradientStatistics(self.run.model, source, STATISTICS_BPTT)
         text = {"text": self.train_digest}
@@ -112,7 +116,7 @@ class DynamicRun:
         """The rule with the lowest loss on the validation text: a climb from `start` on its first part, by halves and
         doubles of one field at a time, then the best few on all of it. What was tried is kept in
         dynamic/tuning.json."""
-        valid = self.run.corpus.valid
+        valid = self.run.text("valid")
         first = valid[: max(int(valid.numel() * SCREENING_SHARE), 2)]
         path = self.folder / "tuning.json"
         tried = self._tried(path)
@@ -128,22 +132,22 @@ class DynamicRun:
                         raise
                     known = sys.float_info.max  # JSON has no infinity
                 tried.append(record | {"loss": known})
-                write_json(path, self._key | {"tried": tried})
-                tqdm.write(f"{name}: ppl {perplexity(known):.2f} with {rule}")
+                files.write_json(path, self._key | {"tried": tried})
+                say(f"{name}: ppl {perplexity(known):.2f} with {rule}")
             return known
 
         screened = {start: loss(start, first, "valid, first part")}
         while True:
-            best = min(screened, key=screened.get)
+            best = min(screened, key=screened.__getitem__)
             for rule in _neighbours(best):
                 if rule not in screened:
                     screened[rule] = loss(rule, first, "valid, first part")
             if min(screened.values()) >= screened[best] - LEAST_GAIN:
                 break
-        finalists = sorted(screened, key=screened.get)[:FINALISTS]
+        finalists = sorted(screened, key=screened.__getitem__)[:FINALISTS]
         return min(finalists, key=lambda rule: loss(rule, valid, "valid"))
 
-    def _tried(self, path: Path) -> list[dict]:
+    def _tried(self, path: Path) -> list[dict[str, Any]]:
         if not path.is_file():
             return []
         content = json.loads(path.read_text())
@@ -151,29 +155,30 @@ class DynamicRun:
 
     @property
     def _key(self) -> dict[str, str]:
-        """Of what the search has tried: other models and texts have other bests."""
+        """Tells for which model and texts the search has tried rules: others have other bests."""
         return {"model": self.model_digest, "train": self.train_digest, "valid": self.valid_digest}
 
     def _work(
-        self, work: GradientStatistics | DynamicEvaluation, source: Tensor, description: str, save, postfix=None
+        self,
+        work: GradientStatistics | DynamicEvaluation,
+        source: Tensor,  # (T, B)
+        description: str,
+        save: Callable[[], None],
+        postfix: Callable[[], str] | None = None,
     ) -> None:
         """Runs to the end, saving at intervals and once at the end."""
         rows = source.shape[0] - 1
         if work.row == rows:
             return
-        with tqdm(
-            total=rows,
-            initial=work.row,
-            desc=description,
-            unit="rows",
-            mininterval=0.5,
-            dynamic_ncols=True,
-            leave=False,
-        ) as bar:
+        columns = source.shape[1]
+        with (
+            signals.noting(),
+            bar(desc=description, unit="words", total=rows * columns, initial=work.row * columns, leave=False) as shown,
+        ):
             for i, n in enumerate(work):
-                bar.update(n)
+                shown.update(n * columns)
                 if postfix and i % POSTFIX_INTERVAL == 0:
-                    bar.set_postfix_str(postfix(), refresh=False)
+                    shown.set_postfix_str(postfix(), refresh=False)
                 self.clock.tick(save)
         save()
 
@@ -182,10 +187,10 @@ class DynamicRun:
             for name, p in self.run.model.named_parameters():
                 p.copy_(self.trained[name])
 
-    def _save(self, path: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    def _save(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         save_checkpoint(path, tensors, meta | {"model": self.model_digest}, self.run.config.checkpoint_max_mib)
 
-    def _saved(self, path: Path, expected: dict) -> tuple[dict[str, Tensor], dict] | None:
+    def _saved(self, path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The checkpoint, if it is of this model and as expected."""
         if not path.is_file():
             return None
@@ -204,10 +209,10 @@ def _neighbours(rule: DynamicRule) -> Iterator[DynamicRule]:
                 yield dataclasses.replace(rule, **{name: value})
 
 
-def _named(hidden) -> dict[str, Tensor]:
+def _named(hidden: Hidden) -> dict[str, Tensor]:
     return {f"hidden.{i}.{name}": tensor for i, layer in enumerate(hidden) for name, tensor in zip("hc", layer)}
 
 
-def _hidden(tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _hidden(tensors: dict[str, Tensor]) -> Hidden:
     layers = sum(name.startswith("hidden.") for name in tensors) // 2
     return [(tensors[f"hidden.{i}.h"], tensors[f"hidden.{i}.c"]) for i in range(layers)]

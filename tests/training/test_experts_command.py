@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from fused_mos import inspect, train
+from fused_mos import experts, train
 from fused_mos.training import Trainer
-from fused_mos.training.inspection import read
+from fused_mos.training.experts import read
 from fused_mos.training.run import load_run
 
 
@@ -23,9 +23,9 @@ def trained(small_flags, corpus_folder, tmp_path):
 
 
 def test_the_page_the_plot_and_the_numbers(trained, capsys):
-    assert inspect.main([str(trained), "--words", "50", "--nearest", "w3", "<b>$x_$"]) == 0
+    assert experts.main([str(trained), "--words", "50", "--nearest", "w3", "<b>$x_$"]) == 0
     out = capsys.readouterr().out
-    report = json.loads((trained / "inspect" / "experts.json").read_text())
+    report = json.loads((trained / "experts" / "experts.json").read_text())
     assert report["ppl"] == pytest.approx(json.loads((trained / "result.json").read_text())["valid_ppl"], rel=0.2), (
         "as columns, or as one"
     )
@@ -33,20 +33,20 @@ def test_the_page_the_plot_and_the_numbers(trained, capsys):
         assert sum(expert[share] for expert in report["experts"]) == pytest.approx(1, abs=1e-5)
     assert 1 <= report["effective_experts"] <= 3 == len(report["experts"])
     assert list(report["nearest"]) == ["w3", "<b>$x_$"] and "w3" not in report["nearest"]["w3"]
-    assert (trained / "inspect" / "experts.png").read_bytes().startswith(b"\x89PNG")
-    page = (trained / "inspect" / "index.html").read_text()
+    assert (trained / "experts" / "experts.png").read_bytes().startswith(b"\x89PNG")
+    page = (trained / "experts" / "index.html").read_text()
     assert len(re.findall("<span style=", page)) == 50 + 3, "words, and the key of colours"
     assert "<b>" not in page and "&lt;b&gt;$x_$" in page
-    assert str(trained / "inspect" / "index.html") in out and f"ppl {report['ppl']:.2f}" in out
+    assert str(trained / "experts" / "index.html") in out and f"ppl {report['ppl']:.2f}" in out
 
 
 def test_reading_is_the_text_in_its_order(trained):
     run = load_run(trained)
-    reading = read(run, run.corpus.valid)
-    assert torch.equal(reading.tokens, run.corpus.valid[1:])
-    whole = run.model.log_prob(run.corpus.valid[:-1, None]).squeeze(1)
+    reading = read(run, run.text("valid"))
+    assert torch.equal(reading.tokens, run.text("valid")[1:])
+    whole = run.model.log_prob(run.text("valid")[:-1, None]).squeeze(1)
     assert torch.allclose(
-        reading.shares.log_likelihood, whole.gather(1, run.corpus.valid[1:, None]).squeeze(1), rtol=0, atol=1e-4
+        reading.shares.log_likelihood, whole.gather(1, run.text("valid")[1:, None]).squeeze(1), rtol=0, atol=1e-4
     )
 
 
@@ -59,6 +59,6 @@ def test_errors(trained, small_flags, tmp_path, capsys):
         ([str(other)], "head must be mos, whose experts each predict words; this run's is softmax"),
     ):
         capsys.readouterr()
-        assert inspect.main(flags) == 2
+        assert experts.main(flags) == 2
         assert message in capsys.readouterr().err
-    assert not (other / "inspect").exists()
+    assert not (other / "experts").exists()

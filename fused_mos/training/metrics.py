@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from ..runtime import files
 
 
 def perplexity(loss: float) -> float:
@@ -22,21 +22,27 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, offset: int = 0, step: int = 0):
-        self._file = (folder / "metrics.jsonl").open("ab")
-        self._file.truncate(offset)
+        from torch.utils.tensorboard import SummaryWriter  # here: it takes a second, and --help does not need it
+
+        self._path = folder / "metrics.jsonl"
+        with files.explained(self._path):
+            self._file = self._path.open("ab")
+            self._file.truncate(offset)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if offset else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
-        self._file.flush()
+        with files.explained(self._path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+            self._file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def sync(self) -> int:
         """Forces everything to disk; returns the length of metrics.jsonl."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with files.explained(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._events.flush()
         return self._file.seek(0, os.SEEK_END)
 
@@ -79,6 +85,5 @@ def plot_learning_curves(folders: dict[str, Path], path: Path) -> None:
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
-    partial = path.with_name("partial-" + path.name)
-    figure.savefig(partial, dpi=130)
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")

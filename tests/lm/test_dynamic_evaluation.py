@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fused_mos.lm import AWDLSTM
-from fused_mos.lm.dynamic_eval import DynamicEvaluation, DynamicRule, GradientStatistics
+from fused_mos.lm.dynamic_evaluation import DynamicEvaluation, DynamicRule, GradientStatistics
 
 V, D, K = 23, 6, 3
 

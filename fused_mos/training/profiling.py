@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..lm import AWDLSTM
 
@@ -25,7 +26,7 @@ class StepProfile:
         self.steps = steps
         self._marks: list[list[tuple[str, Any]]] = []
         self._words: list[int] = []
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         for i, rnn in enumerate(model.rnns, start=1):
             self._attach(rnn, f"LSTM {i}", "embedding" if i == 1 else "dropout")
         self._attach(model.head, "head", "dropout")

@@ -2,18 +2,18 @@
 
 import html
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data import batchify, segment
-from ..lm.inspection import ExpertShares, expert_shares, nearest_words
-from .config import ConfigError
-from .run import Run, write_json
+from ..lm.experts import ExpertShares, expert_shares, nearest_words
+from ..runtime import files
+from ..runtime.progress import bar
+from .errors import ConfigError
+from .run import Run
 
 WORDS_IN_PLOT = 48
 LISTED_WORDS = 12
@@ -30,22 +30,21 @@ class Reading(NamedTuple):
 
 
 def inspect_run(run: Run, split: str, n_words: int, nearest: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Reads a split and writes RUN/inspect; returns what is in its experts.json. Raises ConfigError."""
+    """Reads a split and writes RUN/experts; returns what is in its experts.json. Raises ConfigError."""
     if run.config.model.head != "mos":
         raise ConfigError(f"head must be mos, whose experts each predict words; this run's is {run.config.model.head}")
-    index = run.corpus.vocabulary.index
+    index = run.vocabulary.index
     if unknown := [word for word in nearest if word not in index]:
         raise ConfigError(f"nearest: {unknown[0]!r} is not one of the model's {len(index):,} words")
-    reading = read(run, getattr(run.corpus, split))
+    reading = read(run, run.text(split))
     report = summary(run, reading, nearest)
-    folder = run.folder / "inspect"
+    folder = run.folder / "experts"
     folder.mkdir(exist_ok=True)
-    words = run.corpus.vocabulary.words
+    words = run.vocabulary.words
     plot_experts(reading, [words[i] for i in reading.tokens[:WORDS_IN_PLOT]], folder / "experts.png")
-    write_json(folder / "experts.json", {"split": split, **report})
-    (folder / "index.html").write_text(
-        page(reading, words, n_words, report, f"{run.folder.name}, {split}"), encoding="utf-8"
-    )
+    files.write_json(folder / "experts.json", {"split": split, **report})
+    title = f"{run.folder.name}, {split}"
+    files.write_text(folder / "index.html", page(reading, words, n_words, report, title))
     return report
 
 
@@ -54,12 +53,12 @@ def read(run: Run, tokens: Tensor) -> Reading:
     """The experts' shares in every word of `tokens` (n + 1,) after the first, in their order."""
     source, bptt = batchify(tokens, 1).to(run.device), run.config.optim.bptt
     hidden, parts, rows = run.model.initial_hidden(1), [], source.shape[0] - 1
-    with tqdm(total=rows, desc="inspect", unit="words", mininterval=0.5, dynamic_ncols=True, leave=False) as bar:
+    with bar(desc="read", total=rows, unit="words", leave=False) as shown:
         for start in range(0, rows, bptt):
             inputs, targets = segment(source, start, bptt)
             _, features, hidden = run.model.features(inputs, hidden)
             parts.append([part.squeeze(1).cpu() for part in expert_shares(run.model.head, features, targets)])
-            bar.update(inputs.shape[0])
+            shown.update(inputs.shape[0])
     return Reading(source[1:, 0].cpu(), ExpertShares(*(torch.cat(part) for part in zip(*parts))))
 
 
@@ -67,7 +66,7 @@ def summary(run: Run, reading: Reading, nearest: tuple[str, ...]) -> dict[str, A
     """Mean shares; the words that each expert speaks most, and those of which it speaks the largest part; neighbours of
     words."""
     tokens, (prior, responsibility, log_likelihood) = reading
-    words, n_words = run.corpus.vocabulary.words, len(run.corpus.vocabulary)
+    words, n_words = run.vocabulary.words, len(run.vocabulary)
     spoken = torch.zeros(n_words, prior.shape[1], dtype=torch.float64).index_add_(0, tokens, responsibility.double())
     count = torch.bincount(tokens, minlength=n_words)
     share = torch.where(count[:, None] >= RARE, spoken / count[:, None], -1.0)
@@ -84,7 +83,7 @@ def summary(run: Run, reading: Reading, nearest: tuple[str, ...]) -> dict[str, A
     if not nearest:
         by_count = count.argsort(descending=True, stable=True).tolist()
         nearest = tuple([words[i] for i in by_count if len(words[i]) > 3 and words[i].isalpha()][:LISTED_WORDS])
-    chosen = torch.tensor([run.corpus.vocabulary.index[word] for word in nearest], dtype=torch.int64, device=run.device)
+    chosen = torch.tensor([run.vocabulary.index[word] for word in nearest], dtype=torch.int64, device=run.device)
     _, neighbours = nearest_words(run.model.encoder.weight.detach(), chosen, LISTED_WORDS)
     return {
         "ppl": math.exp(-log_likelihood.double().mean().item()),
@@ -123,9 +122,8 @@ def plot_experts(reading: Reading, words: list[str], path: Path) -> None:
     bars.set_title("mean over the text", fontsize="medium")
     legend.axis("off")
     legend.legend(*bars.get_legend_handles_labels(), loc="upper left", frameon=False, fontsize="small")
-    partial = path.with_name("partial-" + path.name)
-    figure.savefig(partial, dpi=130)
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
 
 
 STYLE = """

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_mos.lm import AWDLSTM
-from fused_mos.lm.generation import generate, next_word
+from fused_mos.lm.generate import generate, next_word
 
 V, DRAWS = 30, 20_000
 

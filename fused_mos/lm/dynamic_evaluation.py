@@ -8,15 +8,14 @@ after each segment of the text, whose words are predicted before they are learnt
 leaves the recurrent one on in its port to PyTorch 0.4.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..data import segment
-from .awd_lstm import AWDLSTM, Hidden, detach
+from .awd_lstm import AWDLSTM, Hidden, detach, gradients
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class GradientStatistics:
             self.model.zero_grad(set_to_none=True)
             output = self.model(inputs, targets, self.hidden)
             output.loss.backward()
-            gradients = _gradients(self.model.parameters())
-            torch._foreach_addcmul_(self.sums, gradients, gradients)
+            g = gradients(self.model.parameters())
+            torch._foreach_addcmul_(self.sums, g, g)
             self.hidden = detach(output.hidden)
             self.row += inputs.shape[0]
             yield inputs.shape[0]
@@ -102,15 +101,10 @@ class DynamicEvaluation:
     def _update(self) -> None:
         back = torch._foreach_sub(self.trained, self.parameters)
         torch._foreach_mul_(back, self.decay)
-        torch._foreach_addcmul_(back, _gradients(self.parameters), self.step_sizes, value=-1.0)
+        torch._foreach_addcmul_(back, gradients(self.parameters), self.step_sizes, value=-1.0)
         torch._foreach_add_(self.parameters, back)
 
     @property
     def loss(self) -> float:
         """Mean NLL in nats of the words predicted so far, read from the device."""
         return self.total.item() / max(self.row * self.source.shape[1], 1)
-
-
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients after a backward pass, which gives every parameter of the model one."""
-    return [cast(Tensor, p.grad) for p in parameters]

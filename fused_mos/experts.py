@@ -1,6 +1,6 @@
-"""python -m fused_mos.inspect RUN [--split valid] [--words N] [--nearest WORD …]
+"""python -m fused_mos.experts RUN [--split valid] [--words N] [--nearest WORD …]
 
-Which expert of a run's best model speaks when: RUN/inspect/index.html, the text coloured by expert, with experts.png
+Which expert of a run's best model speaks when: RUN/experts/index.html, the text coloured by expert, with experts.png
 and experts.json.
 """
 
@@ -11,19 +11,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .data import CorpusError
-from .training import USER_ERRORS, ConfigError
-from .training.inspection import inspect_run
-from .training.run import load_run
+from .runtime import command
+from .training.settings import POSITIVE, check, setting
 
 
 @dataclasses.dataclass
-class Config:
+class Flags:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder that fused_mos.train, fused_mos.finetune or fused_mos.convert left; its head must be a MoS."""
     split: Literal["valid", "test"] = "valid"
     """Text to read."""
-    words: int = 400
+    words: int = setting(400, POSITIVE)
     """Words of it that the page shows."""
     nearest: tuple[str, ...] = ()
     """Words whose neighbours in the embedding to list; by default the most frequent ones of four letters and more."""
@@ -35,21 +33,18 @@ class Config:
     """Of the head; by default the run's."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    config = tyro.cli(Config, prog="python -m fused_mos.inspect", description=__doc__, args=arguments)
-    try:
-        if config.words < 1:
-            raise ConfigError(f"words must be positive, got {config.words}")
-        run = load_run(config.run, config.data, config.device, config.backend)
-        report = inspect_run(run, config.split, config.words, config.nearest)
-    except (CorpusError, *USER_ERRORS) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def work(arguments: list[str]) -> None:
+    config = command.parse(Flags, "experts", __doc__, arguments)
+    check(config)
+    from .training.experts import inspect_run
+    from .training.run import load_run
+
+    run = load_run(config.run, config.data, config.device, config.backend)
+    report = inspect_run(run, config.split, config.words, config.nearest)
+    n_experts = len(report["experts"])
     print(
-        f"{config.split}: ppl {report['ppl']:.2f}; {report['effective_experts']:.1f} of {len(report['experts'])} "
-        "experts speak at a time"
+        f"{config.split}: ppl {report['ppl']:.2f}; {report['effective_experts']:.1f} of {n_experts} experts speak at "
+        "a time"
     )
     print(f"\n{'expert':>6}{'prior':>8}{'speaks':>8}  most frequent words | most characteristic words")
     for i, expert in enumerate(report["experts"], start=1):
@@ -58,8 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     print("\nnearest words in the embedding")
     for word, others in report["nearest"].items():
         print(f"  {word}: {' '.join(others)}")
-    print(f"\npage: {config.run / 'inspect' / 'index.html'}")
-    return 0
+    print(f"\npage: {config.run / 'experts' / 'index.html'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command.run(work, arguments)
 
 
 if __name__ == "__main__":

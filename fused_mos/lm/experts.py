@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
-from ..module import MoC, MoS
+from ..module import Head, MoC, MoS
 
 
 class ExpertShares(NamedTuple):
@@ -15,7 +15,7 @@ class ExpertShares(NamedTuple):
     log_likelihood: Tensor  # (T, B), log p(word) in nats
 
 
-def expert_shares(head: MoS, features: Tensor, target: Tensor) -> ExpertShares:
+def expert_shares(head: Head, features: Tensor, target: Tensor) -> ExpertShares:
     """features (T, B, in_features) and target (T, B) -> the experts' shares in each target's probability (Yang et al.
     2018, section 2.3). Dropout is on if the head is in training. Raises ValueError for a head without experts of its
     own."""

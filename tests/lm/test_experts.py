@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_mos import MoC, MoS
-from fused_mos.lm.inspection import expert_shares, nearest_words
+from fused_mos.lm.experts import expert_shares, nearest_words
 
 
 def test_shares_are_bayes_rule():

@@ -1,0 +1,82 @@
+"""python -m fused_mos COMMAND [flags], or fused-mos COMMAND [flags]: all commands of the package."""
+
+import contextlib
+import importlib
+import io
+import sys
+
+from .runtime import UserError, command
+
+COMMANDS = {
+    "demo": ("demo", "Train softmax and MoS side by side, about three minutes."),
+    "train": ("train", "Train an AWD-LSTM with a MoS, MoC or softmax head on a corpus."),
+    "finetune": ("finetune", "Fine-tune the best model of a run."),
+    "evaluate": ("evaluate", "Perplexity of a run's best model, also with dynamic evaluation."),
+    "generate": ("generate", "Text by a run's best model."),
+    "experts": ("experts", "Which expert speaks when: a page of coloured text, and a plot."),
+    "reproduce": ("reproduce", "All stages of the paper, and its table beside the measured one."),
+    "convert": ("convert", "A checkpoint of the paper's code as a run of this package."),
+    "lm1b": ("data.lm1b", "Download and prepare the One Billion Word benchmark."),
+    "train-1b": ("train_1b", "Train on the One Billion Word benchmark, on one device or many."),
+    "synthetic": ("data.synthetic", "Texts of a language whose rank and entropy are known."),
+    "tune": ("tune", "Tile sizes of the Triton kernels for the GPU at hand."),
+}
+"""Name: the module below fused_mos whose `main` it is, and what it does."""
+
+ALIASES = {"train_1b": "train-1b", "inspect": "experts", "prepare": "lm1b"}
+
+COMPLETION = "--print-completion"
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def usage() -> str:
+    lines = ["usage: fused-mos COMMAND [flags]      or: python -m fused_mos COMMAND [flags]", ""]
+    lines += [f"  {name:<11}{what}" for name, (_, what) in COMMANDS.items()]
+    lines += [
+        "",
+        "fused-mos COMMAND --help shows the flags of a command.",
+        f'eval "$(fused-mos {COMPLETION} bash)" makes a shell complete them (also zsh, tcsh).',
+    ]
+    return "\n".join(lines)
+
+
+def print_completion(shell: str) -> None:
+    """Prints a script that makes a shell complete commands and flags. Raises UserError for a shell that tyro does not
+    know."""
+    import tyro
+
+    if shell not in SHELLS:
+        raise UserError(f"{COMPLETION} takes one of {', '.join(SHELLS)}, got {shell!r}")
+    # of all commands at once, as if they were one program with subcommands
+    flags = {name: importlib.import_module(f".{module}", __package__).Flags for name, (module, _) in COMMANDS.items()}
+    script = io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(script):
+        tyro.extras.subcommand_cli_from_dict(
+            flags, prog="fused-mos", args=["--tyro-print-completion", shell], config=(tyro.conf.OmitArgPrefixes,)
+        )
+    for line in script.getvalue().splitlines():
+        # a help text of two lines would become two candidates
+        print(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC") else line)
+
+
+def work(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name, *flags = arguments
+    if name == COMPLETION:
+        print_completion(flags[0] if flags else "bash")
+        return 0
+    name = ALIASES.get(name, name)
+    if name not in COMMANDS:
+        raise UserError(f"{name!r} is none of the commands {', '.join(COMMANDS)}")
+    command.program = "fused-mos "
+    return importlib.import_module(f".{COMMANDS[name][0]}", __package__).main(flags)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return command.run(work, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A real text that every machine with Python has: the language reference behind `help("topics")`.
+
+CPython ships it as pydoc_data.topics: some 80 articles, 65,000 white-space words. It is what the commands train on
+where nobody names a corpus.
+"""
+
+import platform
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+from ..runtime import files
+from . import lm1b
+from .corpus import SPLITS, UNKNOWN, CorpusError
+
+TOKEN = re.compile(r"[a-z_]+|\d+|([^\sa-z_\d])\1*")
+"""A word, a number, or a run of one punctuation mark (headings are underlined with runs)."""
+
+NAME = "Python's own documentation"
+
+
+def paragraphs() -> list[list[str]]:
+    """Lower-cased words, numbers (as N, as in the Penn Treebank) and punctuation, paragraph by paragraph.
+
+    Raises CorpusError if this Python has no pydoc_data.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise CorpusError(
+            "this Python ships no pydoc_data.topics, the sample text; Debian has it in libpython3-stdlib, "
+            "or name a corpus with --data"
+        ) from None
+    found = (
+        ["N" if match[0].isdigit() else match[0] for match in TOKEN.finditer(paragraph.lower())]
+        for name in sorted(topics)
+        for paragraph in topics[name].split("\n\n")
+    )
+    return [paragraph for paragraph in found if paragraph]
+
+
+def write_corpus(folder: Path, min_count: int = 3) -> None:
+    """Writes train.txt, valid.txt and test.txt to `folder`, a paragraph a line.
+
+    Of each ten paragraphs one goes to valid and one to test, which keeps the three alike. Words that train.txt
+    has fewer than `min_count` times, anywhere, become `<unk>`.
+
+    Raises CorpusError if this Python has no pydoc_data, FileError.
+    """
+    text = paragraphs()
+    splits = {"train": [p for i, p in enumerate(text) if i % 10 < 8], "valid": text[8::10], "test": text[9::10]}
+    counts = Counter(token for paragraph in splits["train"] for token in paragraph)
+    with files.explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for split, part in splits.items():
+        lines = (" ".join(t if counts[t] >= min_count else UNKNOWN for t in paragraph) for paragraph in part)
+        files.write_text(folder / f"{split}.txt", "\n".join(lines) + "\n")
+
+
+def write_benchmark(folder: Path) -> None:
+    """Writes the text in the form of the One Billion Word benchmark: shuffled paragraphs, one a line, in three training
+    shards and a held-out one. Raises CorpusError if this Python has no pydoc_data, FileError."""
+    lines = [" ".join(paragraph) + "\n" for paragraph in paragraphs()]
+    random.Random(0).shuffle(lines)
+    shards = [("train", name) for name in lm1b.SHARDS["train"][:3]] + [("heldout", lm1b.SHARDS["heldout"][0])]
+    bounds = [0, *(len(lines) * share // 10 for share in (3, 6, 9, 10))]
+    for (split, name), start, stop in zip(shards, bounds, bounds[1:]):
+        path = folder / lm1b.FOLDERS[split] / name
+        with files.explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(path, "".join(lines[start:stop]))
+
+
+def cached_corpus() -> Path:
+    """Returns a folder of `write_corpus` in the user's cache, which is written once."""
+    folder = files.cache_folder() / f"sample-python-{platform.python_version()}"
+    with files.FolderLock(folder, wait=True):
+        if not all((folder / f"{split}.txt").is_file() for split in SPLITS):
+            write_corpus(folder)
+    return folder
+
+
+def cached_benchmark() -> Path:
+    """Returns a prepared corpus of `write_benchmark` in the user's cache, which is written once."""
+    folder = files.cache_folder() / f"sample-1b-python-{platform.python_version()}"
+    with files.FolderLock(folder, wait=True):
+        if not (folder / "prepared" / "manifest.json").is_file():
+            write_benchmark(folder / "source")
+            lm1b.prepare(lm1b.Prepare(folder / "source", folder / "prepared", workers=1, allow_missing=True))
+    return folder / "prepared"

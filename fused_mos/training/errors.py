@@ -1,0 +1,15 @@
+"""What can be wrong with a run, for its user to mend."""
+
+from ..runtime import UserError
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be run, with the field and its value."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that is missing, damaged, or of another model, with its path."""
+
+
+class TrainingDiverged(UserError, RuntimeError):
+    """The loss is no longer a number."""

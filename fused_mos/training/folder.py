@@ -1,0 +1,33 @@
+"""The folder of a run: who may write to it, and what is in it already."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..runtime import files
+from .errors import ConfigError
+
+
+def claim(folder: Path, belongs: Callable[[Path], bool]) -> files.FolderLock:
+    """Locks the folder of a run, which is created if need be, for this process to write to.
+
+    Args:
+        belongs: whether a path in the folder is that of a run that can go on, or of one killed in its first moments.
+
+    Raises ConfigError, without touching the folder, if it holds something else alone; FolderInUse while another process
+    writes to it; FileError where it cannot be created.
+    """
+    check_free(folder, belongs)
+    lock = files.FolderLock(folder)
+    check_free(folder, belongs)  # what another process wrote meanwhile
+    return lock
+
+
+def check_free(folder: Path, belongs: Callable[[Path], bool]) -> None:
+    """Raises ConfigError if the folder holds something, but nothing of a run."""
+    if not folder.exists():
+        return
+    if folder.is_dir():
+        paths = [path for path in folder.iterdir() if not files.is_leftover(path)]
+        if not paths or any(belongs(path) for path in paths):
+            return
+    raise ConfigError(f"out: {folder} is not empty and holds no checkpoint; name another --out")

@@ -1,0 +1,31 @@
+"""Evaluation of held-out shards by all ranks."""
+
+import torch
+
+from ...data.token_stream import TokenFile, evaluation_segments
+from ...runtime.progress import bar
+from ..device import allow_tf32
+from .loss import SummedLoss
+from .ranks import Ranks
+
+
+@torch.no_grad()
+def evaluate(loss: SummedLoss, shards: list[TokenFile], batch_size: int, bptt: int, ranks: Ranks) -> tuple[float, int]:
+    """Mean NLL in nats over every word of the shards, </S> and <UNK> among them, and how many that are. Each shard is
+    read as `batch_size` columns over all ranks, in segments of `bptt`; the hidden state starts anew with each."""
+    model, bos, device = loss.model, loss.ignored, ranks.device
+    model.eval()
+    allow_tf32(device, False)
+    columns = ranks.columns(batch_size)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    no_bar = not ranks.is_main or len(shards) == 1
+    for shard in bar(shards, desc="evaluate", unit="shards", leave=False, disable=no_bar):
+        hidden = model.initial_hidden(len(columns))
+        for inputs, targets in evaluation_segments(shard, bos, batch_size, columns, bptt):
+            targets = targets.to(device)
+            nll, hidden = loss(inputs.to(device), targets, hidden)
+            total += nll
+            count += (targets != bos).sum()
+    total_nll, words = (ranks.sums(total, count) / ranks.n_vocab).tolist()
+    return total_nll / words, round(words)

@@ -1,0 +1,54 @@
+"""Where a run stands, and the words and seconds that it has trained."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Progress:
+    """What both trainers count; their own subclasses add where in the text they are. Part of a checkpoint."""
+
+    step: int = 0
+    words: int = 0  # predicted
+    seconds: float = 0.0  # of training, without evaluation and checkpoints
+    best: float | None = None  # lowest validation loss
+    interval_words: int = 0  # since the last line of metrics.jsonl
+    interval_seconds: float = 0.0
+    metrics_bytes: int = 0  # of metrics.jsonl, which belong to the checkpoint
+
+    @property
+    def words_per_second(self) -> float | None:
+        """Speed over the whole run, or None before its first step."""
+        return self.words / self.seconds if self.seconds else None
+
+    def count(self, words: int) -> None:
+        """A step over so many words is done."""
+        self.step += 1
+        self.words += words
+        self.interval_words += words
+
+    def start_interval(self) -> None:
+        self.interval_words, self.interval_seconds = 0, 0.0
+
+
+class Stopwatch:
+    """Adds to a run's seconds of training. What lies between `start` and `lap`, or between two laps, counts."""
+
+    def __init__(self, progress: Progress, device: torch.device):
+        self._progress, self._device = progress, device
+        self.start()
+
+    def start(self) -> None:
+        """Training goes on after something else, which does not count."""
+        self._since = time.monotonic()
+
+    def lap(self, wait: bool = False) -> None:
+        """Counts the time until now; with `wait`, until a GPU has done its work."""
+        if wait and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.monotonic()
+        self._progress.seconds += now - self._since
+        self._progress.interval_seconds += now - self._since
+        self._since = now

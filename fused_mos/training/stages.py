@@ -1,0 +1,52 @@
+"""The stages of a run of the AWD-LSTM, as commands call them: training and fine-tuning, begun or continued."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..runtime.progress import say
+from .checkpoint import load_checkpoint
+from .config import TrainConfig
+from .run import read_config
+from .trainer import Trainer
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Trains to the end, tells what comes out, and returns it (`Trainer.run`)."""
+    trainer = Trainer(config)
+    n_parameters = sum(p.numel() for p in trainer.model.parameters())
+    where = f", goes on in epoch {trainer.progress.epoch + 1}" if trainer.resumed else ""
+    say(f"run folder {trainer.folder}, device {trainer.device}, {n_parameters:,} parameters{where}")
+    result = trainer.run()
+    speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
+    say(f"{result['head']}: valid ppl {result['valid_ppl']:.2f}, test ppl {result['test_ppl']:.2f}{speed}")
+    return result
+
+
+def saved_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in `folder`, as its last checkpoint has it. Raises CheckpointError, ConfigError."""
+    _, meta = load_checkpoint(folder / "last.safetensors")
+    return dataclasses.replace(
+        TrainConfig.from_json(meta["config"]), out=folder, resume=None, time_limit=0.0, profile=0
+    )
+
+
+def finetuning_config(folder: Path) -> TrainConfig:
+    """The configuration that fine-tunes the run in `folder`. Raises CheckpointError or ConfigError."""
+    config = read_config(folder)
+    optim = dataclasses.replace(config.optim, lr=config.optim.finetune_lr)
+    return dataclasses.replace(
+        config, start=folder, out=folder / "finetune", resume=None, time_limit=0.0, profile=0, optim=optim
+    )
+
+
+def train_to_the_end(folder: Path, new: Callable[[], TrainConfig], **changes: Any) -> None:
+    """Trains in `folder`: from the start with the configuration `new()`, or from its last checkpoint; not at all if it
+    is finished. `changes` replace fields, of a run that goes on only those that may change."""
+    if (folder / "result.json").is_file():
+        return
+    exists = (folder / "last.safetensors").is_file()
+    config = saved_config(folder) if exists else dataclasses.replace(new(), out=folder)
+    say(f"{folder}: {'continued' if exists else 'fine-tuning' if config.start else 'training'}")
+    Trainer(dataclasses.replace(config, **changes)).run()

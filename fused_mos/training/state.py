@@ -1,0 +1,96 @@
+"""The state of a run: what its checkpoint last.safetensors holds, and the way back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lm import AWDLSTM, NTASGD
+from ..lm.awd_lstm import Hidden
+from . import meter, settings
+from .checkpoint import group, load_checkpoint
+from .config import TrainConfig
+from .errors import ConfigError
+
+
+@dataclasses.dataclass
+class Progress(meter.Progress):
+    """Where a run stands; with the parameters, optimizer, hidden and random states this is all of its state."""
+
+    epoch: int = 0  # epochs finished
+    stopped: bool = False  # by the rule that ends fine-tuning
+    row: int = 0  # rows of the training text done in the current epoch
+    peak_memory_mib: float = 0.0
+
+
+class RunTensors:
+    """A run's state as named tensors, and the way back; parameters go back by `checkpoint.load_parameters`."""
+
+    def __init__(self, model: AWDLSTM, optimizer: NTASGD, bptt_generator: torch.Generator, device: torch.device):
+        self.model, self.optimizer, self.bptt_generator, self.device = model, optimizer, bptt_generator, device
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())  # a tied weight once
+
+    def to_save(self, hidden: list[Hidden], interval_loss: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors, and what JSON can hold of the optimizer's state: `restore` takes both.
+
+        Args:
+            hidden: that of each micro-batch.
+            interval_loss: (), summed since the last line of metrics.jsonl.
+        """
+        optimizer_tensors, optimizer_meta = self.optimizer.state_dict()
+        tensors = {f"model.{name}": t for name, t in self.parameters().items()}
+        tensors |= {f"optimizer.{name}": t for name, t in optimizer_tensors.items()}
+        for i, layers in enumerate(hidden):
+            for layer, (h, c) in enumerate(layers):
+                tensors |= {f"hidden.{i}.{layer}.h": h, f"hidden.{i}.{layer}.c": c}
+        tensors |= {"random.torch": torch.get_rng_state(), "random.bptt": self.bptt_generator.get_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors["interval_loss"] = interval_loss
+        return tensors, optimizer_meta
+
+    def restore(
+        self, tensors: dict[str, Tensor], optimizer_meta: dict[str, Any], n_parts: int
+    ) -> tuple[list[Hidden], Tensor]:
+        """Sets the optimizer's and the random states; returns the hidden states of `n_parts` micro-batches and the
+        interval's loss. Raises KeyError where a tensor is missing."""
+        self.optimizer.load_state_dict(group(tensors, "optimizer"), optimizer_meta)
+        hidden = [
+            [
+                (tensors[f"hidden.{i}.{layer}.h"].to(self.device), tensors[f"hidden.{i}.{layer}.c"].to(self.device))
+                for layer in range(len(self.model.widths))
+            ]
+            for i in range(n_parts)
+        ]
+        interval_loss = tensors["interval_loss"].to(self.device)
+        torch.set_rng_state(tensors["random.torch"])
+        self.bptt_generator.set_state(tensors["random.bptt"])
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        return hidden, interval_loss
+
+
+def load_last(config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The checkpoint that a run goes on from, or None for a new run. Raises CheckpointError, and ConfigError where the
+    checkpoint is that of another run."""
+    path = config.run_folder / "last.safetensors"
+    if not path.is_file() and not config.resume:
+        return None
+    tensors, meta = load_checkpoint(path)
+    settings.check_same_run(TrainConfig.from_json(meta["config"]), config)
+    if bool(meta["config"].get("start")) != bool(config.start):
+        kind = "fine-tuning another" if config.start else "no fine-tuning"
+        raise ConfigError(
+            f"out: {config.run_folder} holds a run that this command, {kind}, did not begin; name another"
+        )
+    return tensors, meta
+
+
+def is_of_run(path: Path) -> bool:
+    """True for the paths that let a run in their folder begin or go on: its checkpoint, or what a kill left of the
+    first one."""
+    return path.name == "last.safetensors" or path.name.startswith("last.safetensors.")

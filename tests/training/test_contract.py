@@ -1,0 +1,311 @@
+"""What every command that works for long promises: the same command goes on, another one is refused, signals save."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import losses
+from safetensors.torch import load_file
+
+from fused_mos import demo, evaluate, experts, finetune, generate, reproduce, train, train_1b
+from fused_mos.data import lm1b, sample
+from fused_mos.runtime import files, signals
+from fused_mos.training import RECIPES, TrainConfig, Trainer
+from fused_mos.training import dynamic_evaluation as dynamic_module
+from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
+from fused_mos.training.lm1b import LM1BConfig
+from fused_mos.training.run import load_run
+
+HOLD = """
+import sys
+from pathlib import Path
+from fused_mos.runtime import files
+lock = files.FolderLock(Path(sys.argv[1]))
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def written_by_another(folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "locked\n"
+    try:
+        yield process
+    finally:
+        process.communicate()
+
+
+@pytest.fixture
+def trained(small_flags, tmp_path, monkeypatch):
+    """A finished run of one epoch."""
+    folder = tmp_path / "run"
+    assert train.main([*small_flags, "--epochs", "1", "--out", str(folder)]) == 0
+    monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
+    return folder
+
+
+def signalled(monkeypatch, number, after, owner=Trainer, name="train_step"):
+    """Sends a signal to this process in the call `after` of a method, which then does its work."""
+    original, calls = getattr(owner, name), []
+
+    def method(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == after:
+            os.kill(os.getpid(), number)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+# --------------------------------------------------------------------------------------------- the same command goes on
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(number, status, small_flags, tmp_path, monkeypatch, capsys):
+    flags, out = [*small_flags, "--epochs", "2"], tmp_path / "run"
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        signalled(patch, number, after=7)
+        assert train.main([*flags, "--out", str(out)]) == status
+    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert load_checkpoint(out / "last.safetensors")[1]["progress"]["step"] == 7
+    assert train.main([*flags, "--out", str(out)]) == 0
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_a_signal_in_the_validation_saves_the_epoch(small_flags, tmp_path, monkeypatch):
+    """While averages stand in for the parameters: what is saved must not be the averages."""
+    flags, out, whole = [*small_flags, "--epochs", "4"], tmp_path / "run", tmp_path / "whole"
+    assert train.main([*flags, "--out", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM, after=3, name="_validate")
+        assert train.main([*flags, "--out", str(out)]) == 143
+    _, meta = load_checkpoint(out / "last.safetensors")
+    assert meta["optimizer"]["averaging"] and meta["progress"]["epoch"] == 2
+    assert train.main([*flags, "--out", str(out)]) == 0
+    assert losses(out) == losses(whole)
+    a, b = load_file(whole / "last.safetensors"), load_file(out / "last.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a if name.startswith("model."))
+
+
+def test_finetune_goes_on(trained, monkeypatch):
+    flags, whole = [str(trained), "--epochs", "2", "--lr", "3"], trained / "whole"
+    assert finetune.main([*flags, "--out", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM, after=5)
+        assert finetune.main(flags) == 143
+    assert finetune.main(flags) == 0
+    assert losses(trained / "finetune") == losses(whole)
+
+
+def test_dynamic_evaluation_goes_on(trained, monkeypatch):
+    flags = [str(trained), "--dynamic"]
+    assert evaluate.main(flags) == 0
+    for path in (trained / "dynamic").iterdir():
+        path.unlink()
+    with monkeypatch.context() as patch:
+        signalled(patch, signal.SIGTERM, after=9, owner=dynamic_module.DynamicEvaluation, name="_update")
+        assert evaluate.main(flags) == 143
+    assert any(path.name.startswith("test-") for path in (trained / "dynamic").iterdir())
+    assert evaluate.main(flags) == 0
+    first, second = json.loads((trained / "evaluation.json").read_text())
+    assert first == second
+
+
+def test_the_demo_goes_on(small_flags, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(train.parse(small_flags), out=None)
+    monkeypatch.setitem(RECIPES, "demo", lambda: config)
+    texts = config.data
+    monkeypatch.setattr(sample, "write_corpus", lambda folder: shutil.copytree(texts, folder, dirs_exist_ok=True))
+    flags, original = ["--out", str(tmp_path / "demo")], Trainer.train_step
+
+    def stopped_in_the_second_run(self):
+        if self.config.model.head == "mos" and self.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stopped_in_the_second_run)
+        assert demo.main(flags) == 130
+    assert demo.main(flags) == 0
+    assert "softmax: 3 epochs on Python's own documentation, of which 3 are done" in capsys.readouterr().out
+    (tmp_path / "demo" / "demo.png").unlink()
+    assert demo.main(flags) == 0 and (tmp_path / "demo" / "demo.png").exists()
+
+
+def test_another_configuration_is_refused_by_name(trained, small_flags, tmp_path, capsys):
+    flags = [*small_flags, "--epochs", "1", "--out", str(trained)]
+    before = (trained / "last.safetensors").read_bytes()
+    for changed, message in (
+        (["--lr", "3"], "lr cannot change when a run goes on: it was 10.0, got 3.0; name another --out"),
+        (["--n-experts", "2"], "n_experts cannot change when a run goes on: it was 3, got 2"),
+        (["--micro-batches", "3"], "micro_batches cannot change when a run goes on: it was 1, got 3"),
+    ):
+        assert train.main([*flags, *changed]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
+    assert (trained / "last.safetensors").read_bytes() == before
+    assert train.main([*flags, "--log-interval", "7", "--checkpoint-minutes", "1"]) == 0
+
+
+def test_resume_is_short_for_the_command(flags, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train_1b.main([*flags, "--out", str(out), "--max-steps", "3"]) == 0
+    assert train_1b.main(["--resume", str(out), "--max-steps", "5"]) == 0
+    assert "goes on at step 3 of 5" in capsys.readouterr().out
+    assert train_1b.main(["--resume", str(out), "--lr", "0.5"]) == 2
+    assert "lr cannot change when a run goes on: it was 0.01, got 0.5" in capsys.readouterr().err
+    assert train_1b.main(["--resume", str(tmp_path / "nowhere")]) == 2
+    assert "there is no checkpoint in" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
+
+
+# -------------------------------------------------------------------------------------------------- one writer a folder
+
+
+def test_a_second_writer_is_refused(trained, small_flags, flags, prepared, tmp_path, capsys):
+    for folder, command, arguments in (
+        (trained, train, [*small_flags, "--epochs", "2", "--out", str(trained)]),
+        (trained / "finetune", finetune, [str(trained)]),
+        (trained / "dynamic", evaluate, [str(trained), "--dynamic"]),
+        (tmp_path / "demo", demo, ["--out", str(tmp_path / "demo")]),
+        (tmp_path / "1b", train_1b, [*flags, "--out", str(tmp_path / "1b")]),
+        (
+            tmp_path / "prepared",
+            lm1b,
+            [
+                "prepare",
+                "--source",
+                str(prepared.parent / "source"),
+                "--out",
+                str(tmp_path / "prepared"),
+                "--allow-missing",
+            ],
+        ),
+        (tmp_path / "all", reproduce, ["demo", "--data", str(load_run(trained).data), "--out", str(tmp_path / "all")]),
+    ):
+        with written_by_another(folder) as other:
+            assert command.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"error: {folder} is being written by process {other.pid}" in error, error
+        assert [path.name for path in folder.iterdir() if path.suffix != ".safetensors"].count(files.LOCK) == 1
+
+
+def test_readers_are_never_refused(trained, capsys):
+    with written_by_another(trained):
+        assert evaluate.main([str(trained)]) == 0
+        assert generate.main([str(trained), "--words", "3"]) == 0
+        assert experts.main([str(trained), "--words", "3"]) == 0
+
+
+# --------------------------------------------------------------------------------------- what a run remembers and needs
+
+
+def test_a_run_remembers_its_corpus_from_anywhere(small_flags, corpus_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(corpus_folder.parent)
+    relative = [flag if flag != str(corpus_folder) else corpus_folder.name for flag in small_flags]
+    assert train.main([*relative, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(corpus_folder)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+    assert train.main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+
+
+def test_commands_need_only_the_files_they_read(trained, corpus_folder, capsys):
+    (corpus_folder / "train.txt").unlink()
+    (corpus_folder / "test.txt").unlink()
+    assert evaluate.main([str(trained), "--split", "valid"]) == 0
+    assert experts.main([str(trained), "--split", "valid", "--words", "3"]) == 0
+    assert evaluate.main([str(trained)]) == 2
+    assert "lacks test.txt; if the run's corpus has moved, name it with --data" in capsys.readouterr().err
+    assert evaluate.main([str(trained), "--split", "valid", "--dynamic"]) == 2
+    assert "lacks train.txt" in capsys.readouterr().err
+    shutil.rmtree(corpus_folder)
+    assert generate.main([str(trained), "--words", "3"]) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- earlier versions
+
+
+def test_earlier_names_of_micro_batches_are_taken(small_flags, flags, capsys):
+    assert train.parse([*small_flags, "--small-batch-size", "2"]).optim.micro_batches == 3
+    assert train.parse([*small_flags, "--small_batch_size=0"]).optim.micro_batches == 1
+    assert train_1b.parse([*flags, "--micro-batches", "3"]).micro_batches == 3
+    assert train_1b.parse([*flags, "--micro-batches=2"]).micro_batches == 2
+    old = RECIPES["wikitext2"]().to_json()
+    del old["optim"]["micro_batches"]
+    old["optim"]["small_batch_size"] = 5
+    assert TrainConfig.from_json(old | {"resume": None}) == RECIPES["wikitext2"]()
+    old = LM1BConfig().to_json()
+    del old["micro_batches"], old["resume"]
+    assert LM1BConfig.from_json(old | {"accumulate": 4}).micro_batches == 4
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(small_flags, tmp_path):
+    """Its configuration has the old name, a relative path and no `resume`; the losses are those of a run of today."""
+    flags, whole, old = [*small_flags, "--micro-batches", "2"], tmp_path / "whole", tmp_path / "old"
+    assert train.main([*flags, "--epochs", "2", "--out", str(whole)]) == 0
+    assert train.main([*flags, "--epochs", "1", "--out", str(old)]) == 0
+    tensors, meta = load_checkpoint(old / "last.safetensors")
+    del meta["config"]["optim"]["micro_batches"]
+    meta["config"]["optim"]["small_batch_size"] = 3
+    meta["config"]["resume"] = None
+    save_checkpoint(old / "last.safetensors", tensors, meta)
+    assert train.main([*flags, "--epochs", "2", "--out", str(old)]) == 0
+    assert losses(old) == losses(whole)
+
+
+# -------------------------------------------------------------------------------------------------------- nothing named
+
+
+@pytest.fixture
+def empty_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_train_alone_trains_on_the_sample_text(empty_place, capsys):
+    assert train.main(["--epochs", "1", "--time-limit", "1e-9"]) == 0
+    out = capsys.readouterr().out
+    assert "training on Python's own documentation" in out and "time limit reached" in out
+    config = json.loads((empty_place / "runs" / "sample" / "config.json").read_text())
+    assert config["recipe"] == "demo" and config["data"].startswith(str(empty_place / "cache"))
+    assert train.main(["--recipe", "ptb-small"]) == 2
+    assert "data folder data does not exist; it must hold train.txt, valid.txt and test.txt" in capsys.readouterr().err
+
+
+def test_train_1b_alone_trains_on_the_sample_text(empty_place, capsys):
+    assert train_1b.main(["--max-steps", "2", "--eval-batch-size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "lm1b-tiny" in out and "held-out ppl" in out and "python -m fused_mos.data.lm1b download" in out
+    assert (empty_place / "runs" / "sample-1b" / "result.json").is_file()
+    for arguments in (["--recipe", "lm1b-tiny"], ["--data", "nowhere"]):
+        assert train_1b.main(arguments) == 2
+        assert "manifest.json; run python -m fused_mos.data.lm1b prepare first, to its end" in capsys.readouterr().err
+
+
+def test_prepare_ends_its_workers_at_a_signal(prepared, tmp_path, monkeypatch, capsys):
+    arguments = [
+        "prepare",
+        "--source",
+        str(prepared.parent / "source"),
+        "--out",
+        str(tmp_path / "out"),
+        "--allow-missing",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(lm1b, "_tokenise", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        assert lm1b.main([*arguments, "--workers", "1"]) == 143
+    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert lm1b.main(arguments) == 0
+    assert not signals.noted()
