@@ -55,7 +55,7 @@ class Head(nn.Module):
         self.backend = backend
         self.tied = weight is not None
         self.decoder = nn.Linear(latent_features, n_classes, bias, device="meta" if self.tied else device, dtype=dtype)
-        if self.tied:  # there never is a second (V, D)
+        if weight is not None:  # there never is a second (V, D)
             self.decoder.weight = weight
             if bias:
                 self.decoder.bias = nn.Parameter(weight.new_empty(n_classes))
@@ -248,9 +248,10 @@ class MoS(Head):
         super().__init__(latent_features, n_classes, bias, weight, backend, device, dtype)
         self.in_features = in_features
         self.n_experts = n_experts
-        like = {"device": self.decoder.weight.device, "dtype": self.decoder.weight.dtype}
-        self.prior = nn.Linear(in_features, n_experts, bias=False, **like)
-        self.latent = nn.Sequential(nn.Linear(in_features, n_experts * latent_features, **like), nn.Tanh())
+        device, dtype = self.decoder.weight.device, self.decoder.weight.dtype
+        self.prior = nn.Linear(in_features, n_experts, bias=False, device=device, dtype=dtype)
+        projections = nn.Linear(in_features, n_experts * latent_features, device=device, dtype=dtype)
+        self.latent = nn.Sequential(projections, nn.Tanh())
         self.latent_dropout = LockedDropout(latent_dropout)
         self.reset_parameters()
 

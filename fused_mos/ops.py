@@ -24,7 +24,8 @@ from ._backends.row_filter import kept_rows
 
 def _empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Uninitialised contiguous gradients, of no elements where not needed: what the ops promise their callers."""
-    tensors = (inputs[0] if tensor is None else tensor for tensor in inputs)
+    like = next(tensor for tensor in inputs if tensor is not None)
+    tensors = (like if tensor is None else tensor for tensor in inputs)
     return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needs))
 
 
@@ -110,10 +111,11 @@ def nll_backward(
     if not any(product_needs):
         return latent.new_empty(0), grad_prior, latent.new_empty(0), latent.new_empty(0)
     row_weight = row_weight.view(-1)
-    per_row = latent.view(n * k, d), target.repeat_interleave(k), maximum.view(-1), log_total.view(-1), row_weight
+    row_target = target.repeat_interleave(k)
+    per_row = [latent.view(n * k, d), row_target, maximum.view(-1), log_total.view(-1), row_weight]
     kept = kept_rows(responsibility.view(-1), row_weight, filter_eps)
     if kept is not None:
-        per_row = tuple(tensor[kept] for tensor in per_row)
+        per_row = [tensor[kept] for tensor in per_row]
     rows, row_target, row_maximum, row_log_total, row_weight = per_row
     grad_rows, grad_weight, grad_bias = _backends.kernels(backend).rows_backward(
         rows, weight, bias, row_target, row_maximum, row_log_total, row_weight, row_weight, product_needs

@@ -10,7 +10,7 @@ Rows are split as DTensor's Shard(0) splits them, so that `VocabShard.as_dtensor
 ranks can read.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ class VocabShard(Vocabulary):
                 "torchrun"
             )
         self.n_classes = n_classes
-        self.group = group if group is not None else dist.group.WORLD
+        self.group = group if group is not None else cast(dist.ProcessGroup, dist.group.WORLD)
         self.n_ranks = dist.get_world_size(self.group)
         size = -(-n_classes // self.n_ranks)
         if size * (self.n_ranks - 1) >= n_classes:
@@ -117,7 +117,7 @@ class VocabShard(Vocabulary):
 
     def normalisers(self, operands: Operands) -> Normalisers:
         latent, prior_logits, weight, bias, backend = operands
-        maximum, log_total, _ = _combined_statistics(latent, weight, bias, None, self.group, backend)
+        maximum, log_total = _combined_statistics(latent, weight, bias, None, self.group, backend)
         return Normalisers(log_softmax_prior(prior_logits).to(maximum.dtype), maximum, log_total)
 
     def best(self, operands: Operands) -> Tensor:
@@ -218,8 +218,8 @@ def _combined_statistics(
     target: Tensor | None,  # (N,), IGNORED, ELSEWHERE or a class of this rank
     group: dist.ProcessGroup,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # (N, K) each
-    """maximum and log_total over all shards, and the target's logit: three numbers a row travel."""
+) -> tuple[Tensor, ...]:  # (N, K) each
+    """maximum and log_total over all shards and, where there are targets, their logits: three numbers a row travel."""
     n, k, d = latent.shape
     targets = None if target is None else target.repeat_interleave(k)
     own_maximum, own_log_total, own_logit = _backends.kernels(backend).row_statistics(
@@ -227,12 +227,13 @@ def _combined_statistics(
     )
     maximum = own_maximum.clone()
     dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
-    sums = [(own_log_total + (own_maximum - maximum)).exp()]
-    if target is not None:
-        sums.append(torch.where(targets >= 0, own_logit, 0))
-    sums = torch.stack(sums)
+    terms = [(own_log_total + (own_maximum - maximum)).exp()]
+    if targets is not None:
+        terms.append(torch.where(targets >= 0, own_logit, 0))
+    sums = torch.stack(terms)
     dist.all_reduce(sums, group=group)
-    return maximum.view(n, k), sums[0].log().view(n, k), None if target is None else sums[1].view(n, k)
+    total, *target_logit = sums.view(len(terms), n, k)
+    return maximum.view(n, k), total.log(), *target_logit
 
 
 class _ShardedNLL(torch.autograd.Function):

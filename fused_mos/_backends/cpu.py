@@ -11,7 +11,8 @@ bfloat16 operands are multiplied as they are where the processor can (avx512_bf1
 import torch
 from torch import Tensor
 
-from .. import _cpu  # after torch, so that both use the OpenMP runtime that torch loaded
+# after torch, so that both use the OpenMP runtime that torch loaded
+from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from .reference import accumulation_dtype
 from .tracing import assume_constant_result
 

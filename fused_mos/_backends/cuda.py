@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from .. import _cuda  # type: ignore[attr-defined]  # compiled, without stubs
 from . import triton
 from .triton import (  # noqa: F401  (what this backend shares with that one)
     DTYPES,
@@ -111,7 +111,7 @@ class Decoder:
 
 def _limits(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -145,14 +145,14 @@ def rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, e = aligned(rows_), aligned(weight)
     grad_target = grad_lse if grad_target is None else grad_target
-    grad_lse, grad_target, unscale = in_range(rows_.dtype, grad_lse.float(), grad_target.float())
+    (scaled_lse, scaled_target), unscale = in_range(rows_.dtype, grad_lse.float(), grad_target.float())
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         tile, constants = choose_tile("gradient", z, dl.shape[0])
         grid = triton.cdiv(dl.shape[0], tile.rows), triton.cdiv(dl.shape[1], tile.classes)
         logits = Logits(z[r], e, bias, dl.shape[0], weight.shape[0])
         block_target = None if target is None else target[r]
-        statistics, weights = RowStatistics(maximum[r], log_total[r]), RowGradients(grad_lse[r], grad_target[r])
+        statistics, weights = RowStatistics(maximum[r], log_total[r]), RowGradients(scaled_lse[r], scaled_target[r])
         out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
         constants |= {"D": e.shape[1]}
         launch(gradients.gradient_kernel, grid, logits, block_target, statistics, weights, out, **constants)
@@ -203,7 +203,7 @@ def nll_with_gradients(
     height = _rows_of_block(n * k, k, weight) or k
     exponentials = z.new_empty(height, row_length(n_classes, z))
     needs_sums = needs[2] or needs[3]
-    sums = empty_float32(z, n_classes, row_length(d + 2, z)) if needs_sums else None
+    sums = empty_float32(z, n_classes if needs_sums else 0, row_length(d + 2, z))
     for r in spans(n * k, height):
         t = slice(r.start // k, r.stop // k)
         a = exponentials[: r.stop - r.start]
@@ -211,7 +211,8 @@ def nll_with_gradients(
         inputs = LossInputs(prior_logits[t], target[t], valid[t], scale)
         outputs = LossOutputs(nll[t], log_total[r], responsibility[r], factor[r], grad_prior[t])
         _write_loss(logits, inputs, reference[r], a, target_logit[r], outputs)
-        block, z_block, f_block, kept = a[:, :n_classes], z[r], factor[r], slice(None)
+        block, z_block, f_block = a[:, :n_classes], z[r], factor[r]
+        kept: slice | Tensor = slice(None)
         survivors = kept_rows(responsibility[r], responsibility[r], filter_eps)
         if survivors is not None:
             kept = move_up(a, survivors)
@@ -291,7 +292,7 @@ def log_prob_backward(
     experts = Mixture(log_prior, maximum, log_total)
     s = _sums_of_weighted_posteriors(grad, Logits(z, e, bias, n, n_classes), experts)
     product_needs = (needs[0], needs[2], needs[3])
-    scaled_grad, scaled_s, unscale = in_range(latent.dtype, grad, s)
+    (scaled_grad, scaled_s), unscale = in_range(latent.dtype, grad, s)
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         t = slice(r.start // k, r.stop // k)

@@ -7,13 +7,14 @@ the user's cache for this GPU.
 
 import functools
 import json
-import os
 import re
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
 import triton
+
+from ...runtime import files
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run on the CPU, and take CPU tensors."""
@@ -135,16 +136,12 @@ def architecture_name(capability: tuple[int, int]) -> str:
 
 def cache_file(gpu: str) -> Path:
     """Where `python -m fused_mos.tune` keeps the tiles that it found for a GPU."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fused_mos" / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-triton-{triton.__version__}.json"
+    return files.cache_folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-triton-{triton.__version__}.json"
 
 
 def save_tuned(gpu: str, tiles: dict[str, Tile]) -> Path:
     path = cache_file(gpu)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({key: astuple(tile) for key, tile in tiles.items()}, indent=1) + "\n")
-    unfinished.replace(path)
+    files.write_text(path, json.dumps({key: astuple(tile) for key, tile in tiles.items()}, indent=1) + "\n")
     return path
 
 
@@ -154,10 +151,10 @@ def load_tuned(gpu: str) -> dict[str, Tile]:
     if not path.exists():
         return {}
     try:
-        tiles = {
-            key: Tile(*map(int, sizes[:5]), resident=bool(sizes[5]))
-            for key, sizes in json.loads(path.read_text()).items()
-        }
+        tiles = {}
+        for key, sizes in json.loads(path.read_text()).items():
+            rows, classes, features, warps, stages = map(int, sizes[:5])
+            tiles[key] = Tile(rows, classes, features, warps, stages, resident=bool(sizes[5]))
         assert set(tiles) <= set(_table({}))
     except Exception as error:
         raise ValueError(

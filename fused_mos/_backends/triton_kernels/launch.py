@@ -46,11 +46,12 @@ _override: _Override | None = None
 def overridden(
     architecture: Architecture, tiles: dict[str, Tile] | None = None, record: bool = False
 ) -> Iterator[list[Call]]:
-    """Takes tiles from `tiles`, then from `architecture`; yields the recorded calls."""
+    """Takes tiles from `tiles`, then from `architecture`; yields the list of recorded calls."""
     global _override
-    before, _override = _override, _Override(architecture, [] if record else None, tiles or {})
+    calls: list[Call] = []
+    before, _override = _override, _Override(architecture, calls if record else None, tiles or {})
     try:
-        yield _override.calls
+        yield calls
     finally:
         _override = before
 

@@ -55,14 +55,14 @@ def with_column(z: Tensor, d: int, factor: Tensor | None) -> Tensor:
     return result
 
 
-def in_range(dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor | None, ...]:
+def in_range(dtype: torch.dtype, *weights: Tensor) -> tuple[list[Tensor], Tensor | None]:
     """The weights of dl, and the factor () that results then need, or None. float16 has a small range, of which the
     weights of a mean would lose most: there the largest becomes 2¹⁴."""
     if dtype != torch.float16 or weights[0].numel() == 0:
-        return *weights, None
+        return list(weights), None
     largest = torch.stack([weight.abs().amax() for weight in weights]).amax()
     unscale = torch.where((largest > 0) & largest.isfinite(), largest, 1) * 2.0**-14
-    return *(weight / unscale for weight in weights), unscale
+    return [weight / unscale for weight in weights], unscale
 
 
 def move_up(a: Tensor, survivors: Tensor) -> Tensor:

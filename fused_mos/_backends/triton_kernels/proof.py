@@ -88,8 +88,11 @@ def operations(
 ) -> dict[str, Callable[[], object]]:
     """All that the backend does at (N, K, D, V), by name, on random tensors."""
     n, k, d, v = shape
-    kind = {"dtype": dtype, "device": device}
-    latent, weight, bias = torch.randn(n, k, d, **kind), torch.randn(v, d, **kind) * d**-0.5, torch.randn(v, **kind)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, dtype=dtype, device=device)
+
+    latent, weight, bias = random(n, k, d), random(v, d) * d**-0.5, random(v)
     prior_logits, log_total, scale = (torch.randn(size, device=device) for size in ((n, k), (n, k), ()))
     target, valid = torch.randint(v, (n,), device=device), torch.ones(n, dtype=torch.bool, device=device)
     rows, row_target, statistic = latent.view(n * k, d), target.repeat_interleave(k), log_total.view(-1)
@@ -98,7 +101,7 @@ def operations(
         "statistics": lambda: backend.row_statistics(rows, weight, bias, row_target),
         "statistics without targets": lambda: backend.row_statistics(rows, weight, bias, None),
         "gradient, recomputed": lambda: backend.rows_backward(
-            rows, weight, bias, row_target, *[statistic] * 4, (True,) * 3
+            rows, weight, bias, row_target, statistic, statistic, statistic, statistic, (True,) * 3
         ),
         "log_prob": lambda: backend.log_prob(*mixture),
         "predict": lambda: backend.predict(*mixture),
@@ -156,7 +159,7 @@ def _source(call: Call) -> tuple[ASTSource, dict]:
     names = call.kernel.arg_names
     signature = {name: _type(argument) for name, argument in zip(names, call.arguments)}
     signature |= dict.fromkeys(call.constants, "constexpr")
-    constants = {(names.index(name),): value for name, value in call.constants.items()}
+    constants: dict[tuple[int, ...], object] = {(names.index(name),): value for name, value in call.constants.items()}
     attributes = {}
     for path, argument in _members(call.arguments):
         kind, value, is_aligned = _specialisation(argument)
