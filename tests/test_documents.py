@@ -12,7 +12,7 @@ import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 
 
@@ -52,8 +52,9 @@ class Parsed(Exception):
 
 
 @pytest.fixture
-def only_parse(monkeypatch):
+def only_parse(monkeypatch, tmp_path):
     """tyro.cli stops the program once it has understood the command line."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cli = tyro.cli
 
     def stop(*arguments, **options):
