@@ -37,7 +37,7 @@ class Flags:
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
     backend: str | None = None
-    """Of the head; by default the run's."""
+    """Backend of the head; by default the run's."""
     checkpoint_minutes: float = setting(5.0, NOT_NEGATIVE)
     """Minutes between checkpoints of a dynamic evaluation; 0 writes one after every segment."""
     time_limit: float = setting(0.0, NOT_NEGATIVE)

@@ -30,7 +30,7 @@ class Flags:
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
     backend: str | None = None
-    """Of the head; by default the run's."""
+    """Backend of the head; by default the run's."""
 
 
 def work(arguments: list[str]) -> None:

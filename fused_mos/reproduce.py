@@ -36,7 +36,7 @@ else:
 @dataclasses.dataclass
 class Flags:
     recipe: Annotated[Recipe, tyro.conf.Positional]
-    """What to reproduce: the paper's ptb or wikitext2, or a recipe for a CPU, of which the paper has no numbers."""
+    """Recipe to reproduce: the paper's ptb or wikitext2, or a recipe for a CPU, of which the paper has no numbers."""
     data: Path
     """Folder with train.txt, valid.txt and test.txt."""
     out: Path | None = None

@@ -1,4 +1,4 @@
-"""What every command does around its work: parse its flags, print errors in one line, and end with the right status."""
+"""The frame of every command: it parses flags, prints errors in one line, and ends with the right status."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from .errors import UserError
 Config = TypeVar("Config")
 
 program = "python -m fused_mos."
-"""What stands before a command's name in usage lines."""
+"""The words before a command's name in usage lines."""
 
 CONTINUES = "the same command continues"
 

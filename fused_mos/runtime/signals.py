@@ -1,4 +1,4 @@
-"""When long work saves its state, and when it stops: clocks, time limits, SIGINT and SIGTERM."""
+"""Saving and stopping of long work: clocks, time limits, SIGINT and SIGTERM."""
 
 import contextlib
 import math

@@ -93,7 +93,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run of either trainer is told."""
+    """The settings of a run that both trainers have."""
 
     recipe: str = ""
     """Named set of defaults for all other flags."""

@@ -1,4 +1,4 @@
-"""What can be wrong with a run, for its user to mend."""
+"""Errors of a run that its user can mend."""
 
 from ..runtime import UserError
 

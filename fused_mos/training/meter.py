@@ -1,4 +1,4 @@
-"""Where a run stands, and the words and seconds that it has trained."""
+"""Progress of a run, and the words and seconds that it has trained."""
 
 import time
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 
 @dataclass
 class Progress:
-    """What both trainers count; their own subclasses add where in the text they are. Part of a checkpoint."""
+    """Counts of a run, part of its checkpoint. The trainers' subclasses add where in the text it stands."""
 
     step: int = 0
     words: int = 0  # predicted

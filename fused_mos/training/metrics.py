@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events and a learning curve."""
+"""The logs of a run: metrics.jsonl, TensorBoard events and a learning curve."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, stage by stage."""
+"""The time of a training step, stage by stage."""
 
 import statistics
 import time

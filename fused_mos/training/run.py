@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, for the commands that come after it."""
+"""The folder of a run, read by the commands that come after it."""
 
 import dataclasses
 import json

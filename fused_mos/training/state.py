@@ -17,7 +17,7 @@ from .errors import ConfigError
 
 @dataclasses.dataclass
 class Progress(meter.Progress):
-    """Where a run stands; with the parameters, optimizer, hidden and random states this is all of its state."""
+    """Progress of a run; with the parameters, optimizer, hidden and random states this is all of its state."""
 
     epoch: int = 0  # epochs finished
     stopped: bool = False  # by the rule that ends fine-tuning

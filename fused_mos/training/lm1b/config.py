@@ -38,7 +38,7 @@ class LM1BConfig(RunConfig):
     lr: float = setting(20.0, POSITIVE)
     """Learning rate."""
     initial_accumulator: float = setting(0.0, NOT_NEGATIVE)
-    """What adagrad's sums of squared gradients start with. With 0, the first step moves every parameter by lr."""
+    """First value of adagrad's sums of squared gradients. With 0, the first step moves every parameter by lr."""
     warmup_steps: int = setting(0, NOT_NEGATIVE)
     """Steps over which the learning rate rises from 0."""
     decay: Literal["none", "linear", "cosine"] = "none"

@@ -13,7 +13,7 @@ from .ranks import Ranks
 
 
 class StepDecision(NamedTuple):
-    """What all ranks do after a step, if one of them has reason to."""
+    """The actions of all ranks after a step, if one of them has reason to act."""
 
     signum: int  # of a signal that ends the run, or 0
     save: bool

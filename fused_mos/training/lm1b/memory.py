@@ -1,7 +1,7 @@
-"""What a rank of a run will need of its device's memory, before it starts.
+"""The memory that a rank of a run will need on its device, before it starts.
 
-An estimate from the shapes: exact for what stays (parameters, gradients, optimizer), within some tens of percent for
-what a step makes.
+The estimate follows from the shapes: exact for what stays (parameters, gradients, optimizer), within some tens of
+percent for what a step makes.
 """
 
 import dataclasses

@@ -56,7 +56,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes logs and talks to the user."""
+        """True for the rank that writes logs and talks to the user."""
         return self.rank == 0
 
     def columns(self, n: int) -> range:
@@ -79,7 +79,7 @@ class Ranks:
             raise OtherRankFailed
 
     def have_the_same(self, digest) -> bool:
-        """Whether a hashlib digest is one and the same on all ranks."""
+        """True if a hashlib digest is the same on all ranks."""
         number = int.from_bytes(digest.digest()[:7], "big")
         extremes = torch.tensor([number, -number], device=self.device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)

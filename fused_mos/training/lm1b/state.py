@@ -26,8 +26,8 @@ def initialize(model: AWDLSTM, optimizer: torch.optim.Optimizer) -> None:
 
 @dataclasses.dataclass
 class Progress(meter.Progress):
-    """Where a run stands, the same on all ranks; with the parameters, optimizer, hidden and random states this is all
-    of its state."""
+    """Progress of a run, the same on all ranks; with the parameters, optimizer, hidden and random states this is all of
+    its state."""
 
     position: Position = dataclasses.field(default_factory=Position)
     evaluated: int = 0  # step of the last evaluation
@@ -47,7 +47,7 @@ class RunTensors:
         self.model, self.optimizer, self.shard, self.ranks = model, optimizer, shard, ranks
 
     def is_sharded(self, name: str) -> bool:
-        """Whether a parameter is this rank's part of a larger one."""
+        """True for a parameter that is this rank's part of a larger one."""
         return self.shard is not None and name in ("encoder.weight", "head.decoder.bias")
 
     def parameters(self) -> dict[str, Tensor]:
