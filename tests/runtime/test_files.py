@@ -92,6 +92,7 @@ def test_appends_at_the_same_time_lose_nothing(tmp_path):
     assert sorted(json.loads(path.read_text())) == list(range(16))
 
 
+@pytest.mark.processes
 def test_a_second_writer_is_refused_and_told_of_the_first(other_writer, tmp_path):
     with pytest.raises(files.FolderInUse) as error:
         files.FolderLock(tmp_path / "run")

@@ -23,6 +23,8 @@ from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
 from fused_mos.training.lm1b import LM1BConfig
 from fused_mos.training.run import load_run
 
+pytestmark = pytest.mark.trains
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -171,6 +173,7 @@ def test_resume_is_short_for_the_command(flags, tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------- one writer a folder
 
 
+@pytest.mark.processes
 def test_a_second_writer_is_refused(trained, small_flags, flags, prepared, tmp_path, capsys):
     for folder, command, arguments in (
         (trained, train, [*small_flags, "--epochs", "2", "--out", str(trained)]),
@@ -199,6 +202,7 @@ def test_a_second_writer_is_refused(trained, small_flags, flags, prepared, tmp_p
         assert [path.name for path in folder.iterdir() if path.suffix != ".safetensors"].count(files.LOCK) == 1
 
 
+@pytest.mark.processes
 def test_readers_are_never_refused(trained, capsys):
     with written_by_another(trained):
         assert evaluate.main([str(trained)]) == 0
