@@ -101,7 +101,7 @@ def _repair_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 

@@ -115,10 +115,11 @@ class CheckpointClock:
 
     def tick(self, save: Callable[[], None]) -> None:
         """Saves if it is time. Raises Stopped or TimeLimitReached, after saving."""
-        stop = self.over
-        if stop or self.due or noted():
+        stop, signum = self.over, noted()
+        if stop or self.due or signum:
             save()
             self.saved()
-        check()
+        if signum:
+            raise Stopped(signum)
         if stop:
             raise TimeLimitReached
