@@ -31,7 +31,10 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
             parts.append(part.name)
         tensors, metadata = {}, {"parts": json.dumps(parts), "sha256": digest}
     with files.replacing(path) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata)
+        try:
+            safetensors.torch.save_file(tensors, partial, metadata)
+        except safetensors.SafetensorError as error:  # of a full disk, too
+            raise files.FileError(f"{path} could not be written ({error}); the last one is as it was") from None
     _remove_parts(path, parts)
 
 
