@@ -11,13 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-try:
-    import triton
-except ImportError as error:
-    sys.exit(f"error: {error}; pip install triton")
-
-from ._backends import triton as backend
-from ._backends.triton_kernels import configurations, proof, tuning
+from ._backends.triton_kernels import configurations
+from ._backends.triton_kernels.shapes import DTYPES, SHAPES
 from .runtime import UserError, command, files
 from .runtime.progress import bar, say
 
@@ -26,8 +21,8 @@ if TYPE_CHECKING:  # which knows no Literal of names that are computed
     DType = str
     Architecture = str
 else:
-    Shape = Literal[tuple(proof.SHAPES)]
-    DType = Literal[tuple(proof.DTYPES)]
+    Shape = Literal[tuple(SHAPES)]
+    DType = Literal[tuple(DTYPES)]
     Architecture = Literal[tuple(configurations.ARCHITECTURES)]
 
 
@@ -37,13 +32,13 @@ class TuneError(UserError):
 
 @dataclass
 class Flags:
-    shapes: tuple[Shape, ...] = tuple(proof.SHAPES)
+    shapes: tuple[Shape, ...] = tuple(SHAPES)
     """Shapes by name: those of the paper and of the benchmarks, and short inputs, as in generation."""
 
     shape: tuple[int, int, int, int] | None = None
     """N tokens, K experts, D latent features, V classes of your own model, instead of `shapes`."""
 
-    dtypes: tuple[DType, ...] = tuple(proof.DTYPES)
+    dtypes: tuple[DType, ...] = tuple(DTYPES)
     """Products to tune: of 16-bit tensors, and of float32 tensors with TF32 or in full precision."""
 
     again: bool = False
@@ -65,6 +60,13 @@ class Flags:
 
 def compile_only(config: Flags) -> int:
     """Returns the number of faults."""
+    import triton
+
+    from ._backends.triton_kernels import proof
+    from ._backends.triton_kernels.launch import INTERPRETED
+
+    if INTERPRETED:
+        raise TuneError("--compile-only cannot compile while triton interprets; unset TRITON_INTERPRET")
     if config.shape:
         raise TuneError("--compile-only is for --shapes, got --shape")
     calls = proof.distinct_calls(config.arch, config.shapes, config.dtypes, config.brief)
@@ -97,9 +99,13 @@ def compile_only(config: Flags) -> int:
 
 def tune(config: Flags) -> None:
     """Saves after each configuration, so that what was found is not lost with the process."""
-    if not configurations.INTERPRETED and not torch.cuda.is_available():
+    from ._backends import triton as backend
+    from ._backends.triton_kernels import proof, tuning
+    from ._backends.triton_kernels.launch import INTERPRETED
+
+    if not INTERPRETED and not torch.cuda.is_available():
         raise TuneError("torch finds no CUDA GPU to tune for; --compile-only needs none")
-    device = torch.device("cpu" if configurations.INTERPRETED else f"cuda:{torch.cuda.current_device()}")
+    device = torch.device("cpu" if INTERPRETED else f"cuda:{torch.cuda.current_device()}")
     if reason := backend.unsupported(device):
         raise TuneError(reason)
     gpu, compile_for = "interpreter", None
@@ -108,11 +114,11 @@ def tune(config: Flags) -> None:
             torch.cuda.get_device_name(),
             configurations.architecture_name(torch.cuda.get_device_capability()),
         )
-    shapes = {"your shape": config.shape} if config.shape else {name: proof.SHAPES[name] for name in config.shapes}
+    chosen = {"your shape": config.shape} if config.shape else {name: SHAPES[name] for name in config.shapes}
     tuned = configurations.load_tuned(gpu)
     done = set() if config.again or config.shape else set(tuned)
     for dtype_name in config.dtypes:
-        for name, shape in shapes.items():
+        for name, shape in chosen.items():
             with (
                 proof.float32_products(dtype_name) as dtype,
                 bar(desc=f"{name} {dtype_name}", unit="tiles", total=0) as shown,
@@ -133,10 +139,12 @@ def work(arguments: list[str]) -> int:
     config = command.parse(Flags, "tune", __doc__, arguments)
     try:
         if config.compile_only:
-            if configurations.INTERPRETED:
-                raise TuneError("--compile-only cannot compile while triton interprets; unset TRITON_INTERPRET")
             return 1 if compile_only(config) else 0
         tune(config)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise TuneError("the kernels are Triton's, and there is no triton: pip install triton") from None
     except ValueError as error:
         raise TuneError(str(error)) from None
     return 0

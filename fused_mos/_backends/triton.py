@@ -19,10 +19,9 @@ from torch import Tensor
 from .products import product, spans
 from .row_filter import kept_rows
 from .triton_kernels import configurations, forward, gradients
-from .triton_kernels.configurations import INTERPRETED
 from .triton_kernels.forward import log_prob, predict, row_statistics, sample  # noqa: F401  (part of `Kernels`)
 from .triton_kernels.gradients import Exponentials, LossInputs, LossOutputs, RowGradients, RowStatistics
-from .triton_kernels.launch import choose_tile, launch
+from .triton_kernels.launch import INTERPRETED, choose_tile, launch
 from .triton_kernels.mixture import Mixture, mixture_gradient_kernel
 from .triton_kernels.operands import (
     aligned,

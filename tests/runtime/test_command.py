@@ -121,3 +121,21 @@ def test_the_shell_completes_commands_flags_and_choices(tmp_path, capsys):
         arguments = ["bash", "-c", complete, str(tmp_path / "completion"), *words]
         assert subprocess.run(arguments, capture_output=True, text=True).stdout == f"{expected}\n"
     assert package_command.main(["--print-completion", "fish"]) == 2
+
+
+@pytest.mark.processes
+def test_where_there_is_no_triton(tmp_path):
+    """Its command says so, and keeps the shell from completing no other one."""
+    hidden = (
+        "import sys; sys.modules['triton'] = None; from fused_mos.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-c", hidden, *arguments], capture_output=True, text=True)
+
+    for arguments in (["tune"], ["tune", "--compile-only"]):
+        result = run(*arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == "error: the kernels are Triton's, and there is no triton: pip install triton\n"
+    completion = run("--print-completion", "bash")
+    assert completion.returncode == 0 and "--compile-only" in completion.stdout and "--micro" in completion.stdout

@@ -8,6 +8,7 @@ forward.py         calls of the kernels that need no gradient
 configurations.py  tile sizes by architecture and shape class
 operands.py        operands as the kernels want them
 launch.py          how kernels are called, and how calls are recorded instead
+shapes.py          shapes and products that are proven and tuned
 proof.py           compiles what the backend would call, without a GPU
 tuning.py          measures tiles on a GPU
 """

@@ -12,12 +12,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
-import triton
 
 from ...runtime import files
-
-INTERPRETED = triton.knobs.runtime.interpret
-"""Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run on the CPU, and take CPU tensors."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +132,8 @@ def architecture_name(capability: tuple[int, int]) -> str:
 
 def cache_file(gpu: str) -> Path:
     """Where `python -m fused_mos.tune` keeps the tiles that it found for a GPU."""
+    import triton  # here: the tables are also read where there is none, for the flags of `tune`
+
     return files.cache_folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-triton-{triton.__version__}.json"
 
 

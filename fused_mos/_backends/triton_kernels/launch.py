@@ -16,6 +16,9 @@ from . import configurations
 from .configurations import Architecture, Tile
 from .tiles import TileConstants
 
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run on the CPU, and take CPU tensors."""
+
 
 @dataclass
 class Call:
