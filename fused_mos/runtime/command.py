@@ -51,7 +51,7 @@ def run(work: Callable[[list[str]], int | None], arguments: list[str] | None = N
     | `work` returns | | what it returns, or 0 |
     | UserError, OSError | `error: …` on stderr | 2 |
     | TimeLimitReached | on stdout that the same command continues | 0 |
-    | SIGINT, SIGTERM | `interrupted` on stderr | 130, 143 |
+    | SIGINT, SIGTERM | `stopped; ` and `interrupted` on stderr | 130, 143 |
     | nobody reads stdout any longer | nothing | 141 |
 
     Args:

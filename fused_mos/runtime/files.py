@@ -55,10 +55,8 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields the path of a partial file, which takes the name `path` if the block ends without an exception.
-
-    Raises FileError where the file cannot be written; the old one then is as it was.
-    """
+    """Yields the path of a partial file, which takes the name `path` if the block ends without an exception; otherwise
+    the old file stays as it was. An OSError of the block becomes a FileError."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with explained(path):
@@ -94,8 +92,7 @@ def append_json(path: Path, record: Any) -> None:
     """Adds a record to the JSON list in `path`, which begins empty. Processes that append at the same time wait for
     each other, so that no record is lost. Raises FileError."""
     with explained(path), path.with_name(f".{path.name}{LOCK}").open("ab") as lock:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock(lock, path, wait=True)
         records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         write_json(path, [*records, record])
 
@@ -121,12 +118,12 @@ def sync_folder(path: Path) -> None:
 def cache_folder() -> Path:
     """The user's cache of this package, which may be deleted at any time; a temporary one where there is no home that
     can be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_mos"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_mos"
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             return cache
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home at all, as in some containers
         return Path(tempfile.gettempdir()) / f"fused_mos-{os.getuid()}"
 
 
@@ -178,25 +175,32 @@ def _locked_file(folder: Path, wait: bool) -> BinaryIO:
     """The folder's lock file, locked, with who has it: a process, its machine and its command."""
     file = (folder / LOCK).open("ab+")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _lock(file, folder, wait)
     except BlockingIOError:
         with file:
             file.seek(0)
             holder = file.read().decode(errors="replace").strip() or "another process"
         raise FolderInUse(f"{folder} is being written by {holder}; wait for it, or stop it") from None
-    except OSError as error:  # a file system without locks must not keep anybody from working
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            file.close()
-            raise
-        print(
-            f"warning: {folder} cannot be locked ({error.strerror}); let no other process write to it", file=sys.stderr
-        )
+    except BaseException:
+        file.close()
+        raise
     file.truncate(0)
     command = " ".join(["python", *sys.orig_argv[1:]])[:200]
     file.write(f"process {os.getpid()} on {socket.gethostname()} ({command})\n".encode())
     file.flush()
     return file
+
+
+def _lock(file: BinaryIO, path: Path, wait: bool) -> None:
+    """Locks a file that stands for `path`. Raises BlockingIOError without `wait` if another process has the lock."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:  # a file system without locks must not keep anybody from working
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        print(f"warning: {path} cannot be locked ({error.strerror}); let no other process write to it", file=sys.stderr)
 
 
 def is_leftover(path: Path) -> bool:

@@ -32,7 +32,7 @@ def bar(
     iterable: Iterable[Any] | None = None, *, desc: str, unit: str, total: float | None = None, **options: Any
 ) -> tqdm:
     """A progress bar on stderr. `unit` is what is counted, in the plural; `options` are tqdm's, such as `initial`,
-    `leave`, `disable` and `unit_scale`, which is on: 1,234,567 words are shown as 1.23M."""
+    `leave` and `disable`. Of large totals 1,234,567 words are shown as 1.23M."""
     watched = sys.stderr.isatty()
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # type: ignore[arg-type]
@@ -40,9 +40,10 @@ def bar(
     if not watched:
         shown = {"file": _Lines(sys.stderr), "bar_format": _LINE, "miniters": 1, "mininterval": SECONDS_BETWEEN_LINES}
         shown["delay"] = 1e-9  # no line before there is something to tell
+    shown["unit_scale"] = total is None or total >= 1000
     if total is None:
         shown["bar_format"] = "{desc}: {n_fmt}{unit}, {elapsed} passed, {rate_noinv_fmt}{postfix}"
-    return tqdm(iterable, desc=desc, unit=f" {unit}", total=total, **{"unit_scale": True, **shown, **options})
+    return tqdm(iterable, desc=desc, unit=f" {unit}", total=total, **{**shown, **options})
 
 
 def say(text: str, file: TextIO | None = None) -> None:

@@ -34,7 +34,8 @@ class Stopped(Exception):
 @contextlib.contextmanager
 def noting() -> Iterator[None]:
     """Within the block SIGINT and SIGTERM are noted, for the work to save its state and stop (`check`, or a
-    `CheckpointClock`). A second one of the same kind acts at once.
+    `CheckpointClock`). A second one of the same kind acts at once. What the caller has ignored stays ignored, as SIGINT
+    in a script's background jobs.
 
     Raises Stopped at the end of the block if a signal was noted and nobody has looked. Threads other than the main one
     cannot take signals: there it does nothing.
@@ -51,7 +52,8 @@ def noting() -> Iterator[None]:
             os.write(2, b"\nstopping as soon as everything is saved; once more stops at once\n")
 
     for number in SIGNALS:
-        before[number] = signal.signal(number, note)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, note)
     try:
         yield
         check()
@@ -75,7 +77,7 @@ def check() -> None:
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
     """Within the block SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt: what is open is closed."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
         yield
         return
 

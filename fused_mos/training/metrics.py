@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ def perplexity(loss: float) -> float:
 class MetricsLog:
     """Appends records to metrics.jsonl and the same numbers to TensorBoard.
 
-    `offset` says how much of the file belongs to the checkpoint being resumed; what a killed run wrote after
-    that is cut off, so that no step appears twice.
+    `offset` says how many bytes of the file belong to the checkpoint being resumed; what a killed run wrote after them
+    is cut off, so that no step appears twice. Where the file has fewer, lines are lost: a warning says so.
     """
 
     def __init__(self, folder: Path, offset: int = 0, step: int = 0):
@@ -27,7 +28,10 @@ class MetricsLog:
         self._path = folder / "metrics.jsonl"
         with files.explained(self._path):
             self._file = self._path.open("ab")
-            self._file.truncate(offset)
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.truncate(min(offset, size))
+        if size < offset:
+            print(f"warning: {self._path} has lost {offset - size:,} bytes of this run", file=sys.stderr)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if offset else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:

@@ -97,6 +97,8 @@ def test_a_pickled_module_becomes_a_run(published, zipped, wdrop, tied, tmp_path
 
 def test_the_recipe_gives_what_comes_after(published, tmp_path):
     torch.save(published(), tmp_path / "model.pt")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()  # of one that was killed
     assert convert.main([str(tmp_path / "model.pt"), str(tmp_path / "run"), "--recipe", "wikitext2"]) == 0
     assert finetuning_config(tmp_path / "run").optim == dataclasses.replace(RECIPES["wikitext2"]().optim, lr=20)
     assert evaluate.parse([str(tmp_path / "run")]).rule == dynamic_rule("wikitext2")

@@ -124,3 +124,26 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(files.FileError, match="file/run.*Not a directory"):
         files.FolderLock(tmp_path / "file" / "run")
+
+
+def test_a_file_system_without_locks_keeps_nobody_from_working(tmp_path, monkeypatch, capsys):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    for value in range(2):
+        files.append_json(tmp_path / "list.json", value)
+    with files.FolderLock(tmp_path / "run"):
+        pass
+    assert json.loads((tmp_path / "list.json").read_text()) == [0, 1]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3 and warnings[-1].startswith(f"warning: {tmp_path / 'run'} cannot be locked (")
+
+
+def test_the_cache_of_a_user_without_a_home(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(files.Path, "home", no_home)
+    assert files.cache_folder().name == f"fused_mos-{os.getuid()}"

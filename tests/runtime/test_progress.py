@@ -66,3 +66,12 @@ def test_a_terminal_of_80_columns_shows_all_in_one_line():
     assert states and all(len(state) <= 80 for state in states)
     assert re.match(r"epoch 12/500  13%\|[^|]+\| 123k/929k words 00:0\d<00:\d\d .*words/s, ppl 1234\.56", states[-1])
     assert "epoch 11: valid loss 4.5" in text.decode()
+
+
+def test_few_things_are_counted_as_they_are(monkeypatch):
+    error = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", error)
+    with progress.bar([1, 2, 3], desc="evaluate", unit="shards") as shown:
+        for _ in shown:
+            pass
+    assert error.getvalue().startswith("evaluate: 100% of 3 shards, ")

@@ -49,6 +49,18 @@ def test_sigterm_ends_what_is_open():
     assert closed
 
 
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_what_the_caller_ignores_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with signals.raising(), signals.noting():
+            signal.raise_signal(number)
+            assert not signals.noted()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_thread_takes_no_signals():
     def work():
         with signals.noting(), signals.raising():
