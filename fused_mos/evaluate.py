@@ -74,17 +74,14 @@ def check_flags(config: Flags) -> None:
 
 
 def evaluate(config: Flags) -> dict[str, Any]:
-    """Returns what it adds to evaluation.json."""
+    """Returns the record for evaluation.json."""
     from .training import evaluation
 
     run = load_run(config.run, config.data, config.device, config.backend)
     if config.dynamic:
         clock = CheckpointClock(config.checkpoint_minutes, config.time_limit)
-        result = evaluation.dynamic_evaluation(run, config.split, config.rule, config.tune, clock)
-    else:
-        result = evaluation.static_evaluation(run, config.split, config.eval_context)
-    files.append_json(config.run / "evaluation.json", result)
-    return result
+        return evaluation.dynamic_evaluation(run, config.split, config.rule, config.tune, clock)
+    return evaluation.static_evaluation(run, config.split, config.eval_context)
 
 
 def work(arguments: list[str]) -> None:
@@ -92,14 +89,18 @@ def work(arguments: list[str]) -> None:
     check_flags(config)
     result = evaluate(config)
     how = f"dynamic with {DynamicRule(**result['rule'])}" if config.dynamic else f"context {result['eval_context']}"
-    print(
-        f"{config.split}, {how}: ppl {result['ppl']:.2f} ({result['ppl_published']:.2f} as the published code counts), "
-        f"loss {result['loss']:.4f}"
-    )
+    try:
+        files.append_json(config.run / "evaluation.json", result)
+    finally:  # what took hours is shown also where it could not be kept
+        print(
+            f"{config.split}, {how}: ppl {result['ppl']:.2f} ({result['ppl_published']:.2f} as the published code "
+            f"counts), loss {result['loss']:.4f}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command.run(work, arguments, f"{command.CONTINUES} a dynamic evaluation")
+    dynamic = "--dynamic" in (sys.argv if arguments is None else arguments)
+    return command.run(work, arguments, command.CONTINUES if dynamic else "")
 
 
 if __name__ == "__main__":

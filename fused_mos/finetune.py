@@ -21,7 +21,9 @@ Flags = TrainConfig
 def parse(arguments: list[str]) -> TrainConfig:
     """The run's own configuration gives the defaults, with finetune_lr for lr."""
     from .training import stages
+    from .training.flags import in_micro_batches, without_micro_batch_columns
 
+    arguments, columns = without_micro_batch_columns(arguments)
     resume, flags = command.peek(arguments, "resume")["resume"], arguments
     if arguments and not arguments[0].startswith("-"):
         run, *flags = arguments
@@ -39,7 +41,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     for name in ("recipe", "start"):
         if getattr(config, name) != getattr(default, name):
             raise ConfigError(f"{name} is that of the run, {getattr(default, name)}, got {getattr(config, name)}")
-    return config
+    return in_micro_batches(config, columns)
 
 
 def work(arguments: list[str]) -> None:

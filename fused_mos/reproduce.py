@@ -16,7 +16,8 @@ import tyro
 from .runtime import command, files
 from .runtime.progress import say
 from .runtime.signals import CheckpointClock, TimeLimitReached
-from .training.config import RECIPES, Precision, dynamic_rule
+from .training.config import RECIPES, Precision, TrainConfig, dynamic_rule
+from .training.errors import ConfigError
 from .training.settings import NOT_NEGATIVE, check, setting
 
 STAGES = ("trained", "fine-tuned", "dynamic evaluation")
@@ -28,6 +29,8 @@ PAPER = {
 """Validation and test perplexity of AWD-LSTM-MoS (Yang et al. 2018, tables 1 and 2)."""
 
 if TYPE_CHECKING:  # which knows no Literal of names that are computed
+    from .data import Corpus
+
     Recipe = str
 else:
     Recipe = Literal[tuple(RECIPES)]
@@ -60,9 +63,12 @@ class Flags:
 def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
     """Runs what is left of the stages; returns the evaluations by stage and split.
 
-    Raises TimeLimitReached or Stopped, with everything saved.
+    Raises TimeLimitReached or Stopped, with everything saved; ConfigError, CheckpointError or FolderInUse where the
+    folder is that of another run, or written by another process.
     """
-    from .training import stages
+    from .data import Corpus
+    from .training import folder as run_folder
+    from .training import stages, state
 
     started = time.monotonic()
 
@@ -72,29 +78,51 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
             raise TimeLimitReached
         return left if config.time_limit else 0.0
 
-    recipe = dataclasses.replace(RECIPES[config.recipe](), data=config.data, precision=config.precision)
-    finetuned = config.folder / "finetune"
-    changes = {
-        "data": config.data,
-        "device": config.device,
-        "precision": config.precision,
-        "checkpoint_max_mib": config.checkpoint_max_mib,
-    }
-    stages.train_to_the_end(config.folder, lambda: recipe, **changes, time_limit=seconds_left())
-    stages.train_to_the_end(
-        finetuned, lambda: stages.finetuning_config(config.folder), **changes, time_limit=seconds_left()
-    )
-    path = config.folder / "reproduction.json"
-    with files.FolderLock(config.folder):
+    recipe = RECIPES[config.recipe]()
+    corpus = Corpus(config.data, recipe.map_unknown)
+    trained, finetuned = config.folder, config.folder / "finetune"
+
+    def train(run: TrainConfig) -> None:
+        asked = dataclasses.replace(
+            run,
+            data=config.data,
+            device=config.device,
+            precision=config.precision,
+            checkpoint_max_mib=config.checkpoint_max_mib,
+            time_limit=seconds_left(),
+        )
+        stages.train_to_the_end(asked, corpus)
+
+    with run_folder.claim(trained, state.is_of_run):
+        path = trained / "reproduction.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for stage, folder in zip(STAGES, (config.folder, finetuned, finetuned)):
+        _check_made_with(results, config, corpus)
+        train(dataclasses.replace(recipe, out=trained))
+        train(stages.finetuning_config(trained))
+        for stage, run in zip(STAGES, (trained, finetuned, finetuned)):
             for split in ("valid", "test"):
                 if split not in results.setdefault(stage, {}):
                     say(f"{stage}: {split}")
                     dynamic = stage == "dynamic evaluation"
-                    results[stage][split] = evaluated(config, folder, split, dynamic, seconds_left())
+                    results[stage][split] = evaluated(config, run, split, dynamic, seconds_left())
                     files.write_json(path, results)
     return results
+
+
+def _check_made_with(results: dict[str, Any], config: Flags, corpus: "Corpus") -> None:
+    """Notes what the evaluations depend on, or raises ConfigError where those in reproduction.json were made with
+    another recipe, rule or text."""
+    from .data import digest
+
+    texts = {f"{split}.txt": digest(getattr(corpus, split)) for split in ("valid", "test")}
+    now = {"recipe": config.recipe, "tune": config.tune, **texts}
+    before = results.setdefault("made with", now)
+    for name in now:
+        if before[name] != now[name] and name in texts:
+            raise ConfigError(f"data: {config.data} has another {name} than {config.folder} was evaluated on")
+        if before[name] != now[name]:
+            change = f"it was {before[name]}, got {now[name]}"
+            raise ConfigError(f"{name} cannot change when a reproduction goes on: {change}; name another --out")
 
 
 def evaluated(config: Flags, folder: Path, split: str, dynamic: bool, time_limit: float) -> dict[str, Any]:

@@ -40,11 +40,12 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 def work(arguments: list[str]) -> None:
     config = parse(arguments)
+    from .data import sample
     from .training import stages
 
-    on_sample = config.out == SAMPLE_FOLDER
+    on_sample = sample.is_sample(config.data)
     if on_sample:
-        print("no --data: training on Python's own documentation", flush=True)
+        print(f"training on {sample.NAME}, the sample text", flush=True)
     stages.train(config)
     if on_sample:
         print("for a model of your own text, name its folder: python -m fused_mos.train --data DIR")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SAMPLE_FOLDER = Path("runs/sample-1b")
 
 HOW_TO_GET_THE_CORPUS = """
-This was lm1b-tiny on the sample text. The benchmark itself, 0.8 billion words:
+This was the sample text. The benchmark itself, 0.8 billion words:
   python -m fused_mos.data.lm1b download --out data                            # 1.8 GB; resumes
   python -m fused_mos.data.lm1b prepare --source data --out lm1b --top 100000  # or --min-count 3: all 793,471 words
   python -m fused_mos.train_1b --recipe lm1b-mos --data lm1b --out runs/mos"""
@@ -52,18 +52,20 @@ def parse(arguments: list[str]) -> LM1BConfig:
 
 
 def train(config: LM1BConfig, ranks: "Ranks") -> None:
+    from .data import sample
     from .training.lm1b import LM1BTrainer
 
     def tell(text: str) -> None:
         if ranks.is_main:
             print(text, flush=True)
 
+    on_sample = sample.is_sample(config.data)
     trainer = LM1BTrainer(config, ranks)
     if config.evaluate:
         result = trainer.final_evaluation()
     else:
-        if config.run_folder == SAMPLE_FOLDER:
-            tell("no --data: training lm1b-tiny on Python's own documentation")
+        if on_sample:
+            tell(f"training {config.recipe} on {sample.NAME}, the sample text")
         n_words = len(trainer.corpus.vocabulary)
         tell(f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {n_words:,} words")
         tell(
@@ -76,7 +78,7 @@ def train(config: LM1BConfig, ranks: "Ranks") -> None:
         result = trainer.run()
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
     tell(f"{result['head']}: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words{speed}")
-    if config.run_folder == SAMPLE_FOLDER:
+    if on_sample:
         tell(HOW_TO_GET_THE_CORPUS)
 
 

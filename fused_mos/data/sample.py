@@ -72,9 +72,21 @@ def write_benchmark(folder: Path) -> None:
         files.write_text(path, "".join(lines[start:stop]))
 
 
+def _folders() -> tuple[Path, Path]:
+    """Where the user's cache has the corpus, and its benchmark form."""
+    cache, python = files.cache_folder(), f"python-{platform.python_version()}"
+    return cache / f"sample-{python}", cache / f"sample-1b-{python}"
+
+
+def is_sample(data: Path) -> bool:
+    """True for the folders that `cached_corpus` and `cached_benchmark` return."""
+    corpus, benchmark = _folders()
+    return data.resolve() in (corpus.resolve(), (benchmark / "prepared").resolve())
+
+
 def cached_corpus() -> Path:
     """Returns a folder of `write_corpus` in the user's cache, which is written once."""
-    folder = files.cache_folder() / f"sample-python-{platform.python_version()}"
+    folder, _ = _folders()
     with files.FolderLock(folder, wait=True):
         if not all((folder / f"{split}.txt").is_file() for split in SPLITS):
             write_corpus(folder)
@@ -83,7 +95,7 @@ def cached_corpus() -> Path:
 
 def cached_benchmark() -> Path:
     """Returns a prepared corpus of `write_benchmark` in the user's cache, which is written once."""
-    folder = files.cache_folder() / f"sample-1b-python-{platform.python_version()}"
+    _, folder = _folders()
     with files.FolderLock(folder, wait=True):
         if not (folder / "prepared" / "manifest.json").is_file():
             write_benchmark(folder / "source")

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
     """Writes to a file beside `path` and renames it, so that a kill at any moment leaves the old or the new one whole.
 
     With `max_mib`, a larger checkpoint is cut into files of that size, PATH.DIGEST.000 …, which joined in order are the
-    plain one; PATH then is a safetensors file without tensors that names them.
+    plain one; PATH then is a safetensors file without tensors that names them. Raises FileError.
     """
     tensors, metadata = {name: t.detach().contiguous() for name, t in tensors.items()}, {"fused_mos": json.dumps(meta)}
     parts: list[str] = []
@@ -33,9 +35,17 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]
     with files.replacing(path) as partial:
         try:
             safetensors.torch.save_file(tensors, partial, metadata)
-        except safetensors.SafetensorError as error:  # of a full disk, too
-            raise files.FileError(f"{path} could not be written ({error}); the last one is as it was") from None
+        except safetensors.SafetensorError as error:  # which is no OSError, also where the disk is full
+            cause = re.search(r"\(os error (\d+)\)", str(error))
+            if cause is None:
+                raise
+            raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(path)) from error
     _remove_parts(path, parts)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of the checkpoint `path`; where it is in parts, of the file that names them with theirs."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def remove_checkpoint(path: Path) -> None:

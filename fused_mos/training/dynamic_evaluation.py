@@ -16,6 +16,7 @@ from ..lm.awd_lstm import Hidden
 from ..lm.dynamic_evaluation import DynamicEvaluation, DynamicRule, GradientStatistics
 from ..runtime import files, signals
 from ..runtime.progress import bar, say
+from .checkpoint import digest as checkpoint_digest
 from .checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from .errors import ConfigError
 from .metrics import perplexity
@@ -48,7 +49,7 @@ class DynamicRun:
         self.folder = run.folder / "dynamic"
         self._lock = files.FolderLock(self.folder)
         self.trained = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        self.model_digest = hashlib.sha256((run.folder / "best.safetensors").read_bytes()).hexdigest()
+        self.model_digest = checkpoint_digest(run.folder / "best.safetensors")
         self.train_digest, self.valid_digest = digest(run.text("train")), digest(run.text("valid"))
 
     def statistics(self) -> list[Tensor]:
@@ -180,7 +181,7 @@ class DynamicRun:
                 if postfix and i % POSTFIX_INTERVAL == 0:
                     shown.set_postfix_str(postfix(), refresh=False)
                 self.clock.tick(save)
-        save()
+            save()  # in the block: a signal after the last tick finds it done
 
     def _reset(self) -> None:
         with torch.no_grad():

@@ -1,14 +1,15 @@
 """The stages of a run of the AWD-LSTM, as commands call them: training and fine-tuning, begun or continued."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..data import Corpus
 from ..runtime.progress import say
 from .checkpoint import load_checkpoint
 from .config import TrainConfig
 from .run import read_config
+from .state import load_last
 from .trainer import Trainer
 
 
@@ -16,7 +17,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Trains to the end, tells what comes out, and returns it (`Trainer.run`)."""
     trainer = Trainer(config)
     n_parameters = sum(p.numel() for p in trainer.model.parameters())
-    where = f", goes on in epoch {trainer.progress.epoch + 1}" if trainer.resumed else ""
+    epoch = trainer.progress.epoch
+    where = f", goes on after {epoch} of {config.optim.epochs} epochs" if trainer.resumed else ""
     say(f"run folder {trainer.folder}, device {trainer.device}, {n_parameters:,} parameters{where}")
     result = trainer.run()
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
@@ -41,12 +43,12 @@ def finetuning_config(folder: Path) -> TrainConfig:
     )
 
 
-def train_to_the_end(folder: Path, new: Callable[[], TrainConfig], **changes: Any) -> None:
-    """Trains in `folder`: from the start with the configuration `new()`, or from its last checkpoint; not at all if it
-    is finished. `changes` replace fields, of a run that goes on only those that may change."""
-    if (folder / "result.json").is_file():
+def train_to_the_end(config: TrainConfig, corpus: Corpus) -> None:
+    """Trains on `corpus`, which is that of `config`: from the start or from the folder's last checkpoint; not at all if
+    the run is finished. Raises what Trainer raises, of a finished run, too, where it is another one."""
+    folder = config.run_folder
+    begun = load_last(config, corpus) is not None
+    if begun and (folder / "result.json").is_file():
         return
-    exists = (folder / "last.safetensors").is_file()
-    config = saved_config(folder) if exists else dataclasses.replace(new(), out=folder)
-    say(f"{folder}: {'continued' if exists else 'fine-tuning' if config.start else 'training'}")
-    Trainer(dataclasses.replace(config, **changes)).run()
+    say(f"{folder}: {'continued' if begun else 'fine-tuning' if config.start else 'training'}")
+    Trainer(config).run()

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data import Corpus, digest
 from ..lm import AWDLSTM, NTASGD
 from ..lm.awd_lstm import Hidden
 from . import meter, settings
+from .checkpoint import digest as checkpoint_digest
 from .checkpoint import group, load_checkpoint
 from .config import TrainConfig
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
+from .run import check_vocabulary
 
 
 @dataclasses.dataclass
@@ -74,20 +77,48 @@ class RunTensors:
         return hidden, interval_loss
 
 
-def load_last(config: TrainConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def load_last(config: TrainConfig, corpus: Corpus) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The checkpoint that a run goes on from, or None for a new run. Raises CheckpointError, and ConfigError where the
     checkpoint is that of another run."""
-    path = config.run_folder / "last.safetensors"
+    folder = config.run_folder
+    path = folder / "last.safetensors"
     if not path.is_file() and not config.resume:
         return None
     tensors, meta = load_checkpoint(path)
-    settings.check_same_run(TrainConfig.from_json(meta["config"]), config)
-    if bool(meta["config"].get("start")) != bool(config.start):
+    saved = TrainConfig.from_json(meta["config"])
+    settings.check_same_run(saved, config)
+    _check_start(saved, meta.get("start"), config)
+    check_vocabulary(corpus, folder / "vocabulary.txt")
+    if meta.get("train", text := digest(corpus.train)) != text:
+        raise CheckpointError(f"data: {config.data} has another train.txt than the run in {folder} was trained on")
+    return tensors, meta
+
+
+def start_digest(config: TrainConfig) -> str | None:
+    """Digest of the model that fine-tuning starts from; None without fine-tuning, or where that model is gone."""
+    best = config.start and config.start / "best.safetensors"
+    return checkpoint_digest(best) if best and best.is_file() else None
+
+
+def _check_start(saved: TrainConfig, saved_digest: str | None, config: TrainConfig) -> None:
+    """Raises ConfigError unless the run, and the command that goes on with it, start from the same model."""
+    if bool(saved.start) != bool(config.start):
         kind = "fine-tuning another" if config.start else "no fine-tuning"
         raise ConfigError(
             f"out: {config.run_folder} holds a run that this command, {kind}, did not begin; name another"
         )
-    return tensors, meta
+    if not saved.start or not config.start or config.resume:  # --resume names no model
+        return
+    now = start_digest(config)
+    if saved_digest and now:
+        same = saved_digest == now
+    else:  # of a version before 0.2, or the model is gone: the folder must do, unless it has moved
+        same = saved.start.resolve() == config.start.resolve() or not saved.start.exists()
+    if not same:
+        raise ConfigError(
+            f"out: the fine-tuning in {config.run_folder} began from another model than the best one that "
+            f"{config.start} has now; go on with it by --resume {config.run_folder}, or name another --out"
+        )
 
 
 def is_of_run(path: Path) -> bool:

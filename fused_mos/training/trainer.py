@@ -21,7 +21,7 @@ from .evaluation import evaluate
 from .metrics import MetricsLog, perplexity, plot_learning_curves
 from .profiling import StepProfile, as_table
 from .run import check_vocabulary
-from .state import Progress, RunTensors, is_of_run, load_last
+from .state import Progress, RunTensors, is_of_run, load_last, start_digest
 
 
 @dataclasses.dataclass
@@ -64,7 +64,8 @@ class Trainer:
             config, data=config.data.absolute(), start=config.start and config.start.absolute()
         )
         lock = run_folder.claim(self.folder, is_of_run) if self.folder.exists() else None
-        saved = load_last(config)
+        saved = load_last(config, self.corpus)
+        self.start_digest = saved[1].get("start") if saved else start_digest(config)
 
         torch.manual_seed(config.seed)
         self.bptt_generator = torch.Generator().manual_seed(config.seed)
@@ -83,7 +84,11 @@ class Trainer:
             check_vocabulary(self.corpus, config.start / "vocabulary.txt")
             load_parameters(self.model, start, config.start / "best.safetensors")
             self.optimizer.start_averaging()
-        self._lock = lock or run_folder.claim(self.folder, is_of_run)
+        if lock is None:
+            lock = run_folder.claim(self.folder, is_of_run)
+            if (self.folder / "last.safetensors").is_file():
+                raise files.FolderInUse(f"another process has begun a run in {self.folder}; name another --out")
+        self._lock = lock
         self.resumed = saved is not None
         if not self.resumed:  # before anything else, so that there is no moment from which a run cannot go on
             self._check_finite()
@@ -344,16 +349,12 @@ class Trainer:
             "progress": dataclasses.asdict(progress),
             "optimizer": optimizer_meta,
             "train": digest(self.corpus.train),
+            "start": self.start_digest,
         }
         save_checkpoint(self.folder / "last.safetensors", tensors, meta, self.config.checkpoint_max_mib)
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         path = self.folder / "last.safetensors"
-        check_vocabulary(self.corpus, self.folder / "vocabulary.txt")
-        if meta.get("train", text := digest(self.corpus.train)) != text:
-            raise CheckpointError(
-                f"data: {self.config.data} has another train.txt than the run in {self.folder} was trained on"
-            )
         load_parameters(self.model, group(tensors, "model"), path)
         try:
             self.progress = Progress(**meta["progress"])

@@ -2,10 +2,12 @@
 
 import dataclasses
 import pickle
+import resource
 
 import pytest
 import torch
 
+from fused_mos.runtime.files import FileError
 from fused_mos.train import main
 from fused_mos.training import RECIPES, CheckpointError, ConfigError, ModelConfig, OptimConfig, TrainConfig
 from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
@@ -51,6 +53,20 @@ def test_parts_are_the_plain_checkpoint(tmp_path):
     assert meta == {"n": 1} and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     save_checkpoint(path, {"b": tensors["b"]}, {"n": 2}, max_mib=1)
     assert {file.name for file in tmp_path.iterdir()} == {"plain", "x.safetensors"}
+
+
+@pytest.mark.parametrize("max_mib", [0, 1], ids=["whole", "in parts"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(max_mib, tmp_path):
+    """The process may write 1,000 kB of a file, so that the system refuses the rest, as a full disk would."""
+    path, limits = tmp_path / "x.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_checkpoint(path, {"a": torch.ones(4)}, {"n": 0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(FileError, match=f"^{path}[0-9a-f.]*: File too large$"):
+            save_checkpoint(path, {"a": torch.zeros(400, 1000)}, {"n": 1}, max_mib)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(path)[1] == {"n": 0} and [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @pytest.mark.parametrize(

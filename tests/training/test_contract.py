@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from fused_mos import demo, evaluate, experts, finetune, generate, reproduce, train, train_1b
 from fused_mos.data import lm1b, sample
 from fused_mos.runtime import files, signals
-from fused_mos.training import RECIPES, TrainConfig, Trainer
+from fused_mos.training import RECIPES, TrainConfig, Trainer, stages
 from fused_mos.training import dynamic_evaluation as dynamic_module
+from fused_mos.training import folder as folder_module
 from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
-from fused_mos.training.lm1b import LM1BConfig
+from fused_mos.training.lm1b import LM1BConfig, LM1BTrainer
 from fused_mos.training.run import load_run
 
 pytestmark = pytest.mark.trains
@@ -210,7 +211,57 @@ def test_readers_are_never_refused(trained, capsys):
         assert experts.main([str(trained), "--words", "3"]) == 0
 
 
+@pytest.mark.processes
+def test_a_folder_is_locked_until_its_result_is_written(flags, tmp_path, monkeypatch, small_flags, corpus_folder):
+    """Also while the best model is evaluated, and between the stages of a reproduction."""
+    held = []
+
+    def look(owner, name, folder):
+        original = getattr(owner, name)
+
+        def method(*arguments, **options):
+            process = subprocess.run(
+                [sys.executable, "-c", HOLD, str(folder)], input="", capture_output=True, text=True
+            )
+            held.append("FolderInUse" in process.stderr)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, method)
+
+    look(LM1BTrainer, "final_evaluation", tmp_path / "1b")
+    assert train_1b.main([*flags, "--max-steps", "2", "--out", str(tmp_path / "1b")]) == 0
+    config = train.parse([*small_flags, "--epochs", "1"])
+    monkeypatch.setitem(RECIPES, "demo", lambda: config)
+    monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
+    look(stages, "finetuning_config", tmp_path / "all")
+    assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(tmp_path / "all")]) == 0
+    assert held == [True, True]
+
+
+def test_of_two_that_begin_at_once_one_is_refused(small_flags, finished_run, tmp_path, monkeypatch):
+    """The other one has written its first checkpoint after this one has looked for one."""
+    out, claim, other = tmp_path / "late", folder_module.claim, finished_run(1)
+
+    def late(folder, belongs):
+        shutil.copytree(other, folder)
+        return claim(folder, belongs)
+
+    monkeypatch.setattr(folder_module, "claim", late)
+    with pytest.raises(files.FolderInUse, match=f"another process has begun a run in {out}"):
+        Trainer(train.parse([*small_flags, "--out", str(out)]))
+    assert (out / "last.safetensors").read_bytes() == (other / "last.safetensors").read_bytes()
+
+
 # --------------------------------------------------------------------------------------- what a run remembers and needs
+
+
+def test_lost_lines_of_the_log_are_told(trained, small_flags, capsys):
+    log = trained / "metrics.jsonl"
+    size = log.stat().st_size
+    log.unlink()
+    assert train.main([*small_flags, "--epochs", "2", "--out", str(trained)]) == 0
+    assert f"warning: {log} has lost {size:,} bytes of this run" in capsys.readouterr().err
+    assert losses(trained)[-1][:2] == ("valid", losses(trained)[-2][1])
 
 
 def test_a_run_remembers_its_corpus_from_anywhere(small_flags, corpus_folder, tmp_path, monkeypatch):
@@ -281,9 +332,16 @@ def empty_place(tmp_path, monkeypatch):
 def test_train_alone_trains_on_the_sample_text(empty_place, capsys):
     assert train.main(["--epochs", "1", "--time-limit", "1e-9"]) == 0
     out = capsys.readouterr().out
-    assert "training on Python's own documentation" in out and "time limit reached" in out
+    assert "training on Python's own documentation, the sample text" in out and "time limit reached" in out
     config = json.loads((empty_place / "runs" / "sample" / "config.json").read_text())
     assert config["recipe"] == "demo" and config["data"].startswith(str(empty_place / "cache"))
+    # wherever the run is, the text is said to be the sample, and no other text is
+    assert train.main(["--epochs", "1", "--time-limit", "1e-9", "--out", "elsewhere"]) == 0
+    assert "the sample text" in capsys.readouterr().out
+    shutil.copytree(config["data"], "text")
+    flags = ["--recipe", "demo", "--data", "text", "--time-limit", "1e-9", "--out", "runs/sample"]
+    assert train.main([*flags, "--epochs", "1"]) == 0
+    assert "sample text" not in capsys.readouterr().out
     assert train.main(["--recipe", "ptb-small"]) == 2
     assert "data folder data does not exist; it must hold train.txt, valid.txt and test.txt" in capsys.readouterr().err
 
@@ -291,7 +349,11 @@ def test_train_alone_trains_on_the_sample_text(empty_place, capsys):
 def test_train_1b_alone_trains_on_the_sample_text(empty_place, capsys):
     assert train_1b.main(["--max-steps", "2", "--eval-batch-size", "2"]) == 0
     out = capsys.readouterr().out
-    assert "lm1b-tiny" in out and "held-out ppl" in out and "python -m fused_mos.data.lm1b download" in out
+    assert (
+        "training lm1b-tiny on Python's own documentation, the sample text" in out
+        and "held-out ppl" in out
+        and "python -m fused_mos.data.lm1b download" in out
+    )
     assert (empty_place / "runs" / "sample-1b" / "result.json").is_file()
     for arguments in (["--recipe", "lm1b-tiny"], ["--data", "nowhere"]):
         assert train_1b.main(arguments) == 2

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ import torch
 from fused_mos import evaluate
 from fused_mos.lm.dynamic_evaluation import DynamicEvaluation, DynamicRule, GradientStatistics
 from fused_mos.runtime import files
+from fused_mos.runtime.files import FileError
 from fused_mos.runtime.signals import CheckpointClock
 from fused_mos.training import ConfigError
 from fused_mos.training import dynamic_evaluation as dynamic_module
+from fused_mos.training.checkpoint import load_checkpoint
 from fused_mos.training.dynamic_evaluation import DynamicRun
 from fused_mos.training.run import load_run
 
@@ -111,6 +115,45 @@ def test_statistics_of_another_text_are_not_used(trained, corpus_folder):
     (corpus_folder / "train.txt").write_text("\n".join([*lines[:-3], lines[-2], lines[-3], lines[-1]]) + "\n")
     second = DynamicRun(load_run(trained), CheckpointClock(5)).statistics()
     assert not all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_a_signal_after_the_last_segment_finds_everything_saved(trained, monkeypatch):
+    flags, segments, calls = [str(trained), "--dynamic"], DynamicEvaluation.__iter__, []
+
+    def and_a_signal(self):
+        yield from segments(self)
+        calls.append(self.row)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DynamicEvaluation, "__iter__", and_a_signal)
+        assert evaluate.main(flags) == 143
+    (path,) = (trained / "dynamic").glob("test-*.safetensors")
+    assert calls == [load_checkpoint(path)[1]["row"]]
+
+
+def test_a_result_that_cannot_be_kept_is_shown(trained, monkeypatch, capsys):
+    def full(path, record):
+        raise FileError(f"the disk that holds {path} is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "append_json", full)
+        assert evaluate.main([str(trained)]) == 2
+    out, err = capsys.readouterr()
+    assert "test, context 12: ppl" in out and "is full" in err
+
+
+def test_only_what_was_begun_is_said_to_go_on(trained, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for name, flags, said in (
+        ("static_evaluation", [], "\nstopped\n"),
+        ("dynamic_evaluation", ["--dynamic"], "\nstopped; the same command continues\n"),
+    ):
+        monkeypatch.setattr(f"fused_mos.training.evaluation.{name}", interrupted)
+        assert evaluate.main([str(trained), *flags]) == 130
+        assert capsys.readouterr().err.endswith(said)
 
 
 def test_a_rule_that_diverges_is_named_and_does_not_end_the_search(trained, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Fine-tuning: from the best model, averaging from the first step, to the rule that ends it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from fused_mos import finetune
 from fused_mos.training import CheckpointError, Trainer
-from fused_mos.training.checkpoint import load_checkpoint
+from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
 from fused_mos.training.metrics import read_metrics
 
 
@@ -105,3 +106,40 @@ def test_errors_name_what_is_missing(tmp_path, trained, capsys):
     (trained / "best.safetensors").unlink()
     with pytest.raises(CheckpointError, match="there is no checkpoint .*best.safetensors"):
         Trainer(finetune.parse([str(trained)]))
+
+
+def test_another_runs_fine_tuning_does_not_go_on(trained, tmp_path, capsys):
+    """Also where both runs have the same flags; a run that has moved is the same one."""
+    flags, other = ["--epochs", "1", "--lr", "3"], tmp_path / "other"
+    assert finetune.main([str(trained), *flags]) == 0
+    shutil.copytree(trained, other, ignore=shutil.ignore_patterns("finetune"))
+    tensors, meta = load_checkpoint(other / "best.safetensors")
+    tensors["head.prior.weight"] += 1
+    save_checkpoint(other / "best.safetensors", tensors, meta)
+    folder = trained / "finetune"
+    before = (folder / "last.safetensors").read_bytes()
+    assert finetune.main([str(other), *flags, "--epochs", "2", "--out", str(folder)]) == 2
+    message = f"out: the fine-tuning in {folder} began from another model than the best one that {other} has now"
+    assert message in capsys.readouterr().err and (folder / "last.safetensors").read_bytes() == before
+    trained.rename(moved := tmp_path / "moved")
+    assert finetune.main([str(moved), *flags, "--epochs", "2"]) == 0
+    (moved / "best.safetensors").unlink()  # then the folder tells
+    assert finetune.main(["--resume", str(moved / "finetune"), "--epochs", "2"]) == 0
+    assert finetune.main([str(other), *flags, "--epochs", "2", "--out", str(moved / "finetune")]) == 2
+
+
+def test_fine_tuning_of_an_earlier_version_goes_on(trained, tmp_path, capsys):
+    """Its checkpoint has no digest of the model that it began from."""
+    folder, other = trained / "finetune", tmp_path / "other"
+    assert finetune.main([str(trained), "--epochs", "1"]) == 0
+    shutil.copytree(trained, other, ignore=shutil.ignore_patterns("finetune"))
+    tensors, meta = load_checkpoint(folder / "last.safetensors")
+    del meta["start"]
+    save_checkpoint(folder / "last.safetensors", tensors, meta)
+    assert finetune.main([str(other), "--epochs", "2", "--out", str(folder)]) == 2
+    assert "began from another model" in capsys.readouterr().err
+    assert finetune.main([str(trained), "--epochs", "2"]) == 0
+
+
+def test_micro_batches_by_their_columns(trained):
+    assert finetune.parse([str(trained), "--small-batch-size", "2"]).optim.micro_batches == 3

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
 from fused_mos import evaluate, reproduce
 from fused_mos.lm.dynamic_evaluation import DynamicRule
 from fused_mos.train import parse
-from fused_mos.training import RECIPES
+from fused_mos.training import RECIPES, Trainer
 from fused_mos.training import dynamic_evaluation as dynamic_module
 
 
@@ -45,6 +46,44 @@ def test_all_stages_in_pieces_are_those_of_one_go(small_recipe, corpus_folder, t
         == json.loads((whole / "finetune" / "result.json").read_text())["valid_ppl"]
     )
     assert not results["trained"]["test"]["dynamic"] and results["dynamic evaluation"]["test"]["dynamic"]
+
+
+@pytest.mark.trains
+def test_another_reproduction_is_refused_by_name(small_recipe, corpus_folder, tmp_path, monkeypatch, capsys):
+    """While it trains, and when all is done."""
+    config, out, corpus = RECIPES["demo"](), tmp_path / "run", str(corpus_folder)
+    other = dataclasses.replace(config, recipe="other", optim=dataclasses.replace(config.optim, lr=3.0))
+    monkeypatch.setattr(reproduce, "RECIPES", {"demo": lambda: config, "ptb": lambda: other})
+    flags = ["--data", corpus, "--out", str(out)]
+    texts = tmp_path / "texts"
+    shutil.copytree(corpus_folder, texts)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    def refused(*arguments):
+        assert reproduce.main([*arguments]) == 2
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert reproduce.main(["demo", *flags]) == 130
+    assert "recipe cannot change when a run goes on: it was demo, got other" in refused("ptb", *flags)
+    assert reproduce.main(["demo", *flags]) == 0
+    results = (out / "reproduction.json").read_text()
+    assert "recipe cannot change when a reproduction goes on: it was demo, got ptb" in refused("ptb", *flags)
+    assert "tune cannot change when a reproduction goes on: it was False, got True" in refused("demo", *flags, "--tune")
+    assert "precision cannot change when a run goes on: it was float32" in refused(
+        "demo", *flags, "--precision", "bfloat16"
+    )
+    for name in ("train", "test"):
+        lines = (texts / f"{name}.txt").read_text().splitlines()
+        (texts / f"{name}.txt").write_text("\n".join([*lines[:-3], lines[-2], lines[-3], lines[-1]]) + "\n")
+        error = refused("demo", "--data", str(texts), "--out", str(out))
+        assert f"data: {texts} has another {name}.txt than" in error
+        shutil.copy(corpus_folder / f"{name}.txt", texts)
+    assert (out / "reproduction.json").read_text() == results
+    assert reproduce.main(["demo", "--data", str(texts), "--out", str(out)]) == 0  # the same text elsewhere
 
 
 def test_the_table_of_the_paper():

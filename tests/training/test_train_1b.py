@@ -4,6 +4,7 @@ test_train_1b_ranks.py.)"""
 import dataclasses
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -273,12 +274,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, ca
     def fails(*_, **__):
         raise full
 
-    for what in ("safetensors.torch.save", "fused_mos.training.lm1b.checkpoint._complete"):
+    def fails_for_the_state(descriptor, fsync=os.fsync):
+        if "state.json" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise full
+        fsync(descriptor)
+
+    for what, failing in (("safetensors.torch.save", fails), ("os.fsync", fails_for_the_state)):
         with monkeypatch.context() as patch:
-            patch.setattr(what, fails)
+            patch.setattr(what, failing)
             assert train_1b.main([*flags, "--checkpoint-minutes", "0", "--out", str(out)]) == 2
         assert re.search(
-            r"error: checkpoint .* could not be written \(the disk is full\); the last complete one is as it was",
+            r"error: checkpoint \S* could not be written \(the disk is full\); the last complete one is as it was\n",
             capsys.readouterr().err,
         )
         assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before

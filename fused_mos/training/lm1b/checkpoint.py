@@ -125,6 +125,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         first = next(iter(error.failures.values()))
         error = first[0] if isinstance(first, tuple) else first
+    if isinstance(error, files.FileError) and error.__cause__:
+        error = error.__cause__  # the file's own error would tell the user what to do a second time
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return "the disk is full"
     return str(error).strip().split("\n")[-1] or type(error).__name__

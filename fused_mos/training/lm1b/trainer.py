@@ -147,12 +147,12 @@ class LM1BTrainer:
                 self._train()
                 self._evaluate_and_keep_best()
                 self._save()
+            return self.final_evaluation()
         finally:
             if self.metrics:
                 self.metrics.close()
             if self._lock:
                 self._lock.release()
-        return self.final_evaluation()
 
     @property
     def _done(self) -> bool:
