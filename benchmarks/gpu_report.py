@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from fused_mos.runtime import files
+
 from .gpu_decode import GOAL
 
 STEP = "forward + backward"
@@ -137,5 +139,6 @@ def plot(result: dict, path: Path) -> None:
     )
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)

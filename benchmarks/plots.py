@@ -5,6 +5,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from fused_mos.runtime import files
+
 from .tables import MACHINES, OURS, rows_of
 
 AXES = {
@@ -49,5 +51,6 @@ def head_axes(machine: str) -> None:
         panel.minorticks_off()
     handles = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels())}
     panels[0, 0].legend(handles.values(), handles, fontsize=8)
-    figure.savefig(MACHINES / f"{machine}.png", dpi=130)
+    with files.replacing(MACHINES / f"{machine}.png") as partial:
+        figure.savefig(partial, dpi=130, format="png")
     plt.close(figure)

@@ -25,7 +25,7 @@ from typing import Any
 import tyro
 
 from experiments.tables import BLOCKS
-from fused_mos.runtime.files import write_json
+from fused_mos.runtime import files
 
 from .plots import head_axes
 from .tables import MACHINES, OF_A_MACHINE, OURS
@@ -96,7 +96,7 @@ def record(path: Path) -> Path:
     file = results_of(run)
     old = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
     rows = {key(row): row for row in old} | {key(row): row for row in run["rows"]}
-    write_json(file, run | {"rows": list(rows.values())})
+    files.write_json(file, run | {"rows": list(rows.values())})
     return file
 
 
@@ -227,7 +227,7 @@ def main() -> int:
         if (made := with_tables(text, document.name)) != text:
             different.append(document.name)
             if not config.verify:
-                document.write_text(made, encoding="utf-8")
+                files.write_text(document, made)
     if config.verify:
         print(
             "\n".join(f"{name} shows other tables than python -m benchmarks.report makes" for name in different)

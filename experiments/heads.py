@@ -10,7 +10,6 @@ softmax-wide has enough features that a word takes as long as with MoS: equal co
 
 import dataclasses
 import json
-import os
 import platform
 import statistics
 import sys
@@ -23,7 +22,7 @@ import matplotlib
 import torch
 import tyro
 
-from fused_mos.runtime.files import write_json
+from fused_mos.runtime import files
 from fused_mos.runtime.signals import CheckpointClock
 from fused_mos.training import RECIPES, TrainConfig, Trainer
 from fused_mos.training.config import dynamic_rule
@@ -119,7 +118,7 @@ def compare(config: Config, head: str, speed: float) -> dict[str, Any]:
 
     n_words = sum(len(line.split()) + 1 for line in (config.data / "train.txt").open(encoding="utf-8"))
     first, second = epochs(1 - FINETUNING if tuned else 1, n_words), epochs(FINETUNING, n_words)
-    train_to_the_end(folder, lambda: dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=first)))
+    train_to_the_end(dataclasses.replace(base, out=folder, optim=dataclasses.replace(base.optim, epochs=first)))
     result = json.loads((folder / "result.json").read_text())
     row = {
         "parameters": result["parameters"],
@@ -129,13 +128,8 @@ def compare(config: Config, head: str, speed: float) -> dict[str, Any]:
     }
     row["curve"] = _curve(folder, 0.0, n_words / speed / 60)
     if tuned:
-        last = folder / "finetune"
-
-        def finetuning() -> TrainConfig:
-            default = finetuning_config(folder)
-            return dataclasses.replace(default, optim=dataclasses.replace(default.optim, epochs=second))
-
-        train_to_the_end(last, finetuning)
+        last, default = folder / "finetune", finetuning_config(folder)
+        train_to_the_end(dataclasses.replace(default, optim=dataclasses.replace(default.optim, epochs=second)))
         result = json.loads((last / "result.json").read_text())
         row["curve"] += _curve(last, row["epochs"] * n_words / speed / 60, n_words / speed / 60)
         row |= {"fine-tuning epochs": result["epochs"], "fine-tuned": _perplexities(result)}
@@ -163,7 +157,7 @@ def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
     if not path.is_file():
         rule, clock = dynamic_rule(config.recipe), CheckpointClock(minutes=5.0)
         test = dynamic_evaluation(load_run(folder), "test", rule, config.tune, clock)
-        write_json(path, {"test": round(test["ppl"], 2), "rule": test["rule"]})
+        files.write_json(path, {"test": round(test["ppl"], 2), "rule": test["rule"]})
     return json.loads(path.read_text())
 
 
@@ -189,9 +183,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{result['recipe']}, {result['precision']}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
-    partial = path.with_name("partial-" + path.name)
-    figure.savefig(partial, dpi=130)
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
 
 
 def main() -> int:
@@ -210,7 +203,7 @@ def main() -> int:
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
 
     def save() -> None:
-        write_json(path, result)
+        files.write_json(path, result)
 
     if unknown := [head for head in config.heads if head not in (*HEADS, "softmax-wide")]:
         raise SystemExit(f"error: heads must be of {', '.join(HEADS)}, softmax-wide, got {unknown[0]}")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from fused_mos.data import batchify, segment
 from fused_mos.lm.rank import Spectrum, numerical_rank, rank_threshold
-from fused_mos.runtime.files import write_json
+from fused_mos.runtime import files
 from fused_mos.training.run import Run, load_run
 
 COLUMNS = 10
@@ -115,7 +115,8 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
         title=f"log-probabilities, {row['rows']:,} contexts × {row['columns']:,} words",
     )
     axes.legend(loc="lower left")
-    figure.savefig(path, dpi=130)
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     plt.close(figure)
 
 
@@ -130,7 +131,7 @@ def main() -> int:
     for folder in config.runs:
         if folder.name not in result["runs"]:
             result["runs"][folder.name] = measure(load_run(folder, config.data), config.split)
-            write_json(config.out, result)
+            files.write_json(config.out, result)
         row = result["runs"][folder.name]
         print(
             f"{folder.name}: rank {row['rank']:,} of {row['columns']:,} (d = {row['d']}, K = {row['n_experts']})",

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import fused_mos
 from fused_mos.data.synthetic import SyntheticLanguage
-from fused_mos.runtime.files import write_json
+from fused_mos.runtime import files
 
 
 @dataclasses.dataclass
@@ -102,7 +102,8 @@ def plot(result: dict, path: Path) -> None:
         fontsize=10,
     )
     axes.legend()
-    figure.savefig(path, dpi=130)
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     plt.close(figure)
 
 
@@ -131,7 +132,7 @@ def main() -> int:
                 torch.manual_seed(0)
                 head, size = make()
                 result["rows"][key] = {"head": name, "d": d} | gap(language, head, size, config.steps, key)
-                write_json(config.out, result)
+                files.write_json(config.out, result)
             print(
                 f"{key}: {result['rows'][key]['gap']:.4f} nats above the entropy, "
                 f"{result['rows'][key]['parameters']:,} parameters",

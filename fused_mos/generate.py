@@ -31,7 +31,7 @@ class Flags:
     top_p: float = setting(1.0, Range("be in (0, 1]", lambda p: 0 < p <= 1))
     """Draw from the fewest words whose probabilities reach p; 1: from all."""
     seed: int | None = setting(None, SEED)
-    """For the same text every time."""
+    """Seed, for the same text every time."""
     data: Path | None = None
     """The corpus, for a converted run that has no vocabulary of its own."""
     device: str = "auto"

@@ -91,7 +91,7 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
             checkpoint_max_mib=config.checkpoint_max_mib,
             time_limit=seconds_left(),
         )
-        stages.train_to_the_end(asked, corpus)
+        stages.train_to_the_end(asked)
 
     with run_folder.claim(trained, state.is_of_run):
         path = trained / "reproduction.json"

@@ -10,7 +10,7 @@ import triton
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel: registers and bytes of a thread, and bytes of shared memory that is declared in its text."""
+    """Resources of one kernel: registers and bytes of a thread, and bytes of shared memory that its text declares."""
 
     architecture: str
     function: str  # mangled
@@ -21,7 +21,7 @@ class Resources:
 
 
 def kernel_resources(path: str | Path) -> list[Resources]:
-    """Of each kernel in the file, for each architecture."""
+    """Returns those of each kernel in the file, for each architecture."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     output = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
     found, architecture, function = [], "", ""

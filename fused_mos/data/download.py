@@ -30,9 +30,9 @@ class Download:
     out: Path
     """Folder to write."""
     url: str = URL
-    """Of the archive."""
+    """Address of the archive."""
     sha256: str | None = None
-    """Of the archive; without it the digest found is only printed."""
+    """Digest that the archive must have; without it the digest found is only printed."""
 
 
 def download(config: Download) -> Path:

@@ -98,11 +98,11 @@ class Flags:
     n_words: int = 1000
     """Size of the vocabulary; the first word is the end of a line."""
     rank: int = 65
-    """Of the matrix of log-probabilities: a softmax needs rank − 1 features."""
+    """Rank of the matrix of log-probabilities: a softmax needs rank − 1 features."""
     concentration: float = 2.5
     """Standard deviation of the logits, in nats."""
     seed: int = 0
-    """Of the language and its texts."""
+    """Seed of the language and its texts."""
     train: int = 1_000_000
     """Words of train.txt."""
     heldout: int = 100_000

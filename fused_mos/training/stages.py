@@ -43,11 +43,11 @@ def finetuning_config(folder: Path) -> TrainConfig:
     )
 
 
-def train_to_the_end(config: TrainConfig, corpus: Corpus) -> None:
-    """Trains on `corpus`, which is that of `config`: from the start or from the folder's last checkpoint; not at all if
-    the run is finished. Raises what Trainer raises, of a finished run, too, where it is another one."""
+def train_to_the_end(config: TrainConfig) -> None:
+    """Trains from the start or from the folder's last checkpoint; not at all if the run is finished. Raises what
+    Trainer raises, also where the finished run is another one."""
     folder = config.run_folder
-    begun = load_last(config, corpus) is not None
+    begun = load_last(config, Corpus(config.data, config.map_unknown)) is not None
     if begun and (folder / "result.json").is_file():
         return
     say(f"{folder}: {'continued' if begun else 'fine-tuning' if config.start else 'training'}")

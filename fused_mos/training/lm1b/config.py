@@ -127,9 +127,10 @@ def lm1b_softmax() -> LM1BConfig:
 
 
 def lm1b_full() -> LM1BConfig:
-    """For all 793,471 words: a billion parameters. Adagrad as in Jozefowicz et al. 2016, for SGD hardly moves rare
-    words: lr 0.2, and 1 to start with where losses are summed over the 20 rows of a segment. Ours is their mean, with
-    gradients a 20th and squares a 400th of those."""
+    """A model of all 793,471 words: a billion parameters.
+
+    Adagrad as in Jozefowicz et al. 2016, for SGD hardly moves rare words: lr 0.2, and 1 to start with where losses are
+    summed over the 20 rows of a segment. Ours is their mean, with gradients a 20th and squares a 400th of those."""
     model = replace(NO_DROPOUT, n_experts=7, embedding_size=1024, hidden_sizes=(1024, 1024))
     return LM1BConfig(
         recipe="lm1b-full",
