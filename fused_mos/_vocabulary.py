@@ -76,7 +76,7 @@ class Vocabulary(ABC):
             if operands.backend == "reference":
                 nll = reference.nll(*operands.tensors, target, ignore_index)
                 return reduced(nll, target, ignore_index, reduction)
-            return self.loss(operands.contiguous(), target, ignore_index, reduction, grad_filter_eps)
+            return self.loss(operands.contiguous(), target.contiguous(), ignore_index, reduction, grad_filter_eps)
 
     def mos_log_prob(
         self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
@@ -135,12 +135,10 @@ class Vocabulary(ABC):
             check_temperature(temperature)
             if operands.backend == "reference":
                 return reference.sample(*operands.tensors, temperature, generator)
-            latent, prior_logits, weight, bias, backend = operands
-            n = latent.shape[0]
-            if n == 0:  # torch.multinomial refuses an empty batch
+            latent, _, weight, bias, backend = operands
+            if latent.shape[0] == 0:  # torch.multinomial refuses an empty batch
                 return torch.empty(0, dtype=torch.int64, device=latent.device)
-            expert = self.choose(log_softmax_prior(prior_logits).exp(), generator)
-            rows = latent[torch.arange(n, device=latent.device), expert]
+            rows = self.choose_rows(operands, generator)
             return self.draw(rows, contiguous(weight), contiguous(bias), temperature, generator, backend)
 
     # -------------------------------------------------------------------------------------------------- the contract
@@ -169,8 +167,8 @@ class Vocabulary(ABC):
         """The k most probable of all classes."""
 
     @abstractmethod
-    def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
-        """(N, C) -> one of the C columns for each token, (N,) int64."""
+    def choose_rows(self, operands: Operands, generator: torch.Generator | None) -> Tensor:
+        """The latent vector of one expert for each token, drawn from the prior, (N, D)."""
 
     @abstractmethod
     def draw(
@@ -197,11 +195,14 @@ class LocalVocabulary(Vocabulary):
         """
         inputs, backend = operands.tensors, operands.backend
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-        in_forward = reduction != "none" and any(needs)
         n, n_experts, _ = operands.latent.shape
-        if in_forward and _backends.kernels(backend).gradient_in_forward_pays(n, n_experts, operands.weight):
+        if any(needs):
+            in_one_op = _backends.kernels(backend).gradient_in_forward_pays(n, n_experts, operands.weight)
+        else:
+            in_one_op = _backends.has_own_small_kernels(backend)
+        if reduction != "none" and in_one_op:
             mean = reduction == "mean"
-            loss, nll = ops.nll_with_gradients(*inputs, target, ignore_index, filter_eps, mean, needs, backend)[:2]
+            loss, nll = ops.nll_with_gradients(*inputs, target, ignore_index, filter_eps, mean, needs, backend)[::2][:2]
             return NLL(nll, loss)
         nll = ops.nll(*inputs, target, ignore_index, filter_eps, backend)[0]
         return reduced(nll, target, ignore_index, reduction)
@@ -215,8 +216,7 @@ class LocalVocabulary(Vocabulary):
         return ops.log_prob(*operands.tensors, operands.backend)[0]
 
     def normalisers(self, operands: Operands) -> Normalisers:
-        _, maximum, log_total = ops.logsumexp(operands.latent, operands.weight, operands.bias, operands.backend)
-        return Normalisers(log_softmax_prior(operands.prior_logits).to(maximum.dtype), maximum, log_total)
+        return Normalisers(*ops.normalisers(*operands.tensors, operands.backend))
 
     def best(self, operands: Operands) -> Tensor:
         log_prior, maximum, log_total = self.normalisers(operands)
@@ -231,8 +231,9 @@ class LocalVocabulary(Vocabulary):
                 return TopK(*top)
         return topk_of_spans(operands, self.normalisers(operands), k)
 
-    def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
-        return torch.multinomial(probability, 1, generator=generator).squeeze(1)
+    def choose_rows(self, operands: Operands, generator: torch.Generator | None) -> Tensor:
+        kernels = _backends.traceable(operands.backend)
+        return kernels.choose_rows(operands.latent, operands.prior_logits, generator)
 
     def draw(
         self,

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import _backends
-from ._backends.reference import accumulation_dtype, log_softmax_prior, mix_target
-from ._backends.row_filter import kept_rows
+from ._backends import from_rows
+from ._backends.reference import accumulation_dtype, log_softmax_prior
 
 
 def _empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -45,11 +45,6 @@ def refuse_double_backward() -> None:
         )
 
 
-def _valid_target(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    valid = target != ignore_index
-    return valid, torch.where(valid, target, 0)
-
-
 # ------------------------------------------------------------------------------------------------------------------ nll
 
 
@@ -65,14 +60,7 @@ def nll(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll (N,), and for the backward pass maximum, log_total and target_logit, (N, K) each."""
-    n, k, d = latent.shape
-    valid, target = _valid_target(target, ignore_index)
-    statistics = _backends.kernels(backend).row_statistics(
-        latent.view(n * k, d), weight, bias, target.repeat_interleave(k)
-    )
-    statistics = [statistic.view(n, k) for statistic in statistics]
-    losses, _ = mix_target(log_softmax_prior(prior_logits).to(statistics[0].dtype), *statistics)
-    return torch.where(valid, losses, 0), *statistics
+    return _backends.kernels(backend).nll(latent, prior_logits, weight, bias, target, ignore_index)
 
 
 @nll.register_fake
@@ -98,33 +86,10 @@ def nll_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of (latent, prior_logits, weight, bias): dl = g r (exp(l − L) − 1[v = y]), da = g (π − r)."""
-    n, k, d = latent.shape
-    valid, target = _valid_target(target, ignore_index)
-    log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
-    _, responsibility = mix_target(log_prior, maximum, log_total, target_logit)
-    grad = torch.where(valid, grad.to(maximum.dtype), 0)[:, None]
-    # an ignored token weighs nothing even where its statistics are not finite
-    row_weight = torch.where(grad != 0, grad * responsibility, 0)
-    grad_prior = (log_prior.exp() * grad - row_weight).to(prior_logits.dtype) if needs[1] else prior_logits.new_empty(0)
-
-    product_needs = (needs[0], needs[2], needs[3])
-    if not any(product_needs):
-        return latent.new_empty(0), grad_prior, latent.new_empty(0), latent.new_empty(0)
-    row_weight = row_weight.view(-1)
-    row_target = target.repeat_interleave(k)
-    per_row = [latent.view(n * k, d), row_target, maximum.view(-1), log_total.view(-1), row_weight]
-    kept = kept_rows(responsibility.view(-1), row_weight, filter_eps)
-    if kept is not None:
-        per_row = [tensor[kept] for tensor in per_row]
-    rows, row_target, row_maximum, row_log_total, row_weight = per_row
-    grad_rows, grad_weight, grad_bias = _backends.kernels(backend).rows_backward(
-        rows, weight, bias, row_target, row_maximum, row_log_total, row_weight, row_weight, product_needs
+    statistics = maximum, log_total, target_logit
+    return _backends.kernels(backend).nll_backward(
+        grad, latent, prior_logits, weight, bias, target, *statistics, ignore_index, filter_eps, needs
     )
-    if needs[0]:
-        if kept is not None:
-            grad_rows = torch.zeros_like(latent.view(n * k, d)).index_copy_(0, kept, grad_rows)
-        grad_rows = grad_rows.view(n, k, d)
-    return grad_rows, grad_prior, grad_weight, grad_bias
 
 
 @nll_backward.register_fake
@@ -180,56 +145,62 @@ def nll_with_gradients(
     mean: bool,
     needs: Sequence[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss (), which is nll's sum or, over the valid targets, its mean; nll (N,); maximum, log_total and
-    target_logit (N, K); and the loss's gradients for the inputs that `needs` names.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss (), which is nll's sum or, over the valid targets, its mean; a divisor (); nll (N,); maximum, log_total
+    and target_logit (N, K); and for the inputs that `needs` names the gradients of divisor·loss.
 
     Backward through the loss only scales them. Backward through `nll` is possible too and recomputes.
     """
-    valid, target = _valid_target(target, ignore_index)
-    scale = torch.ones((), dtype=accumulation_dtype(latent.dtype), device=latent.device)
-    if mean:
-        scale = scale / valid.sum()
-    losses, *rest = _backends.kernels(backend).nll_with_gradients(
-        latent, prior_logits, weight, bias, target, valid, scale, filter_eps, tuple(needs)
+    return _backends.kernels(backend).nll_with_gradients(
+        latent, prior_logits, weight, bias, target, ignore_index, filter_eps, mean, needs
     )
-    losses = torch.where(valid, losses, 0)
-    return losses.sum() * scale, losses, *rest
 
 
 @nll_with_gradients.register_fake
 def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, mean, needs, backend):
     statistics = _empty_statistics(latent, 3)
     losses = statistics[0].new_empty(latent.shape[0])
-    return losses.new_empty(()), losses, *statistics, *_empty_gradients((latent, prior_logits, weight, bias), needs)
+    loss, divisor = losses.new_empty(()), losses.new_empty(())
+    return loss, divisor, losses, *statistics, *_empty_gradients((latent, prior_logits, weight, bias), needs)
 
 
 def _nll_with_gradients_setup(ctx, inputs, output):
     latent, prior_logits, weight, bias, target, ignore_index, filter_eps, mean, needs, backend = inputs
-    ctx.mark_non_differentiable(*output[2:])
+    _, divisor, _, *rest = output
+    ctx.mark_non_differentiable(divisor, *rest)
     ctx.set_materialize_grads(False)  # an unused output must not cost a recomputing backward pass
-    ctx.save_for_backward(latent, prior_logits, weight, bias, target, *output[2:])
+    statistics, gradients = rest[:3], rest[3:]
+    ctx.save_for_backward(latent, prior_logits, weight, bias, target, *statistics, divisor, *gradients)
     ctx.options = ignore_index, filter_eps, backend
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient·factor; on a CPU, where looking costs nothing, the gradient itself when the factor is 1, as it is for
-    loss.backward(): a copy of the weight's gradient takes 2 % of the step. (While a graph is traced, tensors are of a
-    subclass and have no value.)"""
-    if type(factor) is Tensor and factor.device.type == "cpu" and factor == 1:
-        return gradient
-    return (gradient * factor).to(gradient.dtype)
+@custom_op("fused_mos::scaled", mutates_args=())
+def scaled(
+    gradients: Sequence[Tensor],
+    factor: Tensor,  # ()
+    divisor: Tensor,  # ()
+    backend: str,
+) -> list[Tensor]:
+    """The gradients times factor / divisor, or 0 where the divisor is 0."""
+    return _backends.kernels(backend).scaled(gradients, factor, divisor)
 
 
-def _nll_with_gradients_backward(ctx, grad_loss, grad_nll, *_):
+@scaled.register_fake
+def _(gradients, factor, divisor, backend):
+    return [torch.empty_like(gradient) for gradient in gradients]
+
+
+def _nll_with_gradients_backward(ctx, grad_loss, _, grad_nll, *__):
     refuse_double_backward()
     ignore_index, filter_eps, backend = ctx.options
     needs = list(ctx.needs_input_grad[:4])
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes what is asked for, and refuses to do so twice
-    inputs, gradients = saved[:8], saved[8:]
+    inputs, divisor, gradients = saved[:8], saved[8], saved[9:]
     result: tuple[Tensor | None, ...] = (None,) * 4
     if grad_loss is not None:
-        result = tuple(_scaled(gradient, grad_loss) if need else None for gradient, need in zip(gradients, needs))
+        # in plain torch it may return what it gets, which an op may not
+        multiplied = scaled if _backends.has_own_small_kernels(backend) else from_rows.scaled
+        result = _as_gradients(multiplied(gradients, grad_loss, divisor, backend), needs)
     if grad_nll is not None:
         recomputed = nll_backward(grad_nll.contiguous(), *inputs, ignore_index, filter_eps, needs, backend)
         recomputed = _as_gradients(recomputed, needs)
@@ -307,6 +278,22 @@ def _logsumexp_backward(ctx, grad, *_):
 logsumexp.register_autograd(_logsumexp_backward, setup_context=_logsumexp_setup)
 
 
+# ---------------------------------------------------------------------------------------------------------- normalisers
+
+
+@custom_op("fused_mos::normalisers", mutates_args=())
+def normalisers(
+    latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log π and the terms maximum and log_total of each expert's log Σ_v exp l, (N, K) each; not differentiable."""
+    return _backends.kernels(backend).normalisers(latent, prior_logits, weight, bias)
+
+
+@normalisers.register_fake
+def _(latent, prior_logits, weight, bias, backend):
+    return tuple(_empty_statistics(latent, 3))
+
+
 # ------------------------------------------------------------------------------------------------------------- log_prob
 
 
@@ -315,11 +302,8 @@ def log_prob(
     latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p (N, V), and maximum and log_total (N, K) for the backward pass."""
-    n, k, d = latent.shape
     kernels = _backends.kernels(backend)
-    maximum, log_total, _ = kernels.row_statistics(latent.view(n * k, d), weight, bias, None)
-    maximum, log_total = maximum.view(n, k), log_total.view(n, k)
-    log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
+    log_prior, maximum, log_total = kernels.normalisers(latent, prior_logits, weight, bias)
     return kernels.log_prob(latent, log_prior, weight, bias, maximum, log_total), maximum, log_total
 
 

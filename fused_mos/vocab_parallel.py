@@ -132,8 +132,13 @@ class VocabShard(Vocabulary):
         values, chosen = values.topk(k)
         return TopK(values, indices.gather(1, chosen))
 
-    def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The choice of the group's first rank."""
+    def choose_rows(self, operands: Operands, generator: torch.Generator | None) -> Tensor:
+        latent = operands.latent
+        expert = self._choose(log_softmax_prior(operands.prior_logits).exp(), generator)
+        return latent[torch.arange(latent.shape[0], device=latent.device), expert]
+
+    def _choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
+        """(N, C) -> one of the C columns for each token, (N,) int64: the choice of the group's first rank."""
         choice = torch.multinomial(probability, 1, generator=generator).squeeze(1)
         dist.broadcast(choice, group=self.group, group_src=0)
         return choice
@@ -153,7 +158,7 @@ class VocabShard(Vocabulary):
         cooled = rows / temperature, weight, bias if bias is None else bias / temperature
         maximum, log_total, _ = kernels.row_statistics(*cooled, None)
         shares = torch.stack(self._gathered(maximum + log_total), 1)
-        rank = self.choose(torch.softmax(shares, 1), generator)
+        rank = self._choose(torch.softmax(shares, 1), generator)
         own = kernels.sample(rows, weight, bias, temperature, generator) + self.start
         result = torch.where(rank == dist.get_rank(self.group), own, 0)
         dist.all_reduce(result, group=self.group)

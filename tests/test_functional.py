@@ -89,6 +89,7 @@ def test_large_logits(compute, scale, workspace, backend):
     # logits of hundreds are rounded less luckily by other products than the unfused one's: the interpreter multiplies
     # with NumPy, and tiled's tiles have other shapes
     slack = scale * 2**-23 if backend in ("tiled", "triton") and scale == 100 else 0.0
+    slack += 2**-24 if backend == "triton" else 0.0  # a mean's gradients are rounded once more, in the backward pass
     check_forward_and_gradients(case, compute, torch.float32, backend, relative_slack=slack)
 
 

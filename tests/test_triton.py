@@ -22,7 +22,7 @@ pytestmark = pytest.mark.interpreted
 
 from triton_interpreter import run_program
 
-from fused_mos._backends.triton_kernels import forward, gradients, launch, mixture, operands, proof, rows
+from fused_mos._backends.triton_kernels import forward, gradients, launch, loss, mixture, operands, proof, rows
 from fused_mos._backends.triton_kernels.tiles import LogitGradients, Logits, TileConstants
 
 
@@ -48,16 +48,17 @@ def test_rows_and_classes_beyond_two_billion_numbers(what):
     inputs = Logits(z, e, None, z.shape[0], e.shape[0])
     constants = {"D": d, "TILE": TileConstants(64, 64, 64, "ieee", False)}
     maximum, total = (torch.full((class_tile + 1, z.shape[0]), math.nan) for _ in range(2))
-    program = row_block, class_tile
-    run_program(rows.statistics_kernel, program, inputs, None, maximum, total, None, 1, **constants)
+    program, splits = (row_block, class_tile), loss.Splits(maximum, total, None, class_tile + 1)
+    run_program(rows.statistics_kernel, program, inputs, None, splits, 1, EXPERTS=1, **constants)
     assert torch.allclose(maximum[class_tile, -64:], logits.amax(1), atol=1e-4)
     assert torch.allclose(total[class_tile, -64:], (logits - logits.amax(1, keepdim=True)).exp().sum(1), rtol=1e-4)
     dl = _untouched(z.shape[0], 64, dtype=torch.bfloat16)
     zero, two = torch.zeros(z.shape[0]), torch.full((z.shape[0],), 2.0)
-    statistics, weights = gradients.RowStatistics(zero, zero), gradients.RowGradients(two, two)
+    statistics, weights = loss.Statistics(zero, zero, None), gradients.RowGradients(two, two)
     last_classes = LogitGradients(dl, e.shape[0] - 64, 64, 64)
     program = row_block, 0
-    run_program(gradients.gradient_kernel, program, inputs, None, statistics, weights, last_classes, **constants)
+    arguments = inputs, None, statistics, weights, last_classes
+    run_program(gradients.gradient_kernel, program, *arguments, EXPERTS=1, **constants)
     assert torch.allclose(dl[-64:].float(), 2 * logits.exp(), rtol=1e-2)
 
 
@@ -151,7 +152,7 @@ def test_float16_gradients_of_a_mean_do_not_underflow():
 def test_a_factor_in_two_columns_is_rounded_twice():
     """The bias's gradient sums them: rounded once to 16 bits, it would have lost half of its digits."""
     z, factor = torch.randn(50, 8).bfloat16(), torch.rand(50)
-    result = operands.with_column(z, 7, factor)
+    result = operands.scaled_rows(z, factor, z.new_empty(50, 16), 7, columns=2)
     assert torch.equal(result[:, :7], (z[:, :7].float() * factor[:, None]).bfloat16())
     assert torch.allclose(result[:, 7:9].float().sum(1), factor, rtol=2**-15, atol=0)
     assert result[:, 9:].eq(0).all()
@@ -169,7 +170,7 @@ def test_the_vocabulary_is_split_where_rows_are_few(monkeypatch):
     """One split or many: the same statistics, classes and samples but for rounding."""
     monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(16, 64, 16, 4, 1))
     case = problem(3, 2, 8, 2_000).to(torch.float32, ())
-    tile, _ = launch.choose_tile("statistics", case.latent, 6)
+    tile, _ = launch.choose_tile("statistics", case.latent, 6, case.weight)
     results = []
     monkeypatch.setattr(forward, "PROGRAMS_PER_MULTIPROCESSOR", 1)
     for multiprocessors in (5, 1):

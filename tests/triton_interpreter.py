@@ -1,8 +1,9 @@
 """Makes Triton's interpreter compute what a GPU does, where it does not: bfloat16. The package needs no repair on a
 GPU.
 
-As of triton 3.6 its `tl.dot` multiplies the bit patterns of bfloat16 operands, and casts from float32 truncate. It also
-copies every argument onto itself after a call, since it expects tensors on a GPU.
+As of triton 3.6 its `tl.dot` multiplies the bit patterns of bfloat16 operands, and casts from float32 truncate; its
+fused multiply-add rounds twice. It also copies every argument onto itself after a call, since it expects tensors on a
+GPU.
 """
 
 import numpy as np
@@ -37,12 +38,18 @@ def _dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
     return TensorHandle(np.matmul(operand(a), operand(b)) + accumulator.data, accumulator.dtype.scalar)
 
 
+def _fma(self, a, b, c):
+    exact = a.data.astype(np.float64) * b.data.astype(np.float64) + c.data.astype(np.float64)
+    return TensorHandle(exact.astype(a.data.dtype), a.dtype.scalar)
+
+
 _original_cast = InterpreterBuilder.cast_impl
 
 
 def repair() -> None:
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_dot = _dot
+    InterpreterBuilder.create_fma = _fma
     GridExecutor._restore_args_dev = lambda *_: None
 
 

@@ -41,13 +41,40 @@ class Kernels(Protocol):
     ):
         """Gradients of (rows, weight, bias) for dl = grad_lse·exp(l − L) − grad_target·1[v = target]."""
 
+    def nll(self, latent, prior_logits, weight, bias, target, ignore_index: int):
+        """nll (N,), 0 where the target is ignored, and maximum, log_total and target_logit (N, K)."""
+
+    def nll_backward(
+        self,
+        grad,
+        latent,
+        prior_logits,
+        weight,
+        bias,
+        target,
+        maximum,
+        log_total,
+        target_logit,
+        ignore_index,
+        filter_eps: float,
+        needs,
+    ):
+        """Gradients of (latent, prior_logits, weight, bias) for a grad (N,) of nll."""
+
     def gradient_in_forward_pays(self, n_tokens: int, n_experts: int, weight: Tensor) -> bool:
-        """Whether `nll_with_gradients` is cheaper than `row_statistics` and `rows_backward`."""
+        """Whether `nll_with_gradients` is cheaper than `nll` and `nll_backward`."""
 
     def nll_with_gradients(
-        self, latent, prior_logits, weight, bias, target, valid, scale: Tensor, filter_eps: float, needs
+        self, latent, prior_logits, weight, bias, target, ignore_index: int, filter_eps: float, mean: bool, needs
     ):
-        """nll (N,), maximum, log_total and target_logit (N, K), and the gradients of scale·nll[valid].sum()."""
+        """The loss (), a divisor (), nll (N,), maximum, log_total and target_logit (N, K), and the gradients of
+        divisor·loss."""
+
+    def scaled(self, gradients, factor: Tensor, divisor: Tensor):
+        """The gradients times factor / divisor, 0 where the divisor is 0; of backends with `has_own_small_kernels`."""
+
+    def normalisers(self, latent, prior_logits, weight, bias):
+        """log π, maximum and log_total, (N, K) each."""
 
     def log_prob(self, latent, log_prior, weight, bias, maximum, log_total) -> Tensor:
         """(N, K, D), (N, K), … -> log-probabilities (N, V)."""
@@ -57,6 +84,9 @@ class Kernels(Protocol):
 
     def predict(self, latent, log_prior, weight, bias, maximum, log_total) -> Tensor:
         """The most probable class (N,) of the mixture, int64."""
+
+    def choose_rows(self, latent, prior_logits, generator) -> Tensor:
+        """The latent vector of one expert for each token, drawn from the prior, (N, D)."""
 
     def sample(self, rows, weight, bias, temperature: float, generator) -> Tensor:
         """One class (R,) from each row's softmax(l / temperature), int64."""
@@ -154,6 +184,12 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def _not_available(name: str, reason: str) -> RuntimeError:
     return RuntimeError(f"backend {name!r} is not available: {reason}; fused_mos.backends() lists those that are")
+
+
+def has_own_small_kernels(name: str) -> bool:
+    """Whether the backend fuses what surrounds the products, too, for a device that works faster than the host launches
+    kernels: a loss without gradients comes from `nll_with_gradients`, and gradients are scaled by `scaled`."""
+    return name in ("triton", "cuda")
 
 
 def traceable(name: str) -> ModuleType:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # after torch, so that both use the OpenMP runtime that torch loaded
 from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
+from . import from_rows
+from .from_rows import choose_rows  # noqa: F401  (part of `Kernels`)
 from .reference import accumulation_dtype
 from .tracing import assume_constant_result
 
@@ -159,7 +161,7 @@ def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> b
     return _tokens_of_block(n_tokens, n_experts, weight) * n_experts >= min(MIN_GRADIENT_ROWS, n_tokens * n_experts)
 
 
-def nll_with_gradients(
+def _blocks_with_gradients(
     latent: Tensor,  # (N, K, D)
     prior_logits: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
@@ -208,6 +210,22 @@ def _mixture(latent: Tensor, log_prior: Tensor, maximum: Tensor, log_total: Tens
         n_tokens=latent.shape[0],
         n_experts=latent.shape[1],
     )
+
+
+def nll(*inputs):
+    return from_rows.nll(row_statistics, *inputs)
+
+
+def nll_backward(*inputs):
+    return from_rows.nll_backward(rows_backward, *inputs)
+
+
+def nll_with_gradients(*inputs):
+    return from_rows.nll_with_gradients(_blocks_with_gradients, *inputs)
+
+
+def normalisers(*inputs):
+    return from_rows.normalisers(row_statistics, *inputs)
 
 
 def log_prob(

@@ -18,13 +18,18 @@ from .. import _cuda  # type: ignore[attr-defined]  # compiled, without stubs
 from . import triton
 from .triton import (  # noqa: F401  (what this backend shares with that one)
     DTYPES,
+    choose_rows,
     gradient_in_forward_pays,
     log_prob,
     log_prob_backward,
+    nll,
+    nll_backward,
     nll_with_gradients,
+    normalisers,
     predict,
     row_statistics,
     rows_backward,
+    scaled,
 )
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import from_rows
+from .from_rows import choose_rows  # noqa: F401  (part of `Kernels`)
 from .products import product, spans
 from .reference import accumulation_dtype, log_softmax_prior, mix_target
 from .row_filter import kept_rows
@@ -156,7 +158,7 @@ def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> b
     return min(block, n_tokens) * n_experts >= min(MIN_GRADIENT_ROWS, n_tokens * n_experts) > 0
 
 
-def nll_with_gradients(
+def _blocks_with_gradients(
     latent: Tensor,  # (N, K, D)
     prior_logits: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
@@ -215,6 +217,22 @@ def nll_with_gradients(
     grad_rows, grad_weight, grad_bias = _cast_gradients((grad_rows, grad_weight, grad_bias), dtype)
     grad_latent = grad_rows.view(n, k, d) if needs[0] else grad_rows
     return nll, maximum, log_total, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
+
+
+def nll(*inputs):
+    return from_rows.nll(row_statistics, *inputs)
+
+
+def nll_backward(*inputs):
+    return from_rows.nll_backward(rows_backward, *inputs)
+
+
+def nll_with_gradients(*inputs):
+    return from_rows.nll_with_gradients(_blocks_with_gradients, *inputs)
+
+
+def normalisers(*inputs):
+    return from_rows.normalisers(row_statistics, *inputs)
 
 
 def log_prob(

@@ -106,12 +106,13 @@ _SHALLOW_MIXTURE = {
     "many tf32 mixture": Tile(64, 64, 16, 8, 3),
     "many tf32 mixture-gradient": Tile(64, 32, 32, 8, 3),
 }
+_SHALLOW_GRADIENT = {"many 16-bit gradient narrow": Tile(128, 128, 32, 8, 4)}
 _NOT_RESIDENT = {
     "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),
     "many ieee mixture-gradient": Tile(32, 32, 16, 4, 2),
 }
 ARCHITECTURES = {
-    "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT)),
+    "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT | _SHALLOW_GRADIENT)),
     "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE)),  # also sm_89
     "sm_90": Architecture(132, 232_448, _table(_RESIDENT | _LARGE)),
     "sm_100": Architecture(148, 232_448, _table(_NOT_RESIDENT)),
@@ -120,6 +121,9 @@ ARCHITECTURES = {
 INTERPRETER = Architecture(4, 2**30, {})
 INTERPRETER_TILE = Tile(32, 2048, 128, 4, 1, True)
 """The interpreter's cost is per operation, not per number."""
+
+LARGEST_ROUNDED = 62 * 2**20
+"""Bytes of an operand that is copied to be rounded to TF32."""
 
 OLDEST = (8, 0)
 

@@ -1,16 +1,18 @@
-"""Calls of the forward kernels: statistics and samples of single rows, and the mixture's log-probabilities and most
-probable classes.
+"""Calls of the kernels that need no gradient: statistics and samples of single rows, the mixture's loss,
+log-probabilities and most probable classes.
 """
 
 import torch
 import triton
 from torch import Tensor
 
+from . import loss as loss_kernels
 from . import mixture, rows
 from .configurations import Tile
 from .launch import architecture_of, choose_tile, launch
+from .loss import Splits, Statistics, Targets
 from .mixture import Mixture
-from .operands import aligned, empty_float32, unwritten_target_logits
+from .operands import aligned, empty_float32, mixture_constants
 from .tiles import Logits
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -37,31 +39,87 @@ def row_statistics(
     target: Tensor | None,  # (R,)
 ) -> tuple[Tensor, Tensor, Tensor]:  # maximum, log_total and target_logit, (R,) each
     n = rows_.shape[0]
-    rows_, weight = aligned(rows_), aligned(weight)
-    maximum, log_total = empty_float32(rows_, n), empty_float32(rows_, n)
-    target_logit = unwritten_target_logits(rows_, n)
-    write_statistics(Logits(rows_, weight, bias, n, weight.shape[0]), target, maximum, log_total, target_logit)
-    return maximum, log_total, target_logit
+    logits = Logits(aligned(rows_), aligned(weight), bias, n, weight.shape[0])
+    statistics = Statistics(*(empty_float32(rows_, n) for _ in range(3)))
+    combine(split_statistics(logits, target, 1), statistics, n, 1)
+    return statistics.maximum_ptr, statistics.log_total_ptr, statistics.target_logit_ptr  # type: ignore[return-value]
 
 
-def write_statistics(
+def split_statistics(
     logits: Logits,  # of R rows, aligned
-    target: Tensor | None,  # (R,)
-    maximum: Tensor,  # (R,) out
-    log_total: Tensor,  # (R,) out
-    target_logit: Tensor | None,  # (R,) out
-) -> None:
+    target: Tensor | None,  # (R / n_experts,)
+    n_experts: int,
+) -> Splits:
+    """Statistics of R rows by parts of the vocabulary."""
     z, n = logits.z_ptr, logits.n_rows
-    if n == 0:
-        return
-    tile, constants = choose_tile("statistics", z, n)
-    splits, tiles_of_split = splits_of_vocabulary(n, logits.n_classes, tile, z.device)
-    maxima, totals = empty_float32(z, splits, n), empty_float32(z, splits, n)
-    grid = triton.cdiv(n, tile.rows), splits
-    outputs = maxima, totals, target_logit
-    launch(rows.statistics_kernel, grid, logits, target, *outputs, tiles_of_split, D=z.shape[1], **constants)
-    blocks = (triton.cdiv(n, 32),)
-    launch(rows.combine_kernel, blocks, maxima, totals, maximum, log_total, n, splits, BLOCK=32, SPLITS=32)
+    tile, constants = choose_tile("statistics", z, n, logits.e_ptr)
+    n_splits, tiles_of_split = splits_of_vocabulary(max(n, 1), logits.n_classes, tile, z.device)
+    maxima, totals = empty_float32(z, n_splits, n), empty_float32(z, n_splits, n)
+    splits = Splits(maxima, totals, None if target is None else empty_float32(z, n_splits, n), n_splits)
+    grid = triton.cdiv(n, tile.rows), n_splits
+    constants |= {"D": z.shape[1], "EXPERTS": n_experts}
+    launch(rows.statistics_kernel, grid, logits, target, splits, tiles_of_split, **constants)
+    return splits
+
+
+def combine(
+    splits: Splits,
+    statistics: Statistics,  # out
+    n_tokens: int,
+    n_experts: int,
+    targets: Targets | None = None,
+    log_prior: Tensor | None = None,  # (N, K) out
+    nll: Tensor | None = None,  # (N,) out
+) -> None:
+    """Writes the statistics of whole rows, and what is asked for of the mixture."""
+    mix = mixture_constants(n_experts)
+    grid = (triton.cdiv(n_tokens, mix.tokens),)
+    launch(loss_kernels.combine_kernel, grid, splits, statistics, targets, log_prior, nll, n_tokens, MIX=mix)
+
+
+def normalisers(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+) -> tuple[Tensor, Tensor, Tensor]:  # log π, maximum and log_total, (N, K) each
+    n, k, d = latent.shape
+    logits = Logits(aligned(latent.view(n * k, d)), aligned(weight), bias, n * k, weight.shape[0])
+    log_prior, maximum, log_total = (empty_float32(latent, n, k) for _ in range(3))
+    targets = Targets(prior_logits, None, 0)
+    combine(split_statistics(logits, None, k), Statistics(maximum, log_total, None), n, k, targets, log_prior)
+    return log_prior, maximum, log_total
+
+
+def nll(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,), and (N, K) each
+    n, k, d = latent.shape
+    logits = Logits(aligned(latent.view(n * k, d)), aligned(weight), bias, n * k, weight.shape[0])
+    losses, statistics = empty_float32(latent, n), Statistics(*(empty_float32(latent, n, k) for _ in range(3)))
+    targets = Targets(prior_logits, target, ignore_index)
+    combine(split_statistics(logits, target, k), statistics, n, k, targets, None, losses)
+    return losses, *statistics  # type: ignore[return-value]
+
+
+def choose_rows(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    generator: torch.Generator | None,
+) -> Tensor:  # (N, D)
+    """By Gumbel-max, with random numbers that depend on the seed, the token and the expert alone."""
+    n, k, d = latent.shape
+    mix = mixture_constants(k, d)
+    seed = torch.randint(2**62, (1,), generator=generator, device=latent.device)
+    chosen = latent.new_empty(n, d)
+    grid = (triton.cdiv(n, mix.tokens),)
+    launch(rows.choose_rows_kernel, grid, latent, prior_logits, seed, chosen, n, D=d, MIX=mix)
+    return chosen
 
 
 def sample(
@@ -75,17 +133,20 @@ def sample(
     rows_, weight = aligned(rows_.contiguous()), aligned(weight)
     n, d = rows_.shape
     logits = Logits(rows_, weight, bias, n, weight.shape[0])
-    tile, constants = choose_tile("sample", rows_, n)
-    splits, tiles_of_split = splits_of_vocabulary(n, logits.n_classes, tile, rows_.device)
+    tile, constants = choose_tile("sample", rows_, n, weight)
+    n_splits, tiles_of_split = splits_of_vocabulary(max(n, 1), logits.n_classes, tile, rows_.device)
     seed = torch.randint(2**62, (1,), generator=generator, device=rows_.device)
-    best, index = empty_float32(rows_, splits, n), seed.new_empty(splits, n)
-    grid = triton.cdiv(n, tile.rows), splits
+    best, index = empty_float32(rows_, n_splits, n), seed.new_empty(n_splits, n)
+    grid = triton.cdiv(n, tile.rows), n_splits
     launch(rows.sample_kernel, grid, logits, seed, best, index, 1 / temperature, tiles_of_split, D=d, **constants)
     return _first_of_best(best, index)
 
 
 def _first_of_best(best: Tensor, index: Tensor) -> Tensor:  # (splits, N), (splits, N) -> (N,)
-    return torch.where(best == best.amax(0), index, torch.iinfo(torch.int64).max).amin(0)
+    n_splits, n = best.shape
+    result = index.new_empty(n)
+    launch(rows.first_of_best_kernel, (triton.cdiv(n, 128),), best, index, result, n, n_splits, BLOCK=128)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------- the mixture
@@ -101,7 +162,7 @@ def log_prob(
 ) -> Tensor:  # (N, V)
     n, k, d = latent.shape
     logits = Logits(aligned(latent.view(-1, d)), aligned(weight), bias, n, weight.shape[0])
-    tile, constants = choose_tile("mixture", logits.z_ptr, n)
+    tile, constants = choose_tile("mixture", logits.z_ptr, n, logits.e_ptr)
     experts = Mixture(log_prior, maximum, log_total)
     result = empty_float32(latent, n, logits.n_classes)
     grid = triton.cdiv(n, tile.rows), triton.cdiv(logits.n_classes, tile.classes)
@@ -123,7 +184,7 @@ def predict(
         return torch.empty(0, dtype=torch.int64, device=latent.device)
     logits = Logits(aligned(latent.view(-1, d)), aligned(weight), bias, n, weight.shape[0])
     experts = Mixture(log_prior, maximum, log_total)
-    tile, constants = choose_tile("mixture", logits.z_ptr, n)
+    tile, constants = choose_tile("mixture", logits.z_ptr, n, logits.e_ptr)
     splits, tiles_of_split = splits_of_vocabulary(n, logits.n_classes, tile, latent.device)
     best, index = empty_float32(latent, splits, n), torch.empty((splits, n), dtype=torch.int64, device=latent.device)
     grid = triton.cdiv(n, tile.rows), splits

@@ -67,16 +67,27 @@ def architecture_of(device: torch.device) -> Architecture:
     return configurations.of_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
-def choose_tile(family: str, like: Tensor, n_rows: int) -> tuple[Tile, dict]:
-    """The tile for `n_rows` rows of `like`'s width and dtype, and what `launch` takes of it."""
+def choose_tile(family: str, like: Tensor, n_rows: int, e: Tensor) -> tuple[Tile, dict]:
+    """The tile for `n_rows` rows of `like`'s width and dtype, and what `launch` takes of it. `e` is the embedding, as
+    it is loaded."""
     precision = configurations.precision(like.dtype)
     key = configurations.tile_key(family, precision, n_rows, like.shape[-1])
     tiles = architecture_of(like.device).tiles | (_override.tiles if _override is not None else {})
     tile = tiles.get(key, configurations.INTERPRETER_TILE)
     tile = replace(tile, features=min(tile.features, max(triton.next_power_of_2(like.shape[-1]), 16)))
     dot = "ieee" if precision == "ieee" else "tf32"
-    constants = TileConstants(tile.rows, tile.classes, tile.features, dot, tile.resident)
+    rounds = precision == "tf32" and e.nbytes > configurations.LARGEST_ROUNDED
+    constants = TileConstants(tile.rows, tile.classes, tile.features, dot, tile.resident, rounds)
     return tile, {"key": key, "warps": tile.warps, "stages": tile.stages, "TILE": constants}
+
+
+def _flat(arguments: tuple) -> Iterator[object]:
+    """All arguments, the members of NamedTuples one by one."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from argument
+        else:
+            yield argument
 
 
 def launch(
@@ -88,14 +99,13 @@ def launch(
     stages: int = 1,
     **constants,
 ) -> None:
-    """Runs `kernel` on its arguments, of which the first, or its first member, is a tensor."""
+    """Runs `kernel` on the device of its first tensor."""
     if 0 in grid:
         return
     if _override is not None and _override.calls is not None:
         _override.calls.append(Call(kernel, key, arguments, constants, warps, stages))
         return
-    first = arguments[0]
-    device = (first if isinstance(first, Tensor) else first[0]).device
+    device = next(member.device for member in _flat(arguments) if isinstance(member, Tensor))
     # the launch goes to the current device's current stream
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)

@@ -162,11 +162,8 @@ def mixture_gradient_kernel(
     token = tl.arange(0, TOKENS)
     column = tl.arange(0, CLASSES)
     log_p = log_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
-    inside = (
-        (first_token + token < n_tokens)[:, None]
-        & (first_class + column < n_classes)[None, :]
-        & (first_column + column < gradients.n_columns)[None, :]
-    )
+    written = (first_token + token < n_tokens)[:, None] & (first_column + column < gradients.n_columns)[None, :]
+    inside = written & (first_class + column < n_classes)[None, :]
     in_tile = token.to(tl.int64)[:, None] * n_classes + column[None, :]
     grad_tile = grad_ptr + tl.cast(first_token, tl.int64) * n_classes + first_class + in_tile
     grad = tl.load(grad_tile, mask=inside, other=0.0)
@@ -185,7 +182,7 @@ def mixture_gradient_kernel(
             dl = weighted - s[:, None] * tl.exp(log_softmax)
             row = (tl.cast(first_token, tl.int64) * K + expert) * gradients.stride
             out = gradients.dl_ptr + row + first_column + (token[:, None] * row_stride + column[None, :])
-            tl.store(out, dl.to(gradients.dl_ptr.dtype.element_ty), mask=inside)
+            tl.store(out, dl.to(gradients.dl_ptr.dtype.element_ty), mask=written)  # 0 beyond the last class
         else:
             out = s_ptr + tl.cast(tl.program_id(1), tl.int64) * K * n_tokens + statistic
             tl.store(out, tl.sum(tl.where(inside, weighted, 0.0), 1), mask=mask)

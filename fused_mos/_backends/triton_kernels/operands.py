@@ -1,5 +1,5 @@
-"""Operands as the kernels want them: rows of whole 16-byte pieces, a column beside the features, weights in range,
-survivors moved up."""
+"""Operands as the kernels and the products want them: rows of whole 16-byte pieces, a column beside the features,
+weights in range, survivors moved up."""
 
 import math
 
@@ -7,8 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
-from . import gradients
+from ..products import product
+from ..tracing import assume_constant_result
+from . import gradients, loss
+from .configurations import LARGEST_ROUNDED, precision
 from .launch import launch
+from .loss import MixtureConstants
 
 
 def row_length(width: int, like: Tensor) -> int:
@@ -17,42 +21,104 @@ def row_length(width: int, like: Tensor) -> int:
     return math.ceil(width / multiple) * multiple
 
 
+def padded_classes(n_classes: int, like: Tensor) -> int:
+    """Columns of dl as the products take it: whole 16-byte pieces, without which cuBLAS falls back to kernels of a
+    third of the speed."""
+    return n_classes if row_length(n_classes, like) == n_classes else math.ceil(n_classes / 64) * 64
+
+
 def aligned(tensor: Tensor) -> Tensor:
-    """Rows of a multiple of 16 bytes, from a 16-byte boundary on, filled up with zeros: what vector loads need."""
-    width = row_length(max(tensor.shape[-1], 1), tensor)
-    if width != tensor.shape[-1]:
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]))
-    return tensor if tensor.storage_offset() * tensor.itemsize % 16 == 0 else tensor.clone()
+    """Rows of a multiple of 16 bytes, from a 16-byte boundary on, filled up with zeros: what wide loads and products
+    need. In float32 with TF32 products, rounded to TF32: hardware would truncate, which makes all logits a little
+    smaller."""
+    n_rows, width = tensor.shape[0], row_length(max(tensor.shape[1], 1), tensor)
+    rounds = is_rounded_ahead(tensor)
+    if not rounds and width == tensor.shape[1] and tensor.storage_offset() * tensor.itemsize % 16 == 0:
+        return tensor
+    return scaled_rows(tensor, None, tensor.new_empty(n_rows, width), tensor.shape[1], tf32=rounds)
+
+
+def is_rounded_ahead(tensor: Tensor) -> bool:
+    """Whether the operand of TF32 products is rounded in a copy of its own. A large embedding is not: its kernels round
+    what they load."""
+    return _is_tf32(tensor.dtype) and tensor.nbytes <= LARGEST_ROUNDED
+
+
+@assume_constant_result
+def _is_tf32(dtype: torch.dtype) -> bool:
+    return precision(dtype) == "tf32"
 
 
 def bytes_of_padded(n_rows: int, weight: Tensor) -> int:
-    """Bytes of what `aligned` makes of the rows and the weight; 0 where D needs no padding."""
+    """Bytes of what `aligned` makes of the rows and the weight; 0 where they need no padding."""
     n_classes, n_features = weight.shape
     width = row_length(n_features, weight)
-    return 0 if width == n_features else (n_rows + n_classes) * width * weight.itemsize
+    is_padded = width != n_features
+    copied = n_rows * (is_padded or _is_tf32(weight.dtype)) + n_classes * (is_padded or is_rounded_ahead(weight))
+    return copied * width * weight.itemsize
+
+
+def add_times_embedding(dl: Tensor, e: Tensor, first_class: int, out: Tensor, accumulate: bool) -> None:
+    """out += dl·E, or without `accumulate` out = dl·E, for a span of classes; dl (R, ≥ span) is 0 beyond the last one.
+    Classes that are no whole piece are a small product of their own, so that the large one is aligned."""
+    n = min(dl.shape[1], e.shape[0] - first_class)
+    whole = n if row_length(n, dl) == n else n // 64 * 64
+    if whole:
+        product(dl[:, :whole], e[first_class : first_class + whole], out, accumulate)
+    if whole < n:
+        rest = e[first_class + whole : first_class + n]
+        filled_up = scaled_rows(rest, None, e.new_empty(64, e.shape[1]), e.shape[1])
+        product(dl[:, whole : whole + 64], filled_up, out, accumulate or whole > 0)
 
 
 def empty_float32(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def unwritten_target_logits(like: Tensor, n_rows: int) -> Tensor:
-    """NaN (n_rows,): what stays where the target is no class."""
-    return like.new_full((n_rows,), math.nan, dtype=torch.float32)
+def has_columns(like: Tensor) -> bool:
+    """Whether the bias's gradient is made by two columns of dE's product, which cost nothing and are exact enough for
+    16-bit formats; for float32, whose products may be TF32's, it is a sum of its own."""
+    return like.dtype != torch.float32
 
 
-def with_column(z: Tensor, d: int, factor: Tensor | None) -> Tensor:
-    """[factor·z, factor], aligned; 1 stands for a factor of None. (R, ≥ D), (R,) -> (R, ≥ D + 2); the factor has two
-    columns, to be added, so that rounding it to 16 bits costs the bias's gradient nothing."""
-    width = row_length(d + 2, z)
-    result = z.new_empty(z.shape[0], width)
-    if factor is None:
-        factor = z.new_ones(z.shape[0], dtype=torch.float32)
-    features = min(triton.next_power_of_2(width), 128)
-    grid = triton.cdiv(z.shape[0], 16), triton.cdiv(width, features)
-    constants = {"STRIDE": z.shape[1], "D": d, "WIDTH": width, "ROWS": 16, "FEATURES": features}
-    launch(gradients.scaled_rows_kernel, grid, z, factor, result, z.shape[0], **constants)
+def scaled_rows(
+    source: Tensor,  # (R, ≥ d)
+    factor: Tensor | None,  # (R,), or () for all rows; None for 1
+    result: Tensor,  # (≥ R, ≥ d) out
+    d: int,
+    columns: int = 0,
+    tf32: bool = False,
+) -> Tensor:
+    """Writes source·factor to `result`, which is returned, filled up with zeros. With two `columns`, the factor and
+    what its rounding loses stand behind the features, to be added: so rounding to 16 bits costs the bias's gradient
+    nothing."""
+    n, width = result.shape
+    features = min(triton.next_power_of_2(max(width, 1)), 128)
+    constants = {
+        "STRIDE": source.shape[1],
+        "D": d,
+        "WIDTH": width,
+        "COLUMNS": columns,
+        "ROWS": 16,
+        "FEATURES": features,
+    }
+    constants |= {"OF_ALL": factor is not None and factor.dim() == 0, "TF32": tf32}
+    launch(loss.scaled_rows_kernel, (triton.cdiv(n, 16),), source, factor, result, source.shape[0], n, **constants)
     return result
+
+
+def with_column(z: Tensor, d: int) -> Tensor:
+    """[z, 1, 0 …], aligned: (R, ≥ D) -> (R, ≥ D + 2)."""
+    return scaled_rows(z, None, z.new_empty(z.shape[0], row_length(d + 2, z)), d, columns=2)
+
+
+def mixture_constants(n_experts: int, width: int = 16) -> MixtureConstants:
+    """Sizes of a program over whole tokens: it holds some 1,024 sums at once, and 4,096 numbers of rows of `width`."""
+    experts = triton.next_power_of_2(n_experts)
+    tokens = max(32 // experts, 1)
+    rows = tokens * experts
+    features = min(triton.next_power_of_2(width), max(4096 // rows, 16), 128)
+    return MixtureConstants(n_experts, tokens, experts, max(1024 // rows, 1), features)
 
 
 def in_range(dtype: torch.dtype, *weights: Tensor) -> tuple[list[Tensor], Tensor | None]:

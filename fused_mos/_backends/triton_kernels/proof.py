@@ -81,25 +81,32 @@ def operations(
         return torch.randn(size, dtype=dtype, device=device)
 
     latent, weight, bias = random(n, k, d), random(v, d) * d**-0.5, random(v)
-    prior_logits, log_total, scale = (torch.randn(size, device=device) for size in ((n, k), (n, k), ()))
-    target, valid = torch.randint(v, (n,), device=device), torch.ones(n, dtype=torch.bool, device=device)
-    rows, row_target, statistic = latent.view(n * k, d), target.repeat_interleave(k), log_total.view(-1)
+    prior_logits, log_total = (torch.randn(n, k, device=device) for _ in range(2))
+    target, one = torch.randint(v, (n,), device=device), torch.ones((), device=device)
+    grad = torch.randn(n, device=device)
+    inputs = latent, prior_logits, weight, bias
+    statistics, row_statistic = (log_total, log_total, log_total), log_total.view(-1)
     mixture = latent, prior_logits, weight, bias, log_total, log_total
+    needs = (True,) * 4
     found = {
-        "statistics": lambda: backend.row_statistics(rows, weight, bias, row_target),
-        "statistics without targets": lambda: backend.row_statistics(rows, weight, bias, None),
-        "gradient, recomputed": lambda: backend.rows_backward(
-            rows, weight, bias, row_target, statistic, statistic, statistic, statistic, (True,) * 3
+        "statistics": lambda: backend.nll(*inputs, target, -100),
+        "statistics without targets": lambda: backend.row_statistics(latent.view(n * k, d), weight, bias, None),
+        "normalisers": lambda: backend.normalisers(*inputs),
+        "loss": lambda: backend.nll_with_gradients(*inputs, target, -100, 0.0, True, (False,) * 4),
+        "gradient, recomputed": lambda: backend.nll_backward(grad, *inputs, target, *statistics, -100, 0.0, needs),
+        "gradient of normalisers": lambda: backend.rows_backward(
+            latent.view(n * k, d), weight, bias, None, *(row_statistic,) * 3, None, needs[:3]
         ),
         "log_prob": lambda: backend.log_prob(*mixture),
         "predict": lambda: backend.predict(*mixture),
-        "log_prob backward": lambda: backend.log_prob_backward(torch.randn(n, v, device=device), *mixture, (True,) * 4),
-        "sample": lambda: backend.sample(latent[:, 0], weight, bias, 1.5, None),
+        "log_prob backward": lambda: backend.log_prob_backward(torch.randn(n, v, device=device), *mixture, needs),
+        "sample": lambda: backend.sample(backend.choose_rows(latent, prior_logits, None), weight, bias, 1.5, None),
     }
     if backend.gradient_in_forward_pays(n, k, weight):
         found["gradient, in the forward pass"] = lambda: backend.nll_with_gradients(
-            latent, prior_logits, weight, bias, target, valid, scale, 0.0, (True,) * 4
+            *inputs, target, -100, 0.0, True, needs
         )
+        found["backward pass"] = lambda: backend.scaled(inputs, one, one)
     return found
 
 

@@ -7,18 +7,18 @@ result. The splits' results are combined in a fixed order, so equal calls give e
 import triton
 import triton.language as tl
 
+from .loss import Splits  # noqa: F401  (what statistics_kernel writes)
 from .tiles import LOWEST, logits_tile, row_targets
 
 
 @triton.jit
 def statistics_kernel(
     logits,  # Logits of R rows
-    target_ptr,  # (R,) int64, or None
-    maximum_ptr,  # (splits, R) out
-    total_ptr,  # (splits, R) out: Σ exp(l − maximum)
-    target_logit_ptr,  # (R,) out, only where the target is a class
+    target_ptr,  # (R / EXPERTS,) int64, or None
+    out,  # Splits
     tiles_of_split,
     D: tl.constexpr,
+    EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The maximum and Σ exp(l − maximum) of each row's logits in one split, and the target's logit."""
@@ -37,68 +37,31 @@ def statistics_kernel(
         first_class = tile_index * CLASSES
         tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=TILE.resident)
         if target_ptr is not None:
-            target = row_targets(target_ptr, first_row, n_rows, first_class, EXPERTS=1, ROWS=ROWS)
-            here = (target >= 0) & (target < CLASSES)
+            target = row_targets(target_ptr, logits, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE)
             # most tiles hold no target of these rows: looking for one in each would cost as much as the exponentials
-            if tl.max(here.to(tl.int32), 0) > 0:
+            if tl.max(target, 0) >= 0:
                 found = tl.sum(tl.where(column[None, :] == target[:, None], tile, 0.0), 1)
-                target_logit = tl.where(here, found, target_logit)
+                target_logit = tl.where(target >= 0, found, target_logit)
         new_maximum = tl.maximum(maximum, tl.max(tile, 1))
         total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(tile - new_maximum[:, None]), 1)
         maximum = new_maximum
-    if target_ptr is not None:
-        tl.store(target_logit_ptr + row, target_logit, mask=(row < n_rows) & (target_logit == target_logit))
     start = tl.cast(split, tl.int64) * n_rows
-    tl.store(maximum_ptr + start + row, maximum, mask=row < n_rows)
-    tl.store(total_ptr + start + row, total, mask=row < n_rows)
+    tl.store(out.maximum_ptr + start + row, maximum, mask=row < n_rows)
+    tl.store(out.total_ptr + start + row, total, mask=row < n_rows)
+    if target_ptr is not None:
+        tl.store(out.target_logit_ptr + start + row, target_logit, mask=row < n_rows)
 
 
 @triton.jit
-def combined(
-    maximum_ptr,  # (splits, R), or (R,) with a stride of 0
-    total_ptr,  # (splits, R)
-    row,  # (BLOCK,)
-    mask,
-    n_splits,
-    maximum_stride,
-    total_stride,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """The maximum and Σ exp(l − maximum) of whole rows from those of their splits, (BLOCK,) each."""
-    part = tl.arange(0, SPLITS)
-    maximum = tl.full((BLOCK,), LOWEST, tl.float32)
-    for first in range(0, n_splits, SPLITS):
-        there = (first + part < n_splits)[:, None] & mask[None, :]
-        index = (first + part)[:, None].to(tl.int64) * maximum_stride + row[None, :]
-        maximum = tl.maximum(maximum, tl.max(tl.load(maximum_ptr + index, mask=there, other=LOWEST), 0))
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, n_splits, SPLITS):
-        there = (first + part < n_splits)[:, None] & mask[None, :]
-        index = (first + part)[:, None].to(tl.int64)
-        split_maximum = tl.load(maximum_ptr + index * maximum_stride + row[None, :], mask=there, other=LOWEST)
-        split_total = tl.load(total_ptr + index * total_stride + row[None, :], mask=there, other=0.0)
-        total += tl.sum(split_total * tl.exp(split_maximum - maximum[None, :]), 0)
-    return maximum, total
-
-
-@triton.jit
-def combine_kernel(
-    maximum_ptr,  # (splits, R)
-    total_ptr,  # (splits, R)
-    row_maximum_ptr,  # (R,) out
-    log_total_ptr,  # (R,) out
-    n_rows,
-    n_splits,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """A row's statistics from those of its splits: its maximum and log Σ exp(l − maximum)."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = row < n_rows
-    maximum, total = combined(maximum_ptr, total_ptr, row, mask, n_splits, n_rows, n_rows, BLOCK=BLOCK, SPLITS=SPLITS)
-    tl.store(row_maximum_ptr + row, maximum, mask=mask)
-    tl.store(log_total_ptr + row, tl.log(total), mask=mask)
+def gumbel(bits):
+    """A Gumbel variate −log e, with e exponentially distributed, of 32 random bits."""
+    # in (0, 1], with steps of 2⁻³² near 0, where the winners' small exponentials come from
+    uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    exponential = tl.where(
+        uniform < 0.01, uniform * (1 + uniform * (0.5 + uniform * (1 / 3 + 0.25 * uniform))), -tl.log(1 - uniform)
+    )
+    # 1 − uniform is 0 where the 32 bits round up to 1: such an exponential is huge, and never wins
+    return -tl.log(exponential)
 
 
 @triton.jit
@@ -130,13 +93,7 @@ def sample_kernel(
         counter_of_class = (first_class + column)[None, :] + tl.zeros((ROWS, CLASSES), tl.int32)
         counter_of_row = row[:, None] + tl.zeros((ROWS, CLASSES), tl.int32)
         bits, _, _, _ = tl.philox(seed, counter_of_class, counter_of_row, 0, 0)
-        # in (0, 1], with steps of 2⁻³² near 0, where the winners' small exponentials come from
-        uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-        exponential = tl.where(
-            uniform < 0.01, uniform * (1 + uniform * (0.5 + uniform * (1 / 3 + 0.25 * uniform))), -tl.log(1 - uniform)
-        )
-        # 1 − uniform is 0 where the 32 bits round up to 1: such an exponential is huge, and never wins
-        value = tile * inverse_temperature - tl.log(exponential)
+        value = tile * inverse_temperature + gumbel(bits)
         tile_best, tile_index_of_best = tl.max(value, 1, return_indices=True)
         better = tile_best > best
         best = tl.where(better, tile_best, best)
@@ -144,3 +101,56 @@ def sample_kernel(
     start = tl.cast(split, tl.int64) * n_rows
     tl.store(best_ptr + start + row, best, mask=row < n_rows)
     tl.store(index_ptr + start + row, index.to(tl.int64), mask=row < n_rows)
+
+
+@triton.jit
+def first_of_best_kernel(
+    best_ptr,  # (splits, R)
+    index_ptr,  # (splits, R) int64
+    result_ptr,  # (R,) int64 out
+    n_rows,
+    n_splits,
+    BLOCK: tl.constexpr,
+):
+    """The class of the best split of each row, the first of equals."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < n_rows
+    best = tl.load(best_ptr + row, mask=mask, other=0.0)
+    index = tl.load(index_ptr + row, mask=mask, other=0)
+    for split in range(1, n_splits):
+        place = tl.cast(split, tl.int64) * n_rows + row
+        value = tl.load(best_ptr + place, mask=mask, other=0.0)
+        better = value > best
+        best = tl.where(better, value, best)
+        index = tl.where(better, tl.load(index_ptr + place, mask=mask, other=0), index)
+    tl.store(result_ptr + row, index, mask=mask)
+
+
+@triton.jit
+def choose_rows_kernel(
+    latent_ptr,  # (N, K, D)
+    prior_logits_ptr,  # (N, K)
+    seed_ptr,  # (1,) int64
+    rows_ptr,  # (N, D) out
+    n_tokens,
+    D: tl.constexpr,
+    MIX: tl.constexpr,
+):
+    """Copy the latent vector of one expert of each token, drawn from the prior by Gumbel-max."""
+    TOKENS: tl.constexpr = MIX.tokens
+    EXPERTS: tl.constexpr = MIX.experts
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, EXPERTS)
+    mask = (token < n_tokens)[:, None] & (expert < MIX.k)[None, :]
+    row = token[:, None] * MIX.k + expert[None, :]
+    prior_logits = tl.load(prior_logits_ptr + row, mask=mask, other=float("-inf")).to(tl.float32)
+    none = tl.zeros((TOKENS, EXPERTS), tl.int32)
+    # the third counter keeps these numbers apart from those of sample_kernel
+    bits, _, _, _ = tl.philox(tl.load(seed_ptr), none + expert[None, :], none + token[:, None], 1, 0)
+    chosen = tl.argmax(tl.where(mask, prior_logits + gumbel(bits), float("-inf")), 1)
+    source = (token.to(tl.int64) * MIX.k + tl.minimum(chosen, MIX.k - 1)) * D
+    for first in range(0, D, MIX.features):
+        feature = (first + tl.arange(0, MIX.features))[None, :]
+        inside = (token < n_tokens)[:, None] & (feature < D)
+        value = tl.load(latent_ptr + source[:, None] + feature, mask=inside, other=0.0)
+        tl.store(rows_ptr + token.to(tl.int64)[:, None] * D + feature, value, mask=inside)

@@ -28,6 +28,7 @@ class TileConstants(NamedTuple):
     features: int
     precision: str  # of the product: "ieee" or "tf32", which 16-bit operands ignore
     resident: bool
+    rounds: bool = False  # e to TF32, since it is not rounded in memory
 
 
 class Logits(NamedTuple):
@@ -107,20 +108,31 @@ def add_product(
     else:
         z = tl.load(z_tile)
         e = tl.load(e_tile)
+    if TILE.rounds:
+        e = rounded_to_tf32(e)
     return tl.dot(z, e, tile, input_precision=TILE.precision)
+
+
+@triton.jit
+def rounded_to_tf32(x):
+    """To the nearest of TF32's 11 bits, ties away from 0, as cvt.rna does; float32 products would truncate to them."""
+    bits = x.to(tl.int32, bitcast=True)
+    nearest = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, nearest, x)
 
 
 @triton.jit
 def row_targets(
     target_ptr,  # (n_rows / EXPERTS,) int64
+    logits,  # Logits
     first_row,
-    n_rows,
     first_class,
     EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Each row's target as a column of the tile that starts at `first_class`: (ROWS,) int32, −1 where it is far
-    away."""
-    row = tl.minimum(first_row + tl.arange(0, ROWS), n_rows - 1)
+    """Each row's target as a column of the tile that starts at `first_class`: (ROWS,) int32, −1 where the tile does not
+    have it, or where it is no class."""
+    row = tl.minimum(first_row + tl.arange(0, TILE.rows), logits.n_rows - 1)
     column = tl.load(target_ptr + row // EXPERTS) - first_class
-    return tl.where((column >= 0) & (column < 65536), column, -1).to(tl.int32)
+    here = (column >= 0) & (column < tl.minimum(TILE.classes, logits.n_classes - first_class))
+    return tl.where(here, column, -1).to(tl.int32)

@@ -1,0 +1,141 @@
+"""The mixture's functions of `Kernels`, in plain torch around a backend's functions of single rows.
+
+`tiled` and `cpu` take them from here; a backend whose device must not wait for the launches of many small operations
+writes its own.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import accumulation_dtype, log_softmax_prior, mix_target
+from .row_filter import kept_rows
+
+
+def nll(
+    row_statistics: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, k, d = latent.shape
+    valid, target = _valid_target(target, ignore_index)
+    row_target = target.repeat_interleave(k)
+    maximum, log_total, target_logit = (
+        statistic.view(n, k) for statistic in row_statistics(latent.view(n * k, d), weight, bias, row_target)
+    )
+    losses, _ = mix_target(log_softmax_prior(prior_logits).to(maximum.dtype), maximum, log_total, target_logit)
+    return torch.where(valid, losses, 0), maximum, log_total, target_logit
+
+
+def nll_backward(
+    rows_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    grad: Tensor,  # (N,)
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
+    target_logit: Tensor,  # (N, K)
+    ignore_index: int,
+    filter_eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dl = g r (exp(l − L) − 1[v = y]), da = g (π − r)."""
+    n, k, d = latent.shape
+    valid, target = _valid_target(target, ignore_index)
+    log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
+    _, responsibility = mix_target(log_prior, maximum, log_total, target_logit)
+    grad = torch.where(valid, grad.to(maximum.dtype), 0)[:, None]
+    # an ignored token weighs nothing even where its statistics are not finite
+    row_weight = torch.where(grad != 0, grad * responsibility, 0)
+    grad_prior = (log_prior.exp() * grad - row_weight).to(prior_logits.dtype) if needs[1] else prior_logits.new_empty(0)
+
+    product_needs = (needs[0], needs[2], needs[3])
+    if not any(product_needs):
+        return latent.new_empty(0), grad_prior, latent.new_empty(0), latent.new_empty(0)
+    row_weight = row_weight.view(-1)
+    row_target = target.repeat_interleave(k)
+    per_row = [latent.view(n * k, d), row_target, maximum.view(-1), log_total.view(-1), row_weight]
+    kept = kept_rows(responsibility.view(-1), row_weight, filter_eps)
+    if kept is not None:
+        per_row = [tensor[kept] for tensor in per_row]
+    rows, row_target, row_maximum, row_log_total, row_weight = per_row
+    grad_rows, grad_weight, grad_bias = rows_backward(
+        rows, weight, bias, row_target, row_maximum, row_log_total, row_weight, row_weight, product_needs
+    )
+    if needs[0]:
+        if kept is not None:
+            grad_rows = torch.zeros_like(latent.view(n * k, d)).index_copy_(0, kept, grad_rows)
+        grad_rows = grad_rows.view(n, k, d)
+    return grad_rows, grad_prior, grad_weight, grad_bias
+
+
+def nll_with_gradients(
+    blocks_with_gradients: Callable[..., tuple[Tensor, ...]],
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    ignore_index: int,
+    filter_eps: float,
+    mean: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Args:
+    blocks_with_gradients: (latent, prior_logits, weight, bias, target, valid, scale, filter_eps, needs) -> nll (N,),
+        statistics (N, K), and the gradients of scale·nll[valid].sum().
+    """
+    valid, target = _valid_target(target, ignore_index)
+    one = torch.ones((), dtype=accumulation_dtype(latent.dtype), device=latent.device)
+    count = valid.sum().to(one.dtype) if mean else one
+    # as in F.cross_entropy, a mean over nothing is NaN and its gradients are 0
+    scale = 1 / count.clamp_min(1)
+    losses, *rest = blocks_with_gradients(
+        latent, prior_logits, weight, bias, target, valid, scale, filter_eps, tuple(needs)
+    )
+    losses = torch.where(valid, losses, 0)
+    return losses.sum() / count, one, losses, *rest
+
+
+def scaled(gradients: Sequence[Tensor], factor: Tensor, divisor: Tensor, backend: str) -> Sequence[Tensor]:
+    """The gradients times the factor, for the divisor is 1; on a CPU, where looking costs nothing, themselves where the
+    factor is 1, as it is for loss.backward(): a copy of the weight's gradient takes 2 % of the step. (While a graph is
+    traced, tensors are of a subclass and have no value.)"""
+    if type(factor) is Tensor and factor.device.type == "cpu" and factor == 1:
+        return gradients
+    return [(gradient * factor).to(gradient.dtype) for gradient in gradients]
+
+
+def normalisers(
+    row_statistics: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, k, d = latent.shape
+    maximum, log_total, _ = row_statistics(latent.view(n * k, d), weight, bias, None)
+    return log_softmax_prior(prior_logits).to(maximum.dtype), maximum.view(n, k), log_total.view(n, k)
+
+
+def choose_rows(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    generator: torch.Generator | None,
+) -> Tensor:  # (N, D)
+    prior = log_softmax_prior(prior_logits).exp()
+    expert = torch.multinomial(prior, 1, generator=generator).squeeze(1)
+    return latent[torch.arange(latent.shape[0], device=latent.device), expert]
+
+
+def _valid_target(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    valid = target != ignore_index
+    return valid, torch.where(valid, target, 0)

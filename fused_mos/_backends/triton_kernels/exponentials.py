@@ -1,0 +1,147 @@
+"""Kernels for exponentials of logits that are kept: a = exp(l − reference), for gradients formed in the forward pass.
+
+L and the row weights w of dl = w·(exp(l − L) − 1[v = target]) are not known when the logits are. So a block of tokens
+keeps a, with the target's entry −Σ of the others, relative to a reference: the row's largest logit among the first
+tile's classes, which any format with float32's range can take for the maximum. Then dl = f·a with one factor
+f = w·exp(reference − L) for each row.
+
+    reference_kernel       the references
+    exponentials_kernel    a, 0 at the target, and Σ a for each tile
+    recheck_kernel         the same once more for rows whose reference turns out too small: it normally returns at once
+
+Exponents are 2's: log2(e)·l − reference2, one fused multiply-add, where reference2 is log2(e)·reference as it is
+rounded. Whoever reads `a` takes that rounded number for the reference (`loss.py`), so that its rounding, which a large
+logit makes large, is the same for all of a row and cancels.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import LOG2E, LOWEST, logits_tile, row_targets
+
+LOWEST_REFERENCE = tl.constexpr(LOWEST.value / 2)
+"""A reference that is finite also where it is multiplied by log2(e)."""
+
+MARGIN = tl.constexpr(86.0)
+"""Powers of 2 by which a row's sum may pass 1: 2⁸⁶ and sums of it are far from float32's and bfloat16's limits."""
+
+
+class Exponentials(NamedTuple):
+    """What the forward pass keeps of a block of tokens: a = exp(l − reference), and its sums."""
+
+    a_ptr: Tensor  # (R, n_columns): 0 at the target, until mix_kernel writes it, and beyond the last class
+    tile_total_ptr: Tensor  # (tiles, R): Σ a
+    target_logit_ptr: Tensor  # (R,): NaN where the target is no class
+    n_columns: int  # the classes, rounded up so that stores are 16 bytes wide
+
+
+@triton.jit
+def reference_kernel(
+    logits,  # Logits of R rows
+    reference_ptr,  # (R,) out
+    target_logit_ptr,  # (R,) out: NaN
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The largest logit among the first tile's classes."""
+    first_row = tl.program_id(0) * TILE.rows
+    row = first_row + tl.arange(0, TILE.rows)
+    mask = row < logits.n_rows
+    tile = logits_tile(logits, first_row, 0, 0, K=1, D=D, TILE=TILE, RESIDENT=False)
+    tl.store(reference_ptr + row, tl.maximum(tl.max(tile, 1), LOWEST_REFERENCE), mask=mask)
+    tl.store(target_logit_ptr + row, float("nan"), mask=mask)
+
+
+@triton.jit
+def exponentials_tile(
+    logits,  # Logits of R rows
+    target_ptr,  # (R / EXPERTS,) int64
+    reference,  # (ROWS,)
+    out,  # Exponentials
+    first_row,
+    tile_index,
+    D: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write one tile of a, (ROWS, CLASSES), its rows' sums, and the target logits that it has."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    row = first_row + tl.arange(0, ROWS)
+    column = tl.arange(0, CLASSES)
+    mask = row < logits.n_rows
+    first_class = tile_index * CLASSES
+    tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=False)
+    target = row_targets(target_ptr, logits, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE)
+    # most tiles hold no target of these rows: looking for one in each would cost as much as the exponentials
+    if tl.max(target, 0) >= 0:
+        hit = column[None, :] == target[:, None]
+        target_logit = tl.sum(tl.where(hit, tile, 0.0), 1)
+        tl.store(out.target_logit_ptr + row, target_logit, mask=mask & (target >= 0))
+        tile = tl.where(hit, float("-inf"), tile)
+    a = tl.exp2(tl.fma(tile, LOG2E, -(reference * LOG2E)[:, None]))
+    partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
+    tl.store(out.tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
+    a_row = out.a_ptr + tl.cast(first_row, tl.int64) * out.n_columns + first_class
+    a_tile = a_row + (tl.arange(0, ROWS)[:, None] * out.n_columns + column[None, :])
+    inside = mask[:, None] & (first_class + column < out.n_columns)[None, :]
+    tl.store(a_tile, a.to(out.a_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def exponentials_kernel(
+    logits,  # Logits of R rows
+    target_ptr,  # (R / EXPERTS,) int64
+    reference_ptr,  # (R,)
+    out,  # Exponentials
+    D: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write a, and each tile's sums."""
+    first_row = tl.program_id(0) * TILE.rows
+    row = first_row + tl.arange(0, TILE.rows)
+    reference = tl.load(reference_ptr + row, mask=row < logits.n_rows, other=0.0)
+    tile_index = tl.program_id(1)
+    exponentials_tile(logits, target_ptr, reference, out, first_row, tile_index, D=D, EXPERTS=EXPERTS, TILE=TILE)
+
+
+@triton.jit
+def recheck_kernel(
+    logits,  # Logits of R rows
+    target_ptr,  # (R / EXPERTS,) int64
+    reference_ptr,  # (R,) in and out
+    out,  # Exponentials
+    D: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`exponentials_kernel` again, with the maximum as reference, for blocks with a row beyond the margin."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    first_row = tl.program_id(0) * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    mask = row < logits.n_rows
+    reference = tl.load(reference_ptr + row, mask=mask, other=0.0)
+    target_logit = tl.load(out.target_logit_ptr + row, mask=mask, other=0.0)
+    n_tiles = tl.cdiv(logits.n_classes, CLASSES)
+    total = tl.zeros((ROWS,), tl.float32)
+    for tile_index in range(0, n_tiles):
+        partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
+        total += tl.load(out.tile_total_ptr + partial, mask=mask, other=0.0)
+    # an infinite sum is beyond, and so is a NaN, which cannot be helped
+    beyond = mask & (~(total < tl.exp2(MARGIN)) | ((target_logit - reference) * LOG2E > MARGIN))
+    if tl.max(beyond.to(tl.int32), 0) > 0:
+        maximum = tl.full((ROWS,), LOWEST_REFERENCE, tl.float32)
+        for tile_index in range(0, n_tiles):
+            tile = logits_tile(logits, first_row, tile_index * CLASSES, 0, K=1, D=D, TILE=TILE, RESIDENT=False)
+            maximum = tl.maximum(maximum, tl.max(tile, 1))
+        reference = tl.where(beyond, maximum, reference)
+        tl.store(reference_ptr + row, reference, mask=mask)
+        for tile_index in range(0, n_tiles):
+            exponentials_tile(
+                logits, target_ptr, reference, out, first_row, tile_index, D=D, EXPERTS=EXPERTS, TILE=TILE
+            )

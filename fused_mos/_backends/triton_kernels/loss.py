@@ -1,0 +1,434 @@
+"""Kernels that make the mixture's loss of its rows' sums, and what surrounds the products of its gradient.
+
+    combine_kernel       statistics of rows from those of their splits; log π and the NLL, where asked for
+    mix_kernel           from exponentials: the statistics, the NLL, da, and each row's factor f of dl = f·a, which goes
+                         to the other operand of dE = aᵀ·(f z) and to the result of dz = f·(a·E)
+    row_weights_kernel   from statistics: da and each row's weight w = g·r of dl
+    scaled_rows_kernel   rows times factors: dz = f·(a·E), rounded; and operands filled up with zeros
+    finish_kernel        dE and db from their float32 sums, and the loss
+    scaled_kernel        all gradients times a factor that is known in the backward pass
+
+A program takes whole tokens, with their K experts side by side.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import LOG2E, LOWEST, rounded_to_tf32
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class MixtureConstants(NamedTuple):
+    """How a kernel over whole tokens is compiled, the constant MIX: experts, and of a program its tokens, experts
+    rounded up to a power of two, partial sums read at once, and features written at once."""
+
+    k: int
+    tokens: int
+    experts: int
+    partials: int
+    features: int
+
+
+class Splits(NamedTuple):
+    """Statistics of R rows from parts of the vocabulary."""
+
+    maximum_ptr: Tensor  # (splits, R)
+    total_ptr: Tensor  # (splits, R): Σ exp(l − maximum)
+    target_logit_ptr: Tensor | None  # (splits, R), NaN where the split does not have it; None without targets
+    n_splits: int
+
+
+class Statistics(NamedTuple):
+    """What is known of R rows: an expert's log-sum-exp is L = maximum + log_total."""
+
+    maximum_ptr: Tensor  # (R,)
+    log_total_ptr: Tensor  # (R,)
+    target_logit_ptr: Tensor | None  # (R,), NaN where the target is no class
+
+
+class Targets(NamedTuple):
+    """What a loss takes beside the logits."""
+
+    prior_logits_ptr: Tensor  # (N, K)
+    target_ptr: Tensor | None  # (N,) int64; None where only the prior is asked for
+    ignore_index: int
+
+
+class RowFactors(NamedTuple):
+    """Each row's part in the gradient of Σ nll."""
+
+    responsibility_ptr: Tensor  # (R,), 0 where the target is ignored
+    factor_ptr: Tensor  # (R,)
+    rows_ptr: Tensor | None  # (R, WIDTH): [f·z, then in COLUMNS columns f and what rounding took from it, 0 …]
+    grad_prior_ptr: Tensor | None  # (N, K)
+
+
+class Finished(NamedTuple):
+    """What finish_kernel makes of the float32 sums of dE, some rows of them, and of a loss."""
+
+    sums_ptr: Tensor | None  # (≥ V, SUMS): Σ dE, then, of a bias, two columns whose sum is Σ db
+    grad_weight_ptr: Tensor | None  # (V, D) out
+    grad_bias_ptr: Tensor | None  # (V,) out
+    unscale_ptr: Tensor | None  # (): to multiply the sums by
+
+
+class Loss(NamedTuple):
+    nll_ptr: Tensor  # (N,)
+    target_ptr: Tensor  # (N,) int64
+    loss_ptr: Tensor  # () out
+    divisor_ptr: Tensor  # () out: the number of targets that count, or 1 of a sum
+    ignore_index: int
+    n_tokens: int
+
+
+class Gradients(NamedTuple):
+    """Tensors to multiply, None for those that are not there, and their numbers of elements."""
+
+    latent_ptr: Tensor | None
+    prior_ptr: Tensor | None
+    weight_ptr: Tensor | None
+    bias_ptr: Tensor | None
+
+
+class Sizes(NamedTuple):
+    n_latent: int
+    n_prior: int
+    n_weight: int
+    n_bias: int
+
+
+@triton.jit
+def token_rows(n_tokens, MIX: tl.constexpr):
+    """(tokens,), and of their experts the rows and whether they are there, (tokens, experts)."""
+    token = tl.program_id(0) * MIX.tokens + tl.arange(0, MIX.tokens)
+    expert = tl.arange(0, MIX.experts)
+    mask = (token < n_tokens)[:, None] & (expert < MIX.k)[None, :]
+    return token, token[:, None] * MIX.k + expert[None, :], mask
+
+
+@triton.jit
+def log_prior_of(prior_logits_ptr, row, mask):
+    """log softmax over the experts, (tokens, experts)."""
+    prior_logits = tl.load(prior_logits_ptr + row, mask=mask, other=float("-inf")).to(tl.float32)
+    centred = prior_logits - tl.max(prior_logits, 1)[:, None]
+    return centred - tl.log(tl.sum(tl.exp(centred), 1))[:, None]
+
+
+@triton.jit
+def mixed(joint):
+    """The log-likelihood LSE_k, (tokens,), and the responsibilities, (tokens, experts), of log π + t − L."""
+    peak = tl.maximum(tl.max(joint, 1), LOWEST)  # where every expert gives probability 0, nobody is responsible
+    likelihood = tl.exp(joint - peak[:, None])
+    likelihoods = tl.sum(likelihood, 1)
+    responsibility = tl.where((likelihoods != 0)[:, None], likelihood / likelihoods[:, None], 0.0)
+    return peak + tl.log(likelihoods), responsibility
+
+
+@triton.jit
+def valid_targets(targets, token, n_tokens):
+    """Targets (tokens,) and whether they count."""
+    target = tl.load(targets.target_ptr + token, mask=token < n_tokens, other=0)
+    return target, (token < n_tokens) & (target != targets.ignore_index)
+
+
+@triton.jit
+def combine_kernel(
+    splits,  # Splits
+    statistics,  # Statistics, out
+    targets,  # Targets, or None for statistics alone
+    log_prior_ptr,  # (N, K) out, or None
+    nll_ptr,  # (N,) out, or None
+    n_tokens,
+    MIX: tl.constexpr,
+):
+    """The statistics of whole rows; log π; and with the targets' logits the NLL."""
+    token, row, mask = token_rows(n_tokens, MIX=MIX)
+    flat, there_row = tl.reshape(row, (MIX.tokens * MIX.experts,)), tl.reshape(mask, (MIX.tokens * MIX.experts,))
+    n_rows = n_tokens * MIX.k
+    part = tl.arange(0, MIX.partials)
+    maximum = tl.full((MIX.tokens * MIX.experts,), LOWEST, tl.float32)
+    for first in range(0, splits.n_splits, MIX.partials):
+        there = (first + part < splits.n_splits)[:, None] & there_row[None, :]
+        index = (first + part)[:, None].to(tl.int64) * n_rows + flat[None, :]
+        maximum = tl.maximum(maximum, tl.max(tl.load(splits.maximum_ptr + index, mask=there, other=LOWEST), 0))
+    total = tl.zeros((MIX.tokens * MIX.experts,), tl.float32)
+    found = tl.zeros((MIX.tokens * MIX.experts,), tl.float32)
+    times_found = tl.zeros((MIX.tokens * MIX.experts,), tl.float32)
+    for first in range(0, splits.n_splits, MIX.partials):
+        there = (first + part < splits.n_splits)[:, None] & there_row[None, :]
+        index = (first + part)[:, None].to(tl.int64) * n_rows + flat[None, :]
+        split_maximum = tl.load(splits.maximum_ptr + index, mask=there, other=LOWEST)
+        split_total = tl.load(splits.total_ptr + index, mask=there, other=0.0)
+        total += tl.sum(split_total * tl.exp(split_maximum - maximum[None, :]), 0)
+        if splits.target_logit_ptr is not None:
+            logit = tl.load(splits.target_logit_ptr + index, mask=there, other=float("nan"))
+            found += tl.sum(tl.where(logit == logit, logit, 0.0), 0)
+            times_found += tl.sum((logit == logit).to(tl.float32), 0)
+    log_total = tl.log(total)
+    tl.store(statistics.maximum_ptr + flat, maximum, mask=there_row)
+    tl.store(statistics.log_total_ptr + flat, log_total, mask=there_row)
+    if log_prior_ptr is not None:
+        tl.store(log_prior_ptr + row, log_prior_of(targets.prior_logits_ptr, row, mask), mask=mask)
+    if splits.target_logit_ptr is not None:
+        target_logit = tl.where(times_found > 0, found, float("nan"))
+        tl.store(statistics.target_logit_ptr + flat, target_logit, mask=there_row)
+        if nll_ptr is not None:
+            log_likelihood = tl.reshape((target_logit - maximum) - log_total, (MIX.tokens, MIX.experts))
+            joint = log_prior_of(targets.prior_logits_ptr, row, mask) + log_likelihood
+            mixture, _ = mixed(tl.where(mask, joint, float("-inf")))
+            _, valid = valid_targets(targets, token, n_tokens)
+            tl.store(nll_ptr + token, tl.where(valid, -mixture, 0.0), mask=token < n_tokens)
+            tl.store(statistics.target_logit_ptr + row, 0.0, mask=mask & ~valid[:, None])
+
+
+@triton.jit
+def mix_kernel(
+    z_ptr,  # (R, STRIDE), of which D features
+    reference_ptr,  # (R,)
+    exponentials,  # Exponentials: the targets' entries of a are written
+    targets,  # Targets
+    nll_ptr,  # (N,) out
+    log_total_ptr,  # (R,) out: relative to the reference
+    out,  # RowFactors
+    n_tokens,
+    n_classes,
+    n_tiles,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MIX: tl.constexpr,
+):
+    """Write the loss of a block of tokens, the responsibilities, and what a needs to become dl."""
+    token, row, mask = token_rows(n_tokens, MIX=MIX)
+    flat, there_row = tl.reshape(row, (MIX.tokens * MIX.experts,)), tl.reshape(mask, (MIX.tokens * MIX.experts,))
+    n_rows = n_tokens * MIX.k
+    part = tl.arange(0, MIX.partials)
+    sums = tl.zeros((MIX.tokens * MIX.experts,), tl.float32)
+    for first in range(0, n_tiles, MIX.partials):
+        there = (first + part < n_tiles)[:, None] & there_row[None, :]
+        index = (first + part)[:, None].to(tl.int64) * n_rows + flat[None, :]
+        sums += tl.sum(tl.load(exponentials.tile_total_ptr + index, mask=there, other=0.0), 0)
+    others = tl.reshape(sums, (MIX.tokens, MIX.experts))  # Σ a, but for the target's
+    reference = tl.load(reference_ptr + row, mask=mask, other=0.0)
+    target, valid = valid_targets(targets, token, n_tokens)
+    target_logit = tl.load(exponentials.target_logit_ptr + row, mask=mask, other=0.0)
+    target_logit = tl.where(valid[:, None], target_logit, float("-inf"))
+    # the reference as it is rounded in a, and what that took from it, exactly
+    reference2 = reference * LOG2E
+    lost = tl.fma(reference, LOG2E, -reference2)
+    target2 = tl.fma(target_logit, LOG2E, -reference2)
+    total = others + tl.exp2(target2)
+    log_total2 = tl.log2(total)
+    tl.store(log_total_ptr + row, (log_total2 - lost) * LN2, mask=mask)
+
+    log_prior = log_prior_of(targets.prior_logits_ptr, row, mask)
+    log_likelihood, responsibility = mixed(tl.where(mask, log_prior + (target2 - log_total2) * LN2, float("-inf")))
+    tl.store(exponentials.target_logit_ptr + row, 0.0, mask=mask & ~valid[:, None])
+    tl.store(nll_ptr + token, tl.where(valid, -log_likelihood, 0.0), mask=token < n_tokens)
+    responsibility = tl.where(valid[:, None], responsibility, 0.0)
+    tl.store(out.responsibility_ptr + row, responsibility, mask=mask)
+    factor = tl.where(responsibility != 0, responsibility / total, 0.0)
+    tl.store(out.factor_ptr + row, factor, mask=mask)
+    if out.grad_prior_ptr is not None:
+        grad_prior = tl.where(valid[:, None], tl.exp(log_prior) - responsibility, 0.0)
+        tl.store(out.grad_prior_ptr + row, grad_prior.to(out.grad_prior_ptr.dtype.element_ty), mask=mask)
+    entry = exponentials.a_ptr + row.to(tl.int64) * exponentials.n_columns + target[:, None]
+    is_class = (target >= 0) & (target < n_classes)
+    tl.store(entry, (-others).to(exponentials.a_ptr.dtype.element_ty), mask=mask & is_class[:, None])
+    if out.rows_ptr is not None:
+        flat_factor = tl.reshape(factor, (MIX.tokens * MIX.experts,))
+        scale_rows(
+            z_ptr, flat, there_row, there_row, flat_factor, out.rows_ptr, STRIDE, D, WIDTH, COLUMNS, MIX.features, False
+        )
+
+
+@triton.jit
+def scale_rows(
+    z_ptr,  # (R, STRIDE), of which D features
+    row,  # (ROWS,)
+    mask,  # (ROWS,): rows to read; others are 0
+    written,  # (ROWS,): rows to write
+    factor,  # (ROWS,)
+    result_ptr,  # (≥ R, WIDTH) out
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,  # 2 for the factor and what its rounding loses, behind the features; or 0
+    FEATURES: tl.constexpr,
+    TF32: tl.constexpr,  # round to it
+):
+    """[factor·z, factor, what rounding takes from the factor, 0 …]; a row of factor 0 is exactly 0, also where its
+    latent vector is not finite."""
+    dtype: tl.constexpr = result_ptr.dtype.element_ty
+    rounded = factor.to(dtype).to(tl.float32)
+    for first in range(0, WIDTH, FEATURES):
+        feature = (first + tl.arange(0, FEATURES))[None, :]
+        place = row.to(tl.int64)[:, None]
+        z = tl.load(z_ptr + place * STRIDE + feature, mask=mask[:, None] & (feature < D), other=0.0).to(tl.float32)
+        value = tl.where(factor[:, None] != 0, z * factor[:, None], 0.0)
+        if COLUMNS > 0:
+            value = tl.where(feature == D, rounded[:, None], value)
+            value = tl.where(feature == D + 1, (factor - rounded)[:, None], value)
+        if TF32:
+            value = rounded_to_tf32(value)
+        tl.store(result_ptr + place * WIDTH + feature, value.to(dtype), mask=written[:, None] & (feature < WIDTH))
+
+
+@triton.jit
+def row_weights_kernel(
+    grad_ptr,  # (N,)
+    statistics,  # Statistics of R rows
+    targets,  # Targets
+    weight_ptr,  # (R,) out
+    responsibility_ptr,  # (R,) out
+    grad_prior_ptr,  # (N, K) out, or None
+    n_tokens,
+    MIX: tl.constexpr,
+):
+    """Write each row's weight g·r in dl, and da = g (π − r)."""
+    token, row, mask = token_rows(n_tokens, MIX=MIX)
+    maximum = tl.load(statistics.maximum_ptr + row, mask=mask, other=0.0)
+    log_total = tl.load(statistics.log_total_ptr + row, mask=mask, other=0.0)
+    target_logit = tl.load(statistics.target_logit_ptr + row, mask=mask, other=0.0)
+    log_prior = log_prior_of(targets.prior_logits_ptr, row, mask)
+    joint = log_prior + ((target_logit - maximum) - log_total)
+    _, responsibility = mixed(tl.where(mask, joint, float("-inf")))
+    _, valid = valid_targets(targets, token, n_tokens)
+    grad = tl.load(grad_ptr + token, mask=token < n_tokens, other=0.0).to(tl.float32)
+    grad = tl.where(valid, grad, 0.0)[:, None]
+    # an ignored token weighs nothing even where its statistics are not finite
+    weight = tl.where(grad != 0, grad * responsibility, 0.0)
+    tl.store(weight_ptr + row, weight, mask=mask)
+    tl.store(responsibility_ptr + row, responsibility, mask=mask)
+    if grad_prior_ptr is not None:
+        grad_prior = tl.exp(log_prior) * grad - weight
+        tl.store(grad_prior_ptr + row, grad_prior.to(grad_prior_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scaled_rows_kernel(
+    source_ptr,  # (R, STRIDE), of which D features
+    factor_ptr,  # (R,); () where it is the same for all rows; None for 1
+    result_ptr,  # (n_result, WIDTH) out
+    n_rows,
+    n_result,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OF_ALL: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    TF32: tl.constexpr,
+):
+    """Write rows times their factors, in the result's dtype, filled up with zeros to its rows and its width."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mask = row < n_rows
+    if factor_ptr is None:
+        factor = tl.full((ROWS,), 1.0, tl.float32)
+    elif OF_ALL:
+        factor = tl.zeros((ROWS,), tl.float32) + tl.load(factor_ptr)
+    else:
+        factor = tl.load(factor_ptr + row, mask=mask, other=0.0)
+    written = row < n_result
+    scale_rows(source_ptr, row, mask, written, factor, result_ptr, STRIDE, D, WIDTH, COLUMNS, FEATURES, TF32)
+
+
+@triton.jit
+def finish_kernel(
+    sums,  # Finished, of rows of dE
+    loss,  # Loss, or None
+    n_classes,
+    n_blocks,  # programs over the sums; one more makes the loss
+    SUMS: tl.constexpr,  # width of the sums
+    D: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Write dE and db from their sums; the last program writes Σ nll, or its mean over the targets that count."""
+    block = tl.program_id(0)
+    if block < n_blocks:
+        if sums.sums_ptr is not None:
+            write_sums(sums, block * ROWS, n_classes, SUMS, D, ROWS, FEATURES)
+    elif loss is not None:
+        token = tl.arange(0, 1024)
+        total = tl.zeros((1024,), tl.float32)
+        count = tl.zeros((1024,), tl.int32)
+        for first in range(0, loss.n_tokens, 1024):
+            mask = first + token < loss.n_tokens
+            total += tl.load(loss.nll_ptr + first + token, mask=mask, other=0.0)
+            target = tl.load(loss.target_ptr + first + token, mask=mask, other=0)
+            count += (mask & (target != loss.ignore_index)).to(tl.int32)
+        if MEAN:
+            divisor = tl.sum(count, 0).to(tl.float32)
+        else:
+            divisor = 1.0
+        tl.store(loss.loss_ptr, tl.sum(total, 0) / divisor)
+        tl.store(loss.divisor_ptr, divisor)
+
+
+@triton.jit
+def write_sums(
+    sums,  # Finished
+    first,
+    n_classes,
+    SUMS: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    row = first + tl.arange(0, ROWS)
+    mask = row < n_classes
+    place = row.to(tl.int64)
+    scale = 1.0
+    if sums.unscale_ptr is not None:
+        scale = tl.load(sums.unscale_ptr)
+    if sums.grad_weight_ptr is not None:
+        for first_feature in range(0, D, FEATURES):
+            feature = (first_feature + tl.arange(0, FEATURES))[None, :]
+            inside = mask[:, None] & (feature < D)
+            value = tl.load(sums.sums_ptr + place[:, None] * SUMS + feature, mask=inside, other=0.0).to(tl.float32)
+            out = (value * scale).to(sums.grad_weight_ptr.dtype.element_ty)
+            tl.store(sums.grad_weight_ptr + place[:, None] * D + feature, out, mask=inside)
+    if sums.grad_bias_ptr is not None:
+        first_column = tl.load(sums.sums_ptr + place * SUMS + D, mask=mask, other=0.0).to(tl.float32)
+        second_column = tl.load(sums.sums_ptr + place * SUMS + D + 1, mask=mask, other=0.0).to(tl.float32)
+        out = ((first_column + second_column) * scale).to(sums.grad_bias_ptr.dtype.element_ty)
+        tl.store(sums.grad_bias_ptr + row, out, mask=mask)
+
+
+@triton.jit
+def scaled_kernel(
+    sources,  # Gradients
+    results,  # Gradients, out
+    sizes,  # Sizes
+    factor_ptr,  # ()
+    divisor_ptr,  # ()
+    BLOCK: tl.constexpr,
+):
+    """Write gradients times factor / divisor; where the divisor is 0, so are they: a mean over nothing."""
+    divisor = tl.load(divisor_ptr)
+    factor = tl.where(divisor != 0, tl.load(factor_ptr).to(tl.float32) / divisor, 0.0)
+    block = tl.program_id(0)
+    block = scale_block(sources.latent_ptr, results.latent_ptr, sizes.n_latent, factor, block, BLOCK)
+    block = scale_block(sources.prior_ptr, results.prior_ptr, sizes.n_prior, factor, block, BLOCK)
+    block = scale_block(sources.weight_ptr, results.weight_ptr, sizes.n_weight, factor, block, BLOCK)
+    scale_block(sources.bias_ptr, results.bias_ptr, sizes.n_bias, factor, block, BLOCK)
+
+
+@triton.jit
+def scale_block(source_ptr, result_ptr, n, factor, block, BLOCK: tl.constexpr):
+    """Block `block` of one tensor, if it has it; returns the block's number after that tensor."""
+    if source_ptr is not None:
+        if (block >= 0) & (block < tl.cdiv(n, BLOCK)):
+            index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(source_ptr + index, mask=index < n, other=0.0).to(tl.float32) * factor
+            tl.store(result_ptr + index, value.to(result_ptr.dtype.element_ty), mask=index < n)
+        block -= tl.cdiv(n, BLOCK)
+    return block
