@@ -48,6 +48,9 @@ class Config:
     only: tuple[str, ...] = ()
     """Only cases whose name has all of these words."""
 
+    without: tuple[str, ...] = ()
+    """No cases whose name has one of these words."""
+
     again: bool = False
     """Repeat cases that the file has."""
 

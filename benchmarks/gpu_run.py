@@ -41,6 +41,16 @@ def row_of(case: Case, config: Config) -> dict:
     return {"case": list(case.parts)} | row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
+def wanted_cases(config: Config) -> list[Case]:
+    return [
+        case
+        for case in gpu_cases.cases(config.steps, config.shapes, config.dtypes)
+        if all(word in case.key for word in config.only)
+        and not any(word in case.key for word in config.without)
+        and (case.step != "filter" or config.run)
+    ]
+
+
 def context_is_lost() -> bool:
     try:
         gpu_device.synchronize()
@@ -55,11 +65,7 @@ def run(config: Config) -> int:
         return UNUSABLE
     facts = about(gpu_device.gpu_name(), gpu_device.ROOT, config.commit)
     results = Results(results_path(config), facts)
-    wanted = [
-        case
-        for case in gpu_cases.cases(config.steps, config.shapes, config.dtypes)
-        if all(word in case.key for word in config.only) and (case.step != "filter" or config.run)
-    ]
+    wanted = wanted_cases(config)
     if config.again:
         for case in wanted:
             results.rows.pop(case.key, None)

@@ -124,8 +124,9 @@ def products(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, 
     64: rows that are not aligned to 16 bytes send cuBLAS to a fallback of a third of the rate."""
     n, k, d, v = shape
     padded = (math.ceil(d / 64) * 64, math.ceil(v / 64) * 64)
+    widths = {"": (d, v)} if padded == (d, v) else {"": (d, v), ", padded": padded}
     found = {}
-    for kind, (width, classes) in dict.fromkeys([("", (d, v)), (", padded", padded)]):
+    for kind, (width, classes) in widths.items():
         for name, call in mm_calls(n, k, width, classes, dtype, DEVICE).items():
             call()
             found[name + kind] = summary(device_events(call, 5), 5)["gpu ms"]
