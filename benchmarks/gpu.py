@@ -12,8 +12,11 @@ all of it on a CPU, in Triton's interpreter, at tiny shapes; its times mean noth
 Exit status: 0 when all cases are measured, 1 when some are left for another call, 2 for an error.
 """
 
+import contextlib
 import dataclasses
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,11 +88,14 @@ def watch(command: list[str], path: Path, minutes: float, environment: dict[str,
     deadline = time.monotonic() + 60 * minutes
     while True:
         left = max(deadline - time.monotonic(), 0.0)
-        process = subprocess.Popen([*command, "--minutes", f"{left / 60:.3f}"], cwd=ROOT, env=environment)
+        limit = ["--minutes", f"{left / 60:.3f}"]
+        # a group of its own, for what it starts, too: tests that outlive it would share the GPU with the next cases
+        process = subprocess.Popen([*command, *limit], cwd=ROOT, env=environment, preexec_fn=os.setpgrp)
         try:
             why = _wait(process, path, deadline + GRACE)
         finally:
-            process.kill()  # if it is this process that was interrupted
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
         command = [word for word in command if word != "--again"]  # what is repeated is no longer in the file
         if why == "":
@@ -126,6 +132,7 @@ def main() -> int:
     if not (config.dry_run or torch.cuda.is_available()):
         print("error: torch finds no CUDA GPU; --dry-run needs none", file=sys.stderr)
         return UNUSABLE
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends, too
     path = results_path(config)
     command = [sys.executable, "-m", "benchmarks.gpu_run", *sys.argv[1:], "--out", str(path)]
     return watch(command, path, config.minutes, environment(config.dry_run))

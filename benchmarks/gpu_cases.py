@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from fused_mos._backends.triton_kernels.configurations import FAMILIES
+
 from .gpu_device import DRY_RUN
 
 OURS = "fused_mos"
@@ -81,8 +83,6 @@ TRAININGS = (
 if DRY_RUN:
     TRAININGS = (("demo", "float32"), ("lm1b-tiny", "float32"))
     CAPTURED = {"graph": {"published code"}}
-FAMILIES = ("statistics", "sample", "gradient", "mixture", "mixture-gradient")
-"""Kernels whose tiles are swept."""
 SWEPT = (
     (("ptb", "bfloat16"), ("llama", "bfloat16"))
     if DRY_RUN

@@ -76,12 +76,15 @@ class Source:
         self._process: subprocess.Popen | None = None
 
     def measure(self, *case: str) -> dict[str, Any]:
-        """Times of one case, after a warm-up at its first time; or, under "failed", why there are none."""
+        """Times of one case, after a warm-up at its first time; or, under "failed", why there are none. A process that
+        ended, or whose CUDA context is lost, is followed by another."""
         try:
-            return self._answer(case)
+            answer = self._answer(case)
         except (BrokenPipeError, ValueError):
-            status = self.close()
-            return {"failed": f"the process ended with status {status}"}
+            return {"failed": f"the process ended with status {self.close()}"}
+        if answer.get("lost"):
+            self.close()
+        return answer
 
     def _answer(self, case: tuple[str, ...]) -> dict[str, Any]:
         if self._process is None:
@@ -130,7 +133,7 @@ def serve() -> None:
             found = {name: row[name] if name == "gpu ms" else row[name][0] for name in TIMES}
             answer = found | {"launches": row["launches"], "peak MiB": row["peak MiB"], "over mm": row["over mm"]}
         except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200], "lost": gpu_device.is_lost()}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -38,6 +38,17 @@ def gpu_name() -> str:
 
 
 def synchronize() -> None:
-    """Wait for the GPU. Raises if an earlier kernel failed and took the CUDA context with it."""
+    """Wait for the GPU."""
     if not DRY_RUN:
         torch.cuda.synchronize()
+
+
+def is_lost() -> bool:
+    """True if a failed kernel or capture has left the CUDA context in a state in which nothing more can be measured."""
+    if DRY_RUN:
+        return False
+    try:
+        torch.cuda.synchronize()
+        return torch.cuda.is_current_stream_capturing() or torch.ones(2, device=DEVICE).sum().item() != 2
+    except Exception:  # the error of any kernel before it
+        return True

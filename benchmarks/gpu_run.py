@@ -51,14 +51,6 @@ def wanted_cases(config: Config) -> list[Case]:
     ]
 
 
-def context_is_lost() -> bool:
-    try:
-        gpu_device.synchronize()
-        return False
-    except Exception:
-        return True
-
-
 def run(config: Config) -> int:
     if reason := gpu_device.prepare():
         print(f"error: {reason}", file=sys.stderr)
@@ -81,7 +73,7 @@ def run(config: Config) -> int:
         row = row_of(case, config)
         results.finish(case.key, row)
         print(line(case.key, row), flush=True)
-        if "failed" in row and context_is_lost():
+        if "failed" in row and gpu_device.is_lost():
             return LOST
     finish(results)
     return 0

@@ -4,8 +4,10 @@ Unlike `python -m fused_mos.tune`, which keeps its tiles in the user's cache, th
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 
 import torch
 import triton
@@ -19,6 +21,10 @@ from .gpu_timing import stream_milliseconds
 
 CALLS = 1 if DRY_RUN else 5
 """Calls whose mean is a candidate's time."""
+BATCH = 2 if DRY_RUN else 32
+"""Candidates that are compiled at once."""
+BUDGET = 200.0
+"""Seconds after which no batch is compiled."""
 AGAIN = 1 if DRY_RUN else 8
 """Candidates that are measured twice more, in turns with the tile in use."""
 GAIN = 0.03
@@ -32,16 +38,16 @@ def measure(shape: str, dtype: str, family: str) -> dict:
 
 
 def _sweep(shape: tuple[int, int, int, int], dtype: torch.dtype, family: str) -> dict:
-    n, k, d, _ = shape
     architecture = tuning.architecture_of(torch.device(DEVICE))
-    precision = configurations.precision(dtype)
-    rows = n * k if family in ("statistics", "gradient") else n
-    key = configurations.tile_key(family, precision, rows, d)
     operations = proof.operations(shape, dtype, DEVICE)
-    operation = next(operations[name] for name in tuning.OPERATIONS[family] if name in operations)
-    tiles = list(tuning.candidates(family, precision, key.split()[0], d, architecture.shared_memory))
-    tiles = tiles[:2] if DRY_RUN else _compiling(tiles, key, shape, dtype)
+    name = next(name for name in tuning.OPERATIONS[family] if name in operations)
+    key = _key(name, family, shape, dtype)
+    operation = operations[name]
     before = architecture.tiles.get(key, configurations.INTERPRETER_TILE)
+    rows, precision, *_ = key.split()
+    tiles = tuning.candidates(family, precision, rows, shape[2], architecture.shared_memory)
+    # neighbours of the tile in use first, in case the time does not do for all
+    ordered = sorted(tiles, key=lambda tile: sum(a != b for a, b in zip(astuple(tile), astuple(before))))
 
     def milliseconds(tile: Tile) -> float:
         with tuning.overridden(architecture, {key: tile}):
@@ -51,7 +57,14 @@ def _sweep(shape: tuple[int, int, int, int], dtype: torch.dtype, family: str) ->
             except triton.runtime.errors.OutOfResources:
                 return math.inf
 
-    best = sorted(tiles, key=milliseconds)[:AGAIN]
+    measured: dict[Tile, float] = {}
+    start = time.perf_counter()
+    for i in range(0, len(ordered), BATCH):
+        if DRY_RUN and i or time.perf_counter() - start > BUDGET:
+            break
+        for tile in _compiling(ordered[i : i + BATCH], key, shape, dtype):
+            measured[tile] = milliseconds(tile)
+    best = sorted(measured, key=measured.__getitem__)[:AGAIN]
     times: dict[Tile, list[float]] = {tile: [] for tile in (before, *best)}
     for _ in range(3):
         for tile, values in times.items():
@@ -60,12 +73,20 @@ def _sweep(shape: tuple[int, int, int, int], dtype: torch.dtype, family: str) ->
     fastest = min(spreads, key=lambda tile: spreads[tile][1])
     return {
         "key": key,
-        "candidates": len(tiles),
-        "tile": list(_fields(fastest)),
+        "candidates": [len(measured), len(ordered)],
+        "tile": list(astuple(fastest)),
         "ms": _median_and_range(spreads[fastest]),
-        "tile before": list(_fields(before)),
+        "tile before": list(astuple(before)),
         "ms before": _median_and_range(spreads[before]),
     }
+
+
+def _key(name: str, family: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> str:
+    """The configuration of a family that an operation takes its tile from."""
+    architecture = tuning.architecture_of(torch.device(DEVICE))
+    with tuning.overridden(architecture, record=True) as calls:
+        proof.operations(shape, dtype, "meta")[name]()
+    return next(call.key for call in calls if family in call.key.split())
 
 
 def _median_and_range(values: list[float]) -> list[float]:
@@ -73,12 +94,10 @@ def _median_and_range(values: list[float]) -> list[float]:
     return [round(value, 5) for value in (median, least, most)]
 
 
-def _fields(tile: Tile) -> Iterable[int | bool]:
-    return (getattr(tile, name) for name in tile.__dataclass_fields__)
-
-
 def _compiling(tiles: list[Tile], key: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[Tile]:
-    """The tiles whose kernels compile without a fault, compiled in parallel."""
+    """The tiles whose kernels compile without a fault, compiled in parallel. (The interpreter takes all.)"""
+    if DRY_RUN:
+        return tiles
     name = configurations.architecture_name(torch.cuda.get_device_capability())
     architecture = configurations.ARCHITECTURES[name]
 
