@@ -26,7 +26,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from .gpu_cases import SHAPES, STEPS
+from fused_mos._backends.triton_kernels.shapes import DTYPES
+
+from .gpu_cases import SECONDS, SHAPES, STEPS
 from .gpu_device import ROOT, environment, gpu_name
 from .gpu_results import fail_running, read
 
@@ -74,6 +76,18 @@ class Config:
 
     dry_run: bool = False
     """Rehearse on a CPU."""
+
+    def check(self) -> None:
+        """Raises ValueError for what does not exist."""
+        for name, given, known in (
+            ("steps", self.steps, SECONDS),
+            ("shapes", self.shapes, SHAPES),
+            ("dtypes", self.dtypes, DTYPES),
+        ):
+            if unknown := [word for word in given if word not in known]:
+                raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(unknown)}")
+        if self.run and not self.run.is_dir():
+            raise ValueError(f"run must be the folder of a run, got {self.run}")
 
 
 def results_path(config: Config) -> Path:
@@ -126,8 +140,10 @@ def _wait(process: subprocess.Popen, path: Path, deadline: float) -> str | None:
 
 def main() -> int:
     config = tyro.cli(Config, prog="python -m benchmarks.gpu", description=__doc__)
-    if config.run and not config.run.is_dir():
-        print(f"error: --run must be the folder of a run, got {config.run}", file=sys.stderr)
+    try:
+        config.check()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return UNUSABLE
     if not (config.dry_run or torch.cuda.is_available()):
         print("error: torch finds no CUDA GPU; --dry-run needs none", file=sys.stderr)

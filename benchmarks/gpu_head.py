@@ -164,22 +164,17 @@ def our_calls(arguments: list[torch.Tensor]) -> dict[str, timing.Call]:
     }
 
 
-@functools.lru_cache(maxsize=1)
-def _head(shape: str, dtype: str) -> Head:
-    torch._dynamo.reset()  # after a few shapes it would no longer compile for another
-    return Head(shape, dtype)
+_kept: dict[tuple[str, str], Head] = {}
+"""The head of the last case: the next of the same shape and dtype finds its tensors and warm calls there."""
 
 
 def measure(shape: str, dtype: str, operation: str, contender: str, mode: str) -> dict:
-    """The row of a case of gpu_cases. Tensors and warm calls are kept for the next case of the shape and dtype."""
-    global _at_hand
-    if _at_hand != (shape, dtype):
-        _head.cache_clear()
+    """The row of a case of gpu_cases."""
+    if (shape, dtype) not in _kept:
+        _kept.clear()
         gc.collect()
+        torch._dynamo.reset()  # after a few shapes it would no longer compile for another
         if not DRY_RUN:
             torch.cuda.empty_cache()
-        _at_hand = shape, dtype
-    return _head(shape, dtype).measure(operation, contender, mode)
-
-
-_at_hand = ("", "")
+        _kept[shape, dtype] = Head(shape, dtype)
+    return _kept[shape, dtype].measure(operation, contender, mode)

@@ -50,6 +50,12 @@ def test_every_peer_that_is_named_exists():
         assert {name.removesuffix(", compiled") for name in names if "compiled" in name} <= peers.COMPILED.keys()
 
 
+def test_a_shape_that_does_not_exist_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--dry-run", "--shapes", "ptb", "nowhere"])
+    assert gpu.main() == 2
+    assert "shapes must be among ptb, " in (text := capsys.readouterr().err) and text.endswith("got nowhere\n")
+
+
 # ------------------------------------------------------------------------------------------- the file and the processes
 
 
