@@ -1,33 +1,27 @@
-"""Time decoding with few tokens, for gpu.py: the one-pass kernel of csrc/cuda and the Triton backend, over the time to
-read the embedding."""
+"""Decoding with few tokens on a GPU: the one-pass kernel of csrc/cuda and the Triton backend, over the time to read the
+embedding."""
 
 import statistics
 from collections.abc import Callable
 
 import torch
 
+import fused_mos
 from fused_mos import functional as F
 
-from .harness import inputs, interleaved
+from .gpu_cases import DECODE_SHAPES
+from .gpu_device import DEVICE, DRY_RUN
+from .gpu_timing import captured
+from .harness import inputs, interleaved, spread
 
-SHAPES = {
-    f"{name}, {n} tokens": (n, *rest)
-    for name, rest in {
-        "wikitext2": (15, 300, 33_278),
-        "lm1b": (7, 1_024, 100_000),
-        "lm1b-all-words": (7, 1_024, 793_471),
-    }.items()
-    for n in (1, 8)
-}
-GOAL = 1.3
-"""Wanted time over the floor, in bfloat16."""
+ROUNDS = 2 if DRY_RUN else 20
 
 
-def bytes_per_second(device: str, rounds: int) -> float:
+def bytes_per_second() -> float:
     """Rate of a large copy, counting what it reads and what it writes."""
-    source = torch.empty((1 << 30) if device == "cuda" else (1 << 22), dtype=torch.uint8, device=device)
+    source = torch.empty((1 << 22) if DRY_RUN else (1 << 30), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    times = interleaved({"copy": lambda: target.copy_(source)}, rounds, on_gpu=device == "cuda")["copy"]
+    times = interleaved({"copy": lambda: target.copy_(source)}, ROUNDS, on_gpu=not DRY_RUN)["copy"]
     return 2 * source.nbytes / statistics.median(times)
 
 
@@ -50,37 +44,30 @@ def calls(arguments: list[torch.Tensor], backends: tuple[str, ...]) -> dict[str,
     return found
 
 
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
+def measure(shape: str) -> dict:
+    """The row of decoding at a shape of gpu_cases."""
+    has_kernel = fused_mos.backends()["cuda"].startswith("available")
+    return time_decoding(DECODE_SHAPES[shape], ("cuda", "triton") if has_kernel else ("triton",))
 
 
-def time_decoding(shape: tuple[int, int, int, int], backends: tuple[str, ...], device: str, rounds: int) -> dict:
+def time_decoding(shape: tuple[int, int, int, int], backends: tuple[str, ...]) -> dict:
     """Milliseconds (median, minimum, maximum) of each call, and the median over the floor."""
-    speed = bytes_per_second(device, rounds)
-    arguments = inputs(*shape, torch.bfloat16, device=device)
+    speed = bytes_per_second()
+    arguments = inputs(*shape, torch.bfloat16, device=DEVICE)
     floor = arguments[2].nbytes / speed
-    rows, scratch = {}, torch.empty((256 << 20) if device == "cuda" else 1, dtype=torch.uint8, device=device)
+    rows, scratch = {}, torch.empty(1 if DRY_RUN else (256 << 20), dtype=torch.uint8, device=DEVICE)
 
     def before() -> None:
         """Leaves nothing of the embedding in the cache, and the device busy for about a millisecond, until the host has
         queued the call."""
         scratch.zero_()
-        if device == "cuda":
+        if not DRY_RUN:
             torch.cuda._sleep(2_000_000)
 
     with torch.no_grad():
-        for name, times in interleaved(calls(arguments, backends), rounds, device == "cuda", before).items():
-            median = statistics.median(times)
+        for name, times in interleaved(calls(arguments, backends), ROUNDS, not DRY_RUN, before).items():
             rows[name] = {
-                "ms": [round(1e3 * f(times), 5) for f in (statistics.median, min, max)],
-                "over floor": round(median / floor, 3),
+                "ms": spread((1e3 * value for value in times), 5),
+                "over floor": round(statistics.median(times) / floor, 3),
             }
     return {"shape": shape, "floor ms": round(1e3 * floor, 5), "copy GB/s": round(speed / 1e9), "rows": rows}

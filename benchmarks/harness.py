@@ -122,12 +122,18 @@ def mm_calls(
     }
 
 
+def aligned_classes(v: int, most: int) -> int:
+    """A multiple of 64 classes: the next from `v` on, or the last up to `most` if that is less."""
+    return max(min(math.ceil(v / 64), most // 64), 1) * 64
+
+
 class Floor:
     """The time of one product, 2·N·K·D·V operations, at the best rate of this device, measured between the contenders.
 
     On a CPU with native kernels, that is the rate of a register-only loop of multiply-adds. Elsewhere it is torch.mm's
     best rate among the step's three products. They are timed on a part of the classes: 10,000 on a CPU, otherwise as
-    many as keep the largest matrix within a GiB.
+    many as keep the largest matrix within a GiB. There both widths are padded: with rows that are not aligned to 16
+    bytes cuBLAS falls back on kernels of a third of the rate.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
@@ -136,13 +142,15 @@ class Floor:
         self.gflop = 2 * n * k * d * v / 1e9
         self._peaks: list[float] = []
         bf16 = dtype == torch.bfloat16 and self.by_peak and _cpu.bf16_products()
-        part = min(v, 10_000 if device == "cpu" else 2**30 // (n * k * dtype.itemsize))
+        on_cpu = device == "cpu"
+        part = min(v, 10_000) if on_cpu else aligned_classes(v, 2**30 // (n * k * dtype.itemsize))
+        width = d if on_cpu else math.ceil(d / 8) * 8
         self.calls = (
             {"peak": lambda: self._peaks.append(_cpu.peak_gflops(torch.get_num_threads(), bf16))}
             if self.by_peak
-            else mm_calls(n, k, d, part, dtype, device)
+            else mm_calls(n, k, width, part, dtype, device)
         )
-        self._scale = v / part
+        self._scale = v * d / (part * width)
 
     def seconds_of_product(self, times: dict[str, list[float]]) -> float:
         if self.by_peak:

@@ -2,6 +2,7 @@
 weight (V, D), target (N,) and bias (V,)."""
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 
@@ -48,13 +49,36 @@ def five_lines_cce(rows: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
     return _cce(rows, w, y, reduction="none")
 
 
-def liger(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """Liger's fused linear cross-entropy: for K > 1 the mean over N·K rows, which is not a mixture, since it forms its
-    gradients before a weight of the rows could be known."""
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+@_five_lines
+def five_lines_liger(rows: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """Liger's fused scaled cross-entropy, which on Hopper pads D to a multiple of 64. No bias: less work than ours."""
+    return _liger("LigerFusedLinearScaledCrossEntropyFunction").apply(rows, w, y)
 
-    n, k, d = z.shape
-    return LigerFusedLinearCrossEntropyLoss()(w, z.view(n * k, d), y.repeat_interleave(k), b)
+
+def liger_per_row(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """K = 1 by the same function, without the bias."""
+    return _liger("LigerFusedLinearScaledCrossEntropyFunction").apply(z[:, 0], w, y).mean()
+
+
+def liger(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """K = 1 by Liger's fused linear cross-entropy. (It forms its gradients before a weight of the rows could be known,
+    so it has no place in a mixture.)"""
+    return _liger("LigerFusedLinearCrossEntropyFunction").apply(z[:, 0], w, y, b)[0]
+
+
+def _liger(name: str) -> type[torch.autograd.Function]:
+    """A class of liger_kernel.ops. liger_kernel.transformers, which wraps it in a module, is not imported: on a GPU its
+    imports have formed a circle."""
+    return getattr(importlib.import_module("liger_kernel.ops"), name)
+
+
+def quack(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+    """K = 1 by quack's chunked linear cross-entropy, without the bias."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    if w.shape[0] % 128:
+        raise ValueError(f"it is for vocabularies that are a multiple of 128, not {w.shape[0]:,}")
+    return chunked_linear_cross_entropy(z[:, 0], w, y)
 
 
 def plain(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
@@ -87,7 +111,7 @@ MIXTURE: dict[str, Loss] = {
         functools.partial(_torch, chunked=True, reduction="none")
     ),
     "five lines, cut-cross-entropy": five_lines_cce,
-    "Liger, mean over rows": liger,
+    "five lines, Liger": five_lines_liger,
 }
 SINGLE: dict[str, Loss] = {
     "F.linear + F.cross_entropy": plain,
@@ -95,10 +119,18 @@ SINGLE: dict[str, Loss] = {
     "F.linear_cross_entropy, chunked": functools.partial(linear_cross_entropy, chunked=True),
     "cut-cross-entropy": cut_cross_entropy,
     "Liger": liger,
+    "Liger, per row": liger_per_row,
+    "quack": quack,
 }
 """Peers at K = 1."""
 COMPILED = {"published code": published, "log-sum-exp": log_sum_exp, "F.linear + F.cross_entropy": plain}
 """Peers that torch.compile may improve."""
+PACKAGES = {
+    "cut-cross-entropy": ("cut_cross_entropy", "pip install --no-deps cut-cross-entropy"),
+    "Liger": ("liger_kernel", "pip install 'liger-kernel[cutedsl]'"),
+    "quack": ("quack", "pip install quack-kernels"),
+}
+"""Part of a peer's name -> the module that it imports, and how to install it."""
 
 
 def compiled(name: str) -> Loss:
@@ -129,12 +161,12 @@ def unavailable(name: str, device_type: str) -> str | None:
         return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
     if "chunked" in name and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return f"torch {torch.__version__} has no LinearCrossEntropyOptions (2.13 and later do)"
-    if "cut-cross-entropy" in name and importlib.util.find_spec("cut_cross_entropy") is None:
-        return "not installed (pip install --no-deps cut-cross-entropy)"
-    if "Liger" in name and importlib.util.find_spec("liger_kernel") is None:
-        return "not installed (pip install --no-deps liger-kernel)"
-    if "Liger" in name and device_type == "cpu":
-        return "its Triton kernels need a GPU"
+    for part, (module, command) in PACKAGES.items():
+        if part in name:
+            if importlib.util.find_spec(module) is None:
+                return f"not installed ({command})"
+            if device_type == "cpu" and part != "cut-cross-entropy":
+                return "its kernels need a GPU"
     return None
 
 

@@ -106,33 +106,28 @@ def test_classes_of_all_functions_agree():
 def test_the_benchmark_script_is_rehearsed(tmp_path):
     """benchmarks.gpu on the CPU, all but the device's own lines; a second call repeats nothing."""
     path = tmp_path / "gpu.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--dry-run",
-        "--steps",
-        "memcheck",
-        "times",
-        "decode",
-        "--shapes",
-        "ptb",
-        "--dtypes",
-        "bfloat16",
-        "--out",
-        str(path),
-    ]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(path), "--shapes", "ptb"]
+    command += ["--dtypes", "bfloat16", "--steps", "head", "training", "decode", "checks"]
+    command += ["--without", "compiled", "tests"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    result = json.loads(path.read_text())
-    rows = result["times"]["ptb bfloat16"]["rows"]
-    assert all(len(row["ms"]) == 3 for name, row in rows.items() if "needs products" in row)
-    assert {"forward", "forward + backward", "published code", "log-sum-exp", "log-sum-exp, compiled"} <= {
-        name for name, row in rows.items() if "ms" in row
-    }
-    assert {"triton log_prob", "triton topk", "triton sample"} <= result["decode"]["tiny"]["rows"].keys()
-    assert result["goals"] and path.with_suffix(".png").stat().st_size > 0
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert json.loads(path.read_text())["times"] == result["times"]
+    rows = json.loads(path.read_text())["rows"]
+    for operation in ("step mean", "step none", "forward", "log_prob", "log_prob step", "predict", "sample", "topk"):
+        row = rows[f"head | ptb | bfloat16 | {operation} | fused_mos | eager"]
+        assert row["over mm"] > 0 and row["launches"] > 1 and len(row["wall ms"]) == len(row["host ms"]) == 3
+    assert len(rows["head | ptb | bfloat16 | step mean | log-sum-exp | eager"]["times ours"]) == 3
+    assert "CUDA" in rows["head | ptb | bfloat16 | step mean | fused_mos | graph"]["failed"]  # a row, not the end
+    for recipe in ("demo", "lm1b-tiny"):
+        row = rows[f"training | {recipe} | float32"]
+        assert row["words/s"] > 0 and 0 < row["head share"] < 1 and 0 < row["LSTM share"] < 1
+    assert {"triton log_prob", "triton topk", "triton sample"} <= rows["decode | tiny"]["rows"].keys()
+    assert "| ptb | bfloat16 | step mean | published code |" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".png").stat().st_size > 0 and (tmp_path / "gpu-training.png").stat().st_size > 0
+    second = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert (
+        json.loads(path.read_text())["rows"].items()
+        >= {key: row for key, row in rows.items() if "unavailable" not in row}.items()
+    )
+    assert "step mean | fused_mos" not in second.stdout.split("OPEN")[0]
 
 
 # --------------------------------------------------------------------------------------------------- what only CUDA has
