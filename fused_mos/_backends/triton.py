@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .products import product, spans
 from .row_filter import kept_rows
+from .tracing import assume_constant_result
 from .triton_kernels import configurations, forward, gradients
 from .triton_kernels.forward import log_prob, predict, row_statistics, sample  # noqa: F401  (part of `Kernels`)
 from .triton_kernels.gradients import Exponentials, LossInputs, LossOutputs, RowGradients, RowStatistics
@@ -71,6 +72,14 @@ def unsupported(device: torch.device) -> str | None:
             f"it is for CUDA tensors, but latent is on {device} (TRITON_INTERPRET=1 in the environment interprets "
             "the kernels on the CPU)"
         )
+    return _why_too_old(device)
+
+
+@assume_constant_result
+def _why_too_old(device: torch.device) -> str | None:
+    """As `too_old`, of a device. Where torch finds none, tensors on it are fake ones, of which nothing is computed."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= configurations.OLDEST:
+        return None
     return too_old(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
