@@ -1,4 +1,4 @@
-"""The device of a run: its name, its float32 products, its memory, and numbers read from it without waiting."""
+"""The device of a run: its name, its float32 products, its memory, and copies to it and from it without waiting."""
 
 import resource
 import sys
@@ -47,6 +47,16 @@ def check_backend(backend: str, device: torch.device, bfloat16: bool = False) ->
         resolve(backend, device, torch.bfloat16 if bfloat16 else torch.float32)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(str(error)) from None
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor of the host to a run's device. The host does not wait for a GPU: it copies from pinned memory.
+
+    Contiguous memory, since torch packs anything else into memory that is not pinned, and waits.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class AsyncScalar:
