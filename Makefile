@@ -59,6 +59,14 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	$(VENV)/bin/pytest -s -p no:cacheprovider tests/test_cpu.py tests/test_functional.py
 
+# a minute, once its environment is there: torch's CUDA wheel, without a GPU, is 5 GB. Fake CUDA tensors through all functions,
+# which are also compiled and exported. torch is the version that the kernels were last run with on a GPU.
+CUDA_VENV := $(VENV)-cuda
+TORCH_CUDA ?= torch==2.11.0
+.PHONY: check-cuda
+check-cuda: $(CUDA_VENV)/installed
+	$(CUDA_VENV)/bin/python -m pytest --confcutdir=tests/cuda_wheel tests/cuda_wheel
+
 # what a user gets: a wheel in a fresh environment, imported from another folder. The environment takes the dependencies
 # from $(VENV), where nvcc, if there is one, has compiled the CUDA kernels already.
 .PHONY: wheel-check
@@ -86,5 +94,13 @@ $(VENV)/peers-installed: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cut-cross-entropy liger-kernel
 	touch $@
 
+# setuptools is left to torch, which may want an older one
+$(CUDA_VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) constraints.txt Makefile
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH_CUDA)"
+	grep -v ^setuptools constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(CUDA_VENV)/constraints.txt -e ".[test]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LINT) build *.egg-info
+	rm -rf $(VENV) $(LINT) $(CUDA_VENV) build *.egg-info

@@ -11,10 +11,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from . import _backends
+from ._backends.tracing import has_memory
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -176,6 +176,6 @@ def check_backend(backend: str) -> None:
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or not has_memory(tensor):
         return False
-    return not isinstance(tensor, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -220,19 +220,19 @@ class LocalVocabulary(Vocabulary):
 
     def best(self, operands: Operands) -> Tensor:
         log_prior, maximum, log_total = self.normalisers(operands)
-        kernels = _backends.traceable(operands.backend)
+        kernels = _backends.traceable(operands.backend, operands.latent)
         return kernels.predict(operands.latent, log_prior, operands.weight, operands.bias, maximum, log_total)
 
     def candidates(self, operands: Operands, k: int) -> TopK:
         latent, prior_logits, weight, bias = operands.tensors
-        if decoder := _backends.decoder(operands.backend):
+        if decoder := _backends.decoder(operands.backend, latent):
             top = decoder.topk(latent, log_softmax_prior(prior_logits).float(), weight, bias, k)
             if top is not None:
                 return TopK(*top)
         return topk_of_spans(operands, self.normalisers(operands), k)
 
     def choose_rows(self, operands: Operands, generator: torch.Generator | None) -> Tensor:
-        kernels = _backends.traceable(operands.backend)
+        kernels = _backends.traceable(operands.backend, operands.latent)
         return kernels.choose_rows(operands.latent, operands.prior_logits, generator)
 
     def draw(
@@ -244,7 +244,7 @@ class LocalVocabulary(Vocabulary):
         generator: torch.Generator | None,
         backend: str,
     ) -> Tensor:
-        return _backends.traceable(backend).sample(rows, weight, bias, temperature, generator)
+        return _backends.traceable(backend, rows).sample(rows, weight, bias, temperature, generator)
 
 
 LOCAL = LocalVocabulary()
@@ -268,7 +268,7 @@ def topk_of_spans(operands: Operands, normalisers: Normalisers, k: int) -> TopK:
     columns = max(TOPK_BYTES // (maximum.itemsize * max(n, 1)), 2 * k, 256)
     for start in range(0, n_classes, columns):
         span = slice(start, start + columns)
-        log_p = _backends.traceable(backend).log_prob(
+        log_p = _backends.traceable(backend, latent).log_prob(
             latent, log_prior, weight[span], bias if bias is None else bias[span], maximum, log_total
         )
         candidates = log_p.topk(min(k, log_p.shape[1]))

@@ -257,7 +257,8 @@ class MoS(Head):
 
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
         latent = self.latent_dropout(self.latent(input))
-        return latent.unflatten(-1, (self.n_experts, self.decoder.in_features)), self.prior(input)
+        # not unflatten, which torch.compile cannot trace where a default device is set (torch 2.11)
+        return latent.view(*input.shape[:-1], self.n_experts, self.decoder.in_features), self.prior(input)
 
     def extra_repr(self) -> str:
         return f"n_experts={self.n_experts}, {super().extra_repr()}"

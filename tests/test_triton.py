@@ -235,7 +235,7 @@ class _PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
 @pytest.mark.parametrize("shape", proof.SHAPES)
 def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
-    """At most 256 MiB beside inputs and results, at the paper's shapes and with an H100's tiles: all of the backend but
+    """At most 296 MiB beside inputs and results, at the paper's shapes and with an H100's tiles: all of the backend but
     its launches, on tensors that have sizes and no numbers."""
     for module in (triton, forward, operands):
         monkeypatch.setattr(module, "launch", lambda *arguments, **constants: None)
@@ -251,7 +251,7 @@ def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
             extra = (
                 memory.peak - sum(kept.values()) - (4 * n * v if name == "log_prob backward" else 0)
             )  # it makes a gradient
-            assert extra <= 256 * 2**20, f"{name}: {extra / 2**20:.1f} MiB"
+            assert extra <= 296 * 2**20, f"{name}: {extra / 2**20:.1f} MiB"
 
 
 # ------------------------------------------------------------------------------------------------ choice of the backend

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference, tiled
-from .tracing import assume_constant_result
+from .tracing import assume_constant_result, has_memory
 
 if TYPE_CHECKING:
     from .cuda import Decoder
@@ -192,17 +192,17 @@ def has_own_small_kernels(name: str) -> bool:
     return name in ("triton", "cuda")
 
 
-def traceable(name: str) -> ModuleType:
-    """The kernels of `name`; while a graph is traced those of `tiled`, since others take addresses, which its tensors
-    do not have."""
-    return kernels("tiled" if torch.compiler.is_compiling() else name)
+def traceable(name: str, latent: Tensor) -> ModuleType:
+    """The kernels of `name`; those of `tiled` for tensors without memory, since others take addresses."""
+    return kernels(name if has_memory(latent) else "tiled")
 
 
-def decoder(name: str, *inputs: Tensor | None) -> "Decoder | None":
-    """Computes the mixture of a few tokens in one pass over `weight`; None where the backend has no such kernel or a
-    gradient is wanted, and while a graph is traced, since it takes addresses, which tensors do not have then."""
+def decoder(name: str, latent: Tensor, *others: Tensor | None) -> "Decoder | None":
+    """Computes the mixture of a few tokens in one pass over `weight`; None where the backend has no such kernel, a
+    gradient is wanted, or the tensors have no memory, since it takes addresses."""
+    inputs = (latent, *others)
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    return None if wanted or torch.compiler.is_compiling() else getattr(kernels(name), "DECODER", None)
+    return getattr(kernels(name), "DECODER", None) if has_memory(latent) and not wanted else None
 
 
 __all__ = ["NAMES", "Kernels", "backends", "decoder", "kernels", "reference", "resolve", "traceable", "why_absent"]

@@ -150,7 +150,7 @@ def unsupported(device: torch.device) -> str | None:
     """Why tensors on this device cannot be computed here; None where they can."""
     if device.type != "cuda":
         return f"it is for CUDA tensors, but latent is on {device}"
-    return triton.unsupported(device) or _TOO_NEW
+    return triton.unsupported(device) or (_TOO_NEW if torch.cuda.is_available() else None)
 
 
 def too_new(runtime: int, driver: int) -> str | None:

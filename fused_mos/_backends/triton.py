@@ -9,7 +9,9 @@ float32 products follow `torch.set_float32_matmul_precision`: full precision, or
 With TRITON_INTERPRET=1 in the environment before triton is imported, the kernels run on CPU tensors, slowly: for tests.
 """
 
+import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,10 +20,11 @@ from torch import Tensor
 
 from .products import product, spans
 from .row_filter import kept_rows
+from .tracing import assume_constant_result
 from .triton_kernels import configurations, exponentials, gradients
 from .triton_kernels import loss as loss_kernels
 from .triton_kernels.exponentials import Exponentials
-from .triton_kernels.forward import choose_rows, log_prob, nll, normalisers, predict, row_statistics, sample  # noqa: F401  (part of `Kernels`)
+from .triton_kernels.forward import choose_rows, log_prob, nll, normalisers, predict, row_statistics, sample  # noqa: F401
 from .triton_kernels.gradients import RowGradients
 from .triton_kernels.launch import INTERPRETED, choose_tile, launch
 from .triton_kernels.loss import Finished, Gradients, Loss, RowFactors, Sizes, Statistics, Targets
@@ -44,8 +47,9 @@ from .triton_kernels.tiles import LogitGradients, Logits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-WORKSPACE_BYTES = 248 * 2**20
-"""Bytes beyond inputs, outputs and gradients, of which the largest part is a block of dl."""
+WORKSPACE_BYTES = 288 * 2**20
+"""Bytes beyond inputs, outputs and gradients, of which the largest part is a block of dl: enough for the paper's Penn
+Treebank in one block."""
 
 WORKSPACE_SHARE = 0.02
 """Share of a GPU's memory that the workspace may be, where that is more."""
@@ -81,6 +85,14 @@ def unsupported(device: torch.device) -> str | None:
             f"it is for CUDA tensors, but latent is on {device} (TRITON_INTERPRET=1 in the environment interprets "
             "the kernels on the CPU)"
         )
+    return _why_too_old(device)
+
+
+@assume_constant_result
+def _why_too_old(device: torch.device) -> str | None:
+    """As `too_old`, of a device. Where torch finds none, tensors on it are fake ones, of which nothing is computed."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= configurations.OLDEST:
+        return None
     return too_old(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
@@ -93,8 +105,25 @@ def too_old(gpu: str, capability: tuple[int, int]) -> str | None:
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """WORKSPACE_BYTES, or more on a GPU with more memory."""
-    return WORKSPACE_BYTES
+    """Bytes beyond inputs, outputs and gradients: WORKSPACE_BYTES, or WORKSPACE_SHARE of a GPU's memory where that is
+    more; or what the environment variable FUSED_MOS_WORKSPACE_MIB says."""
+    return _workspace_bytes(device.type == "cuda")
+
+
+@assume_constant_result
+def _workspace_bytes(on_gpu: bool) -> int:
+    if mib := os.environ.get("FUSED_MOS_WORKSPACE_MIB"):
+        if not mib.isdecimal() or int(mib) < 1:
+            raise ValueError(f"FUSED_MOS_WORKSPACE_MIB must be a positive number of MiB, got {mib!r}")
+        return int(mib) * 2**20
+    return max(WORKSPACE_BYTES, int(WORKSPACE_SHARE * _memory_of_gpu())) if on_gpu else WORKSPACE_BYTES
+
+
+@functools.cache
+def _memory_of_gpu() -> int:
+    """Bytes of the smallest GPU, so that equal calls are cut into equal blocks on all of them; 0 without any."""
+    n_gpus = torch.cuda.device_count()
+    return min((torch.cuda.get_device_properties(i).total_memory for i in range(n_gpus)), default=0)
 
 
 # ------------------------------------------------------------------------------------------------ gradients, recomputed

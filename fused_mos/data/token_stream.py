@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,6 +103,14 @@ class Position:
     row: int = 0  # of the shard
 
 
+class Segment(NamedTuple):
+    """Training text of this rank's columns."""
+
+    inputs: Tensor  # (T, columns of this rank) int64
+    targets: Tensor  # (T, columns of this rank) int64
+    words: int  # to predict, in the columns of all ranks
+
+
 @dataclass
 class TrainStream:
     """Segments of training text, shard after shard, in an order that the seed and the epoch give.
@@ -115,6 +123,7 @@ class TrainStream:
         n_columns: of the batch over all ranks.
         columns: those of this rank.
         bptt: rows of a segment; the last of a shard may have fewer.
+        bos: the token that is no word to predict.
         seed: of the order.
         position: where to start.
 
@@ -125,6 +134,7 @@ class TrainStream:
     n_columns: int
     columns: range
     bptt: int
+    bos: int
     seed: int
     position: Position = field(default_factory=Position)
 
@@ -152,25 +162,28 @@ class TrainStream:
         )
         return self.position.epoch + (done + self.position.row) / self.rows_per_epoch
 
-    def segments(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Input and target (T, columns of this rank) int64, from `position`, which is moved before they are handed out,
-        to the end of the epoch."""
+    def segments(self) -> Iterator[Segment]:
+        """The segments from `position`, which is moved before each is handed out, to the end of the epoch.
+
+        All ranks have all of the text, so each counts the words of all by itself instead of asking the others.
+        """
         position, order = self.position, self.order(self.position.epoch)
         while position.shard < len(order):
             file = self.files[order[position.shard]]
             rows = file.n_tokens // self.n_columns
-            text = file.open()[: rows * self.n_columns].reshape(self.n_columns, rows)[
-                self.columns.start : self.columns.stop
-            ]
+            text = file.open()[: rows * self.n_columns].reshape(self.n_columns, rows)
+            own = text[self.columns.start : self.columns.stop]
             while position.row < rows - 1:
                 start, stop = position.row, min(position.row + self.bptt, rows - 1)
-                segment = torch.from_numpy(text[:, start : stop + 1].T.astype(np.int64))
+                tokens = torch.from_numpy(own[:, start : stop + 1].T.astype(np.int64))
+                words = int(np.count_nonzero(text[:, start + 1 : stop + 1] != self.bos))
+                segment = Segment(tokens[:-1], tokens[1:], words)
                 position.row = stop
                 if stop == rows - 1 and position.shard == len(order) - 1:
                     self.position.epoch, self.position.shard, self.position.row = position.epoch + 1, 0, 0
-                    yield segment[:-1], segment[1:]
+                    yield segment
                     return
-                yield segment[:-1], segment[1:]
+                yield segment
             position.shard, position.row = position.shard + 1, 0
 
 

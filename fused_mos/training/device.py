@@ -1,4 +1,4 @@
-"""The device of a run: its name, its float32 products, its memory, and numbers read from it without waiting."""
+"""The device of a run: its name, its float32 products, its memory, and copies to it and from it without waiting."""
 
 import resource
 import sys
@@ -23,11 +23,16 @@ def device_named(name: str) -> torch.device:
 
 def allow_tf32(device: torch.device, allowed: bool) -> None:
     """Sets whether float32 products on a GPU may be rounded to TF32. torch keeps this as a setting of the process, and
-    by default allows it in cuDNN's LSTM."""
+    by default allows it in cuDNN's LSTM.
+
+    Both are set by their new names alone. The old ones set the CPU's precision, too, and do not take TF32 from the LSTM
+    where `torch.backends.fp32_precision` allows it.
+    """
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        precision = "tf32" if allowed else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = precision
         # torch gives this module its attributes when it is imported, where mypy does not see them
-        torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"  # type: ignore[attr-defined]
+        torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -42,6 +47,16 @@ def check_backend(backend: str, device: torch.device, bfloat16: bool = False) ->
         resolve(backend, device, torch.bfloat16 if bfloat16 else torch.float32)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(str(error)) from None
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor of the host to a run's device. The host does not wait for a GPU: it copies from pinned memory.
+
+    Contiguous memory, since torch packs anything else into memory that is not pinned, and waits.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class AsyncScalar:

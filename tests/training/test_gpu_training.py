@@ -38,13 +38,12 @@ def test_a_step_does_not_wait_for_the_device(precision, averaging, small_flags, 
     )
     if averaging:
         trainer.optimizer.start_averaging()
-    trainer._since = 0.0
     trainer.train_step()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):  # the second writes what the first has noted
             trainer.train_step()
-            trainer._count_time()
+            trainer.stopwatch.lap()
             trainer._end_interval()
     finally:
         torch.cuda.set_sync_debug_mode("default")

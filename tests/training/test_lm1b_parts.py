@@ -18,9 +18,9 @@ from fused_mos.training.lm1b.loss import SummedLoss
 
 def columns_read(corpus, n_columns, columns, bptt, position=None):
     """All targets of one epoch, by column, and the position after each segment."""
-    stream = TrainStream(corpus.train, n_columns, columns, bptt, seed=3, position=position or Position())
+    stream = TrainStream(corpus.train, n_columns, columns, bptt, corpus.bos, seed=3, position=position or Position())
     read, positions = [], []
-    for inputs, targets in stream.segments():
+    for inputs, targets, _ in stream.segments():
         read.append(torch.stack([inputs, targets], 2))
         positions.append(dataclasses.replace(stream.position))
     return torch.cat(read), positions
@@ -34,7 +34,7 @@ def test_columns_do_not_depend_on_the_number_of_ranks(prepared):
         assert torch.equal(part, whole[:, columns.start : columns.stop])
     other_segments, _ = columns_read(corpus, 6, range(6), 4)
     assert torch.equal(other_segments, whole)
-    assert len(whole) == TrainStream(corpus.train, 6, range(6), 9, seed=3).rows_per_epoch
+    assert len(whole) == TrainStream(corpus.train, 6, range(6), 9, corpus.bos, seed=3).rows_per_epoch
 
 
 def test_a_stream_goes_on_from_any_position(prepared):
@@ -46,12 +46,26 @@ def test_a_stream_goes_on_from_any_position(prepared):
         assert torch.equal(rest, whole[len(whole) - len(rest) :]) and after == positions[i + 1 :]
 
 
+def test_each_rank_counts_the_words_of_all(prepared):
+    """Of all columns, whichever it reads itself, so that none needs to ask the others before its backward pass."""
+    corpus = PreparedCorpus(prepared)
+    segments = [
+        list(TrainStream(corpus.train, 6, columns, 9, corpus.bos, seed=3).segments())
+        for columns in (range(6), range(0, 2), range(5, 6))
+    ]
+    for whole, *parts in zip(*segments, strict=True):
+        assert whole.words == (whole.targets != corpus.bos).sum()
+        assert all(part.words == whole.words for part in parts)
+    assert any(whole.words < whole.targets.numel() for whole in segments[0])
+
+
 def test_every_shard_is_read_in_an_order_that_changes(prepared):
     corpus = PreparedCorpus(prepared)
-    stream = TrainStream(corpus.train, 6, range(6), 9, seed=3)
+    stream = TrainStream(corpus.train, 6, range(6), 9, corpus.bos, seed=3)
+    other_seed = TrainStream(corpus.train, 6, range(6), 9, corpus.bos, seed=4)
     orders = [tuple(stream.order(epoch)) for epoch in range(20)]
     assert all(sorted(order) == [0, 1, 2] for order in orders) and len(set(orders)) > 3
-    assert orders != [tuple(TrainStream(corpus.train, 6, range(6), 9, seed=4).order(epoch)) for epoch in range(20)]
+    assert orders != [tuple(other_seed.order(epoch)) for epoch in range(20)]
     texts = {tuple(file.open().tolist()) for file in corpus.train}
     whole, _ = columns_read(corpus, 1, range(1), 9)
     first = corpus.train[stream.order(0)[0]].open()

@@ -96,10 +96,10 @@ def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monke
     out, original = tmp_path / "pieces", LM1BTrainer.train_step
     for at, number, status in ((7, signal.SIGTERM, 143), (33, signal.SIGINT, 130)):
 
-        def stopping(self, inputs, targets, at=at, number=number):
+        def stopping(self, segment, at=at, number=number):
             if self.progress.step == at:
                 signal.raise_signal(number)
-            return original(self, inputs, targets)
+            return original(self, segment)
 
         monkeypatch.setattr(LM1BTrainer, "train_step", stopping)
         assert train_1b.main([*flags, "--out", str(out)]) == status
@@ -158,13 +158,23 @@ def test_the_first_update_is_that_of_plain_adam(flags, trainer_of, tmp_path):
     trainer = trainer_of([*flags, "--weight-decay", "0.1", "--warmup-steps", "0", "--clip", "0"], tmp_path / "run")
     trainer._save()
     plain = [p.detach().clone().requires_grad_() for p in trainer.model.parameters()]
-    trainer.train_step(*next(trainer.stream.segments()))
+    trainer.train_step(next(trainer.stream.segments()))
     optimizer = torch.optim.AdamW(plain, lr=0.01, weight_decay=0.1)
     for p, q in zip(plain, trainer.model.parameters()):
         p.grad = q.grad.clone()
     optimizer.step()
     for p, q in zip(plain, trainer.model.parameters()):
         torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_has_one_exchange(flags, trainer_of, tmp_path, monkeypatch):
+    """The number of words, by which the loss is divided, is known before it."""
+    trainer = trainer_of(flags, tmp_path / "run")
+    exchanged, all_reduce = [], dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda t, *rest, **options: exchanged.append(t) or all_reduce(t))
+    trainer.train_step(next(trainer.stream.segments()))
+    (numbers,) = exchanged
+    assert numbers.shape == (6,) and numbers.dtype == torch.float64
 
 
 def test_the_learning_rate(flags, trainer_of, tmp_path):
@@ -217,13 +227,13 @@ def test_a_segment_without_a_word_to_predict(flags, tmp_path):
 
 def test_nothing_is_updated_by_a_gradient_that_is_not_finite(flags, trainer_of, tmp_path):
     trainer = trainer_of(flags, tmp_path / "run")
-    inputs, targets = next(trainer.stream.segments())
+    segment = next(trainer.stream.segments())
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.model.rnns[0].weight_hh_l0.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(
         TrainingDiverged, match="diverged at step 1: .* norm of the gradient (inf|nan); nothing was updated"
     ):
-        trainer.train_step(inputs, targets)
+        trainer.train_step(segment)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters())) and trainer.progress.step == 0
 
 
@@ -310,7 +320,7 @@ from fused_mos.training.lm1b.ranks import Ranks
 config = train_1b.parse(sys.argv[1:])
 trainer = LM1BTrainer(config, Ranks("cpu", 1))
 for _, segment in zip(range(2), trainer.stream.segments()):
-    trainer.train_step(*segment)
+    trainer.train_step(segment)
 trainer._save()
 predicted = memory.table(config, len(trainer.corpus.vocabulary), 1, "cpu")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, sum(predicted.values()))

@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_on_ranks
 from runs import losses
 
 from fused_mos import train_1b
 from fused_mos.training import TrainingDiverged
 from fused_mos.training.lm1b import LM1BTrainer
+from fused_mos.training.lm1b.exchange import exchange
 from fused_mos.training.lm1b.ranks import Ranks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -132,6 +135,28 @@ def test_a_signal_to_torchrun_stops_all_ranks_for_good(flags, tmp_path):
     assert int(checkpoint.name.removeprefix("step-")) >= 5 and (checkpoint / "state.json").is_file()
 
 
+def exchange_few_tensors(flags, out):
+    config = train_1b.parse([*flags, "--vocab-parallel", "2", "--out", str(out)])
+    trainer = LM1BTrainer(config, Ranks(config.device, config.vocab_parallel))
+    exchanged, all_reduce = [], dist.all_reduce
+
+    def noted(tensor, *arguments, **options):
+        exchanged.append(tensor.dtype)
+        return all_reduce(tensor, *arguments, **options)
+
+    def counted(*arguments):
+        with mock.patch.object(dist, "all_reduce", noted):
+            return exchange(*arguments)
+
+    with mock.patch("fused_mos.training.lm1b.trainer.exchange", counted):
+        trainer.train_step(next(trainer.stream.segments()))
+    assert exchanged == [torch.float32, torch.float64]
+
+
+def test_a_step_ends_with_one_tensor_of_gradients_and_one_of_numbers(flags, tmp_path):
+    run_on_ranks(2, exchange_few_tensors, flags, tmp_path / "run", init=False)
+
+
 def all_stop(flags, out):
     config = train_1b.parse([*flags, "--vocab-parallel", "2", "--out", str(out)])
     trainer = LM1BTrainer(config, Ranks(config.device, config.vocab_parallel))
@@ -139,7 +164,7 @@ def all_stop(flags, out):
         trainer.model.rnns[0].weight_hh_l0.register_hook(lambda grad: grad * torch.inf)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     with pytest.raises(TrainingDiverged, match="nothing was updated"):
-        trainer.train_step(*next(trainer.stream.segments()))
+        trainer.train_step(next(trainer.stream.segments()))
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
 
 

@@ -175,11 +175,14 @@ def of_device(index: int) -> Architecture:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of this dtype are made; float32 follows torch's own setting
-    (`torch.set_float32_matmul_precision`)."""
+    """How products of this dtype are made; float32 follows torch's own setting for CUDA products.
+
+    It is read by its new name, which also shows what `torch.set_float32_matmul_precision` has set. The old getter
+    raises where the new name was set to TF32.
+    """
     if dtype != torch.float32:
         return "16-bit"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def tile_key(family: str, precision: str, n_rows: int, n_features: int) -> str:

@@ -4,7 +4,7 @@ import torch
 
 from ...data.token_stream import TokenFile, evaluation_segments
 from ...runtime.progress import bar
-from ..device import allow_tf32
+from ..device import allow_tf32, on_device
 from .loss import SummedLoss
 from .ranks import Ranks
 
@@ -23,8 +23,8 @@ def evaluate(loss: SummedLoss, shards: list[TokenFile], batch_size: int, bptt: i
     for shard in bar(shards, desc="evaluate", unit="shards", leave=False, disable=no_bar):
         hidden = model.initial_hidden(len(columns))
         for inputs, targets in evaluation_segments(shard, bos, batch_size, columns, bptt):
-            targets = targets.to(device)
-            nll, hidden = loss(inputs.to(device), targets, hidden)
+            inputs, targets = on_device(inputs, device), on_device(targets, device)
+            nll, hidden = loss(inputs, targets, hidden)
             total += nll
             count += (targets != bos).sum()
     total_nll, words = (ranks.sums(total, count) / ranks.n_vocab).tolist()

@@ -1,4 +1,7 @@
-"""The exchange between ranks that ends each step's backward pass. It is the one time that a step waits."""
+"""The exchange between ranks that ends each step's backward pass. It is the one time that a step waits.
+
+It is one tensor of numbers; with a sharded decoder, one of gradients before it.
+"""
 
 import math
 import signal
@@ -25,13 +28,11 @@ class StepTotals(NamedTuple):
 
     nll: float  # summed over the words
     gradient_norm: float
-    words: float
     decision: StepDecision
 
 
 def exchange(
     nll: Tensor,  # (), summed over this rank's words
-    words: Tensor,  # (), of all ranks
     sharded: list[Tensor],  # gradients of this rank's parts of parameters
     whole: list[Tensor],  # gradients of parameters that all ranks have
     ranks: Ranks,
@@ -40,9 +41,7 @@ def exchange(
     """Sums a step over all ranks, and has them decide alike. `whole` becomes the mean over ranks that share a decoder:
     theirs are the same up to rounding, on which some kernels do not decide alike."""
     if ranks.n_vocab > 1:
-        for grad in whole:
-            dist.all_reduce(grad, group=ranks.mesh["vocab"].get_group())
-        torch._foreach_div_(whole, ranks.n_vocab)
+        _average(whole, ranks)
     squares = [
         torch.nn.utils.get_total_norm(grads).double() ** 2 if grads else nll.new_zeros(()) for grads in (sharded, whole)
     ]
@@ -50,6 +49,15 @@ def exchange(
     stops = [signals.noted() == number for number in signals.SIGNALS]
     square = squares[0] / ranks.n_data + squares[1] / ranks.n_ranks
     numbers = ranks.sums(nll / ranks.n_vocab, square, *stops, *times)
-    total, total_square, interrupt, terminate, due, over, n_words = torch.cat([numbers, words[None]]).tolist()
+    total, total_square, interrupt, terminate, due, over = numbers.tolist()
     signum = signal.SIGINT if interrupt else signal.SIGTERM if terminate else 0
-    return StepTotals(total, math.sqrt(total_square), n_words, StepDecision(signum, bool(due or signum), bool(over)))
+    return StepTotals(total, math.sqrt(total_square), StepDecision(signum, bool(due or signum), bool(over)))
+
+
+def _average(gradients: list[Tensor], ranks: Ranks) -> None:
+    """Puts the mean over the ranks that share a decoder in each gradient's place, by one exchange."""
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together, group=ranks.mesh["vocab"].get_group())
+    together.div_(ranks.n_vocab)
+    parts = together.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])

@@ -62,6 +62,8 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
         "head activations": head,
         "head workspace": HEAD_WORKSPACE[device_type],
     }
+    if config.vocab_parallel > 1:  # gradients that are exchanged together, when the rest of a step is gone
+        step["exchange, beyond"] = max((n_parameters - rows * (d + 1)) * item - sum(step.values()), 0)
     if device_type == "cpu":  # where a GPU's tensors are written, and made, is the host's memory
         writing = 2 * (kept["parameters"] + kept["optimizer"]) - sum(step.values())
         making = whole_bytes - sum(kept.values()) - sum(step.values())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from ..device import device_named
+from ..device import device_named, on_device
 from ..errors import ConfigError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -64,8 +64,13 @@ class Ranks:
         return range(self.data * n // self.n_data, (self.data + 1) * n // self.n_data)
 
     def sums(self, *numbers: float | Tensor) -> Tensor:
-        """The sums of scalars over all ranks, float64."""
-        total = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=self.device) for n in numbers])
+        """The sums of scalars over all ranks, float64, in one exchange. Those of the host go to the device in one
+        copy."""
+        of_host = [0.0 if isinstance(n, Tensor) else float(n) for n in numbers]
+        total = on_device(torch.tensor(of_host, dtype=torch.float64), self.device)
+        for place, number in zip(total.unbind(), numbers):
+            if isinstance(number, Tensor):
+                place.copy_(number)
         dist.all_reduce(total)
         return total
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ...data.corpus import CorpusError
-from ...data.token_stream import PreparedCorpus, TokenFile, TrainStream
+from ...data.token_stream import PreparedCorpus, Segment, TokenFile, TrainStream
 from ...lm import AWDLSTM
 from ...lm.awd_lstm import gradients
 from ...runtime import UserError, files, signals
@@ -22,7 +21,7 @@ from ...runtime.progress import bar, say
 from ...vocab_parallel import parallelize
 from .. import folder as run_folder
 from .. import meter, settings
-from ..device import allow_tf32, check_precision, peak_memory_mib
+from ..device import allow_tf32, check_precision, on_device, peak_memory_mib
 from ..errors import CheckpointError, TrainingDiverged
 from ..metrics import MetricsLog, perplexity, plot_learning_curves
 from . import checkpoint, memory
@@ -57,6 +56,7 @@ class LM1BTrainer:
             config.batch_size,
             ranks.columns(config.batch_size),
             config.bptt,
+            self.corpus.bos,
             config.seed,
             self.progress.position,
         )
@@ -171,9 +171,9 @@ class LM1BTrainer:
         ) as shown:
             self.stopwatch.start()
             while not self._done:
-                for inputs, targets in self.stream.segments():
-                    decision = self.train_step(inputs, targets)
-                    shown.update(len(inputs) * columns)
+                for segment in self.stream.segments():
+                    decision = self.train_step(segment)
+                    shown.update(len(segment.inputs) * columns)
                     self.stopwatch.lap()
                     if progress.step % config.log_interval == 0:
                         self._log(shown)
@@ -191,13 +191,13 @@ class LM1BTrainer:
                     if self._done:
                         break
 
-    def train_step(self, inputs: Tensor, targets: Tensor) -> StepDecision:
-        """One segment of this rank's columns (T, B). Returns what is to be done after it, the same on all ranks."""
+    def train_step(self, segment: Segment) -> StepDecision:
+        """One segment of this rank's columns. Returns what is to be done after it, the same on all ranks."""
         ranks, config, progress = self.ranks, self.config, self.progress
         self.model.train()
         allow_tf32(self.device, config.precision != "float32")
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
-        words = ranks.sums((targets != self.corpus.bos).sum() / ranks.n_vocab)[0].clamp(min=1)
+        inputs, targets = on_device(segment.inputs, self.device), on_device(segment.targets, self.device)
+        words = max(segment.words, 1)
         distributed = self.distributed
         forward = self.loss if distributed is None else distributed
         # in several parts DistributedDataParallel would make new gradients beside those in its buckets
@@ -210,13 +210,13 @@ class LM1BTrainer:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                     loss, self.hidden[i] = forward(inputs[:, columns], targets[:, columns], self.hidden[i])
                 # DistributedDataParallel takes the mean over ranks of what is here a sum over words
-                (loss * (ranks.n_data / words).to(loss.dtype)).backward()
+                (loss * (ranks.n_data / words)).backward()
             nll += loss.detach()
         sharded, whole = self.tensors.gradients()
-        total, norm, n_words, decision = exchange(nll, words, sharded, whole, ranks, self.clock)
+        total, norm, decision = exchange(nll, sharded, whole, ranks, self.clock)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"training diverged at step {progress.step + 1}: loss {total / max(n_words, 1):.4g}, norm of the "
+                f"training diverged at step {progress.step + 1}: loss {total / words:.4g}, norm of the "
                 f"gradient {norm:.4g}; nothing was updated, and the checkpoints in {self.checkpoints} are from before "
                 "that; try a lower --lr or --clip"
             )
@@ -225,7 +225,7 @@ class LM1BTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, progress.step, self.total_steps)
         self.optimizer.step()
-        progress.count(round(n_words))
+        progress.count(words)
         progress.interval_loss += total
         return decision
 

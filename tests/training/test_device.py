@@ -1,0 +1,44 @@
+"""Copies to a GPU, as torch is asked for them. No GPU is needed: what would run there is answered here."""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fused_mos.training.device import on_device
+from fused_mos.training.lm1b.ranks import Ranks
+
+
+class NotedCopies(TorchFunctionMode):
+    """Answers for a GPU: notes whether a copy there is from pinned, contiguous memory and not waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.pinned: list[torch.Tensor] = []
+        self.copies: list[tuple[bool, bool, bool]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.pin_memory:
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
+        if function is torch.Tensor.to and args[1] == torch.device("cuda"):
+            is_pinned = any(args[0] is tensor for tensor in self.pinned)
+            self.copies.append((is_pinned, args[0].is_contiguous(), (kwargs or {}).get("non_blocking", False)))
+            return args[0].clone()
+        return function(*args, **kwargs or {})
+
+
+def test_a_batch_is_copied_from_pinned_memory_and_not_waited_for():
+    rows = torch.arange(12).view(3, 4).t()[:-1]
+    assert not rows.is_contiguous()
+    with NotedCopies() as noted:
+        assert torch.equal(on_device(rows, torch.device("cuda")), rows)
+    assert noted.copies == [(True, True, True)]
+
+
+def test_numbers_of_the_host_are_one_copy(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    ranks = object.__new__(Ranks)
+    ranks.device = torch.device("cuda")
+    with NotedCopies() as noted:
+        total = ranks.sums(torch.tensor(1.5), 2, torch.tensor(3), False, 4.25)
+    assert noted.copies == [(True, True, True)]
+    assert total.tolist() == [3, 4, 6, 0, 8.5] and total.dtype == torch.float64
