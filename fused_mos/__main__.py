@@ -70,7 +70,7 @@ def work(arguments: list[str]) -> int:
     name = ALIASES.get(name, name)
     if name not in COMMANDS:
         raise UserError(f"{name!r} is none of the commands {', '.join(COMMANDS)}")
-    command.program = "fused-mos "
+    command.program = f"fused-mos {name}"
     return importlib.import_module(f".{COMMANDS[name][0]}", __package__).main(flags)
 
 

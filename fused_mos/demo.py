@@ -26,6 +26,7 @@ def demo(out: Path) -> None:
     from .training.metrics import plot_learning_curves
 
     results = []
+    files.refuse_foreign(out, lambda path: path.name in ("data", *HEADS))
     with files.FolderLock(out):
         sample.write_corpus(out / "data")
         base = dataclasses.replace(RECIPES["demo"](), data=out / "data")

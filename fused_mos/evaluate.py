@@ -84,11 +84,15 @@ def evaluate(config: Flags) -> dict[str, Any]:
     return evaluation.static_evaluation(run, config.split, config.eval_context)
 
 
+def in_words(rule: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in rule.items())
+
+
 def work(arguments: list[str]) -> None:
     config = parse(arguments)
     check_flags(config)
     result = evaluate(config)
-    how = f"dynamic with {DynamicRule(**result['rule'])}" if config.dynamic else f"context {result['eval_context']}"
+    how = f"context {result['eval_context']}" if not config.dynamic else "dynamic with " + in_words(result["rule"])
     try:
         files.append_json(config.run / "evaluation.json", result)
     finally:  # what took hours is shown also where it could not be kept

@@ -30,6 +30,8 @@ def parse(arguments: list[str]) -> TrainConfig:
         default = stages.finetuning_config(Path(run))
     elif resume:
         default = dataclasses.replace(stages.saved_config(Path(resume)), out=None, resume=Path(resume))
+        if default.start is None:
+            raise ConfigError(f"resume: {resume} is a run of train, not of finetune; python -m fused_mos.train goes on")
     elif command.asks_for_help(arguments):
         default = TrainConfig()
     else:

@@ -90,7 +90,13 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
             precision=config.precision,
             checkpoint_max_mib=config.checkpoint_max_mib,
             time_limit=seconds_left(),
+            optim=dataclasses.replace(run.optim, epochs=recipe.optim.epochs),
         )
+        if (asked.run_folder / "last.safetensors").is_file():
+            epochs = stages.saved_config(asked.run_folder).optim.epochs
+            if epochs != recipe.optim.epochs:
+                what = f"epochs of {asked.run_folder} are {epochs}, and those of the recipe {recipe.optim.epochs}"
+                raise ConfigError(f"{what}; name another --out")
         stages.train_to_the_end(asked)
 
     with run_folder.claim(trained, state.is_of_run):

@@ -68,16 +68,16 @@ def train(config: LM1BConfig, ranks: "Ranks") -> None:
             tell(f"training {config.recipe} on {sample.NAME}, the sample text")
         n_words = len(trainer.corpus.vocabulary)
         tell(f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {n_words:,} words")
-        tell(
-            f"{ranks.n_ranks} ranks on {ranks.device.type}: {ranks.n_data} read other text, {ranks.n_vocab} share a "
-            "decoder"
-        )
+        tell(f"ranks on {ranks.device.type}: {ranks.n_data} with text of their own × {ranks.n_vocab} sharing a decoder")
         tell(f"memory of one:\n{trainer.memory}")
         if trainer.resumed:
-            tell(f"goes on at step {trainer.progress.step} of {trainer.total_steps}")
+            done, steps = trainer.progress.step, trainer.total_steps
+            tell(f"goes on at step {done} of {steps}" if done < steps else f"trained for {done} steps already")
         result = trainer.run()
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
     tell(f"{result['head']}: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words{speed}")
+    if config.evaluate:  # after the line: what cannot be kept is shown
+        trainer.write_result(result)
     if on_sample:
         tell(HOW_TO_GET_THE_CORPUS)
 

@@ -111,7 +111,7 @@ class Flags:
 
 def write(config: Flags) -> dict[str, float]:
     """Writes the folder and returns what language.json holds. Raises ValueError for a text too short to contain each
-    word."""
+    word, FolderOccupied for a folder that holds something else than such a language."""
     language = SyntheticLanguage(config.n_words, config.rank, config.concentration, config.seed)
     texts = {
         split: language.sample(n, config.seed + i)
@@ -124,6 +124,7 @@ def write(config: Flags) -> dict[str, float]:
             f"train must be longer for each of n_words = {config.n_words} words to occur in it: {config.train} words "
             f"lack {missing}"
         )
+    files.refuse_foreign(config.out, lambda path: path.name == "language.json")
     config.out.mkdir(parents=True, exist_ok=True)
     words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
     for split, tokens in texts.items():

@@ -13,8 +13,8 @@ from .errors import UserError
 
 Config = TypeVar("Config")
 
-program = "python -m fused_mos."
-"""The words before a command's name in usage lines."""
+program = ""
+"""What usage lines call the command, where that is not `python -m` and its module."""
 
 CONTINUES = "the same command continues"
 
@@ -35,7 +35,7 @@ def parse(
 
     return tyro.cli(
         cast(type[Config], config_type),  # whose stubs know no union
-        prog=program + command,
+        prog=program or f"python -m fused_mos.{command}",
         description=description,
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +34,22 @@ class FileError(UserError, OSError):
 
 class FolderInUse(UserError):
     """Another process writes to the folder."""
+
+
+class FolderOccupied(UserError):
+    """The folder holds what its writer does not know."""
+
+
+def refuse_foreign(folder: Path, belongs: Callable[[Path], bool]) -> None:
+    """Raises FolderOccupied if the folder holds something, but nothing that `belongs` to what is to be written, or is
+    no folder."""
+    if not folder.exists():
+        return
+    if folder.is_dir():
+        paths = [path for path in folder.iterdir() if not is_leftover(path)]
+        if not paths or any(belongs(path) for path in paths):
+            return
+    raise FolderOccupied(f"out: {folder} is not empty and holds something else; name another --out")
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

@@ -24,10 +24,8 @@ def claim(folder: Path, belongs: Callable[[Path], bool]) -> files.FolderLock:
 
 def check_free(folder: Path, belongs: Callable[[Path], bool]) -> None:
     """Raises ConfigError if the folder holds something, but nothing of a run."""
-    if not folder.exists():
-        return
-    if folder.is_dir():
-        paths = [path for path in folder.iterdir() if not files.is_leftover(path)]
-        if not paths or any(belongs(path) for path in paths):
-            return
-    raise ConfigError(f"out: {folder} is not empty and holds no checkpoint; name another --out")
+    try:
+        files.refuse_foreign(folder, belongs)
+    except files.FolderOccupied:
+        message = f"out: {folder} is not empty and holds no checkpoint of such a run; name another --out"
+        raise ConfigError(message) from None

@@ -12,7 +12,7 @@ from ..lm import AWDLSTM
 from .checkpoint import load_checkpoint, load_parameters
 from .config import TrainConfig
 from .device import allow_tf32, check_backend, device_named
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 
 
 @dataclasses.dataclass
@@ -77,7 +77,11 @@ def read_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.json")
     try:
-        return TrainConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "vocab_parallel" in values:
+            command = f"python -m fused_mos.train_1b --resume {folder} --evaluate"
+            raise ConfigError(f"{folder} is a run of train_1b, which only {command} can read")
+        return TrainConfig.from_json(values)
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 

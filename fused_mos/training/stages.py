@@ -18,7 +18,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     trainer = Trainer(config)
     n_parameters = sum(p.numel() for p in trainer.model.parameters())
     epoch = trainer.progress.epoch
-    where = f", goes on after {epoch} of {config.optim.epochs} epochs" if trainer.resumed else ""
+    where = ""
+    if trainer.resumed:
+        left = config.optim.epochs - epoch
+        where = f", goes on after {epoch} epochs" if left > 0 else f", trained for {epoch} epochs already"
     say(f"run folder {trainer.folder}, device {trainer.device}, {n_parameters:,} parameters{where}")
     result = trainer.run()
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""

@@ -96,12 +96,14 @@ def test_the_list_of_commands(capsys):
     assert "error: 'trian' is none of the commands demo, train," in capsys.readouterr().err
 
 
-def test_a_command_is_the_module(tmp_path, capsys):
+def test_a_command_is_the_module(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "program", "")
     assert package_command.main(["evaluate", str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        package_command.main(["synthetic", "--help"])
-    assert stop.value.code == 0 and "usage: fused-mos data.synthetic" in capsys.readouterr().out
+    for name in package_command.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            package_command.main([name, "--help"])
+        assert stop.value.code == 0 and f"usage: fused-mos {name} " in capsys.readouterr().out
 
 
 def test_the_shell_completes_commands_flags_and_choices(tmp_path, capsys):

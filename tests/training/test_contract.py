@@ -15,7 +15,7 @@ from runs import losses
 from safetensors.torch import load_file
 
 from fused_mos import demo, evaluate, experts, finetune, generate, reproduce, train, train_1b
-from fused_mos.data import lm1b, sample
+from fused_mos.data import lm1b, sample, synthetic
 from fused_mos.runtime import files, signals
 from fused_mos.training import RECIPES, TrainConfig, Trainer, stages
 from fused_mos.training import dynamic_evaluation as dynamic_module
@@ -375,3 +375,54 @@ def test_prepare_ends_its_workers_at_a_signal(prepared, tmp_path, monkeypatch, c
     assert "stopped; the same command continues" in capsys.readouterr().err
     assert lm1b.main(arguments) == 0
     assert not signals.noted()
+
+
+def test_folders_that_hold_something_else_are_left_alone(tmp_path, small_flags, flags, capsys):
+    """Also by commands that leave no checkpoint."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.txt").write_text("my own text")
+    for command, arguments in (
+        (train, small_flags),
+        (train_1b, flags),
+        (demo, []),
+        (synthetic, ["--n-words", "9", "--rank", "3", "--train", "500", "--heldout", "50"]),
+    ):
+        assert command.main([*arguments, "--out", str(tmp_path / "mine")]) == 2
+        assert f"out: {tmp_path / 'mine'} is not empty and holds" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == ["train.txt"]
+        assert (tmp_path / "mine" / "train.txt").read_text() == "my own text"
+    language = ["--n-words", "9", "--rank", "3", "--train", "500", "--heldout", "50", "--out", str(tmp_path / "new")]
+    assert synthetic.main(language) == 0 and synthetic.main(language) == 0
+
+
+def test_a_run_of_another_command_is_named(trained, flags, tmp_path, capsys):
+    assert finetune.main(["--resume", str(trained)]) == 2
+    assert f"resume: {trained} is a run of train, not of finetune" in capsys.readouterr().err
+    other = tmp_path / "1b"
+    assert train_1b.main([*flags, "--max-steps", "2", "--out", str(other)]) == 0
+    for command in (evaluate, generate, experts, finetune):
+        assert command.main([str(other)]) == 2
+        assert f"{other} is a run of train_1b, which only python -m fused_mos.train_1b" in capsys.readouterr().err
+
+
+def test_a_result_of_train_1b_that_cannot_be_kept_is_shown(flags, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert train_1b.main([*flags, "--max-steps", "2", "--out", str(out)]) == 0
+
+    def refused(self, result):
+        raise files.FileError(f"{out / 'result.json'}: Permission denied")
+
+    monkeypatch.setattr(LM1BTrainer, "write_result", refused)
+    capsys.readouterr()
+    assert train_1b.main(["--resume", str(out), "--evaluate"]) == 2
+    shown, error = capsys.readouterr()
+    assert "held-out ppl" in shown and "Permission denied" in error
+
+
+def test_a_longer_run_is_no_reproduction(small_flags, corpus_folder, tmp_path, monkeypatch, capsys):
+    config = train.parse([*small_flags, "--epochs", "1"])
+    monkeypatch.setitem(RECIPES, "demo", lambda: config)
+    out = tmp_path / "all"
+    assert train.main([*small_flags, "--epochs", "2", "--out", str(out)]) == 0
+    assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(out)]) == 2
+    assert f"epochs of {out} are 2, and those of the recipe 1; name another --out" in capsys.readouterr().err

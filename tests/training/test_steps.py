@@ -127,7 +127,9 @@ def test_a_step_draws_masks_for_each_part_and_reads_no_number_back(averaging, sm
     as on a GPU."""
     monkeypatch.setattr("fused_mos.training.trainer.random_bptt_length", lambda *_: 12)
     monkeypatch.setattr("fused_mos._inputs.values_can_be_read", lambda *_: False)
-    monkeypatch.setattr("fused_mos.ops._scaled", lambda gradient, factor: gradient * factor)
+    monkeypatch.setattr(
+        "fused_mos._backends.from_rows.scaled", lambda gradients, factor, *_: [g * factor for g in gradients]
+    )
     trainer = Trainer(
         parse(
             [

@@ -57,7 +57,8 @@ class LM1BConfig(RunConfig):
     bptt: int = setting(35, POSITIVE)
     """Rows of a segment of truncated backpropagation."""
     epochs: int = setting(1, POSITIVE, may_change=True)
-    """Passes over the training shards."""
+    """Passes over the training shards. A run that goes on with more, or with other max_steps, takes the learning rate
+    of the new length from there on."""
     max_steps: int = setting(0, NOT_NEGATIVE, may_change=True)
     """Steps at most; 0: no limit."""
     vocab_parallel: int = setting(1, POSITIVE, may_change=True)

@@ -147,7 +147,9 @@ class LM1BTrainer:
                 self._train()
                 self._evaluate_and_keep_best()
                 self._save()
-            return self.final_evaluation()
+            result = self.final_evaluation()
+            self.write_result(result)
+            return result
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -165,7 +167,7 @@ class LM1BTrainer:
         with bar(
             desc="train",
             unit="words",
-            total=rows * config.epochs * columns,
+            total=min(rows * config.epochs, (config.max_steps or math.inf) * config.bptt) * columns,
             initial=round(self.stream.fraction * rows) * columns,
             disable=not self.ranks.is_main,
         ) as shown:
@@ -310,9 +312,12 @@ class LM1BTrainer:
             "training_seconds": progress.seconds,
             "peak_memory_mib": peak_memory_mib(self.device),
         }
+        return result
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Writes result.json, by the main rank. Raises FileError."""
         if self.ranks.is_main:
             files.write_json(self.folder / "result.json", result)
-        return result
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
