@@ -220,6 +220,16 @@ def test_all_targets_ignored(reduction, workspace, backend):
     assert case.nll(ignore_index=7, backend=backend).isnan()
 
 
+def test_a_mean_over_nothing_is_nan_with_gradients_0(workspace, backend):
+    """As in F.cross_entropy: one masked micro-batch must not ruin a model."""
+    case = problem(6, 3, 4, 11).to(torch.float32)
+    case.target.fill_(-100)
+    loss = case.nll(backend=backend)
+    loss.backward()
+    assert loss.isnan() and len(case.gradients()) == 4
+    assert all(gradient.eq(0).all() for gradient in case.gradients().values())
+
+
 def test_ignored_token_with_infinite_loss_gives_no_gradient(workspace, backend):
     """The weight of an ignored token is 0 even where 0·inf would be NaN."""
     case = problem(4, 2, 5, 50, ignored=False)
