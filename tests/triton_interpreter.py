@@ -1,5 +1,5 @@
-"""Makes Triton's interpreter compute what a GPU does, where it does not: bfloat16. The package needs no repair on a
-GPU.
+"""Makes Triton's interpreter compute what a GPU does, where it does not: bfloat16, and float32 products by TF32's. The
+package needs no repair on a GPU.
 
 As of triton 3.6 its `tl.dot` multiplies the bit patterns of bfloat16 operands, and casts from float32 truncate; its
 fused multiply-add rounds twice. It also copies every argument onto itself after a call, since it expects tensors on a
@@ -8,6 +8,7 @@ GPU.
 
 import numpy as np
 import triton.language as tl
+from triton._C.libtriton.ir import INPUT_PRECISION as PRECISION
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
 
 
@@ -35,7 +36,20 @@ def _dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
     def operand(handle):
         return _widened(handle.data) if handle.dtype.scalar == tl.bfloat16 else handle.data.astype(np.float32)
 
-    return TensorHandle(np.matmul(operand(a), operand(b)) + accumulator.data, accumulator.dtype.scalar)
+    x, y, total = operand(a), operand(b), accumulator.data
+    if a.dtype.scalar == tl.float32 and input_precision != PRECISION.IEEE:
+        high_x, high_y = _truncated(x), _truncated(y)
+        with np.errstate(invalid="ignore"):  # inf − inf
+            low_x, low_y = _truncated(x - high_x), _truncated(y - high_y)
+        if input_precision == PRECISION.TF32x3:
+            total = np.matmul(low_x, high_y) + np.matmul(high_x, low_y) + total
+        x, y = high_x, high_y
+    return TensorHandle(np.matmul(x, y) + total, accumulator.dtype.scalar)
+
+
+def _truncated(data: np.ndarray) -> np.ndarray:
+    """float32 as TF32 products take it: 11 significant bits of 24."""
+    return (np.ascontiguousarray(data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _fma(self, a, b, c):

@@ -102,7 +102,7 @@ def nll_with_gradients(
         latent, prior_logits, weight, bias, target, valid, scale, filter_eps, tuple(needs)
     )
     losses = torch.where(valid, losses, 0)
-    return losses.sum() / count, one, losses, *rest
+    return losses.sum() * (1 / count), one, losses, *rest
 
 
 def scaled(gradients: Sequence[Tensor], factor: Tensor, divisor: Tensor, backend: str) -> Sequence[Tensor]:

@@ -42,6 +42,7 @@ FAMILIES = ("statistics", "sample", "gradient", "mixture", "mixture-gradient")
 for each expert, summed; its rows are tokens. mixture-gradient: that, and then each expert's tile again."""
 
 PRECISIONS = ("16-bit", "tf32", "ieee")
+"""How operands are multiplied; ieee, torch's name for float32 in full, by three TF32 products."""
 ROW_CLASSES = {"few": 16, "some": 64, "many": 2**31}
 WIDTH_CLASSES = {"narrow": 320, "wide": 2**31}
 """Shape classes by the largest number of rows, and of features, in them."""
@@ -52,7 +53,7 @@ def _table(changes: dict[str, Tile]) -> dict[str, Tile]:
     defaults = {
         "few 16-bit": Tile(16, 128, 64, 4, 4),
         "few tf32": Tile(16, 128, 32, 4, 3),
-        "few ieee": Tile(16, 128, 16, 4, 2),
+        "few ieee": Tile(16, 128, 32, 4, 2),
         "some 16-bit": Tile(64, 128, 64, 8, 3),
         "some tf32": Tile(64, 128, 32, 8, 3),
         "some ieee": Tile(64, 64, 16, 8, 2),
@@ -64,14 +65,14 @@ def _table(changes: dict[str, Tile]) -> dict[str, Tile]:
         "some tf32 sample": Tile(64, 64, 32, 8, 3),
         "many tf32 sample": Tile(64, 64, 32, 8, 3),
         "some tf32 mixture": Tile(64, 64, 32, 8, 3),
-        "some ieee mixture": Tile(16, 64, 16, 4, 2),
+        "some ieee mixture": Tile(32, 64, 16, 8, 2),
         "some 16-bit mixture-gradient": Tile(64, 64, 64, 8, 3),
-        "some ieee mixture-gradient": Tile(16, 64, 16, 8, 2),
+        "some ieee mixture-gradient": Tile(32, 64, 16, 8, 2),
         "many 16-bit mixture": Tile(64, 128, 64, 8, 3),
         "many tf32 mixture": Tile(64, 64, 32, 8, 3),
         "many ieee mixture": Tile(16, 64, 16, 4, 2),
         "many 16-bit mixture-gradient": Tile(64, 64, 64, 8, 3),
-        "many ieee mixture-gradient": Tile(16, 64, 16, 8, 2),
+        "many ieee mixture-gradient": Tile(32, 64, 16, 8, 2),
     }
     rules = defaults | changes
     return {
@@ -97,6 +98,16 @@ _LARGE = {
     "many 16-bit statistics wide": Tile(128, 256, 64, 8, 3),
     "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),
 }
+_LARGE_IEEE = {  # operands in shared memory leave registers for larger tiles
+    "some ieee": Tile(64, 128, 32, 8, 2),
+    "many ieee": Tile(128, 128, 32, 8, 2),
+    "some ieee sample": Tile(64, 64, 32, 8, 2),
+    "many ieee sample": Tile(64, 64, 32, 8, 2),
+    "some ieee mixture": Tile(64, 64, 32, 8, 2),
+    "many ieee mixture": Tile(128, 64, 32, 8, 2),
+    "some ieee mixture-gradient": Tile(64, 64, 32, 8, 2),
+    "many ieee mixture-gradient": Tile(64, 64, 32, 8, 2),
+}
 _SMALL_MIXTURE = {"some 16-bit mixture": Tile(64, 64, 64, 8, 3), "many 16-bit mixture": Tile(64, 64, 64, 8, 3)}
 _SHALLOW_MIXTURE = {
     "few tf32 mixture": Tile(16, 128, 32, 8, 3),
@@ -107,15 +118,12 @@ _SHALLOW_MIXTURE = {
     "many tf32 mixture-gradient": Tile(64, 32, 32, 8, 3),
 }
 _SHALLOW_GRADIENT = {"many 16-bit gradient narrow": Tile(128, 128, 32, 8, 4)}
-_NOT_RESIDENT = {
-    "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),
-    "many ieee mixture-gradient": Tile(32, 32, 16, 4, 2),
-}
+_NOT_RESIDENT = {"many 16-bit gradient wide": Tile(128, 256, 64, 8, 3)}
 ARCHITECTURES = {
     "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT | _SHALLOW_GRADIENT)),
-    "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE)),  # also sm_89
-    "sm_90": Architecture(132, 232_448, _table(_RESIDENT | _LARGE)),
-    "sm_100": Architecture(148, 232_448, _table(_NOT_RESIDENT)),
+    "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE | _SHALLOW_GRADIENT)),  # also sm_89
+    "sm_90": Architecture(132, 232_448, _table(_RESIDENT | _LARGE | _LARGE_IEEE)),
+    "sm_100": Architecture(148, 232_448, _table(_NOT_RESIDENT | _LARGE_IEEE)),
     "sm_120": Architecture(170, 101_376, _table(_SHALLOW_MIXTURE)),
 }
 INTERPRETER = Architecture(4, 2**30, {})

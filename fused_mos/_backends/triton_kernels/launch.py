@@ -75,7 +75,8 @@ def choose_tile(family: str, like: Tensor, n_rows: int, e: Tensor) -> tuple[Tile
     tiles = architecture_of(like.device).tiles | (_override.tiles if _override is not None else {})
     tile = tiles.get(key, configurations.INTERPRETER_TILE)
     tile = replace(tile, features=min(tile.features, max(triton.next_power_of_2(like.shape[-1]), 16)))
-    dot = "ieee" if precision == "ieee" else "tf32"
+    # three TF32 products of a number's high and low parts have float32's accuracy, on tensor cores
+    dot = "tf32x3" if precision == "ieee" else "tf32"
     rounds = precision == "tf32" and e.nbytes > configurations.LARGEST_ROUNDED
     constants = TileConstants(tile.rows, tile.classes, tile.features, dot, tile.resident, rounds)
     return tile, {"key": key, "warps": tile.warps, "stages": tile.stages, "TILE": constants}

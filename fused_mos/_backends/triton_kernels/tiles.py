@@ -26,7 +26,7 @@ class TileConstants(NamedTuple):
     rows: int
     classes: int
     features: int
-    precision: str  # of the product: "ieee" or "tf32", which 16-bit operands ignore
+    precision: str  # of float32 products: "tf32x3", "tf32" or "ieee"; 16-bit operands ignore it
     resident: bool
     rounds: bool = False  # e to TF32, since it is not rounded in memory
 

@@ -34,13 +34,9 @@ ACCUMULATORS = {"statistics": 128, "sample": 64, "gradient": 128, "mixture": 64,
 def candidates(family: str, products: str, rows: str, n_features: int, shared_memory: int) -> Iterator[Tile]:
     """Tiles worth compiling: their accumulators fit into registers and their operands into shared memory (bytes)."""
     itemsize = 2 if products == "16-bit" else 4
-    heights = {
-        "few": (16,),
-        "some": (16, 32, 64),
-        "many": (16, 32, 64, 128, 256) if products == "ieee" else (64, 128, 256),
-    }[rows]
+    heights = {"few": (16,), "some": (16, 32, 64), "many": (64, 128, 256)}[rows]
     depths = {"16-bit": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[products]
-    accumulators = ACCUMULATORS[family] // (2 if products == "ieee" else 1)
+    accumulators = ACCUMULATORS[family]
     for height, classes, features, warps, stages in itertools.product(
         heights, (32, 64, 128, 256), depths, (4, 8), (2, 3, 4)
     ):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ... import _backends
 from ...lm import AWDLSTM
 from ..errors import ConfigError
 from .config import LM1BConfig
@@ -20,8 +21,8 @@ from .ranks import Ranks
 OPTIMIZER_COPIES = {"sgd": 0, "adagrad": 1, "adam": 2}
 """Numbers that the optimizer keeps for each parameter."""
 
-HEAD_WORKSPACE = {"cuda": 256 << 20, "cpu": 64 << 20}
-"""Bytes that the head's kernels use beside their inputs and outputs."""
+CPU_WORKSPACE, TILED_WORKSPACE = 64 << 20, 256 << 20
+"""Bytes that the head's kernels use beside their inputs and outputs; those of Triton ask the GPU."""
 
 PROCESS = {"cuda": 1200 << 20, "cpu": 500 << 20}
 """Bytes of a process that has done nothing yet: libraries, and on a GPU its context and cuDNN's workspace."""
@@ -60,7 +61,7 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
         "tied gradient's terms": rows * d * (item * (2 if in_head < tokens else 1) + item + 2 * half),
         "LSTM activations": lstm,
         "head activations": head,
-        "head workspace": HEAD_WORKSPACE[device_type],
+        "head workspace": _head_workspace(device_type),
     }
     if config.vocab_parallel > 1:  # gradients that are exchanged together, when the rest of a step is gone
         step["exchange, beyond"] = max((n_parameters - rows * (d + 1)) * item - sum(step.values()), 0)
@@ -69,6 +70,14 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
         making = whole_bytes - sum(kept.values()) - sum(step.values())
         step["a checkpoint, beyond"] = max(writing, making, 0)
     return kept | step
+
+
+def _head_workspace(device_type: str) -> int:
+    if device_type == "cpu":
+        return CPU_WORKSPACE
+    if _backends.why_absent("triton"):
+        return TILED_WORKSPACE
+    return _backends.kernels("triton").workspace_bytes(torch.device(device_type))
 
 
 def available(config: LM1BConfig, ranks: Ranks) -> int:
