@@ -188,6 +188,27 @@ def test_the_vocabulary_is_split_where_rows_are_few(monkeypatch):
         assert torch.allclose(split.double(), whole.double(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("k", [33, 1030])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_many_experts(reduction, k):
+    """A program holds all experts of a token side by side."""
+    case = problem(3, k, 4, 20)
+
+    def compute(p, backend):
+        return p.nll(backend=backend, reduction=reduction)
+
+    check_forward_and_gradients(case, compute, torch.float32, "triton", relative_slack=1e-6)
+
+
+def test_a_prior_that_is_not_a_number_chooses_some_expert():
+    """On a GPU nobody looks at values, and an index out of bounds would end the process."""
+    latent, prior_logits = torch.randn(5, 3, 8), torch.full((5, 3), math.nan)
+    prior_logits[0] = torch.tensor([0.0, -math.inf, -math.inf])
+    chosen = triton.choose_rows(latent, prior_logits, None)
+    assert torch.equal(chosen[0], latent[0, 0])
+    assert all((latent[i] == chosen[i]).all(1).any() for i in range(5))
+
+
 def test_equal_calls_give_equal_bits():
     runs = []
     for _ in range(2):

@@ -94,6 +94,8 @@ _RESIDENT = {
     "many 16-bit mixture-gradient narrow": Tile(64, 64, 64, 8, 2, True),
 }
 _LARGE = {
+    # the third stage prefetches: of a resident operand and two stages the loop over tiles loads nothing ahead
+    "many 16-bit statistics narrow": Tile(128, 64, 64, 8, 3, True),
     "many 16-bit gradient narrow": Tile(128, 128, 64, 4, 3),
     "many 16-bit statistics wide": Tile(128, 256, 64, 8, 3),
     "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),

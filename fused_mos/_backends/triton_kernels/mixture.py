@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LOWEST, logits_tile
+from .tiles import LOG2E, LOWEST, logits_tile
 
 TINY = tl.constexpr(1e-37)
 
@@ -35,13 +35,13 @@ def joint_tile(
     TILE: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """l − L of one expert, (TOKENS, CLASSES), and log π, (TOKENS,)."""
+    """l − maximum of one expert, (TOKENS, CLASSES), and its log total and log π, (TOKENS,)."""
     token = tl.minimum(first_token + tl.arange(0, TILE.rows), logits.n_rows - 1)
     tile = logits_tile(logits, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=RESIDENT)
     statistic = token * K + expert
-    maximum = tl.load(mixture.maximum_ptr + statistic)
-    log_total = tl.load(mixture.log_total_ptr + statistic)
-    return (tile - maximum[:, None]) - log_total[:, None], tl.load(mixture.log_prior_ptr + statistic)
+    # the maximum first, since the sum of the others with a large one would be rounded
+    below = tile - tl.load(mixture.maximum_ptr + statistic)[:, None]
+    return below, tl.load(mixture.log_total_ptr + statistic), tl.load(mixture.log_prior_ptr + statistic)
 
 
 @triton.jit
@@ -59,10 +59,10 @@ def log_prob_tile(
     CLASSES: tl.constexpr = TILE.classes
     total = tl.zeros((TOKENS, CLASSES), tl.float32)
     for expert in range(0, K):
-        log_softmax, log_prior = joint_tile(
+        below, log_total, log_prior = joint_tile(
             logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=TILE.resident
         )
-        total += tl.exp(log_softmax + log_prior[:, None])
+        total += tl.exp2(tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None]))
     log_p = tl.log(total)
     beyond = (tl.arange(0, CLASSES) >= logits.n_classes - first_class)[None, :]
     if tl.min(tl.where(beyond, 1.0, total)) < TINY:
@@ -70,10 +70,10 @@ def log_prob_tile(
         peak = tl.full((TOKENS, CLASSES), LOWEST, tl.float32)
         total = tl.zeros((TOKENS, CLASSES), tl.float32)
         for expert in range(0, K):
-            log_softmax, log_prior = joint_tile(
+            below, log_total, log_prior = joint_tile(
                 logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
             )
-            joint = log_softmax + log_prior[:, None]
+            joint = below + (log_prior - log_total)[:, None]
             new_peak = tl.maximum(peak, joint)
             total = total * tl.exp(peak - new_peak) + tl.exp(joint - new_peak)
             peak = new_peak
@@ -171,9 +171,10 @@ def mixture_gradient_kernel(
     log_p = tl.where(log_p > float("-inf"), log_p, float("inf"))
     row_stride = K * gradients.stride
     for expert in range(0, K):
-        log_softmax, log_prior = joint_tile(
+        below, log_total, log_prior = joint_tile(
             logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
         )
+        log_softmax = below - log_total[:, None]
         weighted = grad * tl.exp(log_softmax + log_prior[:, None] - log_p)
         statistic = (first_token + token) * K + expert
         mask = first_token + token < n_tokens
