@@ -125,9 +125,9 @@ def _lm1b_trainer(recipe: str, precision: str) -> Iterator[Training]:
             segments = _endless(trainer.stream.segments)
 
             def step() -> int:
-                inputs, targets = next(segments)
-                trainer.train_step(inputs, targets)
-                return inputs.numel()
+                segment = next(segments)
+                trainer.train_step(segment)
+                return segment.inputs.numel()
 
             yield Training(trainer.model, step)
         finally:

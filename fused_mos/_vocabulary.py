@@ -233,7 +233,7 @@ class LocalVocabulary(Vocabulary):
 
     def choose_rows(self, operands: Operands, generator: torch.Generator | None) -> Tensor:
         kernels = _backends.traceable(operands.backend, operands.latent)
-        return kernels.choose_rows(operands.latent, operands.prior_logits, generator)
+        return kernels.choose_rows(contiguous(operands.latent), contiguous(operands.prior_logits), generator)
 
     def draw(
         self,

@@ -1,5 +1,9 @@
 """Kernels that the Triton backend launches: the host's time where a GPU is faster than Python can launch."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from backends import configurations, triton
@@ -55,3 +59,32 @@ def test_launches_at_the_shape_of_penn_treebank(names, most):
 def test_what_torch_launches_is_counted():
     x = torch.empty(3, 4, device="meta")
     assert launches(lambda: (x.t().mul_(2), x.view(12)[:3].new_empty(2), x.sum())) == ["mul_", "sum"]
+
+
+CENSUS = """
+import collections
+import torch
+from fused_mos._backends.triton_kernels import configurations, launch, proof
+
+NAMES = ("gradient, in the forward pass", "backward pass", "loss", "statistics", "gradient, recomputed")
+variants = collections.defaultdict(set)
+for length in range(1, 120):
+    with launch.overridden(configurations.ARCHITECTURES["sm_90"], record=True) as calls:
+        operations = proof.operations((12 * length, 15, 280, 10_000), torch.bfloat16, "meta")
+        for name in NAMES:
+            if name in operations:
+                operations[name]()
+    for call in calls:
+        width = call.constants.get("WIDTH")  # of rows that are rounded, or that have a column beside them
+        variants[call.kernel.__name__, call.key, call.constants.get("MEAN"), width].add(proof.variant(call))
+for key, found in variants.items():
+    print(len(found), *key)
+"""
+
+
+def test_lengths_of_text_compile_few_variants():
+    """Random lengths of segments, as in training, in one block and in two."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", CENSUS], env=environment, capture_output=True, text=True, check=True)
+    counts = [int(line.split()[0]) for line in result.stdout.splitlines()]
+    assert len(counts) > 10 and max(counts) <= 2, result.stdout

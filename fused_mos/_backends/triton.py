@@ -201,7 +201,8 @@ def _finish(
     width = 0 if sums is None else sums.shape[1]
     constants = {"SUMS": width, "D": d, "MEAN": mean, "ROWS": 16, "FEATURES": min(triton.next_power_of_2(d), 256)}
     grid = (n_blocks + (loss is not None),)
-    launch(loss_kernels.finish_kernel, grid, finished, loss, n_classes, n_blocks, **constants)
+    n_tokens = 0 if loss is None else loss.nll_ptr.shape[0]
+    launch(loss_kernels.finish_kernel, grid, finished, loss, n_classes, n_blocks, n_tokens, **constants)
 
 
 def rows_backward(
@@ -285,7 +286,10 @@ def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor) -> int:
     if held < n_experts:
         return 0
     blocks = math.ceil(n_rows / held)
-    return min(math.ceil(n_rows / blocks / n_experts), held // n_experts) * n_experts  # blocks of about one size
+    tokens = min(math.ceil(n_rows / blocks / n_experts), held // n_experts)  # blocks of about one size
+    if blocks > 1 and tokens > 16:  # whose parts of vectors are aligned, as the kernels of one block are compiled
+        tokens = min(math.ceil(tokens / 16) * 16, held // n_experts // 16 * 16) or tokens
+    return tokens * n_experts
 
 
 def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> bool:
@@ -310,7 +314,7 @@ def nll_with_gradients(
     if not any(needs):
         losses, *known = nll(latent, prior_logits, weight, bias, target, ignore_index)
         empty = [tensor.new_empty(0) for tensor in (latent, prior_logits, weight, weight)]
-        result = Loss(losses, target, loss, divisor, ignore_index, len(losses))
+        result = Loss(losses, target, loss, divisor, ignore_index)
         _finish(None, weight[:0], weight[:0, 0], False, weight.shape[1], loss=result, mean=mean)
         return loss, divisor, losses, *known, *empty
     (n, k, d), n_classes = latent.shape, weight.shape[0]
@@ -363,7 +367,7 @@ def nll_with_gradients(
             summed = torch.mv(block[:, :n_classes].t(), f_block)
             bias_sums = summed if bias_sums is None else bias_sums.add_(summed)
     grad_bias = grad_bias if bias_sums is None else bias_sums.to(weight.dtype)
-    result = Loss(losses, target, loss, divisor, ignore_index, n)
+    result = Loss(losses, target, loss, divisor, ignore_index)
     finished = weight[:0] if in_place else grad_weight
     _finish(sums, finished, grad_bias, with_columns, d, loss=result, mean=mean)
     statistics = (statistic.view(n, k) for statistic in (reference, log_total, target_logit))

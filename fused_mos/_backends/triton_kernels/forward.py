@@ -55,7 +55,7 @@ def split_statistics(
     tile, constants = choose_tile("statistics", z, n, logits.e_ptr)
     n_splits, tiles_of_split = splits_of_vocabulary(max(n, 1), logits.n_classes, tile, z.device)
     maxima, totals = empty_float32(z, n_splits, n), empty_float32(z, n_splits, n)
-    splits = Splits(maxima, totals, None if target is None else empty_float32(z, n_splits, n), n_splits)
+    splits = Splits(maxima, totals, None if target is None else empty_float32(z, n_splits, n))
     grid = triton.cdiv(n, tile.rows), n_splits
     constants |= {"D": z.shape[1], "EXPERTS": n_experts}
     launch(rows.statistics_kernel, grid, logits, target, splits, tiles_of_split, **constants)
@@ -74,7 +74,8 @@ def combine(
     """Writes the statistics of whole rows, and what is asked for of the mixture."""
     mix = mixture_constants(n_experts)
     grid = (triton.cdiv(n_tokens, mix.tokens),)
-    launch(loss_kernels.combine_kernel, grid, splits, statistics, targets, log_prior, nll, n_tokens, MIX=mix)
+    arguments = splits, statistics, targets, log_prior, nll, n_tokens, splits.total_ptr.shape[0]
+    launch(loss_kernels.combine_kernel, grid, *arguments, MIX=mix)
 
 
 def normalisers(

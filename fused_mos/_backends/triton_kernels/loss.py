@@ -8,7 +8,8 @@
     finish_kernel        dE and db from their float32 sums, and the loss
     scaled_kernel        all gradients times a factor that is known in the backward pass
 
-A program takes whole tokens, with their K experts side by side.
+A program takes whole tokens, with their K experts side by side. Numbers that change from batch to batch are not
+specialised, so that a kernel is compiled once or twice for a model, not for each length of a text.
 """
 
 from typing import NamedTuple
@@ -39,7 +40,6 @@ class Splits(NamedTuple):
     maximum_ptr: Tensor  # (splits, R)
     total_ptr: Tensor  # (splits, R): Σ exp(l − maximum)
     target_logit_ptr: Tensor | None  # (splits, R), NaN where the split does not have it; None without targets
-    n_splits: int
 
 
 class Statistics(NamedTuple):
@@ -82,7 +82,6 @@ class Loss(NamedTuple):
     loss_ptr: Tensor  # () out
     divisor_ptr: Tensor  # () out: the number of targets that count, or 1 of a sum
     ignore_index: int
-    n_tokens: int
 
 
 class Gradients(NamedTuple):
@@ -135,7 +134,7 @@ def valid_targets(targets, token, n_tokens):
     return target, (token < n_tokens) & (target != targets.ignore_index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "n_splits"])
 def combine_kernel(
     splits,  # Splits
     statistics,  # Statistics, out
@@ -143,6 +142,7 @@ def combine_kernel(
     log_prior_ptr,  # (N, K) out, or None
     nll_ptr,  # (N,) out, or None
     n_tokens,
+    n_splits,
     MIX: tl.constexpr,
 ):
     """The statistics of whole rows; log π; and with the targets' logits the NLL."""
@@ -151,15 +151,15 @@ def combine_kernel(
     n_rows = n_tokens * MIX.k
     part = tl.arange(0, MIX.partials)
     maximum = tl.full((MIX.tokens * MIX.experts,), LOWEST, tl.float32)
-    for first in range(0, splits.n_splits, MIX.partials):
-        there = (first + part < splits.n_splits)[:, None] & there_row[None, :]
+    for first in range(0, n_splits, MIX.partials):
+        there = (first + part < n_splits)[:, None] & there_row[None, :]
         index = (first + part)[:, None].to(tl.int64) * n_rows + flat[None, :]
         maximum = tl.maximum(maximum, tl.max(tl.load(splits.maximum_ptr + index, mask=there, other=LOWEST), 0))
     total = tl.zeros((MIX.tokens * MIX.experts,), tl.float32)
     found = tl.zeros((MIX.tokens * MIX.experts,), tl.float32)
     times_found = tl.zeros((MIX.tokens * MIX.experts,), tl.float32)
-    for first in range(0, splits.n_splits, MIX.partials):
-        there = (first + part < splits.n_splits)[:, None] & there_row[None, :]
+    for first in range(0, n_splits, MIX.partials):
+        there = (first + part < n_splits)[:, None] & there_row[None, :]
         index = (first + part)[:, None].to(tl.int64) * n_rows + flat[None, :]
         split_maximum = tl.load(splits.maximum_ptr + index, mask=there, other=LOWEST)
         split_total = tl.load(splits.total_ptr + index, mask=there, other=0.0)
@@ -185,7 +185,7 @@ def combine_kernel(
             tl.store(statistics.target_logit_ptr + row, 0.0, mask=mask & ~valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def mix_kernel(
     z_ptr,  # (R, STRIDE), of which D features
     reference_ptr,  # (R,)
@@ -279,7 +279,7 @@ def scale_rows(
         tl.store(result_ptr + place * WIDTH + feature, value.to(dtype), mask=written[:, None] & (feature < WIDTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def row_weights_kernel(
     grad_ptr,  # (N,)
     statistics,  # Statistics of R rows
@@ -310,7 +310,7 @@ def row_weights_kernel(
         tl.store(grad_prior_ptr + row, grad_prior.to(grad_prior_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_result"])
 def scaled_rows_kernel(
     source_ptr,  # (R, STRIDE), of which D features
     factor_ptr,  # (R,); () where it is the same for all rows; None for 1
@@ -339,12 +339,13 @@ def scaled_rows_kernel(
     scale_rows(source_ptr, row, mask, written, factor, result_ptr, STRIDE, D, WIDTH, COLUMNS, FEATURES, TF32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_classes", "n_blocks", "n_tokens"])
 def finish_kernel(
     sums,  # Finished, of rows of dE
     loss,  # Loss, or None
     n_classes,
     n_blocks,  # programs over the sums; one more makes the loss
+    n_tokens,
     SUMS: tl.constexpr,  # width of the sums
     D: tl.constexpr,
     MEAN: tl.constexpr,
@@ -360,8 +361,8 @@ def finish_kernel(
         token = tl.arange(0, 1024)
         total = tl.zeros((1024,), tl.float32)
         count = tl.zeros((1024,), tl.int32)
-        for first in range(0, loss.n_tokens, 1024):
-            mask = first + token < loss.n_tokens
+        for first in range(0, n_tokens, 1024):
+            mask = first + token < n_tokens
             total += tl.load(loss.nll_ptr + first + token, mask=mask, other=0.0)
             target = tl.load(loss.target_ptr + first + token, mask=mask, other=0)
             count += (mask & (target != loss.ignore_index)).to(tl.int32)

@@ -105,7 +105,7 @@ def log_prob_kernel(
     tl.store(out, log_p, mask=(first_token + token < n_tokens)[:, None] & (first_class + column < n_classes)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_of_split"])
 def predict_kernel(
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture

@@ -131,7 +131,11 @@ def _specialisation(argument) -> tuple[str, object, bool]:
         return "fp32", None, False
     if argument == 1:
         return "constexpr", 1, False
-    return ("i32" if -(2**31) <= argument < 2**31 else "i64"), None, argument % 16 == 0
+    return _integer(argument), None, argument % 16 == 0
+
+
+def _integer(argument: int) -> str:
+    return "i32" if -(2**31) <= argument < 2**31 else "i64"
 
 
 def _members(arguments: tuple) -> Iterator[tuple[tuple[int, ...], object]]:
@@ -150,13 +154,26 @@ def _type(argument) -> str | tuple:
     return _specialisation(argument)[0]
 
 
+def variant(call: Call) -> str:
+    """What Triton compiles a kernel anew for, as text."""
+    plain = {i for i, parameter in enumerate(call.kernel.params) if parameter.do_not_specialize}
+    members = (_integer(m) if path[0] in plain else _specialisation(m) for path, m in _members(call.arguments))  # type: ignore[arg-type]
+    return repr((call.kernel.__name__, call.key, list(members), call.constants))
+
+
 def _source(call: Call) -> tuple[ASTSource, dict]:
     names = call.kernel.arg_names
-    signature = {name: _type(argument) for name, argument in zip(names, call.arguments)}
+    plain = {i for i, parameter in enumerate(call.kernel.params) if parameter.do_not_specialize}
+    signature = {
+        name: _integer(argument) if i in plain else _type(argument)
+        for i, (name, argument) in enumerate(zip(names, call.arguments))
+    }
     signature |= dict.fromkeys(call.constants, "constexpr")
     constants: dict[tuple[int, ...], object] = {(names.index(name),): value for name, value in call.constants.items()}
     attributes = {}
     for path, argument in _members(call.arguments):
+        if path[0] in plain:
+            continue
         kind, value, is_aligned = _specialisation(argument)
         if kind == "constexpr":
             constants[path] = value
@@ -225,9 +242,7 @@ def distinct_calls(
         with float32_products(dtype_name) as dtype:
             for shape in shapes:
                 for call in recorded_calls(ARCHITECTURES[architecture], SHAPES[shape], dtype, {}):
-                    members = [_specialisation(member) for _, member in _members(call.arguments)]
-                    specialised = repr((members, call.constants))
-                    same = call.kernel.__name__, call.key, call.warps, call.stages, "" if brief else specialised
+                    same = call.kernel.__name__, call.key, call.warps, call.stages, "" if brief else variant(call)
                     names = found.setdefault(same, (call, []))[1]
                     if shape not in names:
                         names.append(shape)

@@ -11,7 +11,7 @@ from .loss import Splits  # noqa: F401  (what statistics_kernel writes)
 from .tiles import LOWEST, logits_tile, row_targets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_of_split"])
 def statistics_kernel(
     logits,  # Logits of R rows
     target_ptr,  # (R / EXPERTS,) int64, or None
@@ -64,7 +64,7 @@ def gumbel(bits):
     return -tl.log(exponential)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_of_split"])
 def sample_kernel(
     logits,  # Logits of R rows
     seed_ptr,  # (1,) int64
@@ -103,7 +103,7 @@ def sample_kernel(
     tl.store(index_ptr + start + row, index.to(tl.int64), mask=row < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_splits"])
 def first_of_best_kernel(
     best_ptr,  # (splits, R)
     index_ptr,  # (splits, R) int64
@@ -126,7 +126,7 @@ def first_of_best_kernel(
     tl.store(result_ptr + row, index, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def choose_rows_kernel(
     latent_ptr,  # (N, K, D)
     prior_logits_ptr,  # (N, K)
