@@ -49,6 +49,9 @@ def default_device(request):
     torch.set_default_device(None)
 
 
+TRITON_KERNELS = "fused_mos._backends.triton_kernels"
+
+
 @pytest.fixture(params=["one tile", "many tiles"])
 def workspace(request, monkeypatch):
     """Runs a test with the usual workspace and with one so small that every loop has several tiles (of 64 columns in
@@ -57,8 +60,8 @@ def workspace(request, monkeypatch):
 
     if request.param == "many tiles":
         if triton:
-            monkeypatch.setattr(triton, "WORKSPACE_BYTES", 128 * 1024)
-            monkeypatch.setattr(triton, "MAX_ROWS", 64)
+            monkeypatch.setattr(f"{TRITON_KERNELS}.workspace.WORKSPACE_BYTES", 128 * 1024)
+            monkeypatch.setattr(f"{TRITON_KERNELS}.backward.MAX_ROWS", 64)
             monkeypatch.setattr(triton, "MIN_GRADIENT_ROWS", 1)
             monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(32, 128, 32, 4, 1))
         monkeypatch.setitem(tiled.WORKSPACE_BYTES, "cpu", 16 * 1024)

@@ -22,7 +22,17 @@ pytestmark = pytest.mark.interpreted
 
 from triton_interpreter import run_program
 
-from fused_mos._backends.triton_kernels import forward, gradients, launch, loss, mixture, operands, proof, rows
+from fused_mos._backends.triton_kernels import (
+    backward,
+    forward,
+    gradients,
+    launch,
+    loss,
+    mixture,
+    operands,
+    proof,
+    rows,
+)
 from fused_mos._backends.triton_kernels.tiles import LogitGradients, Logits, TileConstants
 
 
@@ -258,7 +268,7 @@ class _PeakBytes(TorchDispatchMode):
 def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
     """At most 296 MiB beside inputs and results, at the paper's shapes and with an H100's tiles: all of the backend but
     its launches, on tensors that have sizes and no numbers."""
-    for module in (triton, forward, operands):
+    for module in (triton, forward, backward, operands):
         monkeypatch.setattr(module, "launch", lambda *arguments, **constants: None)
     n, _, _, v = proof.SHAPES[shape]
     with proof.float32_products(dtype) as torch_dtype, launch.overridden(configurations.ARCHITECTURES["sm_90"]):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..products import product
 from ..tracing import assume_constant_result
-from . import gradients, loss
+from . import finish, gradients
 from .configurations import LARGEST_ROUNDED, precision
 from .launch import launch
 from .loss import MixtureConstants
@@ -103,7 +103,7 @@ def scaled_rows(
         "FEATURES": features,
     }
     constants |= {"OF_ALL": factor is not None and factor.dim() == 0, "TF32": tf32}
-    launch(loss.scaled_rows_kernel, (triton.cdiv(n, 16),), source, factor, result, source.shape[0], n, **constants)
+    launch(finish.scaled_rows_kernel, (triton.cdiv(n, 16),), source, factor, result, source.shape[0], n, **constants)
     return result
 
 
