@@ -128,6 +128,17 @@ def test_a_first_tile_that_says_nothing_about_the_maximum(masked, dtype, monkeyp
     )
 
 
+def test_a_target_alone_far_above_the_first_tile(monkeypatch):
+    """Its exponential is in no tile's sum, and float32 has no room for it."""
+    monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(32, 128, 16, 4, 1))
+    case = problem(40, 3, 8, 700, ignored=False)
+    case.bias[500] += 120
+    case.target[::2] = 500
+    check_forward_and_gradients(
+        case, lambda p, backend: p.nll(backend=backend), torch.float32, "triton", relative_slack=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     "compute",
     [

@@ -106,7 +106,7 @@ _LARGE_IEEE = {  # operands in shared memory leave registers for larger tiles
     "some ieee sample": Tile(64, 64, 32, 8, 2),
     "many ieee sample": Tile(64, 64, 32, 8, 2),
     "some ieee mixture": Tile(64, 64, 32, 8, 2),
-    "many ieee mixture": Tile(128, 64, 32, 8, 2),
+    "many ieee mixture": Tile(64, 64, 32, 8, 2),
     "some ieee mixture-gradient": Tile(64, 64, 32, 8, 2),
     "many ieee mixture-gradient": Tile(64, 64, 32, 8, 2),
 }
@@ -123,7 +123,6 @@ _SHALLOW_GRADIENT = {"many 16-bit gradient narrow": Tile(128, 128, 32, 8, 4)}
 _SMALL_PREDICTION = {  # whose maxima and places need registers beside the sums
     "few 16-bit mixture": Tile(16, 64, 64, 4, 4),
     "few tf32 mixture": Tile(16, 64, 32, 4, 3),
-    "many ieee mixture": Tile(64, 64, 32, 8, 2),
 }
 _NOT_RESIDENT = {"many 16-bit gradient wide": Tile(128, 256, 64, 8, 3)}
 ARCHITECTURES = {
