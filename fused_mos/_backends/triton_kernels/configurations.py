@@ -70,7 +70,7 @@ def _table(changes: dict[str, Tile]) -> dict[str, Tile]:
         "some ieee mixture-gradient": Tile(32, 64, 16, 8, 2),
         "many 16-bit mixture": Tile(64, 128, 64, 8, 3),
         "many tf32 mixture": Tile(64, 64, 32, 8, 3),
-        "many ieee mixture": Tile(16, 64, 16, 4, 2),
+        "many ieee mixture": Tile(32, 32, 16, 4, 2),
         "many 16-bit mixture-gradient": Tile(64, 64, 64, 8, 3),
         "many ieee mixture-gradient": Tile(32, 64, 16, 8, 2),
     }
@@ -119,17 +119,20 @@ _SHALLOW_MIXTURE = {
     "many tf32 mixture": Tile(64, 64, 16, 8, 3),
     "many tf32 mixture-gradient": Tile(64, 32, 32, 8, 3),
 }
-_SHALLOW_GRADIENT = {"many 16-bit gradient narrow": Tile(128, 128, 32, 8, 4)}
+_SHALLOW_GRADIENT = {
+    "many 16-bit gradient narrow": Tile(128, 128, 32, 8, 4),
+    "many tf32 gradient narrow": Tile(128, 64, 32, 8, 3),
+}
+_FLAT_MIXTURE = {"many ieee mixture": Tile(16, 32, 16, 4, 2)}
 _SMALL_PREDICTION = {  # whose maxima and places need registers beside the sums
     "few 16-bit mixture": Tile(16, 64, 64, 4, 4),
     "few tf32 mixture": Tile(16, 64, 32, 4, 3),
 }
-_NOT_RESIDENT = {"many 16-bit gradient wide": Tile(128, 256, 64, 8, 3)}
 ARCHITECTURES = {
     "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT | _SHALLOW_GRADIENT)),
-    "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE | _SHALLOW_GRADIENT)),  # also sm_89
+    "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE | _SHALLOW_GRADIENT | _FLAT_MIXTURE)),  # also sm_89
     "sm_90": Architecture(132, 232_448, _table(_RESIDENT | _LARGE | _LARGE_IEEE)),
-    "sm_100": Architecture(148, 232_448, _table(_NOT_RESIDENT | _LARGE_IEEE | _SMALL_PREDICTION)),
+    "sm_100": Architecture(148, 232_448, _table(_LARGE_IEEE | _SMALL_PREDICTION)),
     "sm_120": Architecture(170, 101_376, _table(_SHALLOW_MIXTURE)),
 }
 INTERPRETER = Architecture(4, 2**30, {})
