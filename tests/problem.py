@@ -105,7 +105,7 @@ def _expected(case: Problem, compute, dtype: torch.dtype, requires_grad) -> tupl
     """The unfused computation in `dtype` and the float64 oracle. The last ones are kept: the backends and workspaces of
     a test ask for the same, which takes longer than what they compute themselves."""
     tensors = [getattr(case, name) for name in (*INPUTS, "target")]
-    key = (compute, dtype, requires_grad, torch.get_float32_matmul_precision(), *map(_digest, tensors))
+    key = (compute, dtype, requires_grad, torch.backends.cuda.matmul.fp32_precision, *map(_digest, tensors))
     if key not in _KEPT:
         unfused = _computed(case, compute, dtype, "reference", requires_grad)
         oracle = _computed(case, compute, torch.float64, "reference", requires_grad)

@@ -52,10 +52,9 @@ def on_gpu():
 
 @pytest.fixture(params=["highest", "high"])
 def float32_precision(request):
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(request.param)
     yield request.param
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("computation", COMPUTATIONS)

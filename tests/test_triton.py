@@ -33,6 +33,7 @@ from fused_mos._backends.triton_kernels import (
     proof,
     rows,
 )
+from fused_mos._backends.triton_kernels import workspace as workspace_module
 from fused_mos._backends.triton_kernels.tiles import LogitGradients, Logits, TileConstants
 
 
@@ -230,6 +231,52 @@ def test_a_prior_that_is_not_a_number_chooses_some_expert():
     assert all((latent[i] == chosen[i]).all(1).any() for i in range(5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_tile_narrower_than_what_fills_up_the_vocabulary(reduction, dtype, monkeypatch):
+    """70 classes are filled up to 128 columns of dl, of which three tiles of 32 would write 96; what is not written may
+    be NaN, so memory is made so."""
+    monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(32, 32, 16, 4, 1))
+    empty = torch.Tensor.new_empty
+
+    def unwritten(self, *shape, **options):
+        result = empty(self, *shape, **options)
+        return result.fill_(math.nan) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
+    case = problem(40, 3, 8, 70)
+
+    def compute(p, backend):
+        return p.nll(backend=backend, reduction=reduction)
+
+    check_forward_and_gradients(case, compute, dtype, "triton", relative_slack=1e-6)
+
+
+@pytest.mark.parametrize("largest_rounded", [2**20, 0], ids=["in memory", "in the kernel"])
+def test_tf32_operands_are_rounded(largest_rounded, monkeypatch):
+    """Truncated, as the products take them, they would make all logits smaller by 0.066 %."""
+    monkeypatch.setattr(configurations, "LARGEST_ROUNDED", largest_rounded)
+    rows_, weight = torch.rand(100, 64) + 0.1, torch.rand(200, 64) + 0.1
+    with proof.float32_products("tf32"):
+        maximum, _, _ = triton.row_statistics(rows_, weight, None, None)
+    exact = (rows_.double() @ weight.double().t()).amax(1)
+    shift = (maximum.double() / exact - 1).mean().item()
+    assert 0 < abs(shift) < 1e-4, shift
+
+
+def test_the_workspace_follows_the_gpu_and_the_environment(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(workspace_module, "_memory_of_gpu", lambda: 80 * 2**30)
+    assert workspace_module.workspace_bytes(gpu) == int(0.02 * 80 * 2**30)
+    monkeypatch.setattr(workspace_module, "_memory_of_gpu", lambda: 8 * 2**30)
+    assert workspace_module.workspace_bytes(gpu) == workspace_module.workspace_bytes(torch.device("cpu")) == 288 * 2**20
+    monkeypatch.setenv("FUSED_MOS_WORKSPACE_MIB", "100")
+    assert workspace_module.workspace_bytes(gpu) == 100 * 2**20
+    monkeypatch.setenv("FUSED_MOS_WORKSPACE_MIB", "0.5")
+    with pytest.raises(ValueError, match="FUSED_MOS_WORKSPACE_MIB must be a positive number of MiB, got '0.5'"):
+        workspace_module.workspace_bytes(gpu)
+
+
 def test_equal_calls_give_equal_bits():
     runs = []
     for _ in range(2):
@@ -336,11 +383,10 @@ def test_every_supported_gpu_has_tiles(capability, name):
 
 
 def test_float32_products_follow_torch():
-    before = torch.get_float32_matmul_precision()
     try:
         for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
             assert configurations.precision(torch.float32) == expected
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
     assert configurations.precision(torch.bfloat16) == "16-bit"

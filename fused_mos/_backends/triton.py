@@ -4,13 +4,15 @@ Tiles of logits never leave the chip in the forward pass. The backward passes wr
 block of tokens at a time, in the operands' dtype to a bounded workspace, from which two matrix products of the vendor's
 library make dz and dE, accumulated in float32. No atomics: equal calls give equal bits.
 
-float32 products follow `torch.set_float32_matmul_precision`: full precision, or TF32.
+float32 products follow torch's setting, `torch.backends.cuda.matmul.fp32_precision` or its old names: full precision,
+or TF32.
 
 With TRITON_INTERPRET=1 in the environment before triton is imported, the kernels run on CPU tensors, slowly: for tests.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -25,12 +27,13 @@ from .triton_kernels import loss as loss_kernels
 from .triton_kernels.backward import finish, log_prob_backward, nll_backward, rows_backward  # noqa: F401
 from .triton_kernels.exponentials import Exponentials
 from .triton_kernels.finish import Gradients, Loss, Sizes
-from .triton_kernels.forward import choose_rows, log_prob, nll, normalisers, predict, row_statistics, sample  # noqa: F401
+from .triton_kernels.forward import choose_rows, log_prob, nll, normalisers, predict, row_statistics, sample  # noqa: F401  # noqa: F401
 from .triton_kernels.launch import INTERPRETED, choose_tile, launch
 from .triton_kernels.loss import RowFactors, Targets
 from .triton_kernels.operands import (
     add_times_embedding,
     aligned,
+    aligned_weight,
     bytes_of_padded,
     empty_float32,
     has_columns,
@@ -135,7 +138,7 @@ def nll_with_gradients(
         finish(None, weight[:0], weight[:0, 0], False, weight.shape[1], loss=result, mean=mean)
         return loss, divisor, losses, *known, *empty
     (n, k, d), n_classes = latent.shape, weight.shape[0]
-    z, e = aligned(latent.view(n * k, d)), aligned(weight)
+    z, e = aligned(latent.view(n * k, d)), aligned_weight(weight)
     reference, log_total, target_logit, responsibility, factor = (empty_float32(latent, n * k) for _ in range(5))
     losses = empty_float32(latent, n)
     grad_rows = latent.new_empty((n * k, d) if needs[0] else 0)
@@ -161,9 +164,10 @@ def nll_with_gradients(
         a = all_exponentials[: r.stop - r.start]
         logits = Logits(z[r], e, bias, a.shape[0], n_classes)
         rows_ = z.new_empty(a.shape[0], width) if needs_sums else None
+        written = _exponentials(logits, target[t], reference[r], a, target_logit[r], k)
         parts = RowFactors(responsibility[r], factor[r], rows_, grad_prior[t] if needs[1] else None)
         targets = Targets(prior_logits[t], target[t], ignore_index)
-        _write_loss(logits, targets, reference[r], a, target_logit[r], losses[t], log_total[r], parts, d, with_columns)
+        _mix(logits, written, targets, reference[r], losses[t], log_total[r], parts, d, with_columns)
         block, f_block = a[:, :padded], factor[r]
         survivors = kept_rows(responsibility[r], responsibility[r], filter_eps)
         if survivors is not None:
@@ -192,12 +196,11 @@ def nll_with_gradients(
     return loss, divisor, losses, *statistics, grad_latent, grad_prior, grad_weight, grad_bias
 
 
-def _write_loss(
+def _mix(
     logits: Logits,  # of R rows, aligned
+    written: Exponentials,  # the targets' entries out
     targets: Targets,  # of N tokens
-    reference: Tensor,  # (R,) out
-    a: Tensor,  # (R, ≥ V) out: dl / factor
-    target_logit: Tensor,  # (R,) out
+    reference: Tensor,  # (R,)
     losses: Tensor,  # (N,) out
     log_total: Tensor,  # (R,) out
     factors: RowFactors,  # out
@@ -205,15 +208,12 @@ def _write_loss(
     with_columns: bool,
 ) -> None:
     n, k = targets.prior_logits_ptr.shape
-    target = targets.target_ptr
-    assert target is not None
-    written = _exponentials(logits, target, reference, a, target_logit, k)
-    sizes = n, logits.n_classes, written.tile_total_ptr.shape[0]
     width = 0 if factors.rows_ptr is None else factors.rows_ptr.shape[1]
     mix = mixture_constants(k, width)
-    constants = {"STRIDE": logits.z_ptr.shape[1], "D": d, "WIDTH": width, "COLUMNS": 2 * with_columns, "MIX": mix}
     arguments = logits.z_ptr, reference, written, targets, losses, log_total, factors
-    launch(loss_kernels.mix_kernel, (triton.cdiv(n, mix.tokens),), *arguments, *sizes, **constants)  # type: ignore[arg-type]
+    sizes = n, logits.n_classes, written.tile_total_ptr.shape[0]
+    constants: dict[str, Any] = {"STRIDE": logits.z_ptr.shape[1], "D": d, "WIDTH": width, "COLUMNS": 2 * with_columns}
+    launch(loss_kernels.mix_kernel, (triton.cdiv(n, mix.tokens),), *arguments, *sizes, **constants, MIX=mix)
 
 
 def _exponentials(
@@ -224,12 +224,12 @@ def _exponentials(
     target_logit: Tensor,  # (R,) out
     n_experts: int,
 ) -> Exponentials:
-    z, e, _, n, n_classes = logits
+    z, e, _, n, _ = logits
     tile, constants = choose_tile("gradient", z, n, e)
     constants |= {"D": e.shape[1]}
     rows_of_grid = triton.cdiv(n, tile.rows)
     launch(exponentials.reference_kernel, (rows_of_grid,), logits, reference, target_logit, **constants)
-    n_tiles = triton.cdiv(n_classes, tile.classes)
+    n_tiles = triton.cdiv(a.shape[1], tile.classes)  # zeros beyond the last class, too
     out = Exponentials(a, empty_float32(z, n_tiles, n), target_logit, a.shape[1])
     arguments = logits, target, reference, out
     constants |= {"EXPERTS": n_experts}

@@ -127,7 +127,7 @@ def test_the_shell_completes_commands_flags_and_choices(tmp_path, capsys):
 
 @pytest.mark.processes
 def test_where_there_is_no_triton(tmp_path):
-    """Its command says so, and keeps the shell from completing no other one."""
+    """Its command says so, and the shell completes all commands."""
     hidden = (
         "import sys; sys.modules['triton'] = None; from fused_mos.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )

@@ -19,6 +19,7 @@ from .mixture import Mixture, mixture_gradient_kernel
 from .operands import (
     add_times_embedding,
     aligned,
+    aligned_weight,
     bytes_of_padded,
     empty_float32,
     has_columns,
@@ -125,7 +126,7 @@ def rows_backward(
     needs: tuple[bool, bool, bool],
     n_experts: int = 1,  # rows that share a target, which then is (R / n_experts,)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    z, e = aligned(rows_), aligned(weight)
+    z, e = aligned(rows_), aligned_weight(weight)
     grad_target = grad_lse if grad_target is None else grad_target
     (scaled_lse, scaled_target), unscale = in_range(rows_.dtype, grad_lse.float(), grad_target.float())
 
@@ -195,7 +196,7 @@ def log_prob_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two sweeps of two products, the first for s = Σ_v G q, and the two products with dl."""
     (n, k, d), n_classes = latent.shape, weight.shape[0]
-    z, e = aligned(latent.view(n * k, d)), aligned(weight)
+    z, e = aligned(latent.view(n * k, d)), aligned_weight(weight)
     grad = grad.float().contiguous()
     experts = Mixture(log_prior, maximum, log_total)
     s = _sums_of_weighted_posteriors(grad, Logits(z, e, bias, n, n_classes), experts)

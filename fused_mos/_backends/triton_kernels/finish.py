@@ -17,7 +17,7 @@ from .tiles import rounded_to_tf32
 
 
 class Finished(NamedTuple):
-    """What finish_kernel makes of the float32 sums of dE, some rows of them, and of a loss."""
+    """The float32 sums of some rows of dE, and what is to be made of them."""
 
     sums_ptr: Tensor | None  # (≥ V, SUMS): Σ dE, then, of a bias, two columns whose sum is Σ db
     grad_weight_ptr: Tensor | None  # (V, D) out
@@ -26,6 +26,8 @@ class Finished(NamedTuple):
 
 
 class Loss(NamedTuple):
+    """Each token's NLL, and the sum or mean that is to be made of them."""
+
     nll_ptr: Tensor  # (N,)
     target_ptr: Tensor  # (N,) int64
     loss_ptr: Tensor  # () out
@@ -34,7 +36,7 @@ class Loss(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Tensors to multiply, None for those that are not there, and their numbers of elements."""
+    """Tensors of one kind, None for those that are not there."""
 
     latent_ptr: Tensor | None
     prior_ptr: Tensor | None
@@ -43,6 +45,8 @@ class Gradients(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """Numbers of elements of `Gradients`, 0 for those that are not there."""
+
     n_latent: int
     n_prior: int
     n_weight: int

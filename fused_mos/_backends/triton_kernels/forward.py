@@ -12,7 +12,7 @@ from .configurations import Tile
 from .launch import architecture_of, choose_tile, launch
 from .loss import Splits, Statistics, Targets
 from .mixture import Mixture
-from .operands import aligned, empty_float32, mixture_constants
+from .operands import aligned, aligned_weight, empty_float32, mixture_constants
 from .tiles import Logits
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -39,7 +39,7 @@ def row_statistics(
     target: Tensor | None,  # (R,)
 ) -> tuple[Tensor, Tensor, Tensor]:  # maximum, log_total and target_logit, (R,) each
     n = rows_.shape[0]
-    logits = Logits(aligned(rows_), aligned(weight), bias, n, weight.shape[0])
+    logits = Logits(aligned(rows_), aligned_weight(weight), bias, n, weight.shape[0])
     statistics = Statistics(*(empty_float32(rows_, n) for _ in range(3)))
     combine(split_statistics(logits, target, 1), statistics, n, 1)
     return statistics.maximum_ptr, statistics.log_total_ptr, statistics.target_logit_ptr  # type: ignore[return-value]
@@ -85,7 +85,7 @@ def normalisers(
     bias: Tensor | None,  # (V,)
 ) -> tuple[Tensor, Tensor, Tensor]:  # log π, maximum and log_total, (N, K) each
     n, k, d = latent.shape
-    logits = Logits(aligned(latent.view(n * k, d)), aligned(weight), bias, n * k, weight.shape[0])
+    logits = Logits(aligned(latent.view(n * k, d)), aligned_weight(weight), bias, n * k, weight.shape[0])
     log_prior, maximum, log_total = (empty_float32(latent, n, k) for _ in range(3))
     targets = Targets(prior_logits, None, 0)
     combine(split_statistics(logits, None, k), Statistics(maximum, log_total, None), n, k, targets, log_prior)
@@ -101,7 +101,7 @@ def nll(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,), and (N, K) each
     n, k, d = latent.shape
-    logits = Logits(aligned(latent.view(n * k, d)), aligned(weight), bias, n * k, weight.shape[0])
+    logits = Logits(aligned(latent.view(n * k, d)), aligned_weight(weight), bias, n * k, weight.shape[0])
     losses, statistics = empty_float32(latent, n), Statistics(*(empty_float32(latent, n, k) for _ in range(3)))
     targets = Targets(prior_logits, target, ignore_index)
     combine(split_statistics(logits, target, k), statistics, n, k, targets, None, losses)
@@ -131,7 +131,7 @@ def sample(
     generator: torch.Generator | None,
 ) -> Tensor:  # (R,)
     """Gumbel-max, with random numbers that depend on the seed, the row and the class alone."""
-    rows_, weight = aligned(rows_.contiguous()), aligned(weight)
+    rows_, weight = aligned(rows_.contiguous()), aligned_weight(weight)
     n, d = rows_.shape
     logits = Logits(rows_, weight, bias, n, weight.shape[0])
     tile, constants = choose_tile("sample", rows_, n, weight)
@@ -162,7 +162,7 @@ def log_prob(
     log_total: Tensor,  # (N, K)
 ) -> Tensor:  # (N, V)
     n, k, d = latent.shape
-    logits = Logits(aligned(latent.view(-1, d)), aligned(weight), bias, n, weight.shape[0])
+    logits = Logits(aligned(latent.view(-1, d)), aligned_weight(weight), bias, n, weight.shape[0])
     tile, constants = choose_tile("mixture", logits.z_ptr, n, logits.e_ptr)
     experts = Mixture(log_prior, maximum, log_total)
     result = empty_float32(latent, n, logits.n_classes)
@@ -183,7 +183,7 @@ def predict(
     n, k, d = latent.shape
     if n == 0:
         return torch.empty(0, dtype=torch.int64, device=latent.device)
-    logits = Logits(aligned(latent.view(-1, d)), aligned(weight), bias, n, weight.shape[0])
+    logits = Logits(aligned(latent.view(-1, d)), aligned_weight(weight), bias, n, weight.shape[0])
     experts = Mixture(log_prior, maximum, log_total)
     tile, constants = choose_tile("mixture", logits.z_ptr, n, logits.e_ptr)
     splits, tiles_of_split = splits_of_vocabulary(n, logits.n_classes, tile, latent.device)

@@ -139,15 +139,16 @@ def combine_kernel(
     if log_prior_ptr is not None:
         tl.store(log_prior_ptr + row, log_prior_of(targets.prior_logits_ptr, row, mask), mask=mask)
     if splits.target_logit_ptr is not None:
-        target_logit = tl.where(times_found > 0, found, float("nan"))
-        tl.store(statistics.target_logit_ptr + flat, target_logit, mask=there_row)
+        target_logit = tl.reshape(tl.where(times_found > 0, found, float("nan")), (MIX.tokens, MIX.experts))
         if nll_ptr is not None:
-            log_likelihood = tl.reshape((target_logit - maximum) - log_total, (MIX.tokens, MIX.experts))
+            log_likelihood = target_logit - tl.reshape(maximum, (MIX.tokens, MIX.experts))
+            log_likelihood -= tl.reshape(log_total, (MIX.tokens, MIX.experts))
             joint = log_prior_of(targets.prior_logits_ptr, row, mask) + log_likelihood
             mixture, _ = mixed(tl.where(mask, joint, float("-inf")))
             _, valid = valid_targets(targets, token, n_tokens)
             tl.store(nll_ptr + token, tl.where(valid, -mixture, 0.0), mask=token < n_tokens)
-            tl.store(statistics.target_logit_ptr + row, 0.0, mask=mask & ~valid[:, None])
+            target_logit = tl.where(valid[:, None], target_logit, 0.0)
+        tl.store(statistics.target_logit_ptr + row, target_logit, mask=mask)  # once: two layouts would race
 
 
 @triton.jit(do_not_specialize=["n_tokens"])

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..products import product
 from ..tracing import assume_constant_result
-from . import finish, gradients
-from .configurations import LARGEST_ROUNDED, precision
+from . import configurations, finish, gradients
+from .configurations import precision
 from .launch import launch
 from .loss import MixtureConstants
 
@@ -31,17 +31,24 @@ def aligned(tensor: Tensor) -> Tensor:
     """Rows of a multiple of 16 bytes, from a 16-byte boundary on, filled up with zeros: what wide loads and products
     need. In float32 with TF32 products, rounded to TF32: hardware would truncate, which makes all logits a little
     smaller."""
+    return _aligned(tensor, rounds=_is_tf32(tensor.dtype))
+
+
+def aligned_weight(weight: Tensor) -> Tensor:
+    """The embedding, likewise, but that a large one is not rounded: its kernels round what they load."""
+    return _aligned(weight, rounds=is_rounded_ahead(weight))
+
+
+def _aligned(tensor: Tensor, rounds: bool) -> Tensor:
     n_rows, width = tensor.shape[0], row_length(max(tensor.shape[1], 1), tensor)
-    rounds = is_rounded_ahead(tensor)
     if not rounds and width == tensor.shape[1] and tensor.storage_offset() * tensor.itemsize % 16 == 0:
         return tensor
     return scaled_rows(tensor, None, tensor.new_empty(n_rows, width), tensor.shape[1], tf32=rounds)
 
 
-def is_rounded_ahead(tensor: Tensor) -> bool:
-    """Whether the operand of TF32 products is rounded in a copy of its own. A large embedding is not: its kernels round
-    what they load."""
-    return _is_tf32(tensor.dtype) and tensor.nbytes <= LARGEST_ROUNDED
+def is_rounded_ahead(weight: Tensor) -> bool:
+    """Whether the embedding of TF32 products is rounded in a copy of its own."""
+    return _is_tf32(weight.dtype) and weight.nbytes <= configurations.LARGEST_ROUNDED
 
 
 @assume_constant_result
@@ -50,7 +57,7 @@ def _is_tf32(dtype: torch.dtype) -> bool:
 
 
 def bytes_of_padded(n_rows: int, weight: Tensor) -> int:
-    """Bytes of what `aligned` makes of the rows and the weight; 0 where they need no padding."""
+    """Bytes of the copies that `aligned` and `aligned_weight` make; 0 where they make none."""
     n_classes, n_features = weight.shape
     width = row_length(n_features, weight)
     is_padded = width != n_features

@@ -224,12 +224,12 @@ def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Comp
 @contextlib.contextmanager
 def float32_products(name: str) -> Iterator[torch.dtype]:
     """torch's setting for the products of `DTYPES[name]`."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
     try:
         yield DTYPES[name]
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def distinct_calls(
