@@ -181,11 +181,13 @@ def plot_training(rows: dict[str, dict], title: str, path: Path) -> None:
     found = {key.removeprefix("training | "): row for key, row in rows.items() if "stages" in row}
     if not found:
         return
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.5 * len(found)), layout="constrained")
+    stages = list(dict.fromkeys(stage for row in found.values() for stage in row["stages"]))
+    height = max(1.5 + 0.5 * len(found), 0.6 + 0.18 * len(stages))  # the legend has a line for each stage
+    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
     left = dict.fromkeys(found, 0.0)
-    for stage in dict.fromkeys(stage for row in found.values() for stage in row["stages"]):
+    for i, stage in enumerate(stages):
         widths = [row["stages"].get(stage, {"ms": 0.0})["ms"] for row in found.values()]
-        axes.barh(list(found), widths, left=list(left.values()), label=stage)
+        axes.barh(list(found), widths, left=list(left.values()), label=stage, color=plt.get_cmap("tab20")(i % 20))
         left = {name: start + width for (name, start), width in zip(left.items(), widths)}
     axes.set_yticks(
         range(len(found)), [f"{name}\nidle {row['idle share']:.0%}" for name, row in found.items()], fontsize=8
