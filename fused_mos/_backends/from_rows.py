@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .reference import accumulation_dtype, log_softmax_prior, mix_target
-from .row_filter import kept_rows
+from .row_filter import backward_of_kept, kept_rows
 
 
 def nll(
@@ -61,20 +61,15 @@ def nll_backward(
     if not any(product_needs):
         return latent.new_empty(0), grad_prior, latent.new_empty(0), latent.new_empty(0)
     row_weight = row_weight.view(-1)
-    row_target = target.repeat_interleave(k)
-    per_row = [latent.view(n * k, d), row_target, maximum.view(-1), log_total.view(-1), row_weight]
+    rows, row_target = latent.view(n * k, d), target.repeat_interleave(k)
+    per_row = row_target, maximum.view(-1), log_total.view(-1), row_weight, row_weight
     kept = kept_rows(responsibility.view(-1), row_weight, filter_eps)
-    if kept is not None:
-        per_row = [tensor[kept] for tensor in per_row]
-    rows, row_target, row_maximum, row_log_total, row_weight = per_row
-    grad_rows, grad_weight, grad_bias = rows_backward(
-        rows, weight, bias, row_target, row_maximum, row_log_total, row_weight, row_weight, product_needs
-    )
-    if needs[0]:
-        if kept is not None:
-            grad_rows = torch.zeros_like(latent.view(n * k, d)).index_copy_(0, kept, grad_rows)
-        grad_rows = grad_rows.view(n, k, d)
-    return grad_rows, grad_prior, grad_weight, grad_bias
+    if kept is None:
+        grad_rows, *others = rows_backward(rows, weight, bias, *per_row, product_needs)
+    else:
+        grad_rows, *others = backward_of_kept(rows_backward, kept, rows, weight, bias, per_row, product_needs)
+    grad_weight, grad_bias = others
+    return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
 
 def nll_with_gradients(

@@ -5,6 +5,8 @@ weight change nothing that the dtype can show, so they are dropped before any pr
 products shrink together.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,20 @@ def kept_rows(responsibility: Tensor, row_weight: Tensor, filter_eps: float) -> 
     dropped = (row_weight == 0) | (responsibility < filter_eps)
     kept = torch.nonzero(~dropped).squeeze(1)
     return None if kept.numel() == dropped.numel() else kept
+
+
+def backward_of_kept(
+    rows_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    kept: Tensor,  # (M,)
+    rows: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    per_row: Sequence[Tensor],  # (R,) each: what `rows_backward` takes of each row
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rows_backward` over the kept rows alone; the gradients of the others are 0."""
+    kept_parts = (part[kept] for part in per_row)
+    grad_rows, grad_weight, grad_bias = rows_backward(rows[kept], weight, bias, *kept_parts, needs)
+    if needs[0]:
+        grad_rows = torch.zeros_like(rows).index_copy_(0, kept, grad_rows)
+    return grad_rows, grad_weight, grad_bias

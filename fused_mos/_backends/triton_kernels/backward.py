@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..products import product, spans
-from ..row_filter import kept_rows
+from ..row_filter import backward_of_kept, kept_rows
 from . import finish as finish_kernels
 from . import gradients, workspace
 from . import loss as loss_kernels
@@ -166,17 +166,13 @@ def nll_backward(
     launch(loss_kernels.row_weights_kernel, grid, *arguments, grad_prior if needs[1] else None, n, MIX=mix)
 
     product_needs = (needs[0], needs[2], needs[3])
-    rows_, row_maximum, row_log_total = latent.view(n * k, d), maximum.view(-1), log_total.view(-1)
+    rows_, per_row = latent.view(n * k, d), (maximum.view(-1), log_total.view(-1), row_weight, row_weight)
     kept = kept_rows(responsibility, row_weight, filter_eps)
     if kept is None:
-        weights = row_maximum, row_log_total, row_weight, row_weight
-        grad_rows, *others = rows_backward(rows_, weight, bias, target, *weights, product_needs, k)
+        grad_rows, *others = rows_backward(rows_, weight, bias, target, *per_row, product_needs, k)
     else:
-        weights = row_maximum[kept], row_log_total[kept], row_weight[kept], row_weight[kept]
-        row_target = target.repeat_interleave(k)[kept]
-        grad_rows, *others = rows_backward(rows_[kept], weight, bias, row_target, *weights, product_needs)
-        if needs[0]:
-            grad_rows = torch.zeros_like(rows_).index_copy_(0, kept, grad_rows)
+        all_parts = (target.repeat_interleave(k), *per_row)
+        grad_rows, *others = backward_of_kept(rows_backward, kept, rows_, weight, bias, all_parts, product_needs)
     grad_weight, grad_bias = others
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
