@@ -20,3 +20,8 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tens
 def spans(n: int, size: int) -> Iterator[slice]:
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+def cdiv(n: int, size: int) -> int:
+    """Parts of `size` that n needs; triton.cdiv, which kernels can call, too, takes the host ten times as long."""
+    return -(-n // size)

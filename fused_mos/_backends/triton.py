@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .products import product, spans
+from .products import cdiv, product, spans
 from .row_filter import kept_rows
 from .tracing import assume_constant_result
 from .triton_kernels import configurations, exponentials
@@ -213,7 +212,7 @@ def _mix(
     arguments = logits.z_ptr, reference, written, targets, losses, log_total, factors
     sizes = n, logits.n_classes, written.tile_total_ptr.shape[0]
     constants: dict[str, Any] = {"STRIDE": logits.z_ptr.shape[1], "D": d, "WIDTH": width, "COLUMNS": 2 * with_columns}
-    launch(loss_kernels.mix_kernel, (triton.cdiv(n, mix.tokens),), *arguments, *sizes, **constants, MIX=mix)
+    launch(loss_kernels.mix_kernel, (cdiv(n, mix.tokens),), *arguments, *sizes, **constants, MIX=mix)
 
 
 def _exponentials(
@@ -227,9 +226,9 @@ def _exponentials(
     z, e, _, n, _ = logits
     tile, constants = choose_tile("gradient", z, n, e)
     constants |= {"D": e.shape[1]}
-    rows_of_grid = triton.cdiv(n, tile.rows)
+    rows_of_grid = cdiv(n, tile.rows)
     launch(exponentials.reference_kernel, (rows_of_grid,), logits, reference, target_logit, **constants)
-    n_tiles = triton.cdiv(a.shape[1], tile.classes)  # zeros beyond the last class, too
+    n_tiles = cdiv(a.shape[1], tile.classes)  # zeros beyond the last class, too
     out = Exponentials(a, empty_float32(z, n_tiles, n), target_logit, a.shape[1])
     arguments = logits, target, reference, out
     constants |= {"EXPERTS": n_experts}
@@ -237,7 +236,7 @@ def _exponentials(
     # fewer rows and more warps, since it holds more in registers
     rows = min(tile.rows, 64)
     constants |= {"TILE": constants["TILE"]._replace(rows=rows), "warps": 8}
-    launch(exponentials.recheck_kernel, (triton.cdiv(n, rows),), *arguments, **constants)
+    launch(exponentials.recheck_kernel, (cdiv(n, rows),), *arguments, **constants)
     return out
 
 
@@ -248,6 +247,6 @@ def scaled(gradients_: Sequence[Tensor], factor: Tensor, divisor: Tensor) -> lis
     sources, outs = (
         Gradients(*(tensor if tensor.numel() else None for tensor in tensors)) for tensors in (gradients_, results)
     )
-    grid = (sum(triton.cdiv(size, 4096) for size in sizes),)
+    grid = (sum(cdiv(size, 4096) for size in sizes),)
     launch(finish_kernels.scaled_kernel, grid, sources, outs, sizes, factor, divisor, BLOCK=4096)
     return results

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..products import product, spans
+from ..products import cdiv, product, spans
 from ..row_filter import backward_of_kept, kept_rows
 from . import finish as finish_kernels
 from . import gradients, workspace
@@ -105,7 +105,7 @@ def finish(
     wants_weight, wants_bias = grad_weight.numel() > 0, with_columns and grad_bias.numel() > 0
     sums = sums if wants_weight or wants_bias else None
     n_classes = len(grad_weight) if wants_weight else len(grad_bias)
-    n_blocks = 0 if sums is None else triton.cdiv(n_classes, 16)
+    n_blocks = 0 if sums is None else cdiv(n_classes, 16)
     finished = Finished(sums, grad_weight if wants_weight else None, grad_bias if wants_bias else None, unscale)
     width = 0 if sums is None else sums.shape[1]
     constants = {"SUMS": width, "D": d, "MEAN": mean, "ROWS": 16, "FEATURES": min(triton.next_power_of_2(d), 256)}
@@ -132,7 +132,7 @@ def rows_backward(
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         tile, constants = choose_tile("gradient", z, dl.shape[0], e)
-        grid = triton.cdiv(dl.shape[0], tile.rows), triton.cdiv(dl.shape[1], tile.classes)
+        grid = cdiv(dl.shape[0], tile.rows), cdiv(dl.shape[1], tile.classes)
         logits = Logits(z[r], e, bias, dl.shape[0], weight.shape[0])
         block_target = None if target is None else target[r.start // n_experts : r.stop // n_experts]
         statistics, weights = Statistics(maximum[r], log_total[r], None), RowGradients(scaled_lse[r], scaled_target[r])
@@ -162,7 +162,7 @@ def nll_backward(
     grad_prior = torch.empty_like(prior_logits) if needs[1] else prior_logits.new_empty(0)
     statistics, mix = Statistics(maximum, log_total, target_logit), mixture_constants(k)
     arguments = grad, statistics, Targets(prior_logits, target, ignore_index), row_weight, responsibility
-    grid = (triton.cdiv(n, mix.tokens),)
+    grid = (cdiv(n, mix.tokens),)
     launch(loss_kernels.row_weights_kernel, grid, *arguments, grad_prior if needs[1] else None, n, MIX=mix)
 
     product_needs = (needs[0], needs[2], needs[3])
@@ -203,7 +203,7 @@ def log_prob_backward(
         t = slice(r.start // k, r.stop // k)
         n_tokens = t.stop - t.start
         tile, constants = choose_tile("mixture-gradient", z, n_tokens, e)
-        grid = triton.cdiv(n_tokens, tile.rows), triton.cdiv(dl.shape[1], tile.classes)
+        grid = cdiv(n_tokens, tile.rows), cdiv(dl.shape[1], tile.classes)
         logits = Logits(z[r], e, bias, n_tokens, n_classes)
         experts = Mixture(log_prior[t], maximum[t], log_total[t])
         out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
@@ -225,12 +225,12 @@ def _sums_of_weighted_posteriors(
     s = empty_float32(z, n, k).zero_()
     tile, constants = choose_tile("mixture-gradient", z, n, logits.e_ptr)
     tiles = max(workspace.WORKSPACE_BYTES // 16 // max(s.nbytes, 1), 1)
-    partial = empty_float32(z, min(tiles, triton.cdiv(n_classes, tile.classes)), n, k)
+    partial = empty_float32(z, min(tiles, cdiv(n_classes, tile.classes)), n, k)
     constants |= {"K": k, "D": z.shape[1], "SECOND_SWEEP": False}
     for c in spans(n_classes, tiles * tile.classes):
         span = LogitGradients(None, c.start, c.stop - c.start, 0)
-        terms = partial[: triton.cdiv(span.n_columns, tile.classes)]
-        grid = triton.cdiv(n, tile.rows), terms.shape[0]
+        terms = partial[: cdiv(span.n_columns, tile.classes)]
+        grid = cdiv(n, tile.rows), terms.shape[0]
         launch(mixture_gradient_kernel, grid, logits, experts, grad, terms, span, **constants)
         s += terms.sum(0)
     return s

@@ -3,9 +3,9 @@ log-probabilities and most probable classes.
 """
 
 import torch
-import triton
 from torch import Tensor
 
+from ..products import cdiv
 from . import loss as loss_kernels
 from . import mixture, rows
 from .configurations import Tile
@@ -21,12 +21,10 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 def splits_of_vocabulary(n_rows: int, n_classes: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """How many splits of the vocabulary occupy the device, and the tiles of each."""
-    tiles = triton.cdiv(n_classes, tile.classes)
-    wanted = triton.cdiv(
-        PROGRAMS_PER_MULTIPROCESSOR * architecture_of(device).multiprocessors, triton.cdiv(n_rows, tile.rows)
-    )
-    tiles_of_split = triton.cdiv(tiles, min(wanted, tiles))
-    return triton.cdiv(tiles, tiles_of_split), tiles_of_split
+    tiles = cdiv(n_classes, tile.classes)
+    wanted = cdiv(PROGRAMS_PER_MULTIPROCESSOR * architecture_of(device).multiprocessors, cdiv(n_rows, tile.rows))
+    tiles_of_split = cdiv(tiles, min(wanted, tiles))
+    return cdiv(tiles, tiles_of_split), tiles_of_split
 
 
 # ---------------------------------------------------------------------------------------------------------- single rows
@@ -56,7 +54,7 @@ def split_statistics(
     n_splits, tiles_of_split = splits_of_vocabulary(max(n, 1), logits.n_classes, tile, z.device)
     maxima, totals = empty_float32(z, n_splits, n), empty_float32(z, n_splits, n)
     splits = Splits(maxima, totals, None if target is None else empty_float32(z, n_splits, n))
-    grid = triton.cdiv(n, tile.rows), n_splits
+    grid = cdiv(n, tile.rows), n_splits
     constants |= {"D": z.shape[1], "EXPERTS": n_experts}
     launch(rows.statistics_kernel, grid, logits, target, splits, tiles_of_split, **constants)
     return splits
@@ -73,7 +71,7 @@ def combine(
 ) -> None:
     """Writes the statistics of whole rows, and what is asked for of the mixture."""
     mix = mixture_constants(n_experts)
-    grid = (triton.cdiv(n_tokens, mix.tokens),)
+    grid = (cdiv(n_tokens, mix.tokens),)
     arguments = splits, statistics, targets, log_prior, nll, n_tokens, splits.total_ptr.shape[0]
     launch(loss_kernels.combine_kernel, grid, *arguments, MIX=mix)
 
@@ -118,7 +116,7 @@ def choose_rows(
     mix = mixture_constants(k, d)
     seed = torch.randint(2**62, (1,), generator=generator, device=latent.device)
     chosen = latent.new_empty(n, d)
-    grid = (triton.cdiv(n, mix.tokens),)
+    grid = (cdiv(n, mix.tokens),)
     launch(rows.choose_rows_kernel, grid, latent, prior_logits, seed, chosen, n, D=d, MIX=mix)
     return chosen
 
@@ -138,7 +136,7 @@ def sample(
     n_splits, tiles_of_split = splits_of_vocabulary(max(n, 1), logits.n_classes, tile, rows_.device)
     seed = torch.randint(2**62, (1,), generator=generator, device=rows_.device)
     best, index = empty_float32(rows_, n_splits, n), seed.new_empty(n_splits, n)
-    grid = triton.cdiv(n, tile.rows), n_splits
+    grid = cdiv(n, tile.rows), n_splits
     launch(rows.sample_kernel, grid, logits, seed, best, index, 1 / temperature, tiles_of_split, D=d, **constants)
     return _first_of_best(best, index)
 
@@ -146,7 +144,7 @@ def sample(
 def _first_of_best(best: Tensor, index: Tensor) -> Tensor:  # (splits, N), (splits, N) -> (N,)
     n_splits, n = best.shape
     result = index.new_empty(n)
-    launch(rows.first_of_best_kernel, (triton.cdiv(n, 128),), best, index, result, n, n_splits, BLOCK=128)
+    launch(rows.first_of_best_kernel, (cdiv(n, 128),), best, index, result, n, n_splits, BLOCK=128)
     return result
 
 
@@ -166,7 +164,7 @@ def log_prob(
     tile, constants = choose_tile("mixture", logits.z_ptr, n, logits.e_ptr)
     experts = Mixture(log_prior, maximum, log_total)
     result = empty_float32(latent, n, logits.n_classes)
-    grid = triton.cdiv(n, tile.rows), triton.cdiv(logits.n_classes, tile.classes)
+    grid = cdiv(n, tile.rows), cdiv(logits.n_classes, tile.classes)
     constants |= {"K": k, "D": logits.z_ptr.shape[1]}
     launch(mixture.log_prob_kernel, grid, logits, experts, result, **constants)
     return result
@@ -188,7 +186,7 @@ def predict(
     tile, constants = choose_tile("mixture", logits.z_ptr, n, logits.e_ptr)
     splits, tiles_of_split = splits_of_vocabulary(n, logits.n_classes, tile, latent.device)
     best, index = empty_float32(latent, splits, n), torch.empty((splits, n), dtype=torch.int64, device=latent.device)
-    grid = triton.cdiv(n, tile.rows), splits
+    grid = cdiv(n, tile.rows), splits
     constants |= {"K": k, "D": logits.z_ptr.shape[1]}
     launch(mixture.predict_kernel, grid, logits, experts, best, index, tiles_of_split, **constants)
     return _first_of_best(best, index)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from . import configurations
 from .configurations import Architecture, Tile
@@ -82,13 +83,26 @@ def choose_tile(family: str, like: Tensor, n_rows: int, e: Tensor) -> tuple[Tile
     return tile, {"key": key, "warps": tile.warps, "stages": tile.stages, "TILE": constants}
 
 
-def _flat(arguments: tuple) -> Iterator[object]:
-    """All arguments, the members of NamedTuples one by one."""
+def _variant(arguments: tuple) -> tuple[torch.device, list]:
+    """The tensors' device, and whatever of the arguments Triton compiles a kernel anew for: dtypes, and whether
+    addresses and integers are multiples of 16."""
+    device: torch.device = torch.device("cpu")
+    variant: list[object] = []
     for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from argument
-        else:
-            yield argument
+        for member in argument if isinstance(argument, tuple) else (argument,):
+            if isinstance(member, Tensor):
+                device = member.device
+                variant.append((member.dtype, member.data_ptr() % 16 == 0))
+            elif isinstance(member, int):
+                variant.append((member == 1, member % 16 == 0, -(2**31) <= member < 2**31))
+            else:
+                variant.append(type(member))
+    return device, variant
+
+
+_compiled: dict[tuple, CompiledKernel] = {}
+"""Kernels by what they were compiled for. Triton's own way from arguments to a kernel takes longer than many a kernel
+runs."""
 
 
 def launch(
@@ -106,7 +120,16 @@ def launch(
     if _override is not None and _override.calls is not None:
         _override.calls.append(Call(kernel, key, arguments, constants, warps, stages))
         return
-    device = next(member.device for member in _flat(arguments) if isinstance(member, Tensor))
+    device, variant = _variant(arguments)
+    rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
     # the launch goes to the current device's current stream
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        of_call = id(kernel), device, warps, stages, *rest, *variant
+        if compiled := _compiled.get(of_call):
+            compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
+            return
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        compiled = kernel[grid](*arguments, *rest, **options)
+        if not INTERPRETED:
+            _compiled[of_call] = compiled

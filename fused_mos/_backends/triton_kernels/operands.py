@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..products import product
+from ..products import cdiv, product
 from ..tracing import assume_constant_result
 from . import configurations, finish, gradients
 from .configurations import precision
@@ -110,7 +110,7 @@ def scaled_rows(
         "FEATURES": features,
     }
     constants |= {"OF_ALL": factor is not None and factor.dim() == 0, "TF32": tf32}
-    launch(finish.scaled_rows_kernel, (triton.cdiv(n, 16),), source, factor, result, source.shape[0], n, **constants)
+    launch(finish.scaled_rows_kernel, (cdiv(n, 16),), source, factor, result, source.shape[0], n, **constants)
     return result
 
 
@@ -147,6 +147,6 @@ def move_up(a: Tensor, survivors: Tensor) -> Tensor:
     hole[survivors[survivors < n]] = False
     destination = hole.nonzero().squeeze(1)
     order[destination] = source
-    grid = source.numel(), triton.cdiv(a.shape[1], 4096)
+    grid = source.numel(), cdiv(a.shape[1], 4096)
     launch(gradients.move_rows_kernel, grid, a, source, destination, a.shape[1], a.stride(0), COLUMNS=4096)
     return order
