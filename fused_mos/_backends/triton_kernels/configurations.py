@@ -18,9 +18,14 @@ from ...runtime import files
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's tile: rows (or tokens), classes, features of one step of its product; its warps and pipeline stages;
-    and whether the operand that its loop over tiles does not change stays in shared memory, unrolled, with all D
-    features: the latent rows while the vocabulary passes by, the embedding tile while the experts do."""
+    """A program's tile: rows (or tokens), classes, features of one step of its product; its warps and pipeline stages.
+
+    resident: the operand that its loop over tiles does not change stays in shared memory, unrolled, with all D
+    features: the latent rows while the vocabulary passes by, the embedding tile while the experts do.
+
+    persistent: as many programs as multiprocessors walk through the tiles, with descriptors, as TMA takes them; for the
+    family gradient alone, from compute capability 9.0 on.
+    """
 
     rows: int
     classes: int
@@ -28,6 +33,7 @@ class Tile:
     warps: int
     stages: int
     resident: bool = False
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,13 @@ _LARGE = {
     # the third stage prefetches: of a resident operand and two stages the loop over tiles loads nothing ahead
     "many 16-bit statistics narrow": Tile(128, 64, 64, 8, 3, True),
     "many 16-bit gradient narrow": Tile(128, 128, 64, 4, 3),
+    "many 16-bit sample narrow": Tile(64, 64, 64, 8, 3, True),
+    # what a tile of latent rows is read for, once an expert: as many classes as registers hold
+    "many 16-bit mixture narrow": Tile(64, 128, 64, 8, 3, True),
+    "many 16-bit mixture-gradient narrow": Tile(64, 128, 64, 8, 3, True),
     "many 16-bit statistics wide": Tile(128, 256, 64, 8, 3),
     "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),
+    "many 16-bit mixture wide": Tile(64, 256, 64, 8, 3),
 }
 _LARGE_IEEE = {  # operands in shared memory leave registers for larger tiles
     "some ieee": Tile(64, 128, 32, 8, 2),
@@ -173,7 +184,7 @@ def load_tuned(gpu: str) -> dict[str, Tile]:
         tiles = {}
         for key, sizes in json.loads(path.read_text()).items():
             rows, classes, features, warps, stages = map(int, sizes[:5])
-            tiles[key] = Tile(rows, classes, features, warps, stages, resident=bool(sizes[5]))
+            tiles[key] = Tile(rows, classes, features, warps, stages, *map(bool, sizes[5:]))
         assert set(tiles) <= set(_table({}))
     except Exception as error:
         raise ValueError(

@@ -165,7 +165,8 @@ def log_prob(
     experts = Mixture(log_prior, maximum, log_total)
     result = empty_float32(latent, n, logits.n_classes)
     grid = cdiv(n, tile.rows), cdiv(logits.n_classes, tile.classes)
-    constants |= {"K": k, "D": logits.z_ptr.shape[1]}
+    part = constants["TILE"]._replace(classes=min(tile.classes, 32), resident=False)
+    constants |= {"K": k, "D": logits.z_ptr.shape[1], "PART": part}
     launch(mixture.log_prob_kernel, grid, logits, experts, result, **constants)
     return result
 

@@ -45,6 +45,67 @@ def joint_tile(
 
 
 @triton.jit
+def prob_tile(
+    logits,  # Logits of N rows of K experts
+    mixture,  # Mixture
+    first_token,
+    first_class,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """p of (TOKENS, CLASSES); 0 beyond the last class."""
+    TOKENS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    total = tl.zeros((TOKENS, CLASSES), tl.float32)
+    for expert in range(0, K):
+        below, log_total, log_prior = joint_tile(
+            logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=TILE.resident
+        )
+        total += tl.exp2(tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None]))
+    return total
+
+
+@triton.jit
+def underflows(
+    total,  # (TOKENS, CLASSES): p
+    logits,
+    first_class,
+    TILE: tl.constexpr,
+):
+    """Whether a class's probability is too small for its logarithm: all exponents are ≤ 0, so only underflow can do
+    harm."""
+    beyond = (tl.arange(0, TILE.classes) >= logits.n_classes - first_class)[None, :]
+    return tl.min(tl.where(beyond, 1.0, total)) < TINY
+
+
+@triton.jit
+def small_log_prob_tile(
+    logits,  # Logits of N rows of K experts
+    mixture,  # Mixture
+    first_token,
+    first_class,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """log p of (TOKENS, CLASSES) however small, by running maxima; −inf beyond the last class."""
+    TOKENS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    peak = tl.full((TOKENS, CLASSES), LOWEST, tl.float32)
+    total = tl.zeros((TOKENS, CLASSES), tl.float32)
+    for expert in range(0, K):
+        below, log_total, log_prior = joint_tile(
+            logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
+        )
+        joint = below + (log_prior - log_total)[:, None]
+        new_peak = tl.maximum(peak, joint)
+        total = total * tl.exp(peak - new_peak) + tl.exp(joint - new_peak)
+        peak = new_peak
+    return peak + tl.log(total)
+
+
+@triton.jit
 def log_prob_tile(
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
@@ -55,30 +116,29 @@ def log_prob_tile(
     TILE: tl.constexpr,
 ):
     """log p of (TOKENS, CLASSES); −inf beyond the last class."""
-    TOKENS: tl.constexpr = TILE.rows
-    CLASSES: tl.constexpr = TILE.classes
-    total = tl.zeros((TOKENS, CLASSES), tl.float32)
-    for expert in range(0, K):
-        below, log_total, log_prior = joint_tile(
-            logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=TILE.resident
-        )
-        total += tl.exp2(tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None]))
+    total = prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
     log_p = tl.log(total)
-    beyond = (tl.arange(0, CLASSES) >= logits.n_classes - first_class)[None, :]
-    if tl.min(tl.where(beyond, 1.0, total)) < TINY:
-        # all exponents are ≤ 0, so only underflow can do harm, and it is rare: once more with running maxima
-        peak = tl.full((TOKENS, CLASSES), LOWEST, tl.float32)
-        total = tl.zeros((TOKENS, CLASSES), tl.float32)
-        for expert in range(0, K):
-            below, log_total, log_prior = joint_tile(
-                logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
-            )
-            joint = below + (log_prior - log_total)[:, None]
-            new_peak = tl.maximum(peak, joint)
-            total = total * tl.exp(peak - new_peak) + tl.exp(joint - new_peak)
-            peak = new_peak
-        log_p = peak + tl.log(total)
+    if underflows(total, logits, first_class, TILE=TILE):
+        log_p = small_log_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
     return log_p
+
+
+@triton.jit
+def store_log_prob(
+    log_p,  # (TOKENS, CLASSES)
+    logits,
+    log_prob_ptr,  # (N, V) out
+    first_token,
+    first_class,
+    TILE: tl.constexpr,
+):
+    n_classes = logits.n_classes
+    token = tl.arange(0, TILE.rows)
+    column = tl.arange(0, TILE.classes)
+    out_row = log_prob_ptr + tl.cast(first_token, tl.int64) * n_classes + first_class
+    out = out_row + (token.to(tl.int64)[:, None] * n_classes + column[None, :])
+    inside = (first_token + token < logits.n_rows)[:, None] & (first_class + column < n_classes)[None, :]
+    tl.store(out, log_p, mask=inside)
 
 
 @triton.jit
@@ -89,27 +149,27 @@ def log_prob_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
+    PART: tl.constexpr,  # TileConstants of a part of the tile's classes
 ):
     """log p[n,v] = LSE_k(log π + l − L)."""
-    TOKENS: tl.constexpr = TILE.rows
-    CLASSES: tl.constexpr = TILE.classes
-    n_tokens = logits.n_rows
-    n_classes = logits.n_classes
-    first_token = tl.program_id(0) * TOKENS
-    first_class = tl.program_id(1) * CLASSES
-    log_p = log_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
-    token = tl.arange(0, TOKENS)
-    column = tl.arange(0, CLASSES)
-    out_row = log_prob_ptr + tl.cast(first_token, tl.int64) * n_classes + first_class
-    out = out_row + (token.to(tl.int64)[:, None] * n_classes + column[None, :])
-    tl.store(out, log_p, mask=(first_token + token < n_tokens)[:, None] & (first_class + column < n_classes)[None, :])
+    first_token = tl.program_id(0) * TILE.rows
+    first_class = tl.program_id(1) * TILE.classes
+    total = prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
+    store_log_prob(tl.log(total), logits, log_prob_ptr, first_token, first_class, TILE=TILE)
+    if underflows(total, logits, first_class, TILE=TILE):
+        # rare: once more, a part of the classes at a time, so that registers are left to the sums above
+        tl.debug_barrier()  # other threads store these log-probabilities than those that stored the first ones
+        end = tl.minimum(first_class + TILE.classes, logits.n_classes)
+        for first_of_part in range(first_class, end, PART.classes):
+            log_p = small_log_prob_tile(logits, mixture, first_token, first_of_part, K=K, D=D, TILE=PART)
+            store_log_prob(log_p, logits, log_prob_ptr, first_token, first_of_part, TILE=PART)
 
 
 @triton.jit(do_not_specialize=["tiles_of_split"])
 def predict_kernel(
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
-    best_ptr,  # (splits, N) out: the largest log-probability
+    best_ptr,  # (splits, N) out: the largest probability
     index_ptr,  # (splits, N) int64 out: the first class that has it
     tiles_of_split,
     K: tl.constexpr,
@@ -120,17 +180,17 @@ def predict_kernel(
     TOKENS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     n_tokens = logits.n_rows
-    n_classes = logits.n_classes
     first_token = tl.program_id(0) * TOKENS
     split = tl.program_id(1)
     token = first_token + tl.arange(0, TOKENS)
-    best = tl.full((TOKENS,), float("-inf"), tl.float32)
+    best = tl.zeros((TOKENS,), tl.float32)
     index = tl.zeros((TOKENS,), tl.int32)
     first_tile = split * tiles_of_split
-    for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(n_classes, CLASSES))):
+    for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(logits.n_classes, CLASSES))):
         first_class = tile_index * CLASSES
-        log_p = log_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
-        tile_best, tile_index_of_best = tl.max(log_p, 1, return_indices=True)
+        # the largest is 1/V at least: underflow is far below it
+        prob = prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
+        tile_best, tile_index_of_best = tl.max(prob, 1, return_indices=True)
         better = tile_best > best
         best = tl.where(better, tile_best, best)
         index = tl.where(better, first_class + tile_index_of_best, index)
