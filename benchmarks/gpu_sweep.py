@@ -45,9 +45,9 @@ def _sweep(shape: tuple[int, int, int, int], dtype: torch.dtype, family: str) ->
     operation = operations[name]
     before = architecture.tiles.get(key, configurations.INTERPRETER_TILE)
     rows, precision, *_ = key.split()
-    tiles = tuning.candidates(family, precision, rows, shape[2], architecture.shared_memory)
-    # neighbours of the tile in use first, in case the time does not do for all
-    ordered = sorted(tiles, key=lambda tile: sum(a != b for a, b in zip(astuple(tile), astuple(before))))
+    tiles = tuning.candidates(family, precision, rows, shape[2], architecture)
+    # sizes like those of the tile in use first, in case the time does not do for all
+    ordered = sorted(tiles, key=lambda tile: sum(a != b for a, b in zip(astuple(tile)[:5], astuple(before))))
 
     def milliseconds(tile: Tile) -> float:
         with tuning.overridden(architecture, {key: tile}):

@@ -392,3 +392,30 @@ def test_float32_products_follow_torch():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert configurations.precision(torch.bfloat16) == "16-bit"
+
+
+# --------------------------------------------------------------------------------------------------- persistent kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("operation", ["in the forward pass", "recomputed"])
+def test_persistent_kernels_make_the_same_gradients(operation, dtype, workspace):
+    """Bit for bit, since they multiply and add in the same order; with fewer programs than tiles, and with more."""
+    case = problem(11, 3, 40, 130, ignored=True).to(dtype, ())
+    results = []
+    for persistent, multiprocessors in ((False, 4), (True, 4), (True, 1000)):
+        tile = configurations.Tile(32, 64, 16, 4, 1, persistent=persistent)
+        tiles = dict.fromkeys(configurations.ARCHITECTURES["sm_90"].tiles, tile)
+        architecture = configurations.Architecture(multiprocessors, 2**30, tiles)
+        with launch.overridden(architecture):
+            if operation == "in the forward pass":
+                needs = (True,) * 4
+                results.append(triton.nll_with_gradients(*case.inputs(), case.target, -100, 0.0, True, needs))
+            else:
+                _, *statistics = triton.nll(*case.inputs(), case.target, -100)
+                grad = torch.linspace(0, 1, 11)
+                results.append(
+                    triton.nll_backward(grad, *case.inputs(), case.target, *statistics, -100, 0.0, (True,) * 4)
+                )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

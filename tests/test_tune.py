@@ -35,7 +35,7 @@ def cache(tmp_path, monkeypatch):
 def test_tuned_tiles_are_used(cache, monkeypatch):
     gpu = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    tile, key = configurations.Tile(64, 64, 32, 4, 2, True), "many 16-bit statistics narrow"
+    tile, key = configurations.Tile(64, 64, 32, 4, 2, False, True), "many 16-bit gradient narrow"
     path = configurations.save_tuned(gpu.name, {key: tile})
     assert cache in path.parents and "H100" in path.name
     architecture = configurations.of_device(0)
@@ -53,8 +53,9 @@ def test_candidates_fit():
     for family, precision, rows_ in itertools.product(
         configurations.FAMILIES, configurations.PRECISIONS, configurations.ROW_CLASSES
     ):
-        found = list(tuning.candidates(family, precision, rows_, 280, 101_376))
+        found = list(tuning.candidates(family, precision, rows_, 280, configurations.ARCHITECTURES["sm_120"]))
         assert len(found) == len(set(found)) > 5
+        assert any(tile.persistent for tile in found) == (family == "gradient")
         assert all(tile.rows * tile.classes <= 128 * 32 * tile.warps for tile in found)
 
 
@@ -155,17 +156,40 @@ raise SystemExit(fused_mos.tune.main(["--compile-only", "--brief", "--shapes", "
     assert "bytes of shared memory, sm_90 has 232448" in result.stderr
 
 
+def test_persistent_kernels_compile_without_spills():
+    """Loads and stores by TMA, and one product of 256 columns."""
+    script = """
+from fused_mos._backends.triton_kernels import configurations, proof, shapes
+import torch
+key, tile = "many 16-bit gradient narrow", configurations.Tile(128, 256, 64, 8, 3, persistent=True)
+architecture = configurations.ARCHITECTURES["sm_90"]
+calls = proof.recorded_calls(architecture, shapes.SHAPES["ptb"], torch.bfloat16, {key: tile})
+calls = {call.kernel.__name__: call for call in calls if "persistent" in call.kernel.__name__}
+assert len(calls) == 2, calls
+for call in calls.values():
+    compiled = proof.compile_call(call, "sm_90", ())
+    assert not compiled.faults("sm_90"), compiled
+    found = compiled.instructions
+    assert found["wgmma"] and found["TMA"] >= 4 and not found["cp.async"], compiled
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_proof_compiles_what_a_launch_would():
     """Types, constants and divisibility are those of Triton's own launcher, and so are their places in a NamedTuple."""
     from triton._C.libtriton import native_specialize_impl
     from triton._utils import find_paths_if, get_iterable_path
     from triton.backends.nvidia.compiler import CUDABackend
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     leaves = [0, 1, 2, 16, 280, 2**31, -5, 1.5, None]
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool):
         whole = torch.zeros(64, dtype=dtype)
         assert whole.data_ptr() % 16 == 0
         leaves += [whole, whole[1:], whole[16:]]
+    leaves.append(TensorDescriptor.from_tensor(torch.zeros(300, 64, dtype=torch.bfloat16), [128, 32]))
     bundles = [Logits(whole, whole[1:], None, 1, 280), LogitGradients(None, 2**31, 1, 16)]
     for arguments in ([*leaves, *bundles], [*bundles, *leaves]):
         types, specialised = zip(*(native_specialize_impl(CUDABackend, a, False, True, True) for a in arguments))

@@ -34,6 +34,7 @@ from .triton_kernels.operands import (
     aligned,
     aligned_weight,
     bytes_of_padded,
+    described,
     empty_float32,
     has_columns,
     mixture_constants,
@@ -42,6 +43,7 @@ from .triton_kernels.operands import (
     row_length,
     scaled_rows,
 )
+from .triton_kernels.persistent import persistent_exponentials_kernel
 from .triton_kernels.tiles import Logits
 from .triton_kernels.workspace import workspace_bytes
 
@@ -232,7 +234,13 @@ def _exponentials(
     out = Exponentials(a, empty_float32(z, n_tiles, n), target_logit, a.shape[1])
     arguments = logits, target, reference, out
     constants |= {"EXPERTS": n_experts}
-    launch(exponentials.exponentials_kernel, (rows_of_grid, n_tiles), *arguments, **constants)
+    if tile.persistent:
+        tiles, programs = described(z, e, a, tile)
+        launch(
+            persistent_exponentials_kernel, (min(programs, rows_of_grid * n_tiles),), *tiles, *arguments, **constants
+        )
+    else:
+        launch(exponentials.exponentials_kernel, (rows_of_grid, n_tiles), *arguments, **constants)
     # fewer rows and more warps, since it holds more in registers
     rows = min(tile.rows, 64)
     constants |= {"TILE": constants["TILE"]._replace(rows=rows), "warps": 8}

@@ -1,5 +1,6 @@
 """Gradients where the logits are computed once more: a span of the vocabulary's dl at a time, and two products."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,7 @@ from .operands import (
     aligned,
     aligned_weight,
     bytes_of_padded,
+    described,
     empty_float32,
     has_columns,
     in_range,
@@ -29,6 +31,7 @@ from .operands import (
     scaled_rows,
     with_column,
 )
+from .persistent import persistent_gradient_kernel
 from .tiles import LogitGradients, Logits
 
 MAX_ROWS = 32_768
@@ -138,7 +141,12 @@ def rows_backward(
         statistics, weights = Statistics(maximum[r], log_total[r], None), RowGradients(scaled_lse[r], scaled_target[r])
         out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
         constants |= {"D": e.shape[1], "EXPERTS": n_experts}
-        launch(gradients.gradient_kernel, grid, logits, block_target, statistics, weights, out, **constants)
+        arguments = logits, block_target, statistics, weights, out
+        if tile.persistent:
+            tiles, programs = described(logits.z_ptr, e, dl, tile)
+            launch(persistent_gradient_kernel, (min(programs, math.prod(grid)),), *tiles, *arguments, **constants)
+        else:
+            launch(gradients.gradient_kernel, grid, *arguments, **constants)
 
     return _recomputed_gradients(write_dl, z, e, weight, needs, n_experts, unscale)
 

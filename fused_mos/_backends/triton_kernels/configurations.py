@@ -41,6 +41,7 @@ class Architecture:
     multiprocessors: int
     shared_memory: int  # bytes that one program can have
     tiles: dict[str, Tile]  # "family precision rows width" -> Tile
+    has_tma: bool = False  # the tensor memory accelerator, which persistent kernels load and store by
 
 
 FAMILIES = ("statistics", "sample", "gradient", "mixture", "mixture-gradient")
@@ -125,9 +126,9 @@ _SMALL_MIXTURE = {"some 16-bit mixture": Tile(64, 64, 64, 8, 3), "many 16-bit mi
 _SHALLOW_MIXTURE = {
     "few tf32 mixture": Tile(16, 128, 32, 8, 3),
     "some 16-bit mixture": Tile(64, 64, 32, 8, 3),
-    "some tf32 mixture": Tile(64, 64, 16, 8, 3),
-    "many 16-bit mixture": Tile(64, 32, 64, 8, 3),
-    "many tf32 mixture": Tile(64, 64, 16, 8, 3),
+    "some tf32 mixture": Tile(64, 32, 32, 8, 3),
+    "many 16-bit mixture": Tile(64, 64, 32, 8, 3),
+    "many tf32 mixture": Tile(64, 32, 32, 8, 3),
     "many tf32 mixture-gradient": Tile(64, 32, 32, 8, 3),
 }
 _SHALLOW_GRADIENT = {
@@ -142,11 +143,11 @@ _SMALL_PREDICTION = {  # whose maxima and places need registers beside the sums
 ARCHITECTURES = {
     "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT | _SHALLOW_GRADIENT)),
     "sm_86": Architecture(84, 101_376, _table(_SMALL_MIXTURE | _SHALLOW_GRADIENT | _FLAT_MIXTURE)),  # also sm_89
-    "sm_90": Architecture(132, 232_448, _table(_RESIDENT | _LARGE | _LARGE_IEEE)),
-    "sm_100": Architecture(148, 232_448, _table(_LARGE_IEEE | _SMALL_PREDICTION)),
-    "sm_120": Architecture(170, 101_376, _table(_SHALLOW_MIXTURE)),
+    "sm_90": Architecture(132, 232_448, _table(_RESIDENT | _LARGE | _LARGE_IEEE), has_tma=True),
+    "sm_100": Architecture(148, 232_448, _table(_LARGE_IEEE | _SMALL_PREDICTION), has_tma=True),
+    "sm_120": Architecture(170, 101_376, _table(_SHALLOW_MIXTURE), has_tma=True),
 }
-INTERPRETER = Architecture(4, 2**30, {})
+INTERPRETER = Architecture(4, 2**30, {}, has_tma=True)
 INTERPRETER_TILE = Tile(32, 2048, 128, 4, 1, True)
 """The interpreter's cost is per operation, not per number."""
 
@@ -199,7 +200,7 @@ def of_device(index: int) -> Architecture:
     properties = torch.cuda.get_device_properties(index)
     base = ARCHITECTURES[architecture_name((properties.major, properties.minor))]
     tiles = base.tiles | load_tuned(properties.name)
-    return Architecture(properties.multi_processor_count, base.shared_memory, tiles)
+    return Architecture(properties.multi_processor_count, base.shared_memory, tiles, base.has_tma)
 
 
 def precision(dtype: torch.dtype) -> str:

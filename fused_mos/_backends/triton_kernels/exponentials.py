@@ -56,6 +56,37 @@ def reference_kernel(
 
 
 @triton.jit
+def kept_exponentials(
+    tile,  # (ROWS, CLASSES): logits
+    logits,  # Logits of R rows
+    target_ptr,  # (R / EXPERTS,) int64
+    reference,  # (ROWS,)
+    out,  # Exponentials
+    first_row,
+    tile_index,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """a of one tile, (ROWS, CLASSES); writes its rows' sums, and the target logits that it has."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    row = first_row + tl.arange(0, ROWS)
+    column = tl.arange(0, CLASSES)
+    mask = row < logits.n_rows
+    target = row_targets(target_ptr, logits, first_row, tile_index * CLASSES, EXPERTS=EXPERTS, TILE=TILE)
+    # most tiles hold no target of these rows: looking for one in each would cost as much as the exponentials
+    if tl.max(target, 0) >= 0:
+        hit = column[None, :] == target[:, None]
+        target_logit = tl.sum(tl.where(hit, tile, 0.0), 1)
+        tl.store(out.target_logit_ptr + row, target_logit, mask=mask & (target >= 0))
+        tile = tl.where(hit, float("-inf"), tile)
+    a = tl.exp2(tl.fma(tile, LOG2E, -(reference * LOG2E)[:, None]))
+    partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
+    tl.store(out.tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
+    return a.to(out.a_ptr.dtype.element_ty)
+
+
+@triton.jit
 def exponentials_tile(
     logits,  # Logits of R rows
     target_ptr,  # (R / EXPERTS,) int64
@@ -70,25 +101,15 @@ def exponentials_tile(
     """Write one tile of a, (ROWS, CLASSES), its rows' sums, and the target logits that it has."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
-    row = first_row + tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS)
     column = tl.arange(0, CLASSES)
-    mask = row < logits.n_rows
     first_class = tile_index * CLASSES
     tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=False)
-    target = row_targets(target_ptr, logits, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE)
-    # most tiles hold no target of these rows: looking for one in each would cost as much as the exponentials
-    if tl.max(target, 0) >= 0:
-        hit = column[None, :] == target[:, None]
-        target_logit = tl.sum(tl.where(hit, tile, 0.0), 1)
-        tl.store(out.target_logit_ptr + row, target_logit, mask=mask & (target >= 0))
-        tile = tl.where(hit, float("-inf"), tile)
-    a = tl.exp2(tl.fma(tile, LOG2E, -(reference * LOG2E)[:, None]))
-    partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
-    tl.store(out.tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
+    a = kept_exponentials(tile, logits, target_ptr, reference, out, first_row, tile_index, EXPERTS=EXPERTS, TILE=TILE)
     a_row = out.a_ptr + tl.cast(first_row, tl.int64) * out.n_columns + first_class
-    a_tile = a_row + (tl.arange(0, ROWS)[:, None] * out.n_columns + column[None, :])
-    inside = mask[:, None] & (first_class + column < out.n_columns)[None, :]
-    tl.store(a_tile, a.to(out.a_ptr.dtype.element_ty), mask=inside)
+    a_tile = a_row + (row[:, None] * out.n_columns + column[None, :])
+    inside = (first_row + row < logits.n_rows)[:, None] & (first_class + column < out.n_columns)[None, :]
+    tl.store(a_tile, a, mask=inside)
 
 
 @triton.jit

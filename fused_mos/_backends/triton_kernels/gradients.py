@@ -35,11 +35,37 @@ def gradient_kernel(
     CLASSES: tl.constexpr = TILE.classes
     first_row = tl.program_id(0) * ROWS
     first_column = tl.program_id(1) * CLASSES
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, CLASSES)
+    first_class = out.first_class + first_column
+    tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=False)
+    dl = logit_gradients(
+        tile, logits, target_ptr, statistics, weights, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE
+    )
+    dl_row = out.dl_ptr + tl.cast(first_row, tl.int64) * out.stride + first_column
+    dl_tile = dl_row + (row[:, None] * out.stride + column[None, :])
+    inside = (first_row + row < logits.n_rows)[:, None] & (first_column + column < out.n_columns)[None, :]
+    tl.store(dl_tile, dl.to(out.dl_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def logit_gradients(
+    tile,  # (ROWS, CLASSES): logits
+    logits,  # Logits of R rows
+    target_ptr,  # (R / EXPERTS,) int64, or None
+    statistics,  # Statistics
+    weights,  # RowGradients
+    first_row,
+    first_class,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """dl of one tile, (ROWS, CLASSES) float32; 0 beyond the last class."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
     row = first_row + tl.arange(0, ROWS)
     column = tl.arange(0, CLASSES)
     mask = row < logits.n_rows
-    first_class = out.first_class + first_column
-    tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=False)
     grad_lse = tl.load(weights.grad_lse_ptr + row, mask=mask, other=0.0)
     # a row of weight 0 is exactly 0, whatever its statistics are
     shift = tl.where(grad_lse != 0, tl.load(statistics.log_total_ptr + row, mask=mask, other=0.0) * LOG2E, float("inf"))
@@ -50,10 +76,7 @@ def gradient_kernel(
         if tl.max(target, 0) >= 0:
             grad_target = tl.load(weights.grad_target_ptr + row, mask=mask, other=0.0)
             dl = tl.where(column[None, :] == target[:, None], dl - grad_target[:, None], dl)
-    dl_row = out.dl_ptr + tl.cast(first_row, tl.int64) * out.stride + first_column
-    dl_tile = dl_row + (tl.arange(0, ROWS)[:, None] * out.stride + column[None, :])
-    inside = mask[:, None] & (first_column + column < out.n_columns)[None, :]
-    tl.store(dl_tile, dl.to(out.dl_ptr.dtype.element_ty), mask=inside)
+    return dl
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configurations
 from .configurations import Architecture, Tile
@@ -93,6 +94,8 @@ def _variant(arguments: tuple) -> tuple[torch.device, list]:
             if isinstance(member, Tensor):
                 device = member.device
                 variant.append((member.dtype, member.data_ptr() % 16 == 0))
+            elif isinstance(member, TensorDescriptor):
+                variant.append((member.base.dtype, *member.block_shape))
             elif isinstance(member, int):
                 variant.append((member == 1, member % 16 == 0, -(2**31) <= member < 2**31))
             else:

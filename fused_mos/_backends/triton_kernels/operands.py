@@ -6,12 +6,13 @@ import math
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..products import cdiv, product
 from ..tracing import assume_constant_result
 from . import configurations, finish, gradients
-from .configurations import precision
-from .launch import launch
+from .configurations import Tile, precision
+from .launch import architecture_of, launch
 from .loss import MixtureConstants
 
 
@@ -63,6 +64,21 @@ def bytes_of_padded(n_rows: int, weight: Tensor) -> int:
     is_padded = width != n_features
     copied = n_rows * (is_padded or _is_tf32(weight.dtype)) + n_classes * (is_padded or is_rounded_ahead(weight))
     return copied * width * weight.itemsize
+
+
+def described(
+    z: Tensor,  # (R, D), aligned
+    e: Tensor,  # (V, D), aligned
+    out: Tensor,  # (R, columns), rows of a multiple of 16 bytes
+    tile: Tile,
+) -> tuple[tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor], int]:
+    """Descriptors for a persistent kernel, and how many programs of it there should be."""
+    tiles = (
+        TensorDescriptor.from_tensor(z, [tile.rows, tile.features]),
+        TensorDescriptor.from_tensor(e, [tile.classes, tile.features]),
+        TensorDescriptor.from_tensor(out, [tile.rows, tile.classes]),
+    )
+    return tiles, architecture_of(z.device).multiprocessors
 
 
 def add_times_embedding(dl: Tensor, e: Tensor, first_class: int, out: Tensor, accumulate: bool) -> None:

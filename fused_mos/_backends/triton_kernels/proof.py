@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton as backend
 from ..resources import Resources, kernel_resources
@@ -30,6 +31,7 @@ INSTRUCTIONS = {
     "tcgen05": r"\btcgen05\.mma",
     "mma.sync": r"\bmma\.sync",
     "cp.async": r"\bcp\.async\.(?:ca|cg)",
+    "TMA": r"\bcp\.async\.bulk\.tensor",
     "ex2": r"\bex2\.approx",
 }
 
@@ -127,6 +129,8 @@ def _specialisation(argument) -> tuple[str, object, bool]:
         return "constexpr", None, False
     if isinstance(argument, Tensor):
         return "*" + TYPES[argument.dtype], None, argument.storage_offset() * argument.itemsize % 16 == 0
+    if isinstance(argument, TensorDescriptor):
+        return f"tensordesc<{TYPES[argument.base.dtype]}{argument.block_shape}>", None, False
     if isinstance(argument, float):
         return "fp32", None, False
     if argument == 1:

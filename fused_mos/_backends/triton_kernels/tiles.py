@@ -83,12 +83,20 @@ def logits_tile(
             tile = add_product(z_tile, e_tile, feature, tile, D - d, TILE=TILE, MASKED=D % FEATURES != 0)
             z_tile += FEATURES
             e_tile += FEATURES
-    inside = column < logits.n_classes - first_class
+    return tile + class_bias(logits, first_class, TILE=TILE)[None, :]
+
+
+@triton.jit
+def class_bias(logits, first_class, TILE: tl.constexpr):
+    """The tile's part of the bias, (CLASSES,) float32: −inf beyond the last class."""
+    CLASSES: tl.constexpr = TILE.classes
+    column = tl.arange(0, CLASSES)
     if logits.bias_ptr is not None:
+        clamped = tl.minimum(column, logits.n_classes - 1 - first_class)
         bias = tl.load(logits.bias_ptr + first_class + clamped).to(tl.float32)
     else:
         bias = tl.zeros((CLASSES,), tl.float32)
-    return tile + tl.where(inside, bias, float("-inf"))[None, :]
+    return tl.where(column < logits.n_classes - first_class, bias, float("-inf"))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 from torch.utils.benchmark import Timer
 
 from . import proof
-from .configurations import ARCHITECTURES, INTERPRETER_TILE, Tile, precision, tile_key
+from .configurations import ARCHITECTURES, INTERPRETER_TILE, Architecture, Tile, precision, tile_key
 from .launch import architecture_of, overridden
 
 OPERATIONS = {
@@ -31,8 +31,9 @@ ACCUMULATORS = {"statistics": 128, "sample": 64, "gradient": 128, "mixture": 64,
 """Accumulators of a thread at most; a sample's random numbers and a mixture's sum need as many registers again."""
 
 
-def candidates(family: str, products: str, rows: str, n_features: int, shared_memory: int) -> Iterator[Tile]:
-    """Tiles worth compiling: their accumulators fit into registers and their operands into shared memory (bytes)."""
+def candidates(family: str, products: str, rows: str, n_features: int, architecture: Architecture) -> Iterator[Tile]:
+    """Tiles worth compiling: their accumulators fit into registers and their operands into shared memory."""
+    shared_memory = architecture.shared_memory
     itemsize = 2 if products == "16-bit" else 4
     heights = {"few": (16,), "some": (16, 32, 64), "many": (64, 128, 256)}[rows]
     depths = {"16-bit": (32, 64, 128), "tf32": (32, 64), "ieee": (16, 32)}[products]
@@ -46,6 +47,9 @@ def candidates(family: str, products: str, rows: str, n_features: int, shared_me
         if streamed <= shared_memory:
             yield Tile(height, classes, features, warps, stages)
         kept = (classes if "mixture" in family else height) * math.ceil(n_features / features) * features * itemsize
+        # results pass through shared memory, too
+        if family == "gradient" and architecture.has_tma and streamed + height * classes * itemsize <= shared_memory:
+            yield Tile(height, classes, features, warps, stages, persistent=True)
         if family != "gradient" and products == "16-bit" and stages == 2 and kept + streamed // 2 <= shared_memory:
             yield Tile(height, classes, features, warps, stages, resident=True)
 
@@ -82,7 +86,7 @@ def tune(
         if key in skip:
             continue
         operation = next(operations[name] for name in names if name in operations)
-        tiles = list(candidates(family, precision(dtype), key.split()[0], d, architecture.shared_memory))
+        tiles = list(candidates(family, precision(dtype), key.split()[0], d, architecture))
         sound = _compiled(tiles, key, shape, dtype, compile_for) if compile_for else tiles
         in_use = _seconds(operation)
         best, best_seconds = architecture.tiles.get(key, INTERPRETER_TILE), in_use
