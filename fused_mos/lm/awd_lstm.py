@@ -173,6 +173,13 @@ def detach(hidden: Hidden) -> Hidden:
     return [(h.detach(), c.detach()) for h, c in hidden]
 
 
+def carry_on(hidden: Hidden, new: Hidden) -> None:
+    """Writes the hidden state after a segment in the place of the one before it. Call it after the backward pass, which
+    reads that one."""
+    with torch.no_grad():
+        torch._foreach_copy_([x for state in hidden for x in state], [x for state in new for x in state])
+
+
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     """The gradients after a backward pass, which gives every parameter of the model one."""
     return [cast(Tensor, p.grad) for p in parameters]

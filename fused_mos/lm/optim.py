@@ -46,8 +46,8 @@ class NTASGD:
         history.append(valid_loss)
         return fires
 
-    def zero_grad(self) -> None:
-        self.sgd.zero_grad(set_to_none=True)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.sgd.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:

@@ -111,6 +111,9 @@ class RunConfig:
     precision: Precision = "float32"
     """Precision of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in
     the LSTM on a GPU. Parameters, cell states, losses and evaluation are float32."""
+    cuda_graphs: bool = setting(True, may_change=True)
+    """Record steps as CUDA graphs and replay them: the same losses, less work for the host. Does nothing on a CPU, with
+    grad_filter_eps or with several ranks."""
     log_interval: int = setting(50, POSITIVE, may_change=True)
     """Steps between lines of metrics.jsonl (log-interval)."""
     checkpoint_minutes: float = setting(5.0, NOT_NEGATIVE, may_change=True)

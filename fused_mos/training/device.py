@@ -35,6 +35,12 @@ def allow_tf32(device: torch.device, allowed: bool) -> None:
         torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a run's forward pass. Nothing is cast twice in it, so it keeps no casts: a cache must not outlive
+    the CUDA graph that its tensors were made in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Raises ConfigError where a run's products cannot have this precision on this device."""
     if precision == "tf32" and device.type != "cuda":

@@ -13,3 +13,7 @@ class CheckpointError(UserError, RuntimeError):
 
 class TrainingDiverged(UserError, RuntimeError):
     """The loss is no longer a number."""
+
+
+class CaptureFailed(UserError, RuntimeError):
+    """A step cannot be recorded as a CUDA graph."""

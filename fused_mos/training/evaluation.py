@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ..data import batchify, segment
 from ..lm import AWDLSTM
+from ..lm.awd_lstm import carry_on
 from ..lm.dynamic_evaluation import DynamicRule
 from ..runtime.progress import bar
 from ..runtime.signals import CheckpointClock
 from .dynamic_evaluation import DynamicRun
+from .graphs import Recorder, Replayed
 from .metrics import perplexity
 from .run import Run
 
@@ -25,9 +27,11 @@ def evaluate(
     bptt: int,
     description: str = "evaluate",
     check: Callable[[], None] = lambda: None,
+    recorder: Recorder | None = None,
 ) -> float:
     """Mean NLL in nats over every predicted word of `tokens`, read as `batch_size` columns in segments of `bptt`
-    with the hidden state carried on. `check` is called between segments and may raise to end it.
+    with the hidden state carried on. `check` is called between segments and may raise to end it. With a recorder the
+    segments, which but the last have one length, are replayed.
 
     The mean is exact: the paper's published code divides by one more row than it predicts, which lowers its
     perplexities by about 0.03 on Penn Treebank.
@@ -38,13 +42,18 @@ def evaluate(
     hidden = model.initial_hidden(batch_size)
     total = torch.zeros((), dtype=torch.float64, device=device)
     rows = source.shape[0] - 1
+
+    def add(inputs: Tensor, targets: Tensor) -> None:
+        output = model(inputs, targets, hidden)
+        carry_on(hidden, output.hidden)
+        total.sub_(output.log_likelihood.sum(dtype=torch.float64))
+
+    step = Replayed(add, recorder, bptt) if recorder else add
     with bar(desc=description, unit="words", total=rows * batch_size, leave=False) as shown:
         for start in range(0, rows, bptt):
             check()
             inputs, targets = segment(source, start, bptt)
-            output = model(inputs, targets, hidden)
-            hidden = output.hidden
-            total -= output.log_likelihood.sum(dtype=torch.float64)
+            step(inputs, targets)
             shown.update(inputs.numel())
     return total.item() / (rows * batch_size)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data import Corpus, digest
 from ..lm import AWDLSTM, NTASGD
-from ..lm.awd_lstm import Hidden
+from ..lm.awd_lstm import Hidden, carry_on
 from . import meter, settings
 from .checkpoint import digest as checkpoint_digest
 from .checkpoint import group, load_checkpoint
@@ -57,24 +57,19 @@ class RunTensors:
         return tensors, optimizer_meta
 
     def restore(
-        self, tensors: dict[str, Tensor], optimizer_meta: dict[str, Any], n_parts: int
-    ) -> tuple[list[Hidden], Tensor]:
-        """Sets the optimizer's and the random states; returns the hidden states of `n_parts` micro-batches and the
-        interval's loss. Raises KeyError where a tensor is missing."""
+        self, tensors: dict[str, Tensor], optimizer_meta: dict[str, Any], hidden: list[Hidden], interval_loss: Tensor
+    ) -> None:
+        """Sets the optimizer's and the random states, and writes the hidden states and the interval's loss into the
+        tensors that `to_save` was given. Raises KeyError where a tensor is missing."""
         self.optimizer.load_state_dict(group(tensors, "optimizer"), optimizer_meta)
-        hidden = [
-            [
-                (tensors[f"hidden.{i}.{layer}.h"].to(self.device), tensors[f"hidden.{i}.{layer}.c"].to(self.device))
-                for layer in range(len(self.model.widths))
-            ]
-            for i in range(n_parts)
-        ]
-        interval_loss = tensors["interval_loss"].to(self.device)
+        for i, layers in enumerate(hidden):
+            saved = [(tensors[f"hidden.{i}.{n}.h"], tensors[f"hidden.{i}.{n}.c"]) for n in range(len(layers))]
+            carry_on(layers, saved)
+        interval_loss.copy_(tensors["interval_loss"])
         torch.set_rng_state(tensors["random.torch"])
         self.bptt_generator.set_state(tensors["random.bptt"])
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        return hidden, interval_loss
 
 
 def load_last(config: TrainConfig, corpus: Corpus) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

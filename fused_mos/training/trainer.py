@@ -8,16 +8,17 @@ from torch import Tensor
 
 from ..data import Corpus, batchify, digest, random_bptt_length, segment
 from ..lm import AWDLSTM, NTASGD
-from ..lm.awd_lstm import Hidden, LMOutput, activation_regularization, detach, temporal_activation_regularization
+from ..lm.awd_lstm import Hidden, activation_regularization, carry_on, temporal_activation_regularization
 from ..runtime import files, signals
 from ..runtime.progress import bar, say
 from . import folder as run_folder
 from . import meter
 from .checkpoint import group, load_checkpoint, load_parameters, save_checkpoint
 from .config import TrainConfig
-from .device import AsyncScalar, allow_tf32, check_backend, check_precision, device_named, peak_memory_mib
+from .device import AsyncScalar, allow_tf32, autocast, check_backend, check_precision, device_named, peak_memory_mib
 from .errors import CheckpointError, TrainingDiverged
 from .evaluation import evaluate
+from .graphs import Replayed, allocate_gradients, recorder_for
 from .metrics import MetricsLog, perplexity, plot_learning_curves
 from .profiling import StepProfile, as_table
 from .run import check_vocabulary
@@ -98,6 +99,11 @@ class Trainer:
         files.write_json(self.folder / "config.json", self._config_json())
         self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
         self.profile = StepProfile(self.model, config.profile) if config.profile else None
+        self.recorder = None if config.profile else recorder_for(config, self.device)  # a graph has no stages to mark
+        self.graphs: Replayed | None = None
+        if self.recorder:
+            allocate_gradients(self.model.parameters())
+            self.graphs = Replayed(self._gradients, self.recorder, optim.bptt + optim.bptt_delta)
 
     def _config_json(self) -> dict[str, Any]:
         return dataclasses.replace(self.config, resume=None).to_json()
@@ -117,8 +123,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Trains to the last epoch, evaluates the best model, and returns what it writes to result.json.
 
-        Raises TimeLimitReached or Stopped, with everything saved, TrainingDiverged, or CheckpointError where the best
-        model is gone.
+        Raises TimeLimitReached or Stopped, with everything saved, TrainingDiverged, CaptureFailed, or CheckpointError
+        where the best model is gone.
         """
         try:
             with signals.noting():
@@ -164,19 +170,40 @@ class Trainer:
 
     def train_step(self, length: int | None = None) -> int:
         """One segment of all columns, of `length` rows or as many as are drawn: forward, backward, clip, step. Returns
-        the segment's rows, fewer where the text ends."""
+        the segment's rows, fewer where the text ends.
+
+        All but the optimizer may be a graph's replay: its learning rate, a number of the host, follows the length.
+        """
         optim, progress = self.config.optim, self.progress
         if self.profile:
             self.profile.start()
         drawn = length or random_bptt_length(optim.bptt, optim.bptt + optim.bptt_delta, self.bptt_generator)
         inputs, targets = segment(self.source, progress.row, drawn)
-        self.optimizer.zero_grad()
-        mark = self._mark
+        try:
+            (self.graphs or self._gradients)(inputs, targets)
+        except ValueError as error:  # the head refuses NaN, which it looks for on a CPU alone
+            if all(p.isfinite().all() for p in self.model.parameters()):
+                raise
+            raise self._diverged(f"parameters are no longer finite at step {progress.step}") from error
+        # the rate follows the drawn length, also where the text ends before it, as in the published code
+        self.optimizer.step(scale=drawn / optim.bptt)
+        self._mark("optimizer")
+        progress.row += inputs.shape[0]
+        progress.count(inputs.numel())
+        if self.profile:
+            self._end_profile_step(self.profile, inputs.numel())
+        return inputs.shape[0]
+
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> None:
+        """The clipped gradients of a segment (T, B), the hidden states after it, and the interval's loss with it: in
+        tensors that stay, since a graph may repeat this."""
+        optim, mark = self.config.optim, self._mark
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
         mark("data")
         for i, columns in enumerate(range(0, optim.batch_size, self._micro_batch)):
             part = slice(columns, columns + self._micro_batch)
-            output = self._forward(inputs[:, part], targets[:, part], self.hidden[i])
-            self.hidden[i] = detach(output.hidden)
+            with autocast(self.device, self.config.precision):
+                output = self.model(inputs[:, part], targets[:, part], self.hidden[i])
             loss = output.loss
             if optim.alpha:
                 loss = loss + optim.alpha * activation_regularization(output.dropped)
@@ -184,18 +211,11 @@ class Trainer:
                 loss = loss + optim.beta * temporal_activation_regularization(output.raw)
             (loss * (self._micro_batch / optim.batch_size)).backward()
             mark("embedding, backward")
+            carry_on(self.hidden[i], output.hidden)
             self.interval_loss += output.loss.detach() * (self._micro_batch * inputs.shape[0])
         if optim.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip)
         mark("clipping")
-        # the rate follows the drawn length, also where the text ends before it, as in the published code
-        self.optimizer.step(scale=drawn / optim.bptt)
-        mark("optimizer")
-        progress.row += inputs.shape[0]
-        progress.count(inputs.numel())
-        if self.profile:
-            self._end_profile_step(self.profile, inputs.numel())
-        return inputs.shape[0]
 
     def _mark(self, stage: str) -> None:
         if self.profile:
@@ -208,15 +228,6 @@ class Trainer:
             report, self.profile = profile.report(), None
             files.write_json(self.folder / "profile.json", report)
             say(as_table(report))
-
-    def _forward(self, inputs: Tensor, targets: Tensor, hidden: Hidden) -> LMOutput:
-        try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                return self.model(inputs, targets, hidden)
-        except ValueError as error:  # the head refuses NaN
-            if all(p.isfinite().all() for p in self.model.parameters()):
-                raise
-            raise self._diverged(f"parameters are no longer finite at step {self.progress.step}") from error
 
     def _diverged(self, what: str) -> TrainingDiverged:
         return TrainingDiverged(
@@ -260,7 +271,7 @@ class Trainer:
         config = self.config
         allow_tf32(self.device, False)
         tokens, columns, bptt = self.corpus.valid, config.valid_batch_size, config.optim.bptt
-        return evaluate(self.model, tokens, columns, bptt, "validate", signals.check)
+        return evaluate(self.model, tokens, columns, bptt, "validate", signals.check, self.recorder)
 
     def _keep_if_best(self, loss: float, epoch: int) -> bool:
         better = self.progress.best is None or loss < self.progress.best
@@ -290,7 +301,8 @@ class Trainer:
         progress.stopped = fires and self.config.start is not None
         progress.epoch += 1
         progress.row = 0
-        self.hidden = self._initial_hidden()
+        for hidden, zeros in zip(self.hidden, self._initial_hidden()):
+            carry_on(hidden, zeros)
         self._start_interval()
         self.metrics.write(
             "valid", progress.step, epoch=progress.epoch, loss=loss, ppl=perplexity(loss), averaging=averaging
@@ -312,7 +324,7 @@ class Trainer:
         load_parameters(self.model, tensors, best)
         allow_tf32(self.device, False)
         tokens, columns, bptt = self.corpus.test, config.test_batch_size, config.optim.bptt
-        test = evaluate(self.model, tokens, columns, bptt, "test", signals.check)
+        test = evaluate(self.model, tokens, columns, bptt, "test", signals.check, self.recorder)
         result = {
             "valid_ppl": perplexity(meta["valid_loss"]),
             "test_ppl": perplexity(test),
@@ -358,7 +370,6 @@ class Trainer:
         load_parameters(self.model, group(tensors, "model"), path)
         try:
             self.progress = Progress(**meta["progress"])
-            optimizer_meta, n_parts = meta["optimizer"], len(self.hidden)
-            self.hidden, self.interval_loss = self.tensors.restore(tensors, optimizer_meta, n_parts)
+            self.tensors.restore(tensors, meta["optimizer"], self.hidden, self.interval_loss)
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
