@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from operation_log import LogRecorder
 from runs import losses, write_benchmark
 
 from fused_mos import train_1b
@@ -111,6 +112,29 @@ def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monke
     assert losses(out) == losses(tmp_path / "whole")
     a, b = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "pieces"))
     assert a["heldout_ppl"] == b["heldout_ppl"] and a["words"] == b["words"]
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("variant", ["", "--micro-batches 2", "--head-chunk 18 --precision bfloat16 --optimizer sgd"])
+def test_a_replayed_run_has_the_bits_of_an_ordinary_one(variant, flags, tmp_path, trainer_of, monkeypatch):
+    """By the stand-in for CUDA graphs; stopped in between, and with a last segment of another length in each shard."""
+    recorder = LogRecorder()
+    monkeypatch.setattr("fused_mos._inputs.values_can_be_read", lambda *_: False)  # as on a GPU
+    monkeypatch.setattr(
+        "fused_mos._backends.from_rows.scaled", lambda gradients, factor, *_: [g * factor for g in gradients]
+    )
+    monkeypatch.setattr(
+        "fused_mos.training.lm1b.trainer.recorder_for", lambda config, _: recorder if config.cuda_graphs else None
+    )
+    flags = [*flags, *variant.split(), "--dropout", "0.2", "--max-steps", "60", "--decay", "none"]
+    trainer_of([*flags, "--no-cuda-graphs"], tmp_path / "plain").run()
+    assert recorder.n_run == 0
+    trainer_of([*flags, "--max-steps", "25"], tmp_path / "graphs").run()
+    trainer = trainer_of(flags, tmp_path / "graphs")
+    trainer.run()
+    assert trainer.graphs.n_graphs >= 1 and recorder.n_replayed >= 45
+    a, b = ([line for line in losses(tmp_path / name) if line[:2] != ("valid", 25)] for name in ("plain", "graphs"))
+    assert a == b
 
 
 @pytest.mark.trains

@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ...data.corpus import CorpusError
 from ...data.token_stream import PreparedCorpus, Segment, TokenFile, TrainStream
 from ...lm import AWDLSTM
-from ...lm.awd_lstm import gradients
+from ...lm.awd_lstm import carry_on, gradients
 from ...runtime import UserError, files, signals
 from ...runtime.progress import bar, say
 from ...vocab_parallel import parallelize
 from .. import folder as run_folder
 from .. import meter, settings
-from ..device import allow_tf32, check_precision, on_device, peak_memory_mib
+from ..device import allow_tf32, autocast, check_precision, on_device, peak_memory_mib
 from ..errors import CheckpointError, TrainingDiverged
+from ..graphs import Replayed, allocate_gradients, recorder_for
 from ..metrics import MetricsLog, perplexity, plot_learning_curves
 from . import checkpoint, memory
 from .config import LM1BConfig
@@ -72,6 +74,9 @@ class LM1BTrainer:
         self._seed_dropout(0)
         self.parts = [range(start, start + self._part) for start in range(0, len(self.stream.columns), self._part)]
         self.hidden = [self.model.initial_hidden(self._part) for _ in self.parts]
+        self.nll = torch.zeros((), dtype=torch.float64, device=self.device)
+        """Of a step, summed over this rank's words."""
+        self.loss_scale = torch.ones((), device=self.device)
         self.metrics: MetricsLog | None = None
         self._lock = None if config.evaluate else self._claim_folder()
         self.resumed = checkpoint.newest(self.checkpoints, ranks)
@@ -86,6 +91,12 @@ class LM1BTrainer:
             self.distributed = DistributedDataParallel(
                 self.loss, devices, process_group=group, gradient_as_bucket_view=True
             )
+        # what ranks exchange within a step, and DistributedDataParallel's hooks, is not recorded
+        recorder = recorder_for(config, self.device) if ranks.n_ranks == 1 else None
+        self.graphs: Replayed | None = None
+        if recorder:
+            allocate_gradients(self.model.parameters())
+            self.graphs = Replayed(self._gradients, recorder, config.bptt)
 
     @property
     def _part(self) -> int:
@@ -134,8 +145,8 @@ class LM1BTrainer:
         """Trains to the end, evaluates the best model on the held-out shards, and returns what it writes to
         result.json.
 
-        Raises Stopped or TimeLimitReached, with everything saved, TrainingDiverged, or CheckpointError where the disk
-        is full.
+        Raises Stopped or TimeLimitReached, with everything saved, TrainingDiverged, CaptureFailed, or CheckpointError
+        where the disk is full.
         """
         if not self.resumed:
             self._save()  # before anything else, so that there is no moment from which a run cannot go on
@@ -194,28 +205,20 @@ class LM1BTrainer:
                         break
 
     def train_step(self, segment: Segment) -> StepDecision:
-        """One segment of this rank's columns. Returns what is to be done after it, the same on all ranks."""
+        """One segment of this rank's columns. Returns what is to be done after it, the same on all ranks.
+
+        On a single rank, forward and backward pass may be a graph's replay.
+        """
         ranks, config, progress = self.ranks, self.config, self.progress
         self.model.train()
         allow_tf32(self.device, config.precision != "float32")
         inputs, targets = on_device(segment.inputs, self.device), on_device(segment.targets, self.device)
         words = max(segment.words, 1)
-        distributed = self.distributed
-        forward = self.loss if distributed is None else distributed
-        # in several parts DistributedDataParallel would make new gradients beside those in its buckets
-        self.optimizer.zero_grad(set_to_none=distributed is None or len(self.parts) == 1)
-        nll = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, part in enumerate(self.parts):
-            last = i + 1 == len(self.parts)
-            columns = slice(part.start, part.stop)
-            with nullcontext() if last or distributed is None else distributed.no_sync():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    loss, self.hidden[i] = forward(inputs[:, columns], targets[:, columns], self.hidden[i])
-                # DistributedDataParallel takes the mean over ranks of what is here a sum over words
-                (loss * (ranks.n_data / words)).backward()
-            nll += loss.detach()
+        # DistributedDataParallel takes the mean over ranks of what is here a sum over words
+        self.loss_scale.fill_(ranks.n_data / words)
+        (self.graphs or self._gradients)(inputs, targets)
         sharded, whole = self.tensors.gradients()
-        total, norm, decision = exchange(nll, sharded, whole, ranks, self.clock)
+        total, norm, decision = exchange(self.nll, sharded, whole, ranks, self.clock)
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise TrainingDiverged(
                 f"training diverged at step {progress.step + 1}: loss {total / words:.4g}, norm of the "
@@ -230,6 +233,25 @@ class LM1BTrainer:
         progress.count(words)
         progress.interval_loss += total
         return decision
+
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> None:
+        """The gradients of a segment (T, columns of this rank), its `nll`, and the hidden states after it: in tensors
+        that stay, since a graph may repeat this."""
+        distributed = self.distributed
+        forward = self.loss if distributed is None else distributed
+        # in several parts DistributedDataParallel would make new gradients beside those in its buckets
+        in_place = self.graphs is not None or distributed is not None and len(self.parts) > 1
+        self.optimizer.zero_grad(set_to_none=not in_place)
+        self.nll.zero_()
+        for i, part in enumerate(self.parts):
+            last = i + 1 == len(self.parts)
+            columns = slice(part.start, part.stop)
+            with nullcontext() if last or distributed is None else distributed.no_sync():
+                with autocast(self.device, self.config.precision):
+                    loss, hidden = forward(inputs[:, columns], targets[:, columns], self.hidden[i])
+                (loss * self.loss_scale).backward()
+            carry_on(self.hidden[i], hidden)
+            self.nll += loss.detach()
 
     @property
     def total_steps(self) -> int:
