@@ -44,14 +44,18 @@ def line(key: str, row: dict) -> str:
         )
     if "step ms" in row:
         return (
-            f"{key}: {row['step ms'][0]:.2f} ms a step, {row['words/s']:,} words/s, head {row['head share']:.0%}, LSTM "
-            f"{row['LSTM share']:.0%}, idle {row['idle share']:.0%}"
+            f"{key}: {row['step ms'][0]:.2f} ms a step, {_replayed(row)}{row['words/s']:,} words/s, head "
+            f"{row['head share']:.0%}, LSTM {row['LSTM share']:.0%}, idle {row['idle share']:.0%}"
         )
     if "summary" in row:
         return f"{key}: {row['summary']}"
     if "key" in row:
         return f"{key}: {row['key']}, {row['ms before'][0]:.3f} -> {row['ms'][0]:.3f} ms with {tuple(row['tile'])}"
     return f"{key}: " + ", ".join(f"{name} {_decoded(values)}" for name, values in row["rows"].items())
+
+
+def _replayed(row: dict) -> str:
+    return f"as a graph {row['graphs step ms'][0]:.2f}, " if "graphs step ms" in row else ""
 
 
 def _decoded(values: dict) -> str:
@@ -82,7 +86,9 @@ def _goals(rows: dict[str, dict]) -> Iterator[tuple[str, object, str, bool]]:
         elif step == "head":
             yield from _head_goals(rows, key, row, *parts)
     steps = {
-        key: row["step ms"][0] for key, row in rows.items() if key.startswith("training | ptb ") and "step ms" in row
+        key: row.get("graphs step ms", row["step ms"])[0]
+        for key, row in rows.items()
+        if key.startswith("training | ptb ") and "step ms" in row
     }
     if steps:
         best = min(steps, key=steps.__getitem__)

@@ -1,4 +1,5 @@
-"""Training steps on a GPU: how long, where their time goes, and how long the GPU idles meanwhile.
+"""Training steps on a GPU: how long, as graphs and kernel by kernel, where their time goes, and how long the GPU idles
+meanwhile.
 
 The words are random, which steps do not feel.
 """
@@ -10,12 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fused_mos.data import lm1b
-from fused_mos.lm import AWDLSTM
 from fused_mos.training import RECIPES, Trainer
 from fused_mos.training.device import allow_tf32
 from fused_mos.training.lm1b.config import RECIPES as LM1B_RECIPES
@@ -27,8 +27,11 @@ from .harness import spread
 from .lm1b_corpus import Config as RandomCorpus
 from .lm1b_corpus import generate, words
 
+if TYPE_CHECKING:
+    from fused_mos.training.lm1b import LM1BTrainer
+
 STEPS = 2 if DRY_RUN else 40
-"""Steps that are timed, and as many again with their stages marked."""
+"""Steps that are timed as graphs, as many kernel by kernel, and as many again with their stages marked."""
 PROFILED = 1 if DRY_RUN else 10
 """Steps under the profiler."""
 N_WORDS = {"ptb": 10_000, "wikitext2": 33_278, "lm1b-full": 793_471, "demo": 500, "lm1b-tiny": 500}
@@ -36,31 +39,54 @@ N_WORDS = {"ptb": 10_000, "wikitext2": 33_278, "lm1b-full": 793_471, "demo": 500
 
 
 class Training(NamedTuple):
-    model: AWDLSTM
+    trainer: "Trainer | LM1BTrainer"
     step: Callable[[], int]  # one training step; returns its words
 
 
 def measure(recipe: str, precision: str) -> dict:
-    """The row of a recipe's training step."""
+    """The row of a recipe's training step: kernel by kernel, which alone has stages, and as graphs."""
     make = _lm1b_trainer if recipe in LM1B_RECIPES else _trainer
     with make(recipe, precision) as training:
-        for _ in range(StepProfile.WARM_UP):
-            training.step()
-        if not DRY_RUN:
-            torch.cuda.reset_peak_memory_stats()
-        n_words, seconds = zip(*(_timed(training.step) for _ in range(STEPS)))
+        graphs = _graphs(training)
+        training.trainer.graphs = None
+        n_words, seconds = _times(training)
         row = timing.summary(timing.device_events(training.step, PROFILED), PROFILED)
         stages = _stages(training)
     step_ms = spread(1e3 * value for value in seconds)
-    return row | {
-        "step ms": step_ms,
-        "words/s": round(sum(n_words) / sum(seconds)),
-        "idle share": round(max(1 - row["gpu ms"] / (1e3 * sum(seconds) / STEPS), 0.0), 3),
-        "head share": _share(stages, "head"),
-        "LSTM share": _share(stages, "LSTM"),
-        "stages": stages,
-        "peak MiB": None if DRY_RUN else torch.cuda.max_memory_allocated() >> 20,
+    return (
+        row
+        | graphs
+        | {
+            "step ms": step_ms,
+            "words/s": round(sum(n_words) / sum(seconds)),
+            "idle share": round(max(1 - row["gpu ms"] / (1e3 * sum(seconds) / STEPS), 0.0), 3),
+            "head share": _share(stages, "head"),
+            "LSTM share": _share(stages, "LSTM"),
+            "stages": stages,
+            "peak MiB": None if DRY_RUN else torch.cuda.max_memory_allocated() >> 20,
+        }
+    )
+
+
+def _graphs(training: Training) -> dict:
+    """What a row says of replayed steps; nothing where there are no graphs."""
+    if training.trainer.graphs is None:
+        return {}
+    _, seconds = _times(training)
+    return {
+        "graphs": training.trainer.graphs.n_graphs,
+        "graphs step ms": spread(1e3 * value for value in seconds),
+        "graphs reserved MiB": torch.cuda.max_memory_reserved() >> 20,  # replays allocate nothing that could be counted
     }
+
+
+def _times(training: Training) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The words and seconds of each step, after some that are not counted: one runs, one is captured."""
+    for _ in range(StepProfile.WARM_UP):
+        training.step()
+    if not DRY_RUN:
+        torch.cuda.reset_peak_memory_stats()
+    return tuple(zip(*(_timed(training.step) for _ in range(STEPS))))
 
 
 def _timed(step: Callable[[], int]) -> tuple[int, float]:
@@ -72,7 +98,7 @@ def _timed(step: Callable[[], int]) -> tuple[int, float]:
 
 def _stages(training: Training) -> dict[str, dict[str, float]]:
     """Milliseconds and share of each stage of a step, as the GPU's stream sees them, waits for the host included."""
-    profile = StepProfile(training.model, STEPS)
+    profile = StepProfile(training.trainer.model, STEPS)
     while not profile.done:
         profile.start()
         n_words = training.step()
@@ -90,7 +116,7 @@ def _share(stages: dict[str, dict[str, float]], part: str) -> float:
 def _trainer(recipe: str, precision: str) -> Iterator[Training]:
     """The trainer of Penn Treebank and WikiText-2, with segments of the recipe's length."""
     config = dataclasses.replace(RECIPES[recipe](), precision=precision, device=DEVICE)
-    n_steps = 2 * (STEPS + StepProfile.WARM_UP) + PROFILED + 1
+    n_steps = 3 * (STEPS + StepProfile.WARM_UP) + PROFILED + 1
     n_tokens = n_steps * config.optim.bptt * config.optim.batch_size
     vocabulary = [f"w{i}" for i in range(N_WORDS[recipe])]
     text = [*vocabulary, *random.Random(0).choices(vocabulary, k=n_tokens)]
@@ -100,7 +126,7 @@ def _trainer(recipe: str, precision: str) -> Iterator[Training]:
         trainer = Trainer(dataclasses.replace(config, data=Path(folder), out=Path(folder, "run")))
         trainer.model.train()
         allow_tf32(trainer.device, precision != "float32")
-        yield Training(trainer.model, lambda: trainer.train_step(config.optim.bptt) * config.optim.batch_size)
+        yield Training(trainer, lambda: trainer.train_step(config.optim.bptt) * config.optim.batch_size)
 
 
 @contextlib.contextmanager
@@ -129,7 +155,7 @@ def _lm1b_trainer(recipe: str, precision: str) -> Iterator[Training]:
                 trainer.train_step(segment)
                 return segment.inputs.numel()
 
-            yield Training(trainer.model, step)
+            yield Training(trainer, step)
         finally:
             ranks.close()
 
