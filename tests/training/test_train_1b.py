@@ -369,7 +369,7 @@ def test_the_memory_table_is_near_what_a_run_takes(flags, tmp_path):
     assert 0.8 < measured / estimated < 1.1, (measured, estimated)
 
 
-def test_what_does_not_fit_is_refused_with_what_would():
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     class OneRank:
         device, n_ranks, n_data, n_local = torch.device("cpu"), 1, 1, 1
 
@@ -386,3 +386,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
         memory.check(dataclasses.replace(full, memory_gib=4), 793_471, OneRank)
     text = memory.check(dataclasses.replace(full, memory_gib=80), 793_471, OneRank)
     assert "of 80.00" in text
+    monkeypatch.setattr(memory, "_head_workspace", lambda _: 288 << 20)  # without asking a GPU
+    OneRank.device = torch.device("cuda")
+    with pytest.raises(ConfigError, match="a segment beside graphs(.|\n)*it would fit with --no-cuda-graphs$"):
+        memory.check(dataclasses.replace(full, memory_gib=22), 793_471, OneRank)

@@ -65,6 +65,10 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     }
     if config.vocab_parallel > 1:  # gradients that are exchanged together, when the rest of a step is gone
         step["exchange, beyond"] = max((n_parameters - rows * (d + 1)) * item - sum(step.values()), 0)
+    single = n_data * config.vocab_parallel == 1
+    if device_type == "cuda" and single and config.cuda_graphs and not model.grad_filter_eps:
+        # the last segment of a shard runs without, and a graph's memory is for graphs alone
+        step["a segment beside graphs"] = sum(step.values())
     if device_type == "cpu":  # where a GPU's tensors are written, and made, is the host's memory
         writing = 2 * (kept["parameters"] + kept["optimizer"]) - sum(step.values())
         making = whole_bytes - sum(kept.values()) - sum(step.values())
@@ -104,7 +108,7 @@ def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
         smaller = dataclasses.replace(config, **change)
         n_data = ranks.n_ranks // smaller.vocab_parallel
         if n_data and sum(table(smaller, n_words, n_data, ranks.device.type).values()) <= limit:
-            flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+            flags = " ".join(_flag(name, value) for name, value in change.items())
             raise ConfigError(message + f"it would fit with {flags}")
     raise ConfigError(
         message + "no smaller batch, other optimizer or vocab_parallel would make it fit; take a smaller embedding or "
@@ -114,6 +118,7 @@ def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
 
 def _smaller(config: LM1BConfig, n_data: int) -> Iterator[dict[str, Any]]:
     """Changes of fields that save memory, those that leave the results as they are first."""
+    yield {"cuda_graphs": False}
     columns = config.batch_size // n_data
     splits = [n for n in range(config.micro_batches, columns + 1) if columns % n == 0]
     yield from ({"micro_batches": n} for n in splits)
@@ -124,6 +129,11 @@ def _smaller(config: LM1BConfig, n_data: int) -> Iterator[dict[str, Any]]:
             yield {"vocab_parallel": n, "micro_batches": config.batch_size // (ranks // n)}
     cheaper = [name for name, copies in OPTIMIZER_COPIES.items() if copies < OPTIMIZER_COPIES[config.optimizer]]
     yield from ({"micro_batches": splits[-1], "optimizer": name} for name in reversed(cheaper))
+
+
+def _flag(name: str, value: Any) -> str:
+    name = name.replace("_", "-")
+    return f"--no-{name}" if value is False else f"--{name} {value}"
 
 
 def as_text(needed: dict[str, int], limit: int) -> str:
