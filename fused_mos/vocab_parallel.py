@@ -193,7 +193,8 @@ def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> Voc
     The parameters must be the same on all ranks of the group, as from one seed. Returns the shard, which
     `Head.vocabulary` is from now on.
 
-    Raises ValueError unless `model` holds exactly one head, RuntimeError without torch.distributed.
+    Raises ValueError unless `model` holds exactly one head, RuntimeError without torch.distributed and where the ranks'
+    GPUs are of different models.
     """
     heads = [module for module in model.modules() if isinstance(module, Head)]
     if len(heads) != 1:
@@ -201,6 +202,8 @@ def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> Voc
     (head,) = heads
     shard = VocabShard(head.n_classes, group)
     whole = head.decoder.weight
+    if whole.device.type == "cuda":
+        _check_equal_gpus(whole.device, shard.group)
     rows = nn.Parameter(shard.rows(whole.detach()).clone(), whole.requires_grad)
     head.vocabulary = shard
     head.decoder.weight = rows
@@ -214,6 +217,24 @@ def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> Voc
             if isinstance(module, nn.Embedding) and module.weight is whole:
                 setattr(parent, name, VocabParallelEmbedding(shard, rows))
     return shard
+
+
+def _check_equal_gpus(device: torch.device, group: dist.ProcessGroup) -> None:
+    """Every rank draws the dropout masks for itself, and what torch draws from one seed depends on how many
+    multiprocessors a GPU has."""
+    models: list[str] = [""] * dist.get_world_size(group)
+    dist.all_gather_object(models, _gpu_model(device), group)
+    for rank, model in enumerate(models):
+        if model != models[0]:
+            raise RuntimeError(
+                "vocab_parallel needs GPUs of one model, since its ranks have to draw the same dropout masks; rank 0 "
+                f"has {models[0]}, rank {rank} {model}"
+            )
+
+
+def _gpu_model(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} with {properties.multi_processor_count} multiprocessors"
 
 
 def _combined_statistics(

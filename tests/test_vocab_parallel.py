@@ -6,7 +6,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from fused_mos import MoC, MoS, Softmax, functional
+from fused_mos import MoC, MoS, Softmax, functional, vocab_parallel
 from fused_mos.lm import AWDLSTM
 from fused_mos.vocab_parallel import VocabParallelEmbedding, VocabShard, parallelize
 
@@ -182,3 +182,17 @@ def test_bad_input_is_refused_on_every_rank():
 def test_without_a_process_group_the_error_says_what_to_do():
     with pytest.raises(RuntimeError, match="init_process_group, or start with torchrun"):
         VocabShard(10)
+
+
+def unequal_gpus():
+    """On the CPU: what a GPU is, is made up."""
+    rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
+    vocab_parallel._gpu_model = lambda device: f"H100 with {132 if rank < 2 else 114} multiprocessors"
+    with pytest.raises(RuntimeError, match="rank 0 has H100 with 132 multiprocessors, rank 2 H100 with 114"):
+        vocab_parallel._check_equal_gpus(torch.device("cuda"), group)
+    vocab_parallel._gpu_model = lambda device: "H100 with 132 multiprocessors"
+    vocab_parallel._check_equal_gpus(torch.device("cuda"), group)
+
+
+def test_gpus_of_different_models_are_refused():
+    run_on_ranks(3, unequal_gpus)
