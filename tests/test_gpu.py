@@ -150,7 +150,7 @@ def test_auto_takes_triton_for_cuda_tensors():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES[:2], (2_560, 7, 1_024, 100_000)], ids=str)
 def test_extra_memory(shape, dtype):
-    """At most 256 MiB beside inputs, outputs and gradients."""
+    """The workspace beside inputs, outputs and gradients, and a little for statistics."""
     n, k, d, v = shape
     latent, weight = (torch.randn(size, dtype=dtype, requires_grad=True) for size in ((n, k, d), (v, d)))
     prior_logits, bias = torch.randn(n, k, requires_grad=True), torch.zeros(v, dtype=dtype, requires_grad=True)
@@ -166,7 +166,7 @@ def test_extra_memory(shape, dtype):
         ).sum().backward()
         extra = torch.cuda.max_memory_allocated() - before - gradients
         if reduction == "none":
-            assert extra <= 256 * 2**20, f"{extra / 2**20:.0f} MiB"
+            assert extra <= workspace_bytes(latent.device) + 8 * 2**20, f"{extra / 2**20:.0f} MiB"
 
 
 @only_on_gpu
