@@ -95,9 +95,23 @@ def _autocast(
 
 
 def check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+    """All that can be wrong with them: shapes, dtypes and devices, and NaN where values can be read."""
+    named = check_shapes(
+        latent, prior_logits, weight, bias, isinstance(latent, Tensor) and is_autocast(latent.device.type)
+    )
+    if values_can_be_read(latent):
+        for name, tensor in named.items():
+            # max propagates NaN and, unlike isnan().any(), allocates nothing
+            if tensor.numel() and tensor.detach().amax().isnan():
+                raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
+
+
+def check_shapes(
+    latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None, autocast: bool = False
+) -> dict[str, Tensor]:
+    """Returns those that there are, by name. With autocast any floating dtypes will do."""
     arguments = {"latent": latent, "prior_logits": prior_logits, "weight": weight, "bias": bias}
     named = {name: tensor for name, tensor in arguments.items() if tensor is not None}
-    autocast = isinstance(latent, Tensor) and is_autocast(latent.device.type)
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
@@ -121,11 +135,7 @@ def check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bi
         raise ValueError(f"weight must have at least one class, got V = 0 in shape {tuple(weight.shape)}")
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias must be (V,) = {(weight.shape[0],)} to match weight, got {tuple(bias.shape)}")
-    if values_can_be_read(latent):
-        for name, tensor in named.items():
-            # max propagates NaN and, unlike isnan().any(), allocates nothing
-            if tensor.numel() and tensor.detach().amax().isnan():
-                raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
+    return named
 
 
 def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> None:
@@ -133,18 +143,22 @@ def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: i
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must have dtype torch.int64, got {target.dtype}")
-    if target.device != latent.device:
-        raise ValueError(f"target is on {target.device} but latent is on {latent.device}")
-    if target.shape != latent.shape[:1]:
-        raise ValueError(f"target must be (N,) = {(latent.shape[0],)} to match latent, got {tuple(target.shape)}")
+    check_target_shape(target, latent)
     if values_can_be_read(target):
         wrong = target[(target != ignore_index) & ((target < 0) | (target >= n_classes))]
         if wrong.numel():
             raise IndexError(
                 f"target must be in [0, V = {n_classes}) or ignore_index = {ignore_index}, got {int(wrong[0])}"
             )
+
+
+def check_target_shape(target: Tensor, latent: Tensor) -> None:
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must have dtype torch.int64, got {target.dtype}")
+    if target.device != latent.device:
+        raise ValueError(f"target is on {target.device} but latent is on {latent.device}")
+    if target.shape != latent.shape[:1]:
+        raise ValueError(f"target must be (N,) = {(latent.shape[0],)} to match latent, got {tuple(target.shape)}")
 
 
 def check_reduction(reduction: str) -> None:

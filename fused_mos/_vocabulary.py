@@ -13,19 +13,7 @@ from torch import Tensor
 from . import _backends, ops
 from ._backends import reference
 from ._backends.reference import log_softmax_prior
-from ._inputs import (
-    Operands,
-    check_filter_eps,
-    check_k,
-    check_reduction,
-    check_target,
-    check_temperature,
-    contiguous,
-    prepared,
-)
-
-TOPK_BYTES = 32 * 2**20
-"""Bytes of the log-probabilities that `mos_topk` holds at once."""
+from ._inputs import Operands, check_filter_eps, check_k, check_reduction, check_target, check_temperature, prepared
 
 
 class NLL(NamedTuple):
@@ -49,8 +37,8 @@ class Normalisers(NamedTuple):
 class Vocabulary(ABC):
     """The functions of `fused_mos.functional` over V classes, all of them here or spread over ranks.
 
-    What differs are the abstract methods. They get operands that are checked, cast and contiguous (but for the rows
-    of `draw`), of any backend but "reference": the functions answer for that one themselves.
+    What differs are the abstract methods. They get operands that are checked, cast and contiguous, of any backend but
+    "reference": the functions answer for that one themselves.
     """
 
     def nll_and_loss(
@@ -135,11 +123,12 @@ class Vocabulary(ABC):
             check_temperature(temperature)
             if operands.backend == "reference":
                 return reference.sample(*operands.tensors, temperature, generator)
-            latent, _, weight, bias, backend = operands
-            if latent.shape[0] == 0:  # torch.multinomial refuses an empty batch
-                return torch.empty(0, dtype=torch.int64, device=latent.device)
-            rows = self.choose_rows(operands, generator)
-            return self.draw(rows, contiguous(weight), contiguous(bias), temperature, generator, backend)
+            return self.drawn(operands.contiguous(), temperature, generator)
+
+    def _given_normalisers(self, operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """What the ops over the mixture take."""
+        log_prior, maximum, log_total = self.normalisers(operands)
+        return operands.latent, log_prior, operands.weight, operands.bias, maximum, log_total
 
     # -------------------------------------------------------------------------------------------------- the contract
 
@@ -167,20 +156,14 @@ class Vocabulary(ABC):
         """The k most probable of all classes."""
 
     @abstractmethod
-    def choose_rows(self, operands: Operands, generator: torch.Generator | None) -> Tensor:
-        """The latent vector of one expert for each token, drawn from the prior, (N, D)."""
+    def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
+        """One class for each token, (N,) int64: of an expert that is drawn from the prior, by its softmax
+        (l / temperature)."""
 
-    @abstractmethod
-    def draw(
-        self,
-        rows: Tensor,  # (N, D)
-        weight: Tensor,  # (V, D), or this rank's rows of it
-        bias: Tensor | None,  # (V,), or this rank's part of it
-        temperature: float,
-        generator: torch.Generator | None,
-        backend: str,
-    ) -> Tensor:
-        """One of all classes from each row's softmax(l / temperature), (N,) int64."""
+
+def new_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """The seed (1,) of an op's samples: a generator itself cannot be an op's argument."""
+    return torch.randint(2**62, (1,), generator=generator, device=device)
 
 
 class LocalVocabulary(Vocabulary):
@@ -196,7 +179,9 @@ class LocalVocabulary(Vocabulary):
         inputs, backend = operands.tensors, operands.backend
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
         n, n_experts, _ = operands.latent.shape
-        if any(needs):
+        if torch.compiler.is_exporting():
+            in_one_op = False  # a choice by N would bound the N of the exported program
+        elif any(needs):
             in_one_op = _backends.kernels(backend).gradient_in_forward_pays(n, n_experts, operands.weight)
         else:
             in_one_op = _backends.has_own_small_kernels(backend)
@@ -219,9 +204,7 @@ class LocalVocabulary(Vocabulary):
         return Normalisers(*ops.normalisers(*operands.tensors, operands.backend))
 
     def best(self, operands: Operands) -> Tensor:
-        log_prior, maximum, log_total = self.normalisers(operands)
-        kernels = _backends.traceable(operands.backend, operands.latent)
-        return kernels.predict(operands.latent, log_prior, operands.weight, operands.bias, maximum, log_total)
+        return ops.predict(*self._given_normalisers(operands), operands.backend)
 
     def candidates(self, operands: Operands, k: int) -> TopK:
         latent, prior_logits, weight, bias = operands.tensors
@@ -229,22 +212,11 @@ class LocalVocabulary(Vocabulary):
             top = decoder.topk(latent, log_softmax_prior(prior_logits).float(), weight, bias, k)
             if top is not None:
                 return TopK(*top)
-        return topk_of_spans(operands, self.normalisers(operands), k)
+        return TopK(*ops.topk(*self._given_normalisers(operands), k, operands.backend))
 
-    def choose_rows(self, operands: Operands, generator: torch.Generator | None) -> Tensor:
-        kernels = _backends.traceable(operands.backend, operands.latent)
-        return kernels.choose_rows(contiguous(operands.latent), contiguous(operands.prior_logits), generator)
-
-    def draw(
-        self,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        generator: torch.Generator | None,
-        backend: str,
-    ) -> Tensor:
-        return _backends.traceable(backend, rows).sample(rows, weight, bias, temperature, generator)
+    def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
+        seed = new_seed(generator, operands.latent.device)
+        return ops.sample(*operands.tensors, temperature, seed, operands.backend)
 
 
 LOCAL = LocalVocabulary()
@@ -257,23 +229,3 @@ def reduced(nll: Tensor, target: Tensor, ignore_index: int, reduction: str) -> N
     if reduction == "sum":
         return NLL(nll, nll.sum())
     return NLL(nll, nll.sum() / (target != ignore_index).sum())
-
-
-def topk_of_spans(operands: Operands, normalisers: Normalisers, k: int) -> TopK:
-    """The k most probable of the classes in `operands`, all of them where they are fewer."""
-    latent, _, weight, bias, backend = operands
-    log_prior, maximum, log_total = normalisers
-    n, n_classes = latent.shape[0], weight.shape[0]
-    values, indices = maximum.new_empty(n, 0), torch.empty(n, 0, dtype=torch.int64, device=latent.device)
-    columns = max(TOPK_BYTES // (maximum.itemsize * max(n, 1)), 2 * k, 256)
-    for start in range(0, n_classes, columns):
-        span = slice(start, start + columns)
-        log_p = _backends.traceable(backend, latent).log_prob(
-            latent, log_prior, weight[span], bias if bias is None else bias[span], maximum, log_total
-        )
-        candidates = log_p.topk(min(k, log_p.shape[1]))
-        candidates_of_all = torch.cat([indices, candidates.indices + start], 1)
-        values = torch.cat([values, candidates.values], 1)
-        values, chosen = values.topk(min(k, values.shape[1]))
-        indices = candidates_of_all.gather(1, chosen)
-    return TopK(values, indices)

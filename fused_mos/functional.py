@@ -8,8 +8,7 @@ products run in the autocast dtype and the prior stays in float32.
 Values (not shapes) are checked on CPU tensors outside torch.compile: NaN raises ValueError, a target that is
 no class IndexError. Elsewhere a check would stall the device, and such a token's loss is NaN.
 
-Double backward, forward-mode differentiation and the transforms of torch.func are for backend "reference". While a
-graph is traced, `mos_predict`, `mos_topk` and `mos_sample` are those of "tiled", which is plain torch.
+Double backward, forward-mode differentiation and the transforms of torch.func are for backend "reference".
 
 `backend` is one of `fused_mos.backends()` or "auto". Source of the mathematics: Yang et al., "Breaking the
 Softmax Bottleneck: A High-Rank RNN Language Model", ICLR 2018, section 2.3.

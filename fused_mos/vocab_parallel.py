@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _backends, ops
+from . import ops
 from ._backends.reference import log_softmax_prior, mix_target
-from ._inputs import Operands, contiguous
-from ._vocabulary import NLL, Normalisers, TopK, Vocabulary, reduced, topk_of_spans
+from ._inputs import Operands
+from ._vocabulary import NLL, Normalisers, TopK, Vocabulary, new_seed, reduced
 from .module import Head
 
 if TYPE_CHECKING:
@@ -107,12 +107,8 @@ class VocabShard(Vocabulary):
     @torch.no_grad()
     def distribution(self, operands: Operands) -> Tensor:
         """The whole (N, V) on every rank, for evaluation: not differentiable."""
-        latent, _, weight, bias, backend = operands
-        log_prior, maximum, log_total = self.normalisers(operands)
-        own = maximum.new_zeros(latent.shape[0], self._largest)
-        own[:, : self.stop - self.start] = _backends.kernels(backend).log_prob(
-            latent, log_prior, weight, bias, maximum, log_total
-        )
+        log_p = ops.mixture_log_prob(*self._given_normalisers(operands), operands.backend)
+        own = nn.functional.pad(log_p, (0, self._largest - log_p.shape[1]))
         return torch.cat(self._gathered(own), 1)[:, : self.n_classes]
 
     def normalisers(self, operands: Operands) -> Normalisers:
@@ -125,44 +121,36 @@ class VocabShard(Vocabulary):
 
     def candidates(self, operands: Operands, k: int) -> TopK:
         """The best of every rank's candidates, which each rank gathers."""
-        own = topk_of_spans(operands, self.normalisers(operands), k)
+        own = TopK(*ops.topk(*self._given_normalisers(operands), k, operands.backend))
         filled = k - own.values.shape[1]  # where this rank has fewer than k classes
         values = torch.cat(self._gathered(nn.functional.pad(own.values, (0, filled), value=-torch.inf)), 1)
         indices = torch.cat(self._gathered(nn.functional.pad(own.indices + self.start, (0, filled))), 1)
         values, chosen = values.topk(k)
         return TopK(values, indices.gather(1, chosen))
 
-    def choose_rows(self, operands: Operands, generator: torch.Generator | None) -> Tensor:
-        latent = operands.latent
-        expert = self._choose(log_softmax_prior(operands.prior_logits).exp(), generator)
-        return latent[torch.arange(latent.shape[0], device=latent.device), expert]
+    def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
+        """First the expert, then the rank, then a class of that rank, which draws it."""
+        latent, prior_logits, weight, bias, backend = operands
+        n = latent.shape[0]
+        if n == 0:  # torch.multinomial refuses an empty batch
+            return torch.empty(0, dtype=torch.int64, device=latent.device)
+        expert = self._choose(log_softmax_prior(prior_logits).exp(), generator)
+        rows = latent[torch.arange(n, device=latent.device), expert]
+        cooled = (rows / temperature)[:, None], weight, bias if bias is None else bias / temperature
+        maximum, log_total, _ = ops.row_statistics(*cooled, None, backend)
+        shares = torch.cat(self._gathered(maximum + log_total), 1)
+        rank = self._choose(torch.softmax(shares, 1), generator)
+        seed = new_seed(generator, latent.device)
+        own = ops.sample_rows(rows, weight, bias, temperature, seed, backend) + self.start
+        result = torch.where(rank == dist.get_rank(self.group), own, 0)
+        dist.all_reduce(result, group=self.group)
+        return result
 
     def _choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
         """(N, C) -> one of the C columns for each token, (N,) int64: the choice of the group's first rank."""
         choice = torch.multinomial(probability, 1, generator=generator).squeeze(1)
         dist.broadcast(choice, group=self.group, group_src=0)
         return choice
-
-    def draw(
-        self,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        generator: torch.Generator | None,
-        backend: str,
-    ) -> Tensor:
-        """First the rank, then a class of that rank, which draws it."""
-        rows = contiguous(rows)
-        kernels = _backends.kernels(backend)
-        cooled = rows / temperature, weight, bias if bias is None else bias / temperature
-        maximum, log_total, _ = kernels.row_statistics(*cooled, None)
-        shares = torch.stack(self._gathered(maximum + log_total), 1)
-        rank = self._choose(torch.softmax(shares, 1), generator)
-        own = kernels.sample(rows, weight, bias, temperature, generator) + self.start
-        result = torch.where(rank == dist.get_rank(self.group), own, 0)
-        dist.all_reduce(result, group=self.group)
-        return result
 
     def _gathered(self, own: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(own) for _ in range(self.n_ranks)]
@@ -246,20 +234,16 @@ def _combined_statistics(
     backend: str,
 ) -> tuple[Tensor, ...]:  # (N, K) each
     """maximum and log_total over all shards and, where there are targets, their logits: three numbers a row travel."""
-    n, k, d = latent.shape
-    targets = None if target is None else target.repeat_interleave(k)
-    own_maximum, own_log_total, own_logit = _backends.kernels(backend).row_statistics(
-        latent.view(n * k, d), weight, bias, targets
-    )
+    own_maximum, own_log_total, own_logit = ops.row_statistics(latent, weight, bias, target, backend)
     maximum = own_maximum.clone()
     dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
     terms = [(own_log_total + (own_maximum - maximum)).exp()]
-    if targets is not None:
-        terms.append(torch.where(targets >= 0, own_logit, 0))
+    if target is not None:
+        terms.append(torch.where((target >= 0)[:, None], own_logit, 0))
     sums = torch.stack(terms)
     dist.all_reduce(sums, group=group)
-    total, *target_logit = sums.view(len(terms), n, k)
-    return maximum.view(n, k), total.log(), *target_logit
+    total, *target_logit = sums
+    return maximum, total.log(), *target_logit
 
 
 class _ShardedNLL(torch.autograd.Function):

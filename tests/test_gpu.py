@@ -22,6 +22,8 @@ if not triton:
 
 pytestmark = pytest.mark.interpreted if triton.INTERPRETED else ()
 
+from fused_mos._backends.triton_kernels.workspace import workspace_bytes
+
 ROOT = Path(__file__).parent.parent
 only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="torch finds no CUDA GPU")
 

@@ -56,6 +56,7 @@ def test_opcheck(bias, dtype, backend):
     for op, arguments in checks.items():
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
     z, a, w, b = case.to(dtype, ()).inputs()
+    log_prior, seed = torch.randn(N, K).log_softmax(-1), torch.tensor([5])
     checks = {
         ops.nll_backward: (
             torch.randn(N),
@@ -74,6 +75,13 @@ def test_opcheck(bias, dtype, backend):
         ),
         ops.logsumexp_backward: (torch.randn(N, K), z, w, b, maximum, log_total, [True, True, bias], backend),
         ops.log_prob_backward: (torch.randn(N, V), z, a, w, b, maximum, log_total, needs, backend),
+        ops.normalisers: (z, a, w, b, backend),
+        ops.row_statistics: (z, w, b, case.target.clamp(0), backend),
+        ops.mixture_log_prob: (z, log_prior, w, b, maximum, log_total, backend),
+        ops.predict: (z, log_prior, w, b, maximum, log_total, backend),
+        ops.topk: (z, log_prior, w, b, maximum, log_total, 4, backend),
+        ops.sample: (z, a, w, b, 1.5, seed, backend),
+        ops.sample_rows: (z[:, 0], w, b, 1.5, seed, backend),
     }
     for op, arguments in checks.items():
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
@@ -152,6 +160,74 @@ def test_generation_compiles_and_exports(backend, how):
         assert len(set(traced(x)[-1].tolist())) > 1
 
 
+class _Losses(torch.nn.Module):
+    def __init__(self, backend: str):
+        super().__init__()
+        self.head = fused_mos.MoS(6, V, K, D, backend=backend)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.head(x, target).loss, self.head(x, target, reduction="none").loss
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("how", ["compile", "export"])
+@pytest.mark.parametrize("backend", ["tiled", "reference", TRITON, CPU])
+def test_one_graph_for_any_number_of_tokens(backend, how):
+    """Compiled without a graph break or a new graph for each number; exported without a bound, called with gradients
+    on, trained through."""
+    generation, losses = _Generation(backend), _Losses(backend)
+    torch.nn.init.normal_(generation.head.decoder.weight, std=100)
+    x, target = torch.randn(6, 6), torch.randint(0, V, (6,))
+    if how == "compile":
+        torch._dynamo.reset()  # the graphs of other tests count against the limit, too
+        options = {"fullgraph": True, "dynamic": True, "backend": "aot_eager"}
+        generates, trains = torch.compile(generation, **options), torch.compile(losses, **options)
+    else:
+        n = torch.export.Dim("N")
+        generates = torch.export.export(generation, (x,), dynamic_shapes=({0: n},)).module()
+        trains = torch.export.export(losses, (x, target), dynamic_shapes=({0: n}, {0: n})).module()
+    for count in (2, 3, 17, 5_000 if backend in ("tiled", "cpu") else 40):
+        x, target = torch.randn(count, 6), torch.randint(0, V, (count,))
+        _, best, _, indices, drawn = generates(x)
+        _, expected, _, expected_indices, _ = generation(x)
+        assert torch.equal(best, expected) and torch.equal(indices, expected_indices) and drawn.shape == (count,)
+        mean, each = trains(x, target)
+        assert torch.allclose(mean, losses(x, target)[0]) and torch.allclose(each, losses(x, target)[1])
+        (mean + each.sum()).backward()
+    weight = (losses if how == "compile" else trains).head.decoder.weight
+    assert weight.grad.isfinite().all() and weight.grad.any()
+
+
+@pytest.mark.parametrize("backend", ["tiled", TRITON, CPU])
+def test_a_traced_graph_has_the_backend_s_own_ops(backend):
+    with torch.no_grad():
+        program = torch.export.export(_Generation(backend), (torch.randn(70, 6),))
+    nodes = [node for module in program.graph_module.modules() for node in module.graph.nodes]
+    called = {str(node.target): node.args for node in nodes if "fused_mos" in str(node.target)}
+    assert {f"fused_mos.{name}.default" for name in ("log_prob", "predict", "topk", "sample")} <= called.keys()
+    assert all(arguments[-1] == backend for arguments in called.values())
+
+
+@pytest.mark.parametrize("backend", ["tiled", TRITON, CPU])
+def test_a_default_device_of_another_kind_changes_nothing(backend):
+    head, x = fused_mos.MoS(6, V, K, D, backend=backend), torch.randn(7, 6)
+    target = torch.randint(0, V, (7,))
+
+    def results():
+        loss = head(x, target).loss
+        gradients = torch.autograd.grad(loss, list(head.parameters()))
+        generator = torch.Generator().manual_seed(3)
+        return loss, *gradients, head.log_prob(x), head.predict(x), *head.topk(x, 3), head.sample(x, 1.0, generator)
+
+    expected = results()
+    torch.set_default_device("meta")
+    try:
+        actual = results()
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("device", ["meta", "fake"])
 def test_shapes_without_values(device):
     """What estimates of memory and operations run."""
@@ -165,7 +241,9 @@ def test_shapes_without_values(device):
             tuple(tensor.shape)
             for tensor in (output, loss, head.log_prob(x), head.decoder.weight.grad, head.prior.weight.grad)
         ]
+        generated = [tuple(tensor.shape) for tensor in (head.predict(x), *head.topk(x, 4), head.sample(x))]
     assert shapes == [(7, 2), (), (7, 2, V), (V, D), (K, 6)]
+    assert generated == [(7, 2), (7, 2, 4), (7, 2, 4), (7, 2)]
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled", CPU, TRITON])

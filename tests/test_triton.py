@@ -228,7 +228,7 @@ def test_a_prior_that_is_not_a_number_chooses_some_expert():
     """On a GPU nobody looks at values, and an index out of bounds would end the process."""
     latent, prior_logits = torch.randn(5, 3, 8), torch.full((5, 3), math.nan)
     prior_logits[0] = torch.tensor([0.0, -math.inf, -math.inf])
-    chosen = triton.choose_rows(latent, prior_logits, None)
+    chosen = triton.choose_rows(latent, prior_logits, torch.tensor([3]))
     assert torch.equal(chosen[0], latent[0, 0])
     assert all((latent[i] == chosen[i]).all(1).any() for i in range(5))
 

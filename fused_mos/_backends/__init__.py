@@ -85,11 +85,12 @@ class Kernels(Protocol):
     def predict(self, latent, log_prior, weight, bias, maximum, log_total) -> Tensor:
         """The most probable class (N,) of the mixture, int64."""
 
-    def choose_rows(self, latent, prior_logits, generator) -> Tensor:
-        """The latent vector of one expert for each token, drawn from the prior, (N, D)."""
+    def choose_rows(self, latent, prior_logits, seed: Tensor) -> Tensor:
+        """The latent vector of one expert for each token, drawn from the prior, (N, D). The seed is (1,) int64."""
 
-    def sample(self, rows, weight, bias, temperature: float, generator) -> Tensor:
-        """One class (R,) from each row's softmax(l / temperature), int64."""
+    def sample(self, rows, weight, bias, temperature: float, seed: Tensor) -> Tensor:
+        """One class (R,) from each row's softmax(l / temperature), int64, independent of what `choose_rows` draws with
+        the same seed."""
 
 
 def _why_missing(module: str, error: ImportError) -> str:
@@ -192,11 +193,6 @@ def has_own_small_kernels(name: str) -> bool:
     return name in ("triton", "cuda")
 
 
-def traceable(name: str, latent: Tensor) -> ModuleType:
-    """The kernels of `name`; those of `tiled` for tensors without memory, since others take addresses."""
-    return kernels(name if has_memory(latent) else "tiled")
-
-
 def decoder(name: str, latent: Tensor, *others: Tensor | None) -> "Decoder | None":
     """Computes the mixture of a few tokens in one pass over `weight`; None where the backend has no such kernel, a
     gradient is wanted, or the tensors have no memory, since it takes addresses."""
@@ -205,4 +201,4 @@ def decoder(name: str, latent: Tensor, *others: Tensor | None) -> "Decoder | Non
     return getattr(kernels(name), "DECODER", None) if has_memory(latent) and not wanted else None
 
 
-__all__ = ["NAMES", "Kernels", "backends", "decoder", "kernels", "reference", "resolve", "traceable", "why_absent"]
+__all__ = ["NAMES", "Kernels", "backends", "decoder", "kernels", "reference", "resolve", "why_absent"]

@@ -241,7 +241,7 @@ def predict(
     latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
 ) -> Tensor:
     head, bias = _head(weight, bias)
-    result = torch.empty(latent.shape[0], dtype=torch.int64)
+    result = torch.empty(latent.shape[0], dtype=torch.int64, device=latent.device)
     _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), log_prob=0, best=_address(result))
     return result
 
@@ -271,14 +271,12 @@ def log_prob_backward(
     return grad_latent, grad_prior, grad_weight, grad_bias
 
 
-def sample(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None
-) -> Tensor:
+def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor) -> Tensor:
     """Inverts each row's cumulative distribution: one uniform number a row, not one for each class."""
     head, bias = _head(weight, bias)
-    rows = rows.contiguous()
-    uniform = torch.rand(rows.shape[0], dtype=torch.float64, generator=generator)
-    result = torch.empty(rows.shape[0], dtype=torch.int64)
+    generator = from_rows.generator_of(seed, "classes")
+    uniform = torch.rand(rows.shape[0], dtype=torch.float64, generator=generator, device=rows.device)
+    result = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     _cpu.sample(
         head,
         rows=_address(rows),

@@ -125,15 +125,10 @@ def _on(device: torch.device) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-def sample(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None
-) -> Tensor:
+def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor) -> Tensor:
     """As in the Triton backend, by the decode kernel where that can."""
-    if not torch.compiler.is_compiling():
-        state = torch.randint(2**62, (1,), generator=generator, device=rows.device)
-        if (drawn := DECODER.sample(rows, weight, bias, temperature, state)) is not None:
-            return drawn
-    return triton.sample(rows, weight, bias, temperature, generator)
+    drawn = DECODER.sample(rows, weight, bias, temperature, seed)
+    return triton.sample(rows, weight, bias, temperature, seed) if drawn is None else drawn
 
 
 def availability() -> str:

@@ -124,11 +124,18 @@ def normalisers(
 def choose_rows(
     latent: Tensor,  # (N, K, D)
     prior_logits: Tensor,  # (N, K)
-    generator: torch.Generator | None,
+    seed: Tensor,  # (1,)
 ) -> Tensor:  # (N, D)
+    if latent.shape[0] == 0:  # torch.multinomial refuses an empty batch
+        return latent.new_empty(0, latent.shape[2])
     prior = log_softmax_prior(prior_logits).exp()
-    expert = torch.multinomial(prior, 1, generator=generator).squeeze(1)
+    expert = torch.multinomial(prior, 1, generator=generator_of(seed, "experts")).squeeze(1)
     return latent[torch.arange(latent.shape[0], device=latent.device), expert]
+
+
+def generator_of(seed: Tensor, use: str) -> torch.Generator:
+    """A generator for one of the uses of a seed (1,), on its device; the host waits for that number."""
+    return torch.Generator(seed.device).manual_seed(int(seed) + {"experts": 0, "classes": 1}[use])
 
 
 def _valid_target(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -333,10 +333,9 @@ def log_prob_backward(
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
 
-def sample(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, generator: torch.Generator | None
-) -> Tensor:
+def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor) -> Tensor:
     """Gumbel-max: argmax_v (l/temperature − log(−log u)), with the running best over the tiles."""
+    generator = from_rows.generator_of(seed, "classes")
     rows, weight, bias = _operands(rows, weight, bias)
     workspace = Workspace(rows, copies=2)
     best = rows.new_full((rows.shape[0],), -math.inf, dtype=workspace.accumulation)

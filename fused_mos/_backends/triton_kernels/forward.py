@@ -109,12 +109,11 @@ def nll(
 def choose_rows(
     latent: Tensor,  # (N, K, D)
     prior_logits: Tensor,  # (N, K)
-    generator: torch.Generator | None,
+    seed: Tensor,  # (1,)
 ) -> Tensor:  # (N, D)
     """By Gumbel-max, with random numbers that depend on the seed, the token and the expert alone."""
     n, k, d = latent.shape
     mix = mixture_constants(k, d)
-    seed = torch.randint(2**62, (1,), generator=generator, device=latent.device)
     chosen = latent.new_empty(n, d)
     grid = (cdiv(n, mix.tokens),)
     launch(rows.choose_rows_kernel, grid, latent, prior_logits, seed, chosen, n, D=d, MIX=mix)
@@ -126,15 +125,14 @@ def sample(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     temperature: float,
-    generator: torch.Generator | None,
+    seed: Tensor,  # (1,)
 ) -> Tensor:  # (R,)
     """Gumbel-max, with random numbers that depend on the seed, the row and the class alone."""
-    rows_, weight = aligned(rows_.contiguous()), aligned_weight(weight)
+    rows_, weight = aligned(rows_), aligned_weight(weight)
     n, d = rows_.shape
     logits = Logits(rows_, weight, bias, n, weight.shape[0])
     tile, constants = choose_tile("sample", rows_, n, weight)
     n_splits, tiles_of_split = splits_of_vocabulary(max(n, 1), logits.n_classes, tile, rows_.device)
-    seed = torch.randint(2**62, (1,), generator=generator, device=rows_.device)
     best, index = empty_float32(rows_, n_splits, n), seed.new_empty(n_splits, n)
     grid = cdiv(n, tile.rows), n_splits
     launch(rows.sample_kernel, grid, logits, seed, best, index, 1 / temperature, tiles_of_split, D=d, **constants)

@@ -85,6 +85,7 @@ def operations(
     latent, weight, bias = random(n, k, d), random(v, d) * d**-0.5, random(v)
     prior_logits, log_total = (torch.randn(n, k, device=device) for _ in range(2))
     target, one = torch.randint(v, (n,), device=device), torch.ones((), device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
     grad = torch.randn(n, device=device)
     inputs = latent, prior_logits, weight, bias
     statistics, row_statistic = (log_total, log_total, log_total), log_total.view(-1)
@@ -102,7 +103,7 @@ def operations(
         "log_prob": lambda: backend.log_prob(*mixture),
         "predict": lambda: backend.predict(*mixture),
         "log_prob backward": lambda: backend.log_prob_backward(torch.randn(n, v, device=device), *mixture, needs),
-        "sample": lambda: backend.sample(backend.choose_rows(latent, prior_logits, None), weight, bias, 1.5, None),
+        "sample": lambda: backend.sample(backend.choose_rows(latent, prior_logits, seed), weight, bias, 1.5, seed),
     }
     if backend.gradient_in_forward_pays(n, k, weight):
         found["gradient, in the forward pass"] = lambda: backend.nll_with_gradients(

@@ -1,0 +1,48 @@
+"""torch.library custom ops: the autograd, fake kernels and backend dispatch between `functional` and the backends.
+
+Each is opaque to torch.compile, so that no (N, K, V) tensor can appear in a graph, and checks its arguments before it
+takes an address: the ops can also be called as `torch.ops.fused_mos.…`. Differentiable are
+
+    fused_mos::nll                 per-token NLL; its backward recomputes the logits (4 products)
+    fused_mos::nll_with_gradients  the same and the gradient of its sum, formed in the forward pass (3 products)
+    fused_mos::logsumexp           log Σ_v exp l, (N, K)
+    fused_mos::log_prob            log-probabilities of all classes, (N, V)
+
+Their outputs are float32 for 16-bit inputs, gradients have the dtype of their input. Double backward is
+refused: the `reference` backend, which is plain torch, has it.
+"""
+
+from .autograd import refuse_double_backward
+from .distribution import (
+    log_prob,
+    log_prob_backward,
+    logsumexp,
+    logsumexp_backward,
+    mixture_log_prob,
+    normalisers,
+    predict,
+    row_statistics,
+    sample,
+    sample_rows,
+    topk,
+)
+from .losses import nll, nll_backward, nll_with_gradients, scaled
+
+__all__ = [
+    "log_prob",
+    "log_prob_backward",
+    "logsumexp",
+    "logsumexp_backward",
+    "mixture_log_prob",
+    "nll",
+    "nll_backward",
+    "nll_with_gradients",
+    "normalisers",
+    "predict",
+    "refuse_double_backward",
+    "row_statistics",
+    "sample",
+    "sample_rows",
+    "scaled",
+    "topk",
+]

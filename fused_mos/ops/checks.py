@@ -1,0 +1,92 @@
+"""Checks of the ops' arguments, before a kernel takes their addresses: shapes, dtypes, devices and memory.
+
+`functional` has checked all of it, and more. But the ops are callable without it, and what a wrong shape would read or
+write is memory of others.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backends
+from .._backends.reference import accumulation_dtype
+from .._inputs import check_shapes, check_target_shape
+
+
+def operands(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor | None,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The operands, contiguous, of a backend that can compute with them; without a prior, that is None.
+
+    Raises TypeError, ValueError, or RuntimeError for a backend that is not available and for a storage that was freed.
+    """
+    named = check_shapes(latent, prior_logits, weight, bias)
+    if _backends.resolve(backend, latent.device, latent.dtype) != backend:
+        raise ValueError(f"an op's backend must be named, got {backend!r}")
+    for name, tensor in named.items():
+        check_memory(name, tensor)
+    return tuple(t if t is None else t.contiguous() for t in (latent, prior_logits, weight, bias))  # type: ignore[return-value]
+
+
+def rows(
+    rows_: Tensor,  # (R, D)
+    weight: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `operands`, of single rows."""
+    if rows_.dim() != 2:
+        raise ValueError(f"rows must be (R, D), got shape {tuple(rows_.shape)}")
+    latent, _, weight, bias = operands(rows_[:, None], None, weight, bias, backend)
+    return latent[:, 0], weight, bias
+
+
+def targets(target: Tensor, latent: Tensor) -> Tensor:  # (N,) int64
+    check_target_shape(target, latent)
+    check_memory("target", target)
+    return target.contiguous()
+
+
+def numbers(like: Tensor, shape: tuple[int, ...], **tensors: Tensor) -> list[Tensor]:
+    """Tensors of `shape`, on the device of `like` and in the dtype that its sums have; contiguous."""
+    dtype = accumulation_dtype(like.dtype)
+    for name, tensor in tensors.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != like.device:
+            raise ValueError(f"{name} is on {tensor.device} but the operands are on {like.device}")
+        check_memory(name, tensor)
+    return [tensor.contiguous() for tensor in tensors.values()]
+
+
+def seeds(seed: Tensor, like: Tensor) -> Tensor:  # (1,) int64
+    if seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != like.device:
+        found = f"{tuple(seed.shape)} of {seed.dtype} on {seed.device}"
+        raise ValueError(f"seed must be (1,) of torch.int64 on {like.device}, got {found}")
+    check_memory("seed", seed)
+    return seed
+
+
+def needed(needs: Sequence[bool], count: int, bias: Tensor | None) -> tuple[bool, ...]:
+    """`needs`, whose last entry is the bias's."""
+    if len(needs) != count:
+        raise ValueError(f"needs must have {count} entries, got {len(needs)}")
+    if needs[-1] and bias is None:
+        raise ValueError("needs asks for the gradient of bias, which is None")
+    return tuple(needs)
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raises RuntimeError where a tensor's storage ends before the tensor, as after `untyped_storage().resize_(0)`."""
+    if tensor.numel() == 0:
+        return
+    last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    if (last + 1) * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise RuntimeError(f"{name} has no memory: its storage was freed")
