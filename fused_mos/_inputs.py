@@ -5,6 +5,7 @@ CPU tensors alone, and none while a graph is traced: elsewhere they would stall 
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from numbers import Integral
 from typing import NamedTuple, TypeVar
@@ -115,6 +116,12 @@ def check_shapes(
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if _is_dtensor(tensor):
+            raise TypeError(
+                f"{name} is a DTensor, sharded by fully_shard or its like, and the head reads it without calling the "
+                "module that holds it: shard the head as a whole, and name its methods by "
+                "torch.distributed.fsdp.register_fsdp_forward_method (or use fused_mos.vocab_parallel)"
+            )
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
         if tensor.device != latent.device:
@@ -136,6 +143,11 @@ def check_shapes(
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias must be (V,) = {(weight.shape[0],)} to match weight, got {tuple(bias.shape)}")
     return named
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # which takes half as long to import as torch
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> None:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from ranks import run_on_ranks
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from fused_mos import MoC, MoS, Softmax, functional, vocab_parallel
 from fused_mos.lm import AWDLSTM
@@ -196,3 +197,22 @@ def unequal_gpus():
 
 def test_gpus_of_different_models_are_refused():
     run_on_ranks(3, unequal_gpus)
+
+
+def sharded_decoder():
+    torch.manual_seed(0)
+    head, x = MoS(8, 40, 3), torch.randn(5, 8)
+    fully_shard(head.decoder)
+    for call in (lambda: head(x, torch.zeros(5, dtype=torch.int64)), lambda: head.sample(x), lambda: head.predict(x)):
+        with pytest.raises(TypeError, match="weight is a DTensor, .* shard the head as a whole"):
+            call()
+    head = MoS(8, 40, 3)
+    expected = head(x, torch.zeros(5, dtype=torch.int64)).loss, head.predict(x)
+    fully_shard(head)
+    register_fsdp_forward_method(head, "predict")
+    assert torch.allclose(head(x, torch.zeros(5, dtype=torch.int64)).loss, expected[0])
+    assert torch.equal(head.predict(x), expected[1])
+
+
+def test_a_decoder_that_is_sharded_alone_is_refused():
+    run_on_ranks(2, sharded_decoder)

@@ -77,11 +77,14 @@ struct Targets {
   float* logit;
 };
 
+// A target's place among the classes from `first` on; without overflow, whatever the target is.
+inline Index place_of(int64_t target, Index first) { return Index(uint64_t(target) - uint64_t(first)); }
+
 // Reads the logits of this panel's targets from its tile of n classes.
 inline void pick_targets(const float* tile, const RowBlocks& blocks, Index block, Index panel, Index n,
                          const Targets& targets) {
   for (Index lane = 0; lane < blocks.filled[block]; ++lane) {
-    const Index row = blocks.source[block * kBlock + lane], v = targets.target[row] - panel * kPanel;
+    const Index row = blocks.source[block * kBlock + lane], v = place_of(targets.target[row], panel * kPanel);
     if (v >= 0 && v < n) targets.logit[row] = tile[v * kBlock + lane];
   }
 }

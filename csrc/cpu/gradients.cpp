@@ -124,7 +124,7 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
     // the targets' entries, in float32, before the tile rounds them
     float at_target[kBlock];
     for (Index i = 0; i < filled; ++i) {
-      const Index v = kept.target[b * kBlock + i] - panel * kPanel;
+      const Index v = place_of(kept.target[b * kBlock + i], panel * kPanel);
       if (v < 0 || v >= n) continue;
       at_target[i] =
           scale.factor[i] * widen(exponentials[scale.offset[i] + v * kBlock]) - kept.grad_target[b * kBlock + i];
@@ -144,7 +144,7 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
     }
 
     for (Index i = 0; i < filled; ++i) {
-      const Index v = kept.target[b * kBlock + i] - panel * kPanel;
+      const Index v = place_of(kept.target[b * kBlock + i], panel * kPanel);
       if (v < 0 || v >= n) continue;
       narrow(at_target[i], dl + v * kBlock + i);
       bias_sums[v * kLanes] -= kept.grad_target[b * kBlock + i];

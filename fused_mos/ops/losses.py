@@ -157,6 +157,10 @@ def scaled(
     backend: str,
 ) -> list[Tensor]:
     """The gradients times factor / divisor, or 0 where the divisor is 0."""
+    if not _backends.has_own_small_kernels(backend):
+        raise ValueError(f"backend {backend!r} has no kernel of its own for that")
+    if len(gradients) != 4:
+        raise ValueError(f"gradients must be those of the 4 inputs, got {len(gradients)}")
     for gradient in gradients:
         checks.check_memory("gradients", gradient)
         (factor, divisor) = checks.numbers(gradient, (), factor=factor, divisor=divisor)
