@@ -195,6 +195,13 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be positive, got {temperature} (predict, or topk with k = 1, is greedy)")
 
 
+def check_drawn(drawn: Tensor) -> None:
+    """Raises ValueError where a token has no class to draw (−1), if values can be read."""
+    if values_can_be_read(drawn) and drawn.numel() and drawn.amin() < 0:
+        token = int((drawn < 0).nonzero()[0])
+        raise ValueError(f"token {token} has no class to draw: its prior or all of its logits are −inf or NaN")
+
+
 def check_backend(backend: str) -> None:
     """Raises ValueError for a name that no backend has, available here or not."""
     if backend not in _backends.NAMES:

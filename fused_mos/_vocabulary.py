@@ -13,7 +13,16 @@ from torch import Tensor
 from . import _backends, ops
 from ._backends import reference
 from ._backends.reference import log_softmax_prior
-from ._inputs import Operands, check_filter_eps, check_k, check_reduction, check_target, check_temperature, prepared
+from ._inputs import (
+    Operands,
+    check_drawn,
+    check_filter_eps,
+    check_k,
+    check_reduction,
+    check_target,
+    check_temperature,
+    prepared,
+)
 
 
 class NLL(NamedTuple):
@@ -122,8 +131,11 @@ class Vocabulary(ABC):
             self.count_classes(operands)
             check_temperature(temperature)
             if operands.backend == "reference":
-                return reference.sample(*operands.tensors, temperature, generator)
-            return self.drawn(operands.contiguous(), temperature, generator)
+                drawn = reference.sample(*operands.tensors, temperature, generator)
+            else:
+                drawn = self.drawn(operands.contiguous(), temperature, generator)
+            check_drawn(drawn)
+            return drawn
 
     def _given_normalisers(self, operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """What the ops over the mixture take."""

@@ -143,7 +143,8 @@ def mos_sample(
     draws the best class of a random expert, not that of the mixture, which is `mos_predict`'s.
     `generator` lives on the inputs' device; each backend turns its state into other samples.
 
-    Args and errors as in `mos_nll_loss`.
+    Args and errors as in `mos_nll_loss`. A token without a class to draw, since its prior or all of its logits are −inf
+    or NaN, is a ValueError where values are checked, elsewhere its class is −1.
     """
     return LOCAL.mos_sample(
         latent, prior_logits, weight, bias, temperature=temperature, generator=generator, backend=backend

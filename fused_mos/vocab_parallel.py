@@ -141,14 +141,17 @@ class VocabShard(Vocabulary):
         shares = torch.cat(self._gathered(maximum + log_total), 1)
         rank = self._choose(torch.softmax(shares, 1), generator)
         seed = new_seed(generator, latent.device)
-        own = ops.sample_rows(rows, weight, bias, temperature, seed, backend) + self.start
+        own = ops.sample_rows(rows, weight, bias, temperature, seed, backend)
+        own = torch.where(own >= 0, own + self.start, own)
         result = torch.where(rank == dist.get_rank(self.group), own, 0)
         dist.all_reduce(result, group=self.group)
         return result
 
     def _choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
-        """(N, C) -> one of the C columns for each token, (N,) int64: the choice of the group's first rank."""
-        choice = torch.multinomial(probability, 1, generator=generator).squeeze(1)
+        """(N, C) -> one of the C columns for each token, (N,) int64: the choice of the group's first rank. Any of them
+        where none has a probability, as the logits will tell."""
+        possible = torch.where(probability.sum(1, keepdim=True) > 0, probability, 1)
+        choice = torch.multinomial(possible, 1, generator=generator).squeeze(1)
         dist.broadcast(choice, group=self.group, group_src=0)
         return choice
 

@@ -448,3 +448,66 @@ def test_any_shape(n, k, d, v, scale, seed, bytes):
             for name, gradient in ours.gradients().items():
                 largest = max(wanted.gradients()[name].abs().max().item(), n)
                 assert torch.allclose(gradient, wanted.gradients()[name], rtol=0, atol=10 * tolerance * largest), name
+
+
+def _without_a_class(what: str):
+    """Inputs of which token 1 has nothing to draw."""
+    case = problem(4, 3, 8, 90, ignored=False).to(torch.float32, ())
+    z, a, w, b = (tensor.clone() for tensor in case.inputs())
+    if what == "prior":
+        a[1] = -torch.inf
+    else:  # every logit is −inf, of every expert
+        z[1], z[[0, 2, 3], :, 0] = 0, 0
+        z[1, :, 0], w[:, 0] = -torch.inf, 1
+    return z, a, w, b
+
+
+@pytest.mark.parametrize("what", ["prior", "logits"])
+def test_a_token_without_a_class_to_draw_is_named(what, backend):
+    inputs = _without_a_class(what)
+    with pytest.raises(
+        ValueError, match="token 1 has no class to draw: its prior or all of its logits are −inf or NaN"
+    ):
+        F.mos_sample(*inputs, backend=backend)
+    fine = (tensor[[0, 2, 3]] if i < 2 else tensor for i, tensor in enumerate(inputs))
+    assert (F.mos_sample(*fine, backend=backend) >= 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-8, 1e-10, 1e-320])
+def test_cold_samples_are_the_best_class(temperature, backend):
+    torch.manual_seed(0)
+    z, a, w = torch.randn(50, 1, 64), torch.zeros(50, 1), torch.randn(2_000, 64)
+    assert torch.equal(
+        F.mos_sample(z, a, w, temperature=temperature, backend=backend), F.mos_predict(z, a, w, backend="reference")
+    )
+
+
+@pytest.mark.parametrize("scale", [1e8, 1e10, 1e12])
+def test_losses_of_huge_logits_are_finite(scale, backend):
+    torch.manual_seed(0)
+    z, a, w = scale * torch.randn(8, 2, 64), torch.zeros(8, 2), torch.randn(500, 64)
+    inputs = [tensor.requires_grad_() for tensor in (z, a, w)]
+    loss = F.mos_nll_loss(*inputs, torch.arange(8), backend=backend)
+    exact = F.mos_nll_loss(*(tensor.double() for tensor in inputs), torch.arange(8), backend="reference")
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-4)
+    gradients = torch.autograd.grad(loss, inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_small_gradients_of_float16_survive_a_loss_scale():
+    """They are rounded after the scale has made them large."""
+    torch.manual_seed(0)
+    n, k, d, v, scale = 2_048, 2, 64, 500, 65_536.0
+    w, target, prior = 0.02 * torch.randn(v, d), torch.randint(v, (n,)), torch.randn(n, k)
+    latent = (w[target] * 8 / (0.02**2 * d))[:, None] + torch.randn(n, k, d) / 2
+
+    def gradient(dtype, backend, scale):
+        z = latent.to(dtype).requires_grad_()
+        loss = F.mos_nll_loss(
+            z, prior.to(torch.promote_types(dtype, torch.float32)), w.to(dtype), target, backend=backend
+        )
+        return torch.autograd.grad(loss * scale, z)[0].double() / scale
+
+    exact, scaled = gradient(torch.float64, "reference", 1), gradient(torch.float16, "tiled", scale)
+    assert (scaled - exact).norm() < 2e-3 * exact.norm()
+    assert (scaled == 0).double().mean() < 1e-3

@@ -207,19 +207,18 @@ void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
 // Computes one token's loss, its responsibilities r (K,), and the prior's gradient scale·(π − r).
 inline void mix_token(const NllArguments& a, Index token, float* responsibility) {
   const Index k = a.n_experts, first = token * k;
+  const auto joint = [&](Index e) {
+    return double(a.log_prior[first + e]) +
+           (double(a.target_logit[first + e]) - a.maximum[first + e] - a.log_total[first + e]);
+  };
   double largest = -INFINITY, total = 0;
-  for (Index e = 0; e < k; ++e) {
-    const double joint = double(a.log_prior[first + e]) +
-                         (double(a.target_logit[first + e]) - a.maximum[first + e] - a.log_total[first + e]);
-    largest = joint > largest || joint != joint ? joint : largest;
-    responsibility[e] = float(joint);
-  }
+  for (Index e = 0; e < k; ++e) largest = joint(e) > largest || joint(e) != joint(e) ? joint(e) : largest;
   // where no expert gives it any probability, nobody is responsible
   const double shift = largest == -INFINITY ? 0 : largest;
-  for (Index e = 0; e < k; ++e) total += exp(responsibility[e] - shift);
+  for (Index e = 0; e < k; ++e) total += exp(joint(e) - shift);
   a.nll[token] = float(-(shift + log(total)));
   for (Index e = 0; e < k; ++e) {
-    responsibility[e] = !a.valid[token] || total == 0 ? 0.0f : float(exp(responsibility[e] - shift) / total);
+    responsibility[e] = !a.valid[token] || total == 0 ? 0.0f : float(exp(joint(e) - shift) / total);
     if (!a.grad_prior) continue;
     const float prior = float(exp(double(a.log_prior[first + e])));
     a.grad_prior[first + e] = a.valid[token] ? a.scale * (prior - responsibility[e]) : 0.0f;

@@ -123,7 +123,7 @@ ALWAYS_INLINE Index find_mass(Index n, double& rest, F mass_of) {
 }
 
 // Inverts the cumulative distribution of one row at `uniform`: the group of panels from the row's partial sums, the
-// class from the group's logits, computed once more for this row alone.
+// class from the group's logits, computed once more for this row alone. −1 for a row that has no class to draw.
 template <class T>
 Index search(const Head& head, const PanelGroups& groups, const typename T::In* row, const PartialStatistics& parts,
              float factor, double uniform, float* logits) {
@@ -135,19 +135,23 @@ Index search(const Head& head, const PanelGroups& groups, const typename T::In* 
     mass[g] = parts.totals[g * parts.n_lanes] * exp((double(maximum_of(g)) - largest) * factor);
     total += mass[g];
   }
+  if (!(total > 0 && total < INFINITY)) return -1;
   double rest = uniform * total;
   const Index group = find_mass(groups.n_groups, rest, [&](Index g) { return mass[g]; });
 
   const Range classes = chunk_at(head.n_classes, group * groups.size * kPanel, groups.size * kPanel);
-  const double shift = maximum_of(group);
-  double group_total = 0;
+  // these logits are rounded otherwise than the partial statistics', which a low temperature would make much of: so
+  // they have a maximum of their own, and what carries over is the share of the group's mass
+  float shift = kLowest;
   for (Index v = 0; v < classes.size(); ++v) {
     logits[v] = logit<T>(head, row, classes.begin + v);
-    group_total += exp((logits[v] - shift) * factor);
+    shift = logits[v] > shift ? logits[v] : shift;
   }
-  // these sums are rounded otherwise than the partial ones: what carries over is the share of the group's mass
+  const auto mass_of = [&](Index v) { return exp((double(logits[v]) - shift) * factor); };
+  double group_total = 0;
+  for (Index v = 0; v < classes.size(); ++v) group_total += mass_of(v);
   rest *= group_total / mass[group];
-  return classes.begin + find_mass(classes.size(), rest, [&](Index v) { return exp((logits[v] - shift) * factor); });
+  return classes.begin + find_mass(classes.size(), rest, mass_of);
 }
 
 template <class T>

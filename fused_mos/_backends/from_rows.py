@@ -126,11 +126,13 @@ def choose_rows(
     prior_logits: Tensor,  # (N, K)
     seed: Tensor,  # (1,)
 ) -> Tensor:  # (N, D)
-    if latent.shape[0] == 0:  # torch.multinomial refuses an empty batch
-        return latent.new_empty(0, latent.shape[2])
-    prior = log_softmax_prior(prior_logits).exp()
-    expert = torch.multinomial(prior, 1, generator=generator_of(seed, "experts")).squeeze(1)
-    return latent[torch.arange(latent.shape[0], device=latent.device), expert]
+    """By Gumbel-max, which unlike torch.multinomial has no device-side assertion; NaN where no expert can be drawn."""
+    log_prior = log_softmax_prior(prior_logits)
+    # −log(exponential) is a Gumbel variate; exponential_ draws from (0, inf), so the logarithm is finite
+    noise = torch.empty_like(log_prior).exponential_(generator=generator_of(seed, "experts")).log_()
+    best, expert = (log_prior - noise).max(1)
+    rows = latent[torch.arange(latent.shape[0], device=latent.device), expert]
+    return rows.masked_fill_(~best.isfinite()[:, None], torch.nan)
 
 
 def generator_of(seed: Tensor, use: str) -> torch.Generator:

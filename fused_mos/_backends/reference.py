@@ -66,13 +66,15 @@ def sample(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (N,) int64
-    """One class per token from Σ_k π_k softmax(l_k / temperature)."""
+    """One class per token from Σ_k π_k softmax(l_k / temperature); −1 where no class can be drawn."""
     softmax = torch.softmax(logits(latent, weight, bias) / temperature, dim=-1)
     prior = log_softmax_prior(prior_logits).exp().to(softmax.dtype)
     mixture = (prior[..., None] * softmax).sum(dim=1)
     if mixture.shape[0] == 0:  # torch.multinomial refuses an empty batch
         return torch.empty(0, dtype=torch.int64, device=latent.device)
-    return torch.multinomial(mixture, 1, generator=generator).squeeze(1)
+    drawable = mixture.sum(1, keepdim=True) > 0
+    drawn = torch.multinomial(torch.where(drawable, mixture, 1), 1, generator=generator)
+    return torch.where(drawable, drawn, -1).squeeze(1)
 
 
 def log_softmax_prior(prior_logits: Tensor) -> Tensor:  # (N, K) -> (N, K)

@@ -154,6 +154,8 @@ def rows_backward(
 
 
 def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> bool:
+    if weight.dtype == torch.float16:  # gradients before a loss scale has made them large would be rounded to 0
+        return False
     block = Workspace(weight).elements // (n_experts * weight.shape[0])
     return min(block, n_tokens) * n_experts >= min(MIN_GRADIENT_ROWS, n_tokens * n_experts) > 0
 
@@ -350,7 +352,7 @@ def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
         better = value > best[r]
         index[r] = torch.where(better, column + c.start, index[r])
         best[r] = torch.where(better, value, best[r])
-    return index
+    return torch.where(best > -math.inf, index, -1)
 
 
 def _zero_gradients(

@@ -256,6 +256,12 @@ def _(latent, log_prior, weight, bias, maximum, log_total, k, backend):
 # -------------------------------------------------------------------------------------------------------------- samples
 
 
+def _finite_inverse(temperature: float) -> float:
+    """The temperature, or one whose inverse times a logit is a float32: colder ones draw the best class, too."""
+    check_temperature(temperature)
+    return max(temperature, 1e-30)
+
+
 @custom_op("fused_mos::sample", mutates_args=())
 def sample(
     latent: Tensor,  # (N, K, D)
@@ -266,9 +272,9 @@ def sample(
     seed: Tensor,  # (1,) int64
     backend: str,
 ) -> Tensor:
-    """A class of an expert, which is drawn from the prior, for each token, (N,) int64."""
+    """A class of an expert, which is drawn from the prior, for each token, (N,) int64; −1 where none can be drawn."""
     kernels = _backends.kernels(backend)
-    check_temperature(temperature)
+    temperature = _finite_inverse(temperature)
     latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
     seed = checks.seeds(seed, latent)
     return kernels.sample(kernels.choose_rows(latent, prior_logits, seed), weight, bias, temperature, seed)
@@ -312,8 +318,8 @@ def sample_rows(
     seed: Tensor,  # (1,) int64
     backend: str,
 ) -> Tensor:
-    """One class from each row's softmax(l / temperature), (R,) int64."""
-    check_temperature(temperature)
+    """One class from each row's softmax(l / temperature), (R,) int64; −1 where none can be drawn."""
+    temperature = _finite_inverse(temperature)
     operands = checks.rows(rows, weight, bias, backend)
     return _backends.kernels(backend).sample(*operands, temperature, checks.seeds(seed, rows))
 

@@ -107,7 +107,7 @@ _LARGE = {
     "many 16-bit sample narrow": Tile(64, 64, 64, 8, 3, True),
     # what a tile of latent rows is read for, once an expert: as many classes as registers hold
     "many 16-bit mixture narrow": Tile(64, 128, 64, 8, 3, True),
-    "many 16-bit mixture-gradient narrow": Tile(64, 128, 64, 8, 3, True),
+    "many 16-bit mixture-gradient narrow": Tile(64, 64, 64, 8, 3, True),
     "many 16-bit statistics wide": Tile(128, 256, 64, 8, 3),
     "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),
     "many 16-bit mixture wide": Tile(64, 256, 64, 8, 3),

@@ -25,6 +25,9 @@ from .tiles import LOG2E, LOWEST, logits_tile, row_targets
 LOWEST_REFERENCE = tl.constexpr(LOWEST.value / 2)
 """A reference that is finite also where it is multiplied by log2(e)."""
 
+LARGEST_REFERENCE = tl.constexpr(2.0**28)
+"""Beyond it the rounding of log2(e)·reference, half a unit in its last place, would be factors of 2¹⁶ and more."""
+
 MARGIN = tl.constexpr(86.0)
 """Powers of 2 by which a row's sum may pass 1: 2⁸⁶ and sums of it are far from float32's and bfloat16's limits."""
 
@@ -66,6 +69,7 @@ def kept_exponentials(
     tile_index,
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
+    ANY_REFERENCE: tl.constexpr,  # or one of up to LARGEST_REFERENCE alone: rows of others have infinite sums
 ):
     """a of one tile, (ROWS, CLASSES); writes its rows' sums, and the target logits that it has."""
     ROWS: tl.constexpr = TILE.rows
@@ -80,7 +84,13 @@ def kept_exponentials(
         target_logit = tl.sum(tl.where(hit, tile, 0.0), 1)
         tl.store(out.target_logit_ptr + row, target_logit, mask=mask & (target >= 0))
         tile = tl.where(hit, float("-inf"), tile)
-    a = tl.exp2(tl.fma(tile, LOG2E, -(reference * LOG2E)[:, None]))
+    is_large = tl.abs(reference) > LARGEST_REFERENCE
+    if ANY_REFERENCE:
+        exact = (tile - reference[:, None]) * LOG2E
+        exponent = tl.where(is_large[:, None], exact, tl.fma(tile, LOG2E, -(reference * LOG2E)[:, None]))
+    else:
+        exponent = tl.fma(tile, LOG2E, tl.where(is_large, float("inf"), -(reference * LOG2E))[:, None])
+    a = tl.exp2(exponent)
     partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
     tl.store(out.tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
     return a.to(out.a_ptr.dtype.element_ty)
@@ -97,6 +107,7 @@ def exponentials_tile(
     D: tl.constexpr,
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
+    ANY_REFERENCE: tl.constexpr,
 ):
     """Write one tile of a, (ROWS, CLASSES), its rows' sums, and the target logits that it has."""
     ROWS: tl.constexpr = TILE.rows
@@ -105,7 +116,18 @@ def exponentials_tile(
     column = tl.arange(0, CLASSES)
     first_class = tile_index * CLASSES
     tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=False)
-    a = kept_exponentials(tile, logits, target_ptr, reference, out, first_row, tile_index, EXPERTS=EXPERTS, TILE=TILE)
+    a = kept_exponentials(
+        tile,
+        logits,
+        target_ptr,
+        reference,
+        out,
+        first_row,
+        tile_index,
+        EXPERTS=EXPERTS,
+        TILE=TILE,
+        ANY_REFERENCE=ANY_REFERENCE,
+    )
     a_row = out.a_ptr + tl.cast(first_row, tl.int64) * out.n_columns + first_class
     a_tile = a_row + (row[:, None] * out.n_columns + column[None, :])
     inside = (first_row + row < logits.n_rows)[:, None] & (first_class + column < out.n_columns)[None, :]
@@ -127,7 +149,9 @@ def exponentials_kernel(
     row = first_row + tl.arange(0, TILE.rows)
     reference = tl.load(reference_ptr + row, mask=row < logits.n_rows, other=0.0)
     tile_index = tl.program_id(1)
-    exponentials_tile(logits, target_ptr, reference, out, first_row, tile_index, D=D, EXPERTS=EXPERTS, TILE=TILE)
+    exponentials_tile(
+        logits, target_ptr, reference, out, first_row, tile_index, D=D, EXPERTS=EXPERTS, TILE=TILE, ANY_REFERENCE=False
+    )
 
 
 @triton.jit
@@ -164,5 +188,14 @@ def recheck_kernel(
         tl.store(reference_ptr + row, reference, mask=mask)
         for tile_index in range(0, n_tiles):
             exponentials_tile(
-                logits, target_ptr, reference, out, first_row, tile_index, D=D, EXPERTS=EXPERTS, TILE=TILE
+                logits,
+                target_ptr,
+                reference,
+                out,
+                first_row,
+                tile_index,
+                D=D,
+                EXPERTS=EXPERTS,
+                TILE=TILE,
+                ANY_REFERENCE=True,
             )

@@ -149,6 +149,13 @@ def _first_of_best(best: Tensor, index: Tensor) -> Tensor:  # (splits, N), (spli
 # ---------------------------------------------------------------------------------------------------------- the mixture
 
 
+def _mixture_tile(logits: Logits, n_experts: int) -> tuple[Tile, dict]:
+    tile, constants = choose_tile("mixture", logits.z_ptr, logits.n_rows, logits.e_ptr)
+    if n_experts == 1:  # whose tile of the embedding serves once, resident or not
+        constants["TILE"] = constants["TILE"]._replace(resident=False)
+    return tile, constants
+
+
 def log_prob(
     latent: Tensor,  # (N, K, D)
     log_prior: Tensor,  # (N, K)
@@ -159,7 +166,7 @@ def log_prob(
 ) -> Tensor:  # (N, V)
     n, k, d = latent.shape
     logits = Logits(aligned(latent.view(-1, d)), aligned_weight(weight), bias, n, weight.shape[0])
-    tile, constants = choose_tile("mixture", logits.z_ptr, n, logits.e_ptr)
+    tile, constants = _mixture_tile(logits, k)
     experts = Mixture(log_prior, maximum, log_total)
     result = empty_float32(latent, n, logits.n_classes)
     grid = cdiv(n, tile.rows), cdiv(logits.n_classes, tile.classes)
@@ -182,7 +189,7 @@ def predict(
         return torch.empty(0, dtype=torch.int64, device=latent.device)
     logits = Logits(aligned(latent.view(-1, d)), aligned_weight(weight), bias, n, weight.shape[0])
     experts = Mixture(log_prior, maximum, log_total)
-    tile, constants = choose_tile("mixture", logits.z_ptr, n, logits.e_ptr)
+    tile, constants = _mixture_tile(logits, k)
     splits, tiles_of_split = splits_of_vocabulary(n, logits.n_classes, tile, latent.device)
     best, index = empty_float32(latent, splits, n), torch.empty((splits, n), dtype=torch.int64, device=latent.device)
     grid = cdiv(n, tile.rows), splits

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .exponentials import LARGEST_REFERENCE
 from .finish import scale_rows
 from .tiles import LOG2E, LOWEST
 
@@ -186,8 +187,9 @@ def mix_kernel(
     target_logit = tl.where(valid[:, None], target_logit, float("-inf"))
     # the reference as it is rounded in a, and what that took from it, exactly
     reference2 = reference * LOG2E
-    lost = tl.fma(reference, LOG2E, -reference2)
-    target2 = tl.fma(target_logit, LOG2E, -reference2)
+    is_large = tl.abs(reference) > LARGEST_REFERENCE  # whose logits have the reference subtracted first
+    lost = tl.where(is_large, 0.0, tl.fma(reference, LOG2E, -reference2))
+    target2 = tl.where(is_large, (target_logit - reference) * LOG2E, tl.fma(target_logit, LOG2E, -reference2))
     total = others + tl.exp2(target2)
     log_total2 = tl.log2(total)
     tl.store(log_total_ptr + row, (log_total2 - lost) * LN2, mask=mask)

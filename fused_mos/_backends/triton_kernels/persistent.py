@@ -64,7 +64,16 @@ def persistent_exponentials_kernel(
         row = first_row + tl.arange(0, ROWS)
         reference = tl.load(reference_ptr + row, mask=row < logits.n_rows, other=0.0)
         a = kept_exponentials(
-            tile, logits, target_ptr, reference, out, first_row, class_tile, EXPERTS=EXPERTS, TILE=TILE
+            tile,
+            logits,
+            target_ptr,
+            reference,
+            out,
+            first_row,
+            class_tile,
+            EXPERTS=EXPERTS,
+            TILE=TILE,
+            ANY_REFERENCE=False,
         )
         a_tiles.store([first_row, class_tile * CLASSES], a)
 

@@ -85,7 +85,7 @@ def sample_kernel(
     column = tl.arange(0, CLASSES)
     seed = tl.load(seed_ptr)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
-    index = tl.zeros((ROWS,), tl.int32)
+    index = tl.full((ROWS,), -1, tl.int32)  # of a row without a class to draw: every logit −inf, or NaN
     first_tile = split * tiles_of_split
     for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(logits.n_classes, CLASSES))):
         first_class = tile_index * CLASSES
@@ -136,7 +136,7 @@ def choose_rows_kernel(
     D: tl.constexpr,
     MIX: tl.constexpr,
 ):
-    """Copy the latent vector of one expert of each token, drawn from the prior by Gumbel-max."""
+    """Copy the latent vector of one expert of each token, drawn from the prior by Gumbel-max; NaN where none can be."""
     TOKENS: tl.constexpr = MIX.tokens
     EXPERTS: tl.constexpr = MIX.experts
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -147,10 +147,14 @@ def choose_rows_kernel(
     none = tl.zeros((TOKENS, EXPERTS), tl.int32)
     # the third counter keeps these numbers apart from those of sample_kernel
     bits, _, _, _ = tl.philox(tl.load(seed_ptr), none + expert[None, :], none + token[:, None], 1, 0)
-    chosen = tl.argmax(tl.where(mask, prior_logits + gumbel(bits), float("-inf")), 1)
+    value = tl.where(mask, prior_logits + gumbel(bits), float("-inf"))
+    best, chosen = tl.max(value, 1, return_indices=True)
+    n_nan = tl.sum((value != value).to(tl.int32), 1)
+    drawable = ((n_nan == 0) & (best > float("-inf")) & (best < float("inf")))[:, None]
     source = (token.to(tl.int64) * MIX.k + tl.minimum(chosen, MIX.k - 1)) * D
     for first in range(0, D, MIX.features):
         feature = (first + tl.arange(0, MIX.features))[None, :]
         inside = (token < n_tokens)[:, None] & (feature < D)
-        value = tl.load(latent_ptr + source[:, None] + feature, mask=inside, other=0.0)
-        tl.store(rows_ptr + token.to(tl.int64)[:, None] * D + feature, value, mask=inside)
+        copied = tl.load(latent_ptr + source[:, None] + feature, mask=inside, other=0.0)
+        copied = tl.where(drawable, copied.to(tl.float32), float("nan")).to(rows_ptr.dtype.element_ty)
+        tl.store(rows_ptr + token.to(tl.int64)[:, None] * D + feature, copied, mask=inside)
