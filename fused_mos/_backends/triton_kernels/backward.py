@@ -69,7 +69,8 @@ def _recomputed_gradients(
     columns = max(n_bytes, workspace.WORKSPACE_BYTES // 4) // bytes_of_column // 128 * 128
     padded = padded_classes(n_classes, z)
     columns = min(max(columns, MIN_COLUMNS), padded)
-    dl = z.new_empty(height, columns)
+    # rows of dl hold a multiple of 16 numbers, which is what Triton asks of a stride for 16-byte stores
+    dl = z.new_empty(height, triton.cdiv(columns, 16) * 16)
     rounded_once = n <= height and unscale is None
     all_sums = z.new_empty((columns, operand.shape[1]), dtype=z.dtype if rounded_once else torch.float32)
     for c in spans(padded, columns):
@@ -77,8 +78,9 @@ def _recomputed_gradients(
         sums = all_sums[: c.stop - c.start]
         bias_sums = None
         for r in spans(n, height):
-            block = dl[: r.stop - r.start, : c.stop - c.start]
+            block = dl[: r.stop - r.start, : triton.cdiv(c.stop - c.start, 16) * 16]
             write_dl(block, r, c)
+            block = block[:, : c.stop - c.start]
             if needs_rows:
                 add_times_embedding(block, e, c.start, grad_rows[r], accumulate=c.start > 0)
             if needs_weight or with_columns:
