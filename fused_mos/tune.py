@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ._backends.triton_kernels import configurations
-from ._backends.triton_kernels.shapes import DTYPES, SHAPES
+from ._backends.triton_kernels.shapes import DTYPES, ODD_SHAPES, SHAPES
 from .runtime import UserError, command, files
 from .runtime.progress import bar, say
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # which knows no Literal of names that are computed
     DType = str
     Architecture = str
 else:
-    Shape = Literal[tuple(SHAPES)]
+    Shape = Literal[tuple(SHAPES | ODD_SHAPES)]
     DType = Literal[tuple(DTYPES)]
     Architecture = Literal[tuple(configurations.ARCHITECTURES)]
 
@@ -33,7 +33,8 @@ class TuneError(UserError):
 @dataclass
 class Flags:
     shapes: tuple[Shape, ...] = tuple(SHAPES)
-    """Shapes by name: those of the paper and of the benchmarks, and short inputs, as in generation."""
+    """Shapes by name: those of the paper and of the benchmarks, and short inputs, as in generation. The odd
+    ones have to be named."""
 
     shape: tuple[int, int, int, int] | None = None
     """N tokens, K experts, D latent features, V classes of your own model, instead of `shapes`."""
@@ -45,8 +46,9 @@ class Flags:
     """Tune what the cache has, too."""
 
     compile_only: bool = False
-    """Measure nothing: compile every kernel with every tile of the table and show registers, shared memory and
-    instructions. Exit status 1 where one spills or needs more than the architecture has."""
+    """Measure nothing: compile every kernel with every tile of the table and show registers, shared memory, how
+    many programs a multiprocessor holds, the widest load and store in bits, and instructions. Exit status 1 where one
+    spills, needs more than the architecture has, or is slower machine code than it should be."""
 
     arch: Architecture = "sm_90"
     """Architecture to compile for."""
@@ -73,24 +75,33 @@ def compile_only(config: Flags) -> int:
     compiled = []
     for kernel in bar(proof.compile_all(calls, config.arch), total=len(calls), desc=config.arch, unit="kernels"):
         compiled.append(kernel)
-        for fault in kernel.faults(config.arch):
+        for fault in kernel.faults(config.arch) + kernel.over_budget(config.arch):
             say(f"FAULT {kernel.kernel} {kernel.dtype} ({kernel.key}) {kernel.tile}: {fault}", sys.stderr)
     compiled.sort(key=lambda kernel: (kernel.kernel, kernel.key, kernel.dtype, kernel.shapes))
     print(
         f"{'kernel':24} {'configuration':30} {'dtype':5} {'tile, warps, stages':20} {'registers':>9} {'stack':>5} "
-        f"{'shared':>7}  instructions"
+        f"{'shared':>7} {'programs':>8} {'load':>4} {'store':>5} {'slots':>6}  instructions"
     )
     for kernel in compiled:
         tile = "x".join(map(str, kernel.tile))
         found = ", ".join(f"{count} {name}" for name, count in kernel.instructions.items() if count)
+        machine = kernel.sass
+        code = (
+            f"{machine.widest_load:4} {machine.widest_store:5} {machine.slots_per_exponential or '':6}"
+            if machine
+            else " " * 17
+        )
         print(
             f"{kernel.kernel:24} {kernel.key:30} {kernel.dtype:5} {tile:20} {kernel.registers:9} {kernel.stack:5} "
-            f"{kernel.shared:7}  {found}"
+            f"{kernel.shared:7} {kernel.programs:8} {code}  {found}"
         )
-    n_faults = sum(len(kernel.faults(config.arch)) for kernel in compiled)
+    n_faults = sum(len(kernel.faults(config.arch) + kernel.over_budget(config.arch)) for kernel in compiled)
     print(f"{len(compiled)} kernels compiled for {config.arch} with triton {triton.__version__}, {n_faults} faults")
     if config.json:
-        kernels = [json.dumps(asdict(kernel) | {"faults": kernel.faults(config.arch)}) for kernel in compiled]
+        kernels = [
+            json.dumps(asdict(kernel) | {"faults": kernel.faults(config.arch) + kernel.over_budget(config.arch)})
+            for kernel in compiled
+        ]
         about = json.dumps({"architecture": config.arch, "triton": triton.__version__, "kernels": []}, indent=1)
         text = about.replace("[]", "[\n" + ",\n".join(kernels) + "\n]")  # a line for each kernel
         files.write_text(config.json, text + "\n")
@@ -114,7 +125,9 @@ def tune(config: Flags) -> None:
             torch.cuda.get_device_name(),
             configurations.architecture_name(torch.cuda.get_device_capability()),
         )
-    chosen = {"your shape": config.shape} if config.shape else {name: SHAPES[name] for name in config.shapes}
+    chosen = (
+        {"your shape": config.shape} if config.shape else {name: (SHAPES | ODD_SHAPES)[name] for name in config.shapes}
+    )
     tuned = configurations.load_tuned(gpu)
     done = set() if config.again or config.shape else set(tuned)
     for dtype_name in config.dtypes:

@@ -5,6 +5,7 @@ constants and the divisibility that a real call has. Run it in a process of its 
 """
 
 import contextlib
+import itertools
 import os
 import re
 import tempfile
@@ -21,9 +22,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton as backend
 from ..resources import Resources, kernel_resources
+from . import sass, workspace
 from .configurations import ARCHITECTURES, Architecture, Tile
 from .launch import Call, overridden
-from .shapes import DTYPES, SHAPES
+from .sass import Sass, programs_per_multiprocessor
+from .shapes import DTYPES, ODD_SHAPES, SHAPES
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.bool: "u1"}
 INSTRUCTIONS = {
@@ -34,6 +37,17 @@ INSTRUCTIONS = {
     "TMA": r"\bcp\.async\.bulk\.tensor",
     "ex2": r"\bex2\.approx",
 }
+
+WRITERS = ("exponentials_kernel", "recheck_kernel", "gradient_kernel")
+"""The kernels that training waits for: they write a number for each logit, with one exponential each."""
+
+WITH_WIDE_PRODUCTS = ("statistics_kernel", "reference_kernel", *WRITERS)
+
+LARGE_WORKSPACE = int(workspace.WORKSPACE_SHARE * 192 * 2**30)
+"""That of a large GPU, where exponentials are kept of shapes whose gradients are else recomputed."""
+
+MOST_SLOTS = 8.0
+"""Instructions of training's exponentials for each of them: as many as the unit that makes it takes cycles."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +64,13 @@ class Compiled:
     local: int
     shared: int
     instructions: dict[str, int]
+    sass: Sass | None = None
+    programs: int = 0  # that a multiprocessor holds
+    written: int = 0  # bytes of a tile of exponentials or of dl that a thread writes
     error: str = ""  # of a compiler that gave up; the numbers are then 0
 
     def faults(self, architecture: str) -> list[str]:
+        """What makes a kernel useless, whatever its tile was chosen for."""
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
@@ -70,6 +88,32 @@ class Compiled:
             and not self.instructions["wgmma"]
         ):
             found.append("has no wgmma")
+        return found
+
+    def over_budget(self, architecture: str) -> list[str]:
+        """What the table's kernels never do, and what a change of their source that costs time would make them do."""
+        if self.error or self.sass is None:
+            return []
+        found, machine = [], self.sass
+        if machine.wide_stores * 16 < self.written:
+            found.append(
+                f"stores {machine.wide_stores * 16} of its tile's {self.written} bytes a thread in 128 bits at a time, "
+                f"others in at most {machine.widest_store}"
+            )
+        if self.kernel in WRITERS and machine.scaled_exponentials:
+            found.append(f"keeps denormal results of {machine.scaled_exponentials} exponentials")
+        slots = machine.slots_per_exponential
+        if self.kernel == "exponentials_kernel" and self.key.startswith("many 16-bit") and slots > MOST_SLOTS:
+            found.append(f"issues {slots} instructions for an exponential")
+        if (
+            architecture == "sm_90"
+            and self.kernel in WITH_WIDE_PRODUCTS
+            and self.tile[0] >= 64
+            and machine.product_columns < 64
+        ):
+            found.append(f"multiplies by {machine.product_columns} columns at a time")
+        if not self.programs:
+            found.append("fits into no multiprocessor")
         return found
 
 
@@ -191,12 +235,12 @@ def _source(call: Call) -> tuple[ASTSource, dict]:
     }
 
 
-def _resources(cubin: bytes) -> Resources:
+def _read(cubin: bytes) -> tuple[Resources, Sass]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         (resources,) = kernel_resources(file.name)
-    return resources
+        return resources, sass.read(sass.disassembled(file.name))
 
 
 def _tile(call: Call) -> tuple[int, ...]:
@@ -210,6 +254,14 @@ def _tile(call: Call) -> tuple[int, ...]:
     return rows, classes, features, call.warps, call.stages
 
 
+def _written(call: Call, dtype: str) -> int:
+    """Bytes of a thread's part of the tile that a kernel writes as exponentials or as dl; 0 for the others."""
+    if call.kernel.__name__ not in WRITERS and not call.constants.get("SECOND_SWEEP"):
+        return 0
+    rows, classes, _, warps, _ = _tile(call)
+    return rows * classes * (4 if dtype == "fp32" else 2) // (32 * warps)
+
+
 def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Compiled:
     source, options = _source(call)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
@@ -219,11 +271,29 @@ def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Comp
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # the compiler gives up in many ways, each of which is this kernel's alone
         return Compiled(*about, 0, 0, 0, 0, {}, error=f"{type(error).__name__}: {str(error).strip() or 'no message'}")
-    resources, ptx = _resources(compiled.asm["cubin"]), compiled.asm["ptx"]
+    (resources, machine), ptx = _read(compiled.asm["cubin"]), compiled.asm["ptx"]
     instructions = {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
+    shared = compiled.metadata.shared
     return Compiled(
-        *about, resources.registers, resources.stack, resources.local, compiled.metadata.shared, instructions
+        *about,
+        resources.registers,
+        resources.stack,
+        resources.local,
+        shared,
+        instructions,
+        machine,
+        programs_per_multiprocessor(architecture, call.warps, resources.registers, shared),
+        _written(call, dtype),
     )
+
+
+@contextlib.contextmanager
+def _workspace(n_bytes: int) -> Iterator[None]:
+    before, workspace.WORKSPACE_BYTES = workspace.WORKSPACE_BYTES, n_bytes
+    try:
+        yield
+    finally:
+        workspace.WORKSPACE_BYTES = before
 
 
 @contextlib.contextmanager
@@ -243,11 +313,13 @@ def distinct_calls(
     """Each different kernel once, or with `brief` each configuration of each kernel once, with the shapes that launch
     it."""
     found: dict[tuple, tuple[Call, list[str]]] = {}
-    for dtype_name in dtypes:
-        with float32_products(dtype_name) as dtype:
+    for dtype_name, n_bytes in itertools.product(dtypes, (workspace.WORKSPACE_BYTES, LARGE_WORKSPACE)):
+        with float32_products(dtype_name) as dtype, _workspace(n_bytes):
             for shape in shapes:
-                for call in recorded_calls(ARCHITECTURES[architecture], SHAPES[shape], dtype, {}):
-                    same = call.kernel.__name__, call.key, call.warps, call.stages, "" if brief else variant(call)
+                for call in recorded_calls(ARCHITECTURES[architecture], (SHAPES | ODD_SHAPES)[shape], dtype, {}):
+                    sweep = call.constants.get("SECOND_SWEEP")  # which writes dl where the first writes sums
+                    tile = call.kernel.__name__, call.key, call.warps, call.stages, sweep
+                    same = *tile, "" if brief else variant(call)
                     names = found.setdefault(same, (call, []))[1]
                     if shape not in names:
                         names.append(shape)

@@ -18,5 +18,8 @@ SHAPES = {  # N, K, D, V
 }
 """The shapes whose calls are proven: those of the paper and of the benchmarks, and short inputs, as in generation."""
 
+ODD_SHAPES = {f"odd-{v % 16}": (840, 3, 281, v) for v in (10_000, 10_002, 10_008, 10_014)}
+"""Shapes whose rows are no multiple of anything; named by what the vocabulary is modulo 16."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 """By the name of the products that are made."""
