@@ -164,6 +164,27 @@ def test_float16(compute, workspace):
     check_forward_and_gradients(case, compute, torch.float16, "triton", requires_grad=names)
 
 
+_COMPUTED = {
+    "mean": lambda p, backend: p.nll(backend=backend),
+    "none": lambda p, backend: p.nll(backend=backend, reduction="none"),
+    "log_prob": lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_the_tiles_of_gpus(architecture, dtype):
+    """What the interpreter computes elsewhere with one large tile, with those of the table: several rows of tiles, the
+    last of which are not full, several steps of features, and operands that stay."""
+    case = problem(70, 3, 72, 300)
+    with launch.overridden(configurations.ARCHITECTURES[architecture]):
+        for compute in _COMPUTED.values():
+            check_forward_and_gradients(case, compute, dtype, "triton")
+        ours = F.mos_predict(*case.to(dtype, ()).inputs(), backend="triton")
+    log_p = F.mos_log_prob(*case.to(torch.float64, ()).inputs(), backend="reference")
+    assert torch.allclose(log_p.gather(1, ours[:, None])[:, 0], log_p.amax(1), atol=1e-5)
+
+
 def test_float16_gradients_of_a_mean_do_not_underflow():
     case = problem(64, 2, 8, 50).to(torch.float16)
     (case.nll(backend="triton") * 1e-3).backward()

@@ -1,0 +1,66 @@
+"""Properties of single Triton kernels that a criterion for whole results is too wide to see."""
+
+import math
+
+import pytest
+import torch
+from backends import configurations, triton
+from problem import check_forward_and_gradients, problem
+
+if not triton or not triton.INTERPRETED:
+    pytest.skip("triton is not installed, or not interpreting", allow_module_level=True)
+
+pytestmark = pytest.mark.interpreted
+
+from fused_mos._backends.triton_kernels import backward
+
+
+def test_log_sum_exp_of_large_logits_is_exact():
+    """A reference is rounded where it is multiplied by log2(e), by 2⁻¹² at 3,000; what is kept of the forward pass is
+    relative to the reference itself."""
+    case = problem(40, 3, 8, 300, ignored=False).to(torch.float32, ())
+    case.bias += 3_000
+    _, _, _, reference, log_total, *_ = triton.nll_with_gradients(
+        *case.inputs(), case.target, -100, 0.0, True, (True,) * 4
+    )
+    logits = case.latent @ case.weight.t() + case.bias  # as the kernels round them
+    exact = torch.logsumexp(logits.double(), -1)
+    error = (reference.double() + log_total.double() - exact).abs()
+    assert error.max() < 2e-5, error.max()
+
+
+def test_the_gradient_of_the_bias_is_both_columns_of_the_sums():
+    sums = torch.randn(20, 16)
+    for dtype in (torch.float32, torch.bfloat16):
+        grad_weight, grad_bias = torch.empty(19, 8, dtype=dtype), torch.empty(19, dtype=dtype)
+        backward.finish(sums, grad_weight, grad_bias, True, 8, unscale=torch.tensor(0.5))
+        assert torch.equal(grad_weight, (sums[:19, :8] * 0.5).to(dtype))
+        assert torch.equal(grad_bias, ((sums[:19, 8] + sums[:19, 9]) * 0.5).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exponentials_leave_room_for_their_products(dtype, monkeypatch):
+    """A sum of 2¹¹⁴ is finite, but not its product with an embedding of 10⁵: the row's reference has to be its
+    maximum."""
+    monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(32, 128, 16, 4, 1))
+    case = problem(40, 3, 8, 700, ignored=False)
+    case.weight *= 2.0**17
+    case.latent *= 2.0**-17
+    case.bias[500] += 114 * math.log(2)
+    case.target[:] = torch.arange(40) * 12
+    assert not case.target.eq(500).any() and triton.gradient_in_forward_pays(40, 3, case.weight.to(dtype))
+    check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), dtype, "triton", relative_slack=2**-7)
+
+
+@pytest.mark.parametrize("n_classes", [64, 61])
+def test_a_target_that_is_no_class_has_no_logit(n_classes):
+    """As another part of the vocabulary has it: also where it is within the tile of the last class, or is class 0 of
+    the next part."""
+    rows, weight = torch.randn(7, 8), torch.randn(n_classes, 8)
+    target = torch.tensor([0, n_classes - 1, n_classes, n_classes + 1, 10 * n_classes, -1, -100])
+    for needs in (True, False):  # with a bias, and without
+        bias = torch.randn(n_classes) if needs else None
+        *_, found = triton.row_statistics(rows, weight, bias, target)
+        logits = rows @ weight.t() + (0 if bias is None else bias)
+        assert torch.allclose(found[:2], logits[torch.arange(2), target[:2]], atol=1e-5)
+        assert found[2:].isnan().all()
