@@ -52,6 +52,17 @@ def test_exponentials_leave_room_for_their_products(dtype, monkeypatch):
     check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), dtype, "triton", relative_slack=2**-7)
 
 
+@pytest.mark.parametrize("largest", [1e-36, 1e-34, 1e-31, 1e-29])
+def test_log_probabilities_near_the_smallest_numbers(largest):
+    """One expert's probability is a normal number, but 14 others' are flushed to 0: together they are as large."""
+    prior = torch.full((3, 15), 1.17e-38, dtype=torch.float64)
+    prior[:, 4] = largest / 10
+    log_prior, zero = prior.log().float(), torch.zeros(3, 15)
+    log_p = triton.log_prob(torch.zeros(3, 15, 8), log_prior, torch.ones(20, 8), None, zero, zero)
+    exact = torch.logsumexp(log_prior.double(), 1)
+    assert torch.allclose(log_p.double(), exact[:, None], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("n_classes", [64, 61])
 def test_a_target_that_is_no_class_has_no_logit(n_classes):
     """As another part of the vocabulary has it: also where it is within the tile of the last class, or is class 0 of

@@ -2,8 +2,8 @@
 package needs no repair on a GPU.
 
 As of triton 3.6 its `tl.dot` multiplies the bit patterns of bfloat16 operands, and casts from float32 truncate; its
-fused multiply-add rounds twice. It also copies every argument onto itself after a call, since it expects tensors on a
-GPU.
+fused multiply-add rounds twice, and its exp2 keeps denormal results, which a GPU's flushes. It also copies every
+argument onto itself after a call, since it expects tensors on a GPU.
 """
 
 import numpy as np
@@ -60,10 +60,20 @@ def _fma(self, a, b, c):
 _original_cast = InterpreterBuilder.cast_impl
 
 
+def _exp2(self, argument):
+    """As ex2.approx.ftz: results below the smallest normal number are 0."""
+    with np.errstate(over="ignore"):
+        result = np.exp2(argument.data)
+    if result.dtype == np.float32:
+        result = np.where(result < np.finfo(np.float32).tiny, np.float32(0), result)  # NaN stays
+    return TensorHandle(result, argument.dtype.scalar)
+
+
 def repair() -> None:
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_dot = _dot
     InterpreterBuilder.create_fma = _fma
+    InterpreterBuilder.create_exp2 = _exp2
     GridExecutor._restore_args_dev = lambda *_: None
 
 
