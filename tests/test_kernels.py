@@ -12,7 +12,7 @@ if not triton or not triton.INTERPRETED:
 
 pytestmark = pytest.mark.interpreted
 
-from fused_mos._backends.triton_kernels import backward
+from fused_mos._backends.triton_kernels import backward, finish
 
 
 def test_log_sum_exp_of_large_logits_is_exact():
@@ -36,6 +36,17 @@ def test_the_gradient_of_the_bias_is_both_columns_of_the_sums():
         backward.finish(sums, grad_weight, grad_bias, True, 8, unscale=torch.tensor(0.5))
         assert torch.equal(grad_weight, (sums[:19, :8] * 0.5).to(dtype))
         assert torch.equal(grad_bias, ((sums[:19, 8] + sums[:19, 9]) * 0.5).to(dtype))
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_the_loss_of_more_tokens_than_a_program_reads_at_once(mean):
+    losses, target, results = torch.rand(2_500), torch.randint(50, (2_500,)), torch.empty(2)
+    losses[target == 7], none = 0, torch.empty(0, 8)
+    result = finish.Loss(losses, target, results[0], results[1], 7)
+    backward.finish(None, none, none[:, 0], False, 8, loss=result, mean=mean)
+    count = target.ne(7).sum()
+    assert results[1] == (count if mean else 1)
+    assert torch.allclose(results[0], losses.sum() / (count if mean else 1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
