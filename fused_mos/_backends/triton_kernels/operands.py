@@ -163,6 +163,15 @@ def move_up(a: Tensor, survivors: Tensor) -> Tensor:
     hole[survivors[survivors < n]] = False
     destination = hole.nonzero().squeeze(1)
     order[destination] = source
+    move_rows(a, source, destination)
+    return order
+
+
+def move_rows(
+    a: Tensor,  # (R, columns)
+    source: Tensor,  # (M,) int64
+    destination: Tensor,  # (M,) int64
+) -> None:
+    """a[destination] = a[source], where no row is both."""
     grid = source.numel(), cdiv(a.shape[1], 4096)
     launch(gradients.move_rows_kernel, grid, a, source, destination, a.shape[1], a.stride(0), COLUMNS=4096)
-    return order

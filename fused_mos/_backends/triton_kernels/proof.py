@@ -25,6 +25,7 @@ from ..resources import Resources, kernel_resources
 from . import sass, workspace
 from .configurations import ARCHITECTURES, Architecture, Tile
 from .launch import Call, overridden
+from .operands import move_rows
 from .sass import Sass, programs_per_multiprocessor
 from .shapes import DTYPES, ODD_SHAPES, SHAPES
 
@@ -164,6 +165,10 @@ def recorded_calls(
     with overridden(architecture, tiles, record=True) as calls:
         for operation in operations(shape, dtype, "meta").values():
             operation()
+        # which rows survive a filter is known of real tensors alone
+        n, k, _, v = shape
+        moved = torch.empty(n * k // 4, dtype=torch.int64, device="meta")
+        move_rows(torch.empty(n * k, -(-v // 16) * 16, dtype=dtype, device="meta"), moved, moved)
     return calls
 
 
