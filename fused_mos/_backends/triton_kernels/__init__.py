@@ -15,5 +15,6 @@ operands.py        operands as the kernels want them
 launch.py          how kernels are called, and how calls are recorded instead
 shapes.py          shapes and products that are proven and tuned
 proof.py           compiles what the backend would call, without a GPU
+sass.py            reads the machine code that came out
 tuning.py          measures tiles on a GPU
 """
