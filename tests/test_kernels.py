@@ -38,6 +38,17 @@ def test_the_gradient_of_the_bias_is_both_columns_of_the_sums():
         assert torch.equal(grad_bias, ((sums[:19, 8] + sums[:19, 9]) * 0.5).to(dtype))
 
 
+def test_the_gradient_of_the_bias_of_a_frequent_class():
+    """A third of 2,000 tokens has one target: summed one after another, their terms' roundings would add up to
+    many times what the unfused gradient has."""
+    case = problem(2_000, 1, 8, 150, ignored=False)
+    case.target[::3] = 5
+    case.bias[5] = -8  # which it does not expect
+    check_forward_and_gradients(
+        case, lambda p, backend: p.nll(backend=backend, reduction="sum"), torch.float32, "triton", ("bias",)
+    )
+
+
 @pytest.mark.parametrize("mean", [True, False])
 def test_the_loss_of_more_tokens_than_a_program_reads_at_once(mean):
     losses, target, results = torch.rand(2_500), torch.randint(50, (2_500,)), torch.empty(2)

@@ -181,7 +181,7 @@ def test_the_proof_compiles_every_kernel():
     modules = vars(sys.modules["fused_mos._backends.triton_kernels"]).values()
     kernels = {name for module in modules for name in getattr(module, "__dict__", ()) if name.endswith("_kernel")}
     persistent = {name for name in kernels if name.startswith("persistent")}  # which no table has chosen yet
-    calls = proof.distinct_calls("sm_90", ("ptb",), ("bfloat16",), brief=True)
+    calls = proof.distinct_calls("sm_90", ("ptb",), ("bfloat16", "float32"), brief=True)
     assert {call.kernel.__name__ for call, _ in calls} == kernels - persistent
 
 

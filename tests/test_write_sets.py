@@ -143,6 +143,11 @@ def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     triton.nll_backward(losses, *inputs, target, *statistics, -100, 0.1, (True,) * 4)
 
 
+def _kernels(dtype: torch.dtype) -> set[str]:
+    """All; but the gradient of a 16-bit bias is made by columns of a product."""
+    return KERNELS if dtype == torch.float32 else KERNELS - {"column_sums_kernel"}
+
+
 def _assert_no_conflict(launches: list[Launch]) -> None:
     for one in launches:
         assert not one.faults(), one.faults()[:4]
@@ -159,7 +164,7 @@ def test_programs_do_not_meet(dtype, monkeypatch):
         _everything((23, 3, 19, 200), dtype)
     _assert_no_conflict(launches)
     several = {one.kernel for one in launches if len(one.stores) > 1}
-    assert several == KERNELS
+    assert several == _kernels(dtype)
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), [("sm_90", torch.bfloat16), ("sm_80", torch.float32)], ids=str)
@@ -167,7 +172,7 @@ def test_programs_of_real_tiles_do_not_meet(architecture, dtype, monkeypatch):
     with launch.overridden(configurations.ARCHITECTURES[architecture]), recorded_launches(monkeypatch) as launches:
         _everything((45, 3, 19, 300), dtype)
     _assert_no_conflict(launches)
-    assert {one.kernel for one in launches} == KERNELS
+    assert {one.kernel for one in launches} == _kernels(dtype)
 
 
 # ------------------------------------------------------------------------------------- kernels in which programs meet

@@ -34,6 +34,7 @@ from .triton_kernels.operands import (
     aligned,
     aligned_weight,
     bytes_of_padded,
+    column_sums,
     described,
     empty_float32,
     has_columns,
@@ -186,7 +187,7 @@ def nll_with_gradients(
         if rows_ is not None:
             product(block.t(), rows_, sums, accumulate=r.start > 0)
         if needs[3] and not with_columns:
-            summed = torch.mv(block[:, :n_classes].t(), f_block)
+            summed = column_sums(block, f_block)[:n_classes]
             bias_sums = summed if bias_sums is None else bias_sums.add_(summed)
     grad_bias = grad_bias if bias_sums is None else bias_sums.to(weight.dtype)
     result = Loss(losses, target, loss, divisor, ignore_index)

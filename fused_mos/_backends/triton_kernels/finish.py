@@ -2,6 +2,7 @@
 
     scaled_rows_kernel   rows times factors: dz = f·(a·E), rounded; and operands filled up with zeros
     finish_kernel        dE and db from their float32 sums, and the loss
+    column_sums_kernel   db of float32, a sum over rows times factors
     scaled_kernel        all gradients times a factor that is known in the backward pass
 
 Numbers that change from batch to batch are not specialised (see loss.py).
@@ -177,6 +178,36 @@ def write_sums(
         second_column = tl.load(sums.sums_ptr + place * SUMS + D + 1, mask=mask, other=0.0).to(tl.float32)
         out = ((first_column + second_column) * scale).to(sums.grad_bias_ptr.dtype.element_ty)
         tl.store(sums.grad_bias_ptr + row, out, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def column_sums_kernel(
+    a_ptr,  # (R, stride), of which n_columns
+    factor_ptr,  # (R,)
+    sums_ptr,  # (n_columns,) out
+    n_rows,
+    n_columns,
+    stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Write Σ factor·a over rows, compensated: where most of ten thousand rows have one target, as many numbers of one
+    sign are added up, and their roundings with them."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    excess = tl.zeros((ROWS, COLUMNS), tl.float32)  # of the total, by its roundings
+    for first in range(0, n_rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < n_rows)[:, None] & (column < n_columns)[None, :]
+        place = row.to(tl.int64)[:, None] * stride + column[None, :]
+        factor = tl.load(factor_ptr + row, mask=row < n_rows, other=0.0)[:, None]
+        a = tl.load(a_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        term = tl.where(factor != 0, a * factor, 0.0) - excess
+        new_total = total + term
+        excess = (new_total - total) - term
+        total = new_total
+    exact = tl.sum(total.to(tl.float64) - excess.to(tl.float64), 0)
+    tl.store(sums_ptr + column, exact.to(tl.float32), mask=column < n_columns)
 
 
 @triton.jit

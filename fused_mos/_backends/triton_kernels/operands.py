@@ -130,6 +130,14 @@ def scaled_rows(
     return result
 
 
+def column_sums(a: Tensor, factor: Tensor) -> Tensor:
+    """Σ factor·a over rows: (R, C), (R,) -> (C,), float32; a row of factor 0 adds nothing."""
+    sums = empty_float32(a, a.shape[1])
+    arguments = a, factor, sums, *a.shape, a.stride(0)
+    launch(finish.column_sums_kernel, (triton.cdiv(a.shape[1], 64),), *arguments, ROWS=64, COLUMNS=64)
+    return sums
+
+
 def with_column(z: Tensor, d: int) -> Tensor:
     """[z, 1, 0 …], aligned: (R, ≥ D) -> (R, ≥ D + 2)."""
     return scaled_rows(z, None, z.new_empty(z.shape[0], row_length(d + 2, z)), d, columns=2)
