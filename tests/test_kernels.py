@@ -12,7 +12,7 @@ if not triton or not triton.INTERPRETED:
 
 pytestmark = pytest.mark.interpreted
 
-from fused_mos._backends.triton_kernels import backward, finish
+from fused_mos._backends.triton_kernels import backward, finish, workspace
 
 
 def test_log_sum_exp_of_large_logits_is_exact():
@@ -47,6 +47,15 @@ def test_the_gradient_of_the_bias_of_a_frequent_class():
     check_forward_and_gradients(
         case, lambda p, backend: p.nll(backend=backend, reduction="sum"), torch.float32, "triton", ("bias",)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_several_blocks_add_up(dtype, monkeypatch):
+    monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 48 * 1024)
+    monkeypatch.setattr(triton, "MIN_GRADIENT_ROWS", 1)
+    case = problem(40, 3, 8, 200)
+    assert 3 <= triton._rows_of_block(120, 3, case.weight.to(dtype)) <= 60
+    check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend, reduction="sum"), dtype, "triton")
 
 
 @pytest.mark.parametrize("mean", [True, False])
