@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fused_mos import _backends
 from fused_mos import functional as F
+from fused_mos._backends import tiled
 
 if not triton or not triton.INTERPRETED:
     pytest.skip("triton is not installed, or not interpreting", allow_module_level=True)
@@ -245,13 +246,17 @@ def test_many_experts(reduction, k):
     check_forward_and_gradients(case, compute, torch.float32, "triton", relative_slack=1e-6)
 
 
-def test_a_prior_that_is_not_a_number_chooses_some_expert():
-    """On a GPU nobody looks at values, and an index out of bounds would end the process."""
-    latent, prior_logits = torch.randn(5, 3, 8), torch.full((5, 3), math.nan)
-    prior_logits[0] = torch.tensor([0.0, -math.inf, -math.inf])
-    chosen = triton.choose_rows(latent, prior_logits, torch.tensor([3]))
-    assert torch.equal(chosen[0], latent[0, 0])
-    assert all((latent[i] == chosen[i]).all(1).any() for i in range(5))
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_prior_that_is_no_distribution_draws_no_class(bad):
+    """On a GPU nobody looks at values, and an index out of bounds or an assertion would end the process."""
+    latent, prior_logits, seed = torch.randn(5, 3, 8), torch.zeros(5, 3), torch.tensor([3])
+    prior_logits[0], prior_logits[2] = torch.tensor([0.0, -math.inf, -math.inf]), bad
+    for backend in (triton, tiled):
+        chosen = backend.choose_rows(latent, prior_logits, seed)
+        assert torch.equal(chosen[0], latent[0, 0]) and chosen[2].isnan().all()
+        assert all((latent[i] == chosen[i]).all(1).any() for i in (0, 1, 3, 4))
+        drawn = backend.sample(chosen, torch.randn(20, 8), None, 1.0, seed)
+        assert drawn[2] == -1 and (drawn[[0, 1, 3, 4]] >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

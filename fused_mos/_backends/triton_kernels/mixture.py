@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .loss import LN2
 from .tiles import LOG2E, LOWEST, logits_tile
 
 TINY = tl.constexpr(1e-30)
@@ -81,7 +82,7 @@ def underflows(
 
 
 @triton.jit
-def small_log_prob_tile(
+def small_log2_prob_tile(
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
     first_token,
@@ -90,7 +91,7 @@ def small_log_prob_tile(
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """log p of (TOKENS, CLASSES) however small, by running maxima; −inf beyond the last class."""
+    """log2 p of (TOKENS, CLASSES) however small, by running maxima; −inf beyond the last class."""
     TOKENS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     peak = tl.full((TOKENS, CLASSES), LOWEST, tl.float32)
@@ -99,15 +100,15 @@ def small_log_prob_tile(
         below, log_total, log_prior = joint_tile(
             logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
         )
-        joint = below + (log_prior - log_total)[:, None]
-        new_peak = tl.maximum(peak, joint)
-        total = total * tl.exp(peak - new_peak) + tl.exp(joint - new_peak)
+        joint2 = tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None])
+        new_peak = tl.maximum(peak, joint2)
+        total = total * tl.exp2(peak - new_peak) + tl.exp2(joint2 - new_peak)
         peak = new_peak
-    return peak + tl.log(total)
+    return peak + tl.log2(total)
 
 
 @triton.jit
-def log_prob_tile(
+def log2_prob_tile(
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
     first_token,
@@ -116,12 +117,12 @@ def log_prob_tile(
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """log p of (TOKENS, CLASSES); −inf beyond the last class."""
+    """log2 p of (TOKENS, CLASSES); −inf beyond the last class."""
     total = prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
-    log_p = tl.log(total)
+    log2_p = tl.log2(total)
     if underflows(total, logits, first_class, TILE=TILE):
-        log_p = small_log_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
-    return log_p
+        log2_p = small_log2_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
+    return log2_p
 
 
 @triton.jit
@@ -156,14 +157,14 @@ def log_prob_kernel(
     first_token = tl.program_id(0) * TILE.rows
     first_class = tl.program_id(1) * TILE.classes
     total = prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
-    store_log_prob(tl.log(total), logits, log_prob_ptr, first_token, first_class, TILE=TILE)
+    store_log_prob(tl.log2(total) * LN2, logits, log_prob_ptr, first_token, first_class, TILE=TILE)
     if underflows(total, logits, first_class, TILE=TILE):
         # rare: once more, a part of the classes at a time, so that registers are left to the sums above
         tl.debug_barrier()  # other threads store these log-probabilities than those that stored the first ones
         end = tl.minimum(first_class + TILE.classes, logits.n_classes)
         for first_of_part in range(first_class, end, PART.classes):
-            log_p = small_log_prob_tile(logits, mixture, first_token, first_of_part, K=K, D=D, TILE=PART)
-            store_log_prob(log_p, logits, log_prob_ptr, first_token, first_of_part, TILE=PART)
+            log2_p = small_log2_prob_tile(logits, mixture, first_token, first_of_part, K=K, D=D, TILE=PART)
+            store_log_prob(log2_p * LN2, logits, log_prob_ptr, first_token, first_of_part, TILE=PART)
 
 
 @triton.jit(do_not_specialize=["tiles_of_split"])
@@ -222,26 +223,27 @@ def mixture_gradient_kernel(
     first_class = gradients.first_class + first_column
     token = tl.arange(0, TOKENS)
     column = tl.arange(0, CLASSES)
-    log_p = log_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
+    log2_p = log2_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
     written = (first_token + token < n_tokens)[:, None] & (first_column + column < gradients.n_columns)[None, :]
     inside = written & (first_class + column < n_classes)[None, :]
     in_tile = token.to(tl.int64)[:, None] * n_classes + column[None, :]
     grad_tile = grad_ptr + tl.cast(first_token, tl.int64) * n_classes + first_class + in_tile
     grad = tl.load(grad_tile, mask=inside, other=0.0)
     # a masked class has log p = −inf under every expert, and takes no gradient
-    log_p = tl.where(log_p > float("-inf"), log_p, float("inf"))
+    log2_p = tl.where(log2_p > float("-inf"), log2_p, float("inf"))
     row_stride = K * gradients.stride
     for expert in range(0, K):
         below, log_total, log_prior = joint_tile(
             logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
         )
-        log_softmax = below - log_total[:, None]
-        weighted = grad * tl.exp(log_softmax + log_prior[:, None] - log_p)
+        # the exponents that p was summed of: of one expert, q is then 1 but for log2's own rounding
+        joint2 = tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None])
+        weighted = grad * tl.exp2(joint2 - log2_p)
         statistic = (first_token + token) * K + expert
         mask = first_token + token < n_tokens
         if SECOND_SWEEP:
             s = tl.load(s_ptr + statistic, mask=mask, other=0.0)
-            dl = weighted - s[:, None] * tl.exp(log_softmax)
+            dl = weighted - s[:, None] * tl.exp2(tl.fma(below, LOG2E, -(log_total * LOG2E)[:, None]))
             row = (tl.cast(first_token, tl.int64) * K + expert) * gradients.stride
             out = gradients.dl_ptr + row + first_column + (token[:, None] * row_stride + column[None, :])
             tl.store(out, dl.to(gradients.dl_ptr.dtype.element_ty), mask=written)  # 0 beyond the last class

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .loss import Splits  # noqa: F401  (what statistics_kernel writes)
-from .tiles import LOWEST, logits_tile, row_targets
+from .tiles import LOG2E, LOWEST, logits_tile, row_targets
 
 
 @triton.jit(do_not_specialize=["tiles_of_split"])
@@ -43,7 +43,9 @@ def statistics_kernel(
                 found = tl.sum(tl.where(column[None, :] == target[:, None], tile, 0.0), 1)
                 target_logit = tl.where(target >= 0, found, target_logit)
         new_maximum = tl.maximum(maximum, tl.max(tile, 1))
-        total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(tile - new_maximum[:, None]), 1)
+        # the maximum first: in one step with log2(e) its rounding would be the exponents'
+        total = total * tl.exp2((maximum - new_maximum) * LOG2E)
+        total += tl.sum(tl.exp2((tile - new_maximum[:, None]) * LOG2E), 1)
         maximum = new_maximum
     start = tl.cast(split, tl.int64) * n_rows
     tl.store(out.maximum_ptr + start + row, maximum, mask=row < n_rows)
