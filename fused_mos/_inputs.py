@@ -60,12 +60,22 @@ def prepared(
 
 def contiguous(tensor: T) -> T:
     """The tensor as the fused backends take it (see `_backends.Kernels`). Raises RuntimeError for one with a tangent,
-    which they would ignore."""
+    which they would ignore, and for one that a transform of torch.func wraps."""
     if tensor is None:
         return None
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError("the fused MoS ops have no forward-mode derivative; use backend='reference' for that")
+    if not torch.compiler.is_compiling() and _is_transformed(tensor):
+        raise RuntimeError(
+            "the fused MoS ops do not go through the transforms of torch.func (grad, vmap, …); use backend='reference' "
+            "for that"
+        )
     return tensor.contiguous()
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_gradtrackingtensor(tensor) or functorch.is_batchedtensor(tensor)
 
 
 # ------------------------------------------------------------------------------------------------------------- autocast
@@ -100,8 +110,8 @@ def check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bi
     named = check_shapes(
         latent, prior_logits, weight, bias, isinstance(latent, Tensor) and is_autocast(latent.device.type)
     )
-    if values_can_be_read(latent):
-        for name, tensor in named.items():
+    for name, tensor in named.items():
+        if values_can_be_read(tensor):
             # max propagates NaN and, unlike isnan().any(), allocates nothing
             if tensor.numel() and tensor.detach().amax().isnan():
                 raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")

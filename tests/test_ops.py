@@ -258,6 +258,21 @@ def test_forward_mode_is_refused_where_it_would_be_ignored(backend):
                 torch.func.jvp(function, (x,), (torch.ones_like(x),))
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian, torch.func.vmap])
+@pytest.mark.parametrize("backend", ["tiled", CPU, TRITON])
+def test_transforms_are_refused_by_name(backend, transform):
+    case = problem(N, K, D, V).to(torch.float32, ())
+    z, a, w, b = case.inputs()
+    argument = torch.stack([w, w]) if transform is torch.func.vmap else w
+    for function in (
+        lambda w: F.mos_nll_loss(z, a, w, case.target, b, backend=backend),
+        lambda w: F.mos_log_prob(z, a, w, b, backend=backend).sum(),
+        lambda w: F.mos_logsumexp(z, w, b, backend=backend).sum(),
+    ):
+        with pytest.raises(RuntimeError, match="transforms of torch.func .* use backend='reference'"):
+            transform(function)(argument)
+
+
 def test_the_reference_goes_through_transforms():
     head, x, target = fused_mos.MoS(6, V, K, D, backend="reference"), torch.randn(7, 6), torch.randint(0, V, (7,))
     expected = head(x, target, reduction="none").loss
