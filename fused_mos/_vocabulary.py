@@ -194,7 +194,7 @@ class LocalVocabulary(Vocabulary):
         if torch.compiler.is_exporting():
             in_one_op = False  # a choice by N would bound the N of the exported program
         elif any(needs):
-            in_one_op = _backends.kernels(backend).gradient_in_forward_pays(n, n_experts, operands.weight)
+            in_one_op = _backends.kernels(backend).gradient_in_forward_pays(n, n_experts, *inputs[2:])
         else:
             in_one_op = _backends.has_own_small_kernels(backend)
         if reduction != "none" and in_one_op:

@@ -136,7 +136,7 @@ def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     inputs[2][v // 2 :] *= 100
     target = torch.randint(v, (n,))
     target[::3] = -100
-    if triton.gradient_in_forward_pays(n, k, inputs[2]):
+    if triton.gradient_in_forward_pays(n, k, *inputs[2:]):
         triton.nll_with_gradients(*inputs, target, -100, 0.1, False, (True,) * 4)
     forward._first_of_best(torch.rand(3, 300), torch.randint(v, (3, 300)))
     losses, *statistics = triton.nll(*inputs, target, -100)

@@ -61,7 +61,7 @@ class Kernels(Protocol):
     ):
         """Gradients of (latent, prior_logits, weight, bias) for a grad (N,) of nll."""
 
-    def gradient_in_forward_pays(self, n_tokens: int, n_experts: int, weight: Tensor) -> bool:
+    def gradient_in_forward_pays(self, n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether `nll_with_gradients` is cheaper than `nll` and `nll_backward`."""
 
     def nll_with_gradients(

@@ -155,7 +155,7 @@ def _tokens_of_block(n_tokens: int, n_experts: int, weight: Tensor) -> int:
     return (n_tokens + blocks - 1) // blocks  # blocks of about one size
 
 
-def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> bool:
+def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:
     if n_tokens == 0:
         return False
     return _tokens_of_block(n_tokens, n_experts, weight) * n_experts >= min(MIN_GRADIENT_ROWS, n_tokens * n_experts)

@@ -153,7 +153,7 @@ def rows_backward(
     return _cast_gradients((grad_rows, grad_weight, grad_bias), dtype)
 
 
-def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> bool:
+def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:
     if weight.dtype == torch.float16:  # gradients before a loss scale has made them large would be rounded to 0
         return False
     block = Workspace(weight).elements // (n_experts * weight.shape[0])

@@ -97,14 +97,26 @@ def too_old(gpu: str, capability: tuple[int, int]) -> str | None:
 # ---------------------------------------------------------------------------------------- gradients in the forward pass
 
 
-def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor) -> int:
+def _sums_in_place(weight: Tensor, with_columns: bool, one_block: bool) -> bool:
+    """Whether dE is summed where it will be: where that has the sums' dtype, or one block's are all, and no padding."""
+    n_classes, n_features = weight.shape
+    unpadded = (padded_classes(n_classes, weight), row_length(n_features, weight)) == (n_classes, n_features)
+    return unpadded and not with_columns and (weight.dtype == torch.float32 or one_block)
+
+
+def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> int:
     """Rows, of whole tokens, whose exponentials over the whole vocabulary are held at once; 0 where none are."""
     n_classes, n_features = weight.shape
     # beside them a number for each tile of at least 64 classes, the rows with their columns, their gradient's sums;
     # and once the sums of dE
     bytes_of_row = (weight.itemsize + 4 / 64) * n_classes + (weight.itemsize + 4) * (n_features + 8)
     n_bytes = workspace_bytes(weight.device) - bytes_of_padded(n_rows, weight)
-    held = int((n_bytes - 4 * n_classes * (n_features + 8)) / bytes_of_row)
+    with_columns = bias is not None and has_columns(weight)
+    if _sums_in_place(weight, with_columns, one_block=True) and n_rows * bytes_of_row <= n_bytes:
+        return n_rows
+    if not _sums_in_place(weight, with_columns, one_block=False):
+        n_bytes -= 4 * n_classes * (n_features + 8)
+    held = int(n_bytes / bytes_of_row)
     if held < n_experts:
         return 0
     blocks = math.ceil(n_rows / held)
@@ -114,10 +126,11 @@ def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor) -> int:
     return tokens * n_experts
 
 
-def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor) -> bool:
+def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:
     if n_tokens == 0 or weight.dtype == torch.float16:  # float16 has no room for exponentials beside a guessed maximum
         return False
-    return _rows_of_block(n_tokens * n_experts, n_experts, weight) >= min(MIN_GRADIENT_ROWS, n_tokens * n_experts)
+    n_rows = n_tokens * n_experts
+    return _rows_of_block(n_rows, n_experts, weight, bias) >= min(MIN_GRADIENT_ROWS, n_rows)
 
 
 def nll_with_gradients(
@@ -149,14 +162,9 @@ def nll_with_gradients(
     grad_bias = weight.new_empty(n_classes if needs[3] else 0)
     with_columns = needs[3] and has_columns(z)
     needs_sums = needs[2] or with_columns
-    height = _rows_of_block(n * k, k, weight) or k
-    # the sums of dE are its own place where they have its dtype and shape
+    height = _rows_of_block(n * k, k, weight, bias) or k
     padded = padded_classes(n_classes, z)
-    in_place = (
-        not with_columns
-        and (padded, z.shape[1]) == (n_classes, d)
-        and (weight.dtype == torch.float32 or n * k <= height)
-    )
+    in_place = _sums_in_place(weight, with_columns, one_block=n * k <= height)
     width = row_length(d + 2, z) if with_columns else z.shape[1]
     sums = grad_weight if in_place else empty_float32(z, padded if needs_sums else 0, width)
     bias_sums = None

@@ -150,7 +150,7 @@ def operations(
         "log_prob backward": lambda: backend.log_prob_backward(torch.randn(n, v, device=device), *mixture, needs),
         "sample": lambda: backend.sample(backend.choose_rows(latent, prior_logits, seed), weight, bias, 1.5, seed),
     }
-    if backend.gradient_in_forward_pays(n, k, weight):
+    if backend.gradient_in_forward_pays(n, k, weight, bias):
         found["gradient, in the forward pass"] = lambda: backend.nll_with_gradients(
             *inputs, target, -100, 0.0, True, needs
         )
