@@ -110,7 +110,7 @@ _LARGE = {
     "many 16-bit mixture-gradient narrow": Tile(64, 64, 64, 8, 3, True),
     "many 16-bit statistics wide": Tile(128, 256, 64, 8, 3),
     "many 16-bit gradient wide": Tile(128, 256, 64, 8, 3),
-    "many 16-bit mixture wide": Tile(64, 256, 64, 8, 3),
+    "many 16-bit mixture wide": Tile(64, 256, 32, 8, 4),
 }
 _LARGE_IEEE = {  # operands in shared memory leave registers for larger tiles
     "some ieee": Tile(64, 128, 32, 8, 2),
