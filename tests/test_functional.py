@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import EXACT, INPUTS, Problem, assert_meets_criterion, check_forward_and_gradients, problem
 
-from fused_mos import _vocabulary
+from fused_mos import _vocabulary, ops
 from fused_mos import functional as F
 from fused_mos._backends import reference, tiled
 
@@ -381,7 +381,7 @@ def test_topk(k, workspace, backend, monkeypatch):
     """The values of the most probable classes, and classes that have them, from one span of the vocabulary and from
     several."""
     if workspace == "many tiles":
-        monkeypatch.setattr(_vocabulary, "TOPK_BYTES", 1)
+        monkeypatch.setattr(ops.distribution, "TOPK_BYTES", 1)
     case = problem(37, 3, 33, 507).to(torch.float32, ())
     log_p = reference.log_prob(*case.inputs())
     values, indices = F.mos_topk(*case.inputs(), k=k, backend=backend)
