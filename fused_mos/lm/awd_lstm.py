@@ -101,24 +101,38 @@ class AWDLSTM(nn.Module):
 
         Raises ValueError where names are missing, left over or do not fit each other.
         """
-        names, count = set(state_dict), len({name.split(".")[1] for name in state_dict if name.startswith("rnns.")})
-        recurrent = [
-            next((n for n in names if n.startswith(f"rnns.{i}.") and "weight_hh_l0" in n), "") for i in range(count)
+        refused = "state_dict is not of the published code: "
+        count = len({name.split(".")[1] for name in state_dict if name.startswith("rnns.")})
+        of_layers = [
+            [next((n for n in state_dict if n.startswith(f"rnns.{i}.") and what in n), "") for i in range(count)]
+            for what in ("weight_ih_l0", "weight_hh_l0")
         ]
-        missing = {"encoder.weight", "prior.weight", "latent.0.weight", "decoder.weight"} - names
-        if missing or not recurrent or not all(recurrent):
-            raise ValueError(
-                "state_dict is not of the published code: it lacks "
-                f"{', '.join(sorted(missing)) or 'weight_hh_l0 of an LSTM'}"
-            )
-        (n_words, size), (n_experts, _) = state_dict["encoder.weight"].shape, state_dict["prior.weight"].shape
+        missing = {"encoder.weight", "prior.weight", "latent.0.weight", "decoder.weight"} - set(state_dict)
+        if missing or not count or not all(map(all, of_layers)):
+            raise ValueError(f"{refused}it lacks {', '.join(sorted(missing)) or 'a weight of an LSTM'}")
+        for name in ("encoder.weight", "prior.weight", *of_layers[1]):
+            if state_dict[name].dim() != 2:
+                raise ValueError(f"{refused}{name} must be a matrix, got {tuple(state_dict[name].shape)}")
+
+        (n_words, size), n_experts = state_dict["encoder.weight"].shape, state_dict["prior.weight"].shape[0]
+        widths = tuple(state_dict[name].shape[1] for name in of_layers[1])
+        # before a model is made of them: sizes that do not fit each other could ask for any amount of memory
+        expected = {
+            "decoder.weight": (n_words, size),
+            "prior.weight": (n_experts, widths[-1]),
+            "latent.0.weight": (n_experts * size, widths[-1]),
+        }
+        for name_ih, name_hh, inner, width in zip(*of_layers, (size, *widths), widths):
+            expected |= {name_ih: (4 * width, inner), name_hh: (4 * width, width)}
+        for name, shape in expected.items():
+            if tuple(state_dict[name].shape) != shape:
+                raise ValueError(f"{refused}{name} must be {shape}, got {tuple(state_dict[name].shape)}")
         tied = torch.equal(state_dict["encoder.weight"], state_dict["decoder.weight"])
-        widths = tuple(state_dict[name].shape[1] for name in recurrent)
         model = cls(n_words, size, widths, "mos", n_experts, tied=tied, **options)
         try:
-            model.load_state_dict(state_dict, strict=True)
+            model.load_state_dict(state_dict)
         except RuntimeError as error:
-            raise ValueError(f"state_dict is not of the published code: {error}") from None
+            raise ValueError(f"{refused}{error}") from None
         return model
 
     def initial_hidden(self, batch_size: int) -> Hidden:

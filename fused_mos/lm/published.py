@@ -1,86 +1,41 @@
 """Models of the paper's published code (zihangdai/mos): whole modules, pickled by torch.save.
 
-Such a file can run any code when it is unpickled, so this reader unpickles only a fixed list of names: tensors and
-containers as what they are, and every class of a module as a plain record of its attributes.
+Unpickling such a file can run any code. `saved` reads it as data instead: tensors and containers as what they are, and
+every class of a module, of a fixed list, as a plain record of its attributes.
 """
 
-import collections
-import pickle
-import warnings
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..runtime import UserError
+from .saved import Record, View, read_saved
 
 
 class PublishedError(UserError, ValueError):
     """A file that is not a model of the published code, with its path."""
 
 
-class _Record:
-    """An object's attributes, and none of its code."""
-
-    dropout: float  # of a WeightDrop
-    dump_patches = False  # torch.load compares the code that PyTorch 0.4 saved beside a module with this class's
-
-    def __new__(cls, *_):
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        for part in state if isinstance(state, tuple) else (state,):
-            self.__dict__.update(part or {})
-
-
-_MODULES = {
-    "model": ("RNNModel",),
-    "weight_drop": ("WeightDrop",),
-    "locked_dropout": ("LockedDropout",),
-    "torch.nn.modules.sparse": ("Embedding",),
-    "torch.nn.modules.container": ("ModuleList", "Sequential"),
-    "torch.nn.modules.rnn": ("LSTM",),
-    "torch.nn.modules.linear": ("Linear",),
-    "torch.nn.modules.activation": ("Tanh",),
-    "torch.nn.backends.thnn": ("THNNFunctionBackend", "_get_thnn_function_backend"),
+_CLASSES = {
+    f"{module}.{name}"
+    for module, names in {
+        "model": ("RNNModel",),
+        "weight_drop": ("WeightDrop",),
+        "locked_dropout": ("LockedDropout",),
+        "torch.nn.modules.sparse": ("Embedding",),
+        "torch.nn.modules.container": ("ModuleList", "Sequential"),
+        "torch.nn.modules.rnn": ("LSTM",),
+        "torch.nn.modules.linear": ("Linear",),
+        "torch.nn.modules.activation": ("Tanh",),
+        "torch.nn.backends.thnn": ("THNNFunctionBackend", "_get_thnn_function_backend"),
+        "builtins": ("getattr",),  # of a bound method, which weight drop puts in place of one of the LSTM's
+    }.items()
+    for name in names
 }
-_TENSORS = {
-    "torch._utils": ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"),
-    "torch.serialization": ("_get_layout",),
-    "torch": ("Size", "device", *(name for name in dir(torch) if name.endswith("Storage"))),
-    "torch.storage": ("TypedStorage", "UntypedStorage"),
-    "collections": ("OrderedDict",),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _MODULES.get(module, ()):
-            return _Record
-        if (module, name) in (("torch.nn.parameter", "Parameter"), ("builtins", "set"), ("__builtin__", "set")):
-            return _parameter if name == "Parameter" else set
-        if (module, name) in (("builtins", "getattr"), ("__builtin__", "getattr")):
-            return _Record  # a bound method, which weight drop puts in place of one of the LSTM's
-        if name in _TENSORS.get(module, ()):
-            return (
-                collections.OrderedDict
-                if module == "collections"
-                else getattr(__import__(module, fromlist=[name]), name)
-            )
-        raise PublishedError(f"it names {module}.{name}, which no model of the published code needs")
-
-
-def _parameter(data: Tensor, requires_grad: bool = True, *_) -> Tensor:
-    return data
-
-
-def _load(file, **options) -> Any:
-    return _Unpickler(file, **options).load()
-
-
-_PICKLE = SimpleNamespace(__name__="fused_mos.lm.published", Unpickler=_Unpickler, load=_load)
+_MAX_NAMES, _MAX_LENGTH = 1000, 200  # twenty times those of the published models
 
 
 def read_published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -94,42 +49,72 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     if not path.is_file():
         raise PublishedError(f"there is no file {path}")
     try:
-        with path.open("rb") as file:
-            # torch.load would give a TorchScript archive to another loader, which runs the code in it
-            if torch.serialization._is_zipfile(file):
-                archive = torch._C.PyTorchFileReader(str(path))
-                if archive.has_record("constants.pkl"):  # type: ignore[attr-defined]  # torch's stubs lack it
-                    raise PublishedError("it is a TorchScript archive")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.serialization.SourceChangeWarning)
-            model = torch.load(path, map_location="cpu", pickle_module=_PICKLE, weights_only=False)
-    except Exception as error:  # a damaged pickle can raise anything
-        raise PublishedError(f"{path} is not a model of the published code: {error or type(error).__name__}") from None
-    if isinstance(model, dict) and all(isinstance(value, Tensor) for value in model.values()):
-        return dict(model), {}
-    if not isinstance(model, _Record):
-        raise PublishedError(f"{path} is not a model of the published code: it holds a {type(model).__name__}")
-    tensors = dict(_parameters(model, ""))
-    if not tensors:
-        raise PublishedError(f"{path} is not a model of the published code: it holds no parameters")
-    layers = _children(_children(model).get("rnns")).values()
-    wdrop = [layer.dropout for layer in layers if "module" in _children(layer)]
+        model, storages = read_saved(path, _CLASSES)
+        views, dropouts = _views_and_dropouts(model)
+        # a tied weight has two names; more than that would make a model much larger than its file
+        if sum(math.prod(view.size) for view in views.values()) > 2 * sum(storage.numel for storage in storages):
+            raise ValueError("its parameters share their memory")
+        return {name: view.tensor().float() for name, view in views.items()}, dropouts
+    except Exception as error:  # a damaged file can raise anything
+        reason = str(error)[:300] or type(error).__name__
+        raise PublishedError(f"{path} is not a model of the published code: {reason}") from None
+
+
+def _views_and_dropouts(model: Any) -> tuple[dict[str, View], dict[str, float]]:
+    if isinstance(model, dict):
+        return dict(_named("state_dict", model, View)), {}
+    if not isinstance(model, Record):
+        raise ValueError(f"it holds a {type(model).__name__}")
+    views: dict[str, View] = {}
+    for prefix, module in _modules(model):
+        views |= {f"{prefix}{name}": view for name, view in _children(module, "_parameters", View)}
+        if len(views) > _MAX_NAMES:
+            raise ValueError(f"it has more than {_MAX_NAMES} parameters")
+    if not views:
+        raise ValueError("it holds no parameters")
     dropouts = {
-        name: float(model.__dict__[name])
+        name: _number(name, model.attributes[name])
         for name in ("dropout", "dropoute", "dropouti", "dropouth", "dropoutl")
-        if name in model.__dict__
+        if name in model.attributes
     }
-    return tensors, dropouts | {"wdrop": float(wdrop[0]) if wdrop else 0.0}
+    rnns = [rnns for name, rnns in _children(model, "_modules", Record) if name == "rnns"]
+    wdrop = [
+        _number("dropout", layer.attributes.get("dropout"))
+        for container in rnns
+        for _, layer in _children(container, "_modules", Record)
+        if any(name == "module" for name, _ in _children(layer, "_modules", Record))
+    ]
+    return views, dropouts | {"wdrop": wdrop[0] if wdrop else 0.0}
 
 
-def _children(module: _Record | None) -> dict[str, _Record]:
-    return module.__dict__.get("_modules", {}) if module else {}
+def _modules(model: Record) -> Iterator[tuple[str, Record]]:
+    """Each module with the beginning of its parameters' names. A module that occurs twice is counted twice, so that
+    one that holds itself, or two of the next that hold two of the next, has an end."""
+    waiting, count = [("", model)], 1
+    while waiting:
+        prefix, module = waiting.pop()
+        yield prefix, module
+        children = [(f"{prefix}{name}.", child) for name, child in _children(module, "_modules", Record)]
+        count += len(children)
+        if count > _MAX_NAMES or len(prefix) > _MAX_LENGTH:
+            raise ValueError(f"it has more than {_MAX_NAMES} modules, or one inside too many others")
+        waiting += reversed(children)
 
 
-def _parameters(module: _Record, prefix: str):
-    for name, tensor in module.__dict__.get("_parameters", {}).items():
-        if tensor is not None:
-            yield prefix + name, tensor
-    for name, child in _children(module).items():
-        if child is not None:
-            yield from _parameters(child, f"{prefix}{name}.")
+def _children(module: Record, attribute: str, kind: type) -> list[tuple[str, Any]]:
+    return _named(attribute, module.attributes.get(attribute, {}), kind)
+
+
+def _named(what: str, values: Any, kind: type) -> list[tuple[str, Any]]:
+    """A dictionary's names and values, without those that are None."""
+    if not isinstance(values, dict) or not all(isinstance(value, kind | None) for value in values.values()):
+        raise ValueError(f"a {what} holds something else than {kind.__name__}s")
+    if len(values) > _MAX_NAMES or any(len(name) > _MAX_LENGTH for name in values):
+        raise ValueError(f"a {what} has more than {_MAX_NAMES} names, or one of more than {_MAX_LENGTH} letters")
+    return [(name, value) for name, value in values.items() if value is not None]
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is not a number")
+    return float(value)

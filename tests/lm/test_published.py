@@ -111,8 +111,34 @@ def test_from_published_names_what_is_wrong(published):
     lacking = {name: tensor for name, tensor in state.items() if name != "prior.weight"}
     with pytest.raises(ValueError, match="not of the published code: it lacks prior.weight"):
         AWDLSTM.from_published(lacking)
-    with pytest.raises(ValueError, match="size mismatch for head.prior.weight"):
+    with pytest.raises(ValueError, match=r"prior.weight must be \(3, 8\), got \(3, 5\)"):
         AWDLSTM.from_published(state | {"prior.weight": torch.zeros(K, 5)})
+    with pytest.raises(ValueError, match=r"prior.weight must be a matrix, got \(3,\)"):
+        AWDLSTM.from_published(state | {"prior.weight": torch.zeros(K)})
+    for name, shape in {  # small tensors that ask for gigabytes
+        "rnns.0.module.weight_hh_l0_raw": (1, 100_000),
+        "rnns.2.module.weight_hh_l0_raw": (1, 100_000),
+        "rnns.1.module.weight_ih_l0": (1, 100_000),
+        "prior.weight": (100_000, 1),
+        "encoder.weight": (1, 1_000_000),
+        "latent.0.weight": (1, 1_000_000),
+        "decoder.weight": (1_000_000, 1),
+    }.items():
+        with pytest.raises(ValueError, match=r"must be \(\d+, \d+\), got \(\d+, \d+\)"):
+            AWDLSTM.from_published(state | {name: torch.zeros(shape)})
+    with pytest.raises(ValueError, match="Unexpected key"):
+        AWDLSTM.from_published(state | {"more": torch.zeros(1)})
+
+
+def test_a_model_saved_on_a_gpu_is_read(published, tmp_path):
+    """PyTorch 0.4 called its storages torch.cuda.FloatStorage."""
+    source = published()
+    torch.save(source, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "model.pt").read_bytes()
+    assert b"ctorch\nFloatStorage\n" in content
+    (tmp_path / "model.pt").write_bytes(content.replace(b"ctorch\nFloatStorage\n", b"ctorch.cuda\nFloatStorage\n"))
+    tensors, _ = read_published(tmp_path / "model.pt")
+    assert torch.equal(tensors["encoder.weight"], source.encoder.weight)
 
 
 class _Evil:
