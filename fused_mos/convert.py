@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from .runtime import UserError, command, files
+from .runtime.text import show
 from .training.config import RECIPES, ModelConfig
 from .training.errors import ConfigError
 
@@ -85,7 +86,7 @@ def work(arguments: list[str]) -> None:
         raise UserError(str(error)) from None
     n_words, size = model.encoder.weight.shape
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{config.new}: {n_parameters:,} parameters, {n_words:,} words, K = {model.head.n_experts}, d = {size}")
+    show(f"{config.new}: {n_parameters:,} parameters, {n_words:,} words, K = {model.head.n_experts}, d = {size}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from .runtime import command, files
+from .runtime.text import show
 from .training.config import RECIPES, HeadName
 
 HEADS: tuple[HeadName, ...] = ("softmax", "mos")
@@ -35,18 +36,18 @@ def demo(out: Path) -> None:
             trainer = Trainer(config)
             done = trainer.progress.epoch
             goes_on = f", of which {done} are done ({out / head})" if done else ""
-            print(f"\n{head}: {base.optim.epochs} epochs on {sample.NAME}{goes_on}", flush=True)
+            show(f"\n{head}: {base.optim.epochs} epochs on {sample.NAME}{goes_on}", flush=True)
             results.append(trainer.run())
         plot = out / "demo.png"
         plot_learning_curves({head: out / head for head in HEADS}, plot)
         files.write_json(out / "result.json", results)
 
-    print(f"\n{'head':<10}{'parameters':>12}{'valid ppl':>11}{'test ppl':>10}{'words/s':>9}")
+    show(f"\n{'head':<10}{'parameters':>12}{'valid ppl':>11}{'test ppl':>10}{'words/s':>9}")
     for r in results:
         perplexities = f"{r['valid_ppl']:>11.2f}{r['test_ppl']:>10.2f}"
-        print(f"{r['head']:<10}{r['parameters']:>12,}{perplexities}{r['words_per_second']:>9,.0f}")
-    print(f"\nlearning curves: {plot}   all numbers: {out / 'result.json'}")
-    print(f"to train again, delete {out} or name another --out")
+        show(f"{r['head']:<10}{r['parameters']:>12,}{perplexities}{r['words_per_second']:>9,.0f}")
+    show(f"\nlearning curves: {plot}   all numbers: {out / 'result.json'}")
+    show(f"to train again, delete {out} or name another --out")
 
 
 def work(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ import tyro
 from .lm.dynamic_evaluation import DynamicRule
 from .runtime import command, files
 from .runtime.signals import CheckpointClock
+from .runtime.text import show
 from .training.config import dynamic_rule
 from .training.errors import ConfigError
 from .training.run import load_run, read_config
@@ -96,7 +97,7 @@ def work(arguments: list[str]) -> None:
     try:
         files.append_json(config.run / "evaluation.json", result)
     finally:  # what took hours is shown also where it could not be kept
-        print(
+        show(
             f"{config.split}, {how}: ppl {result['ppl']:.2f} ({result['ppl_published']:.2f} as the published code "
             f"counts), loss {result['loss']:.4f}"
         )

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .runtime import command
+from .runtime.text import show
 from .training.settings import POSITIVE, check, setting
 
 
@@ -42,18 +43,18 @@ def work(arguments: list[str]) -> None:
     run = load_run(config.run, config.data, config.device, config.backend)
     report = inspect_run(run, config.split, config.words, config.nearest)
     n_experts = len(report["experts"])
-    print(
+    show(
         f"{config.split}: ppl {report['ppl']:.2f}; {report['effective_experts']:.1f} of {n_experts} experts speak at "
         "a time"
     )
-    print(f"\n{'expert':>6}{'prior':>8}{'speaks':>8}  most frequent words | most characteristic words")
+    show(f"\n{'expert':>6}{'prior':>8}{'speaks':>8}  most frequent words | most characteristic words")
     for i, expert in enumerate(report["experts"], start=1):
         words = " ".join(expert["frequent"][:6]) + " | " + " ".join(expert["characteristic"][:6])
-        print(f"{i:>6}{expert['prior']:>8.1%}{expert['responsibility']:>8.1%}  {words}")
-    print("\nnearest words in the embedding")
+        show(f"{i:>6}{expert['prior']:>8.1%}{expert['responsibility']:>8.1%}  {words}")
+    show("\nnearest words in the embedding")
     for word, others in report["nearest"].items():
-        print(f"  {word}: {' '.join(others)}")
-    print(f"\npage: {config.run / 'experts' / 'index.html'}")
+        show(f"  {word}: {' '.join(others)}")
+    show(f"\npage: {config.run / 'experts' / 'index.html'}")
 
 
 def main(arguments: list[str] | None = None) -> int:

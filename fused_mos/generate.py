@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from .runtime import command
+from .runtime.text import show
 from .training.errors import ConfigError
 from .training.settings import NOT_NEGATIVE, POSITIVE, SEED, Range, check, setting
 
@@ -57,12 +58,12 @@ def work(arguments: list[str]) -> None:
         generator.seed()
     else:
         generator.manual_seed(config.seed)
-    print(config.prompt, end=" " if config.prompt else "")
+    show(config.prompt, end=" " if config.prompt else "")
     options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     for word in generate(run.model, tokens[:, None], config.words, generator, **options):
         text = run.vocabulary.words[int(word)]
-        print("\n" if text == EOS else text, end="" if text == EOS else " ", flush=True)
-    print()
+        show("" if text == EOS else text, end="\n" if text == EOS else " ", flush=True)
+    show()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import tyro
 from .runtime import command, files
 from .runtime.progress import say
 from .runtime.signals import CheckpointClock, TimeLimitReached
+from .runtime.text import show
 from .training.config import RECIPES, Precision, TrainConfig, dynamic_rule
 from .training.errors import ConfigError
 from .training.settings import NOT_NEGATIVE, check, setting
@@ -165,7 +166,7 @@ def work(arguments: list[str]) -> None:
     check(config)
     text = table(config.recipe, reproduce(config))
     files.write_text(config.folder / "reproduction.md", text + "\n")
-    print(f"\n{text}\n\nalso in {config.folder / 'reproduction.md'}, all numbers in reproduction.json")
+    show(f"\n{text}\n\nalso in {config.folder / 'reproduction.md'}, all numbers in reproduction.json")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from .runtime import command
+from .runtime.text import show
 from .training.config import RECIPES, TrainConfig
 
 Flags = TrainConfig
@@ -45,10 +46,10 @@ def work(arguments: list[str]) -> None:
 
     on_sample = sample.is_sample(config.data)
     if on_sample:
-        print(f"training on {sample.NAME}, the sample text", flush=True)
+        show(f"training on {sample.NAME}, the sample text", flush=True)
     stages.train(config)
     if on_sample:
-        print("for a model of your own text, name its folder: python -m fused_mos.train --data DIR")
+        show("for a model of your own text, name its folder: python -m fused_mos.train --data DIR")
 
 
 def main(arguments: list[str] | None = None) -> int:

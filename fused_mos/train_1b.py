@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .runtime import command
+from .runtime.text import show
 from .training.lm1b.config import RECIPES, LM1BConfig
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def train(config: LM1BConfig, ranks: "Ranks") -> None:
 
     def tell(text: str) -> None:
         if ranks.is_main:
-            print(text, flush=True)
+            show(text, flush=True)
 
     on_sample = sample.is_sample(config.data)
     trainer = LM1BTrainer(config, ranks)

@@ -15,6 +15,7 @@ from ._backends.triton_kernels import configurations
 from ._backends.triton_kernels.shapes import DTYPES, ODD_SHAPES, SHAPES
 from .runtime import UserError, command, files
 from .runtime.progress import bar, say
+from .runtime.text import show
 
 if TYPE_CHECKING:  # which knows no Literal of names that are computed
     Shape = str
@@ -78,7 +79,7 @@ def compile_only(config: Flags) -> int:
         for fault in kernel.faults(config.arch) + kernel.over_budget(config.arch):
             say(f"FAULT {kernel.kernel} {kernel.dtype} ({kernel.key}) {kernel.tile}: {fault}", sys.stderr)
     compiled.sort(key=lambda kernel: (kernel.kernel, kernel.key, kernel.dtype, kernel.shapes))
-    print(
+    show(
         f"{'kernel':24} {'configuration':30} {'dtype':5} {'tile, warps, stages':20} {'registers':>9} {'stack':>5} "
         f"{'shared':>7} {'programs':>8} {'load':>4} {'store':>5} {'slots':>6}  instructions"
     )
@@ -91,12 +92,12 @@ def compile_only(config: Flags) -> int:
             if machine
             else " " * 17
         )
-        print(
+        show(
             f"{kernel.kernel:24} {kernel.key:30} {kernel.dtype:5} {tile:20} {kernel.registers:9} {kernel.stack:5} "
             f"{kernel.shared:7} {kernel.programs:8} {code}  {found}"
         )
     n_faults = sum(len(kernel.faults(config.arch) + kernel.over_budget(config.arch)) for kernel in compiled)
-    print(f"{len(compiled)} kernels compiled for {config.arch} with triton {triton.__version__}, {n_faults} faults")
+    show(f"{len(compiled)} kernels compiled for {config.arch} with triton {triton.__version__}, {n_faults} faults")
     if config.json:
         kernels = [
             json.dumps(asdict(kernel) | {"faults": kernel.faults(config.arch) + kernel.over_budget(config.arch)})
@@ -145,7 +146,7 @@ def tune(config: Flags) -> None:
                         configurations.save_tuned(gpu, tuned)
                         times = f"{progress.seconds * 1e3:.3f} ms, before {progress.seconds_before * 1e3:.3f} ms"
                         say(f"{progress.key}: {progress.best}, {times}")
-    print(f"{len(tuned)} configurations in {configurations.cache_file(gpu)}")
+    show(f"{len(tuned)} configurations in {configurations.cache_file(gpu)}")
 
 
 def work(arguments: list[str]) -> int:

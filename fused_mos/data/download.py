@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from ..runtime import files
 from ..runtime.progress import bar
+from ..runtime.text import show
 from .corpus import CorpusError
 
 BLOCK_BYTES = 2 << 20
@@ -57,7 +58,7 @@ def _download(config: Download, name: str) -> Path:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     if config.sha256 is None:
-        print(f"{name}: sha256 {digest.hexdigest()}; with --sha256 it is compared")
+        show(f"{name}: sha256 {digest.hexdigest()}; with --sha256 it is compared")
     elif digest.hexdigest() != config.sha256.lower():
         raise CorpusError(
             f"{fetched}: its sha256 is {digest.hexdigest()}, not {config.sha256}; delete it to fetch it again, or "
@@ -123,5 +124,5 @@ def _extract(archive: Path, out: Path) -> Path:
         ) from None
     if not n_files:
         raise CorpusError(f"{archive} has no file in {FOLDER}; url must be that of the benchmark")
-    print(f"{out / FOLDER}: {n_files} files; next: python -m fused_mos.data.lm1b prepare --source {out} --out …")
+    show(f"{out / FOLDER}: {n_files} files; next: python -m fused_mos.data.lm1b prepare --source {out} --out …")
     return out / FOLDER

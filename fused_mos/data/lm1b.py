@@ -21,6 +21,7 @@ import numpy as np
 
 from ..runtime import command, files
 from ..runtime.progress import bar
+from ..runtime.text import show
 from .corpus import CorpusError
 from .download import BLOCK_BYTES, FOLDER, Download, download
 from .workers import in_processes, usable_processors
@@ -341,7 +342,7 @@ def _each(
             results[shard] = result
             progress.update(shard.n_bytes)
     seconds, words = time.monotonic() - start, sum(map(n_words, results.values()))
-    print(
+    show(
         f"{description}: {words:,} words in {seconds:.1f} s, {words / seconds / 1e6:.2f} M words/s, "
         f"{n_bytes / seconds / 1e6:.1f} MB/s"
     )
@@ -357,13 +358,13 @@ def work(arguments: list[str]) -> None:
         download(config)
         return
     manifest = prepare(config)
-    print(f"{config.out}: a vocabulary of {manifest['vocabulary']['words']:,} words")
+    show(f"{config.out}: a vocabulary of {manifest['vocabulary']['words']:,} words")
     for split in FOLDERS:
         tokens, sentences, unknown, empty = (
             sum(entry[key] for entry in manifest[split]) for key in ("tokens", "sentences", "unknown", "empty")
         )
         share = unknown / (tokens - 2 * sentences)
-        print(
+        show(
             f"{split}: {tokens:,} tokens in {sentences:,} sentences, {share:.2%} of the words {UNKNOWN}, "
             f"{empty:,} blank lines skipped"
         )

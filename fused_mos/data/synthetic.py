@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import UserError, command, files
+from ..runtime.text import show
 
 
 class SyntheticLanguage:
@@ -148,7 +149,7 @@ def work(arguments: list[str]) -> None:
         facts = write(config)
     except ValueError as error:
         raise UserError(str(error)) from None
-    print(
+    show(
         f"{config.out}: {config.n_words} words, rank {config.rank}; no model's perplexity can be below "
         f"{facts['perplexity']:.2f}"
     )

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from . import signals
 from .errors import UserError
+from .text import show
 
 Config = TypeVar("Config")
 
@@ -72,15 +73,15 @@ def run(work: Callable[[list[str]], int | None], arguments: list[str] | None = N
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (UserError, OSError) as error:
-        print(f"error{f' on rank {rank}' if rank != '0' else ''}: {_in_words(error)}", file=sys.stderr)
+        show(f"error{f' on rank {rank}' if rank != '0' else ''}: {_in_words(error)}", file=sys.stderr)
         return 2
     except signals.TimeLimitReached:
         if rank == "0":
-            print(f"time limit reached; {CONTINUES}")
+            show(f"time limit reached; {CONTINUES}")
         return 0
     except (KeyboardInterrupt, signals.Stopped) as stop:
         if rank == "0":
-            print(f"\nstopped{interrupted and '; ' + interrupted}", file=sys.stderr)
+            show(f"\nstopped{interrupted and '; ' + interrupted}", file=sys.stderr)
         return 128 + getattr(stop, "signum", 2)
 
 

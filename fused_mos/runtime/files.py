@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import UserError
+from .text import show
 
 try:
     import fcntl
@@ -216,7 +217,7 @@ def _lock(file: BinaryIO, path: Path, wait: bool) -> None:
     except OSError as error:  # a file system without locks must not keep anybody from working
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        print(f"warning: {path} cannot be locked ({error.strerror}); let no other process write to it", file=sys.stderr)
+        show(f"warning: {path} cannot be locked ({error.strerror}); let no other process write to it", file=sys.stderr)
 
 
 def is_leftover(path: Path) -> bool:

@@ -6,6 +6,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from .text import printable, show
+
 SECONDS_BETWEEN_LINES = 30.0
 """Where nobody watches, a line every half minute is enough."""
 
@@ -43,11 +45,11 @@ def bar(
     shown["unit_scale"] = total is None or total >= 1000
     if total is None:
         shown["bar_format"] = "{desc}: {n_fmt}{unit}, {elapsed} passed, {rate_noinv_fmt}{postfix}"
-    return tqdm(iterable, desc=desc, unit=f" {unit}", total=total, **{**shown, **options})
+    return tqdm(iterable, desc=printable(desc), unit=f" {unit}", total=total, **{**shown, **options})
 
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Prints a line above any bar, by default to stdout."""
     file = file or sys.stdout
-    tqdm.write(text, file=file)
-    file.flush()
+    with tqdm.external_write_mode(file):
+        show(text, file=file, flush=True)

@@ -12,6 +12,7 @@ from ..data import batchify, segment
 from ..lm.experts import ExpertShares, expert_shares, nearest_words
 from ..runtime import files
 from ..runtime.progress import bar
+from ..runtime.text import printable
 from .errors import ConfigError
 from .run import Run
 
@@ -41,7 +42,8 @@ def inspect_run(run: Run, split: str, n_words: int, nearest: tuple[str, ...] = (
     folder = run.folder / "experts"
     folder.mkdir(exist_ok=True)
     words = run.vocabulary.words
-    plot_experts(reading, [words[i] for i in reading.tokens[:WORDS_IN_PLOT]], folder / "experts.png")
+    labels = [printable(words[i]) for i in reading.tokens[:WORDS_IN_PLOT]]  # matplotlib warns of others, and names them
+    plot_experts(reading, labels, folder / "experts.png")
     files.write_json(folder / "experts.json", {"split": split, **report})
     title = f"{run.folder.name}, {split}"
     files.write_text(folder / "index.html", page(reading, words, n_words, report, title))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import files
+from ..runtime.text import show
 
 
 def perplexity(loss: float) -> float:
@@ -31,7 +32,7 @@ class MetricsLog:
             size = self._file.seek(0, os.SEEK_END)
             self._file.truncate(min(offset, size))
         if size < offset:
-            print(f"warning: {self._path} has lost {offset - size:,} bytes of this run", file=sys.stderr)
+            show(f"warning: {self._path} has lost {offset - size:,} bytes of this run", file=sys.stderr)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if offset else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:

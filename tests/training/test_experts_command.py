@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -38,6 +39,20 @@ def test_the_page_the_plot_and_the_numbers(trained, capsys):
     assert len(re.findall("<span style=", page)) == 50 + 3, "words, and the key of colours"
     assert "<b>" not in page and "&lt;b&gt;$x_$" in page
     assert str(trained / "experts" / "index.html") in out and f"ppl {report['ppl']:.2f}" in out
+
+
+def test_words_do_not_command_the_terminal(small_flags, corpus_folder, tmp_path, capsys):
+    evil = "\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e"
+    for path in corpus_folder.iterdir():
+        path.write_text(path.read_text().replace("w7 ", f"w7{evil} "), encoding="utf-8")
+    Trainer(train.parse([*small_flags, "--epochs", "1", "--out", str(tmp_path / "run")])).run()
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Glyph")  # matplotlib names characters as they are
+        assert experts.main([str(tmp_path / "run"), "--nearest", f"w7{evil}"]) == 0
+    text, error = capsys.readouterr()
+    assert r"w7\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e: " in text
+    assert all(line.isprintable() for line in (text + error).split("\n"))
 
 
 def test_reading_is_the_text_in_its_order(trained):

@@ -22,3 +22,17 @@ def test_the_command(small_flags, tmp_path, capsys):
     ):
         assert command.main([str(folder), *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_words_do_not_command_the_terminal(finished_run, capsys):
+    """Those of a vocabulary that somebody else wrote: OSC 52 would write the clipboard."""
+    folder, evil = finished_run(3), "\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e"
+    path = folder / "vocabulary.txt"
+    words = [word if word == "<eos>" else word + evil for word in path.read_text().splitlines()]
+    path.write_text("\n".join(words) + "\n", encoding="utf-8")
+    capsys.readouterr()
+    assert command.main([str(folder), "--prompt", words[0], "--words", "30", "--seed", "1"]) == 0
+    assert command.main([str(folder), "--prompt", evil]) == 2
+    text, error = capsys.readouterr()
+    assert text.count(r"\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e") > 5
+    assert all(line.isprintable() for line in (text + error).split("\n"))
