@@ -10,7 +10,7 @@ Rows are split as DTensor's Shard(0) splits them, so that `VocabShard.as_dtensor
 ranks can read.
 """
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import ops
 from ._backends.reference import log_softmax_prior, mix_target
 from ._inputs import Operands
+from ._plain import addition
 from ._vocabulary import NLL, Normalisers, TopK, Vocabulary, new_seed, reduced
 from .module import Head
 
@@ -63,6 +64,16 @@ class VocabShard(Vocabulary):
         self.stop = min(self.start + size, n_classes)
         self._largest = size
 
+    def __deepcopy__(self, memo: dict) -> "VocabShard":
+        """Itself: a copy of the model is sharded over the same processes."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a model that vocab_parallel has sharded cannot be pickled, since its process group cannot; save its "
+            "state_dict, each rank its own, or all in one by as_dtensor"
+        )
+
     def __repr__(self) -> str:
         return f"classes {self.start} to {self.stop - 1} of {self.n_classes}"
 
@@ -81,10 +92,14 @@ class VocabShard(Vocabulary):
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(rows.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
-    def embedding(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """Rows of the whole embedding, of which `weight` (V of this rank, D) is a part: tokens (…) -> (…, D)."""
+    def embedding(self, tokens: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+        """Rows of the whole embedding, of which `weight` (V of this rank, D) is a part: tokens (…) -> (…, D). That of
+        `padding_idx` gets no gradient. Fails as nn.Embedding does where a token is no class."""
         own = (tokens >= self.start) & (tokens < self.stop)
-        found = nn.functional.embedding(torch.where(own, tokens - self.start, 0), weight)
+        elsewhere = torch.where((tokens >= 0) & (tokens < self.n_classes), 0, -1)  # of which -1 is refused
+        if padding_idx is not None:
+            padding_idx = padding_idx - self.start if self.start <= padding_idx < self.stop else None
+        found = nn.functional.embedding(torch.where(own, tokens - self.start, elsewhere), weight, padding_idx)
         return _Sum.apply(torch.where(own[..., None], found, 0), self.group)
 
     def count_classes(self, operands: Operands) -> int:
@@ -164,50 +179,109 @@ class VocabShard(Vocabulary):
 class VocabParallelEmbedding(nn.Module):
     """nn.Embedding, of which this rank holds the rows of its shard."""
 
-    def __init__(self, shard: VocabShard, weight: nn.Parameter):
+    def __init__(self, shard: VocabShard, weight: nn.Parameter, padding_idx: int | None = None):
         super().__init__()
         self.shard = shard
         self.weight = weight
         self.num_embeddings, self.embedding_dim = shard.n_classes, weight.shape[1]
+        self.padding_idx = padding_idx
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.shard.embedding(tokens, self.weight)
+        return self.shard.embedding(tokens, self.weight, self.padding_idx)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.shard}"
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self.shard}"
 
 
 def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> VocabShard:
     """Cuts the decoder of a head (`fused_mos.MoS`, `MoC`, `Softmax`), or of the one head in `model`, down to this
-    rank's rows, and with it an nn.Embedding that is tied to it. In place: make optimizers afterwards.
+    rank's rows, and with it a plain nn.Embedding that is tied to it, under all of its names. In place: make optimizers
+    afterwards.
 
     The parameters must be the same on all ranks of the group, as from one seed. Returns the shard, which
     `Head.vocabulary` is from now on.
 
-    Raises ValueError unless `model` holds exactly one head, RuntimeError without torch.distributed and where the ranks'
-    GPUs are of different models.
+    Raises ValueError, and leaves the model as it was, unless it holds exactly one head, and where what else has the
+    decoder's parameters is more than a plain nn.Embedding (one with max_norm, say, or hooks, or scaled) or outside of
+    it; RuntimeError without torch.distributed and where the ranks' GPUs are of different models.
     """
     heads = [module for module in model.modules() if isinstance(module, Head)]
     if len(heads) != 1:
         raise ValueError(f"model must hold one fused_mos head, got {len(heads)}")
     (head,) = heads
     shard = VocabShard(head.n_classes, group)
-    whole = head.decoder.weight
+    whole, bias = head.decoder.weight, head.decoder.bias
+    embeddings = _tied_embeddings(model, head)
     if whole.device.type == "cuda":
         _check_equal_gpus(whole.device, shard.group)
     rows = nn.Parameter(shard.rows(whole.detach()).clone(), whole.requires_grad)
     head.vocabulary = shard
     head.decoder.weight = rows
     head.decoder.out_features = rows.shape[0]
-    if head.decoder.bias is not None:
-        head.decoder.bias = nn.Parameter(
-            shard.rows(head.decoder.bias.detach()).clone(), head.decoder.bias.requires_grad
-        )
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if isinstance(module, nn.Embedding) and module.weight is whole:
-                setattr(parent, name, VocabParallelEmbedding(shard, rows))
+    if bias is not None:
+        head.decoder.bias = nn.Parameter(shard.rows(bias.detach()).clone(), bias.requires_grad)
+    for embedding in embeddings:
+        sharded = VocabParallelEmbedding(shard, rows, embedding.padding_idx).train(embedding.training)
+        for parent in list(model.modules()):
+            for name, module in parent._modules.items():  # each name of it, of which named_children tells one
+                if module is embedding:
+                    parent._modules[name] = sharded
     return shard
+
+
+def _tied_embeddings(model: nn.Module, head: Head) -> list[nn.Embedding]:
+    """Those that have the decoder's weight. Raises ValueError where cutting the decoder down would change what the
+    model computes."""
+    decoder = head.decoder
+    if more := addition(decoder, nn.Linear):
+        raise ValueError(f"the head's decoder must be a plain nn.Linear, and it {more}")
+    if set(decoder._parameters) != {"weight", "bias"}:
+        raise ValueError(f"the head's decoder must have weight and bias, got {', '.join(decoder.state_dict())}")
+    for name, parameter in decoder.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError(f"the decoder's {name} has a hook, which its rows would not have; register it afterwards")
+    tied: list[nn.Embedding] = []
+    for path, module in model.named_modules():
+        for name, tensor in {**module.__dict__, **module._buffers, **module._parameters}.items():
+            shared = [of for of, parameter in decoder.named_parameters() if _share_memory(tensor, parameter)]
+            if not shared or module is decoder:
+                continue
+            what = f"{path}.{name}".lstrip(".") + f" is the decoder's {shared[0]}"
+            if tensor is not decoder.weight or not isinstance(module, nn.Embedding) or name != "weight":
+                raise ValueError(f"{what}, and not the weight of an nn.Embedding; vocab_parallel shards no other")
+            if more := _beyond_lookup(module):
+                raise ValueError(
+                    f"{what}, and its module {more}, which vocab_parallel does not keep; use a plain nn.Embedding and "
+                    "do the rest outside of it"
+                )
+            tied.append(module)
+    if head.tied and not tied:
+        raise ValueError("the head is tied to an embedding outside model; pass the model that holds both")
+    return tied
+
+
+def _share_memory(tensor: Any, parameter: nn.Parameter) -> bool:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        return False
+    if tensor.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
+        return False
+    starts, ends = zip(*((t.storage_offset(), t.storage_offset() + t.numel()) for t in (tensor, parameter)))
+    return max(starts) < min(ends)
+
+
+def _beyond_lookup(embedding: nn.Embedding) -> str:
+    """What an nn.Embedding does besides looking rows up, in words that follow "it"."""
+    if type(embedding) is not nn.Embedding:
+        return f"is a {type(embedding).__qualname__}"
+    for name in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(embedding, name):
+            return f"has {name}"
+    for attached in (embedding._modules, embedding._buffers, {**embedding._parameters, "weight": None}):
+        for name, value in attached.items():
+            if value is not None:
+                return f"has {name}"
+    return addition(embedding, nn.Embedding)
 
 
 def _check_equal_gpus(device: torch.device, group: dist.ProcessGroup) -> None:

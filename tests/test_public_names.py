@@ -20,7 +20,7 @@ FUNCTIONS = {
 }
 SHARD = {
     "as_dtensor": "(self, rows, mesh)",
-    "embedding": "(self, tokens, weight)",
+    "embedding": "(self, tokens, weight, padding_idx=None)",
     "nll_and_loss": f"(self, latent, prior_logits, weight, target, bias, {LOSS})",
     "rows": "(self, whole)",
 } | {
@@ -82,4 +82,4 @@ def test_vocab_parallel():
     assert signature(vocab_parallel.parallelize) == "(model, group=None)"
     assert signature(vocab_parallel.VocabShard) == "(n_classes, group=None)"
     assert signatures(vocab_parallel.VocabShard, SHARD) == SHARD
-    assert signature(vocab_parallel.VocabParallelEmbedding) == "(shard, weight)"
+    assert signature(vocab_parallel.VocabParallelEmbedding) == "(shard, weight, padding_idx=None)"

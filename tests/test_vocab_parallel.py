@@ -1,6 +1,7 @@
 """The sharded head against the unsharded one, on two and three processes."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -193,6 +194,130 @@ def unequal_gpus():
         vocab_parallel._check_equal_gpus(torch.device("cuda"), group)
     vocab_parallel._gpu_model = lambda device: "H100 with 132 multiprocessors"
     vocab_parallel._check_equal_gpus(torch.device("cuda"), group)
+
+
+class Model(torch.nn.Module):
+    """An embedding, a head that is tied to it, and whatever else."""
+
+    def __init__(self, embedding, **others):
+        super().__init__()
+        self.embedding = embedding
+        self.head = MoS(8, 50, 3, weight=embedding.weight)
+        for name, other in others.items():
+            setattr(self, name, other)
+
+    def forward(self, tokens):
+        embeddings = [module for module in self._modules.values() if module is not self.head]  # with each name
+        return self.head(sum(embedding(tokens) for embedding in embeddings), tokens).loss
+
+
+class Scaled(torch.nn.Embedding):
+    def forward(self, tokens):
+        return super().forward(tokens) * 8
+
+
+def hooked(register, *arguments):
+    embedding = torch.nn.Embedding(50, 8)
+    getattr(embedding, register)(*arguments)
+    return embedding
+
+
+def untied(model):
+    """Two parameters that share their memory, as load_state_dict(assign=True) makes them."""
+    model.embedding.weight = torch.nn.Parameter(model.head.decoder.weight.detach())
+    return model
+
+
+def aliased():
+    embedding = torch.nn.Embedding(50, 8)
+    return Model(embedding, second=embedding)
+
+
+def twins():
+    first, second = torch.nn.Embedding(50, 8), torch.nn.Embedding(50, 8, padding_idx=3)
+    second.weight = first.weight
+    return Model(first, second=second)
+
+
+def models_that_are_kept():
+    for make in (
+        lambda: Model(torch.nn.Embedding(50, 8)),
+        lambda: Model(torch.nn.Embedding(50, 8, padding_idx=7)),
+        lambda: Model(torch.nn.Embedding(50, 8, padding_idx=-1)),
+        aliased,
+        twins,
+    ):
+        torch.manual_seed(1)
+        whole = make()
+        torch.manual_seed(1)
+        model = make()
+        model.eval()
+        shard = parallelize(model)
+        assert not any(module.training for module in model.modules())
+        tokens = torch.arange(50).repeat(2)
+        model(tokens).backward()
+        whole(tokens).backward()
+        assert_equal(model(tokens), whole(tokens), "loss")
+        assert_equal(model.embedding.weight.grad, shard.rows(whole.embedding.weight.grad), "gradient")
+        assert set(model.state_dict()) == set(whole.state_dict())
+        twin = copy.deepcopy(model)
+        assert_equal(twin(tokens), whole(tokens), "loss of a copy")
+        assert twin.head.decoder.weight is twin.embedding.weight is not model.embedding.weight
+        torch.optim.swa_utils.AveragedModel(model).update_parameters(model)
+        with pytest.raises(TypeError, match="cannot be pickled, since its process group cannot; save its state_dict"):
+            torch.save(model, io.BytesIO())
+        for token in (-1, 50):
+            with pytest.raises(IndexError, match="index out of range"):
+                model.embedding(torch.tensor([1, token]))
+
+
+def models_that_are_refused():
+    tied = lambda module: setattr(module, "weight", shared.weight) or module
+    for make, message in (
+        (lambda: Model(Scaled(50, 8)), "embedding.weight is the decoder's weight, and its module is a Scaled"),
+        (lambda: Model(torch.nn.Embedding(50, 8, max_norm=1.0)), "its module has max_norm"),
+        (lambda: Model(torch.nn.Embedding(50, 8, scale_grad_by_freq=True)), "its module has scale_grad_by_freq"),
+        (lambda: Model(torch.nn.Embedding(50, 8, sparse=True)), "its module has sparse"),
+        (lambda: Model(hooked("register_forward_hook", print)), "its module has the hook print"),
+        (lambda: Model(hooked("register_forward_pre_hook", print)), "its module has the hook print"),
+        (lambda: Model(hooked("register_full_backward_hook", print)), "its module has the hook print"),
+        (lambda: Model(hooked("register_buffer", "scale", torch.ones(()))), "its module has scale"),
+        (lambda: Model(hooked("__setattr__", "forward", print)), "its module has a forward of its own"),
+        (
+            lambda: Model(shared, bag=tied(torch.nn.EmbeddingBag(50, 8))),
+            "bag.weight is the decoder's weight, and not the weight of an nn.Embedding",
+        ),
+        (lambda: Model(shared, bare=shared.weight), "bare is the decoder's weight, and not the weight"),
+        (lambda: Model(shared, linear=tied(torch.nn.Linear(8, 50))), "linear.weight is the decoder's weight, and not"),
+        (lambda: Model(shared, view=shared.weight.detach()), "view is the decoder's weight, and not the weight"),
+        (lambda: Model(shared, rows=shared.weight[3:4].detach()), "rows is the decoder's weight, and not the weight"),
+        (lambda: untied(Model(shared)), "embedding.weight is the decoder's weight, and not the weight"),
+        (lambda: Model(shared).head, "tied to an embedding outside model; pass the model that holds both"),
+    ):
+        shared = torch.nn.Embedding(50, 8)
+        model = make()
+        before = dict(model.named_parameters(remove_duplicate=False))
+        with pytest.raises(ValueError, match=message):
+            parallelize(model)
+        after = dict(model.named_parameters(remove_duplicate=False))
+        assert before.keys() == after.keys() and all(after[name] is tensor for name, tensor in before.items())
+    model = Model(torch.nn.Embedding(50, 8))
+    model.head.decoder.weight.register_hook(print)
+    with pytest.raises(ValueError, match="the decoder's weight has a hook, which its rows would not have"):
+        parallelize(model)
+    model = MoS(8, 50, 3)
+    model.decoder.register_forward_hook(print)
+    with pytest.raises(ValueError, match="decoder must be a plain nn.Linear, and it has the hook print"):
+        parallelize(model)
+
+
+def models():
+    models_that_are_kept()
+    models_that_are_refused()
+
+
+def test_a_model_computes_what_it_did_or_is_refused():
+    run_on_ranks(2, models)
 
 
 def test_gpus_of_different_models_are_refused():
