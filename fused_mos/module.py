@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._inputs import check_backend, check_reduction, is_autocast
+from ._plain import read_decoder
 from ._vocabulary import LOCAL, TopK, Vocabulary
 from .dropout import LockedDropout, check_probability
 
@@ -94,7 +95,7 @@ class Head(nn.Module):
         Returns:
             output: (…) log-likelihoods in nats, differentiable. loss: () or, for reduction="none", (…).
         """
-        latent, prior_logits = self._flat_mixture(input)
+        latent, prior_logits, weight, bias = self._operands(input)
         if not isinstance(target, Tensor):
             raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
         if target.shape != input.shape[:-1]:
@@ -105,9 +106,9 @@ class Head(nn.Module):
         nll, loss = self.vocabulary.nll_and_loss(
             latent,
             prior_logits,
-            self.decoder.weight,
+            weight,
             target.reshape(-1),
-            self.decoder.bias,
+            bias,
             ignore_index=ignore_index,
             reduction=reduction,
             backend=self.backend,
@@ -117,55 +118,41 @@ class Head(nn.Module):
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes: (…, in_features) -> (…, n_classes)."""
-        latent, prior_logits = self._flat_mixture(input)
-        log_prob = self.vocabulary.mos_log_prob(
-            latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend
-        )
+        log_prob = self.vocabulary.mos_log_prob(*self._operands(input), backend=self.backend)
         return log_prob.view(*input.shape[:-1], self.n_classes)
 
     def predict(self, input: Tensor) -> Tensor:
         """The most probable class: (…, in_features) -> (…) int64."""
-        latent, prior_logits = self._flat_mixture(input)
-        index = self.vocabulary.mos_predict(
-            latent, prior_logits, self.decoder.weight, self.decoder.bias, backend=self.backend
-        )
+        index = self.vocabulary.mos_predict(*self._operands(input), backend=self.backend)
         return index.view(input.shape[:-1])
 
     def topk(self, input: Tensor, k: int) -> TopK:
         """The k most probable classes, most probable first: (…, in_features) -> values (…, k), log-probabilities, and
         indices (…, k) int64."""
-        latent, prior_logits = self._flat_mixture(input)
-        values, indices = self.vocabulary.mos_topk(
-            latent, prior_logits, self.decoder.weight, self.decoder.bias, k=k, backend=self.backend
-        )
+        values, indices = self.vocabulary.mos_topk(*self._operands(input), k=k, backend=self.backend)
         return TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
 
     def sample(self, input: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """One class per position: (…, in_features) -> (…) int64; `temperature` divides each expert's logits, not the
         mixture's (`functional.mos_sample`): for the most probable class take `predict`."""
-        latent, prior_logits = self._flat_mixture(input)
         index = self.vocabulary.mos_sample(
-            latent,
-            prior_logits,
-            self.decoder.weight,
-            self.decoder.bias,
-            temperature=temperature,
-            generator=generator,
-            backend=self.backend,
+            *self._operands(input), temperature=temperature, generator=generator, backend=self.backend
         )
         return index.view(input.shape[:-1])
 
-    def _flat_mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _operands(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """latent (N, K, D), prior_logits (N, K), and the decoder's weight and bias."""
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"input must be (…, in_features = {self.in_features}), got {tuple(input.shape)}")
-        if input.dtype != self.decoder.weight.dtype and not is_autocast(input.device.type):
-            raise TypeError(f"input must have the parameters' dtype {self.decoder.weight.dtype}, got {input.dtype}")
-        if input.device != self.decoder.weight.device:
-            raise ValueError(f"input is on {input.device} but the parameters are on {self.decoder.weight.device}")
+        weight, bias = read_decoder(self.decoder)
+        if input.dtype != weight.dtype and not is_autocast(input.device.type):
+            raise TypeError(f"input must have the parameters' dtype {weight.dtype}, got {input.dtype}")
+        if input.device != weight.device:
+            raise ValueError(f"input is on {input.device} but the parameters are on {weight.device}")
         latent, prior_logits = self.mixture(input)
-        return latent.reshape(-1, *latent.shape[-2:]), prior_logits.reshape(-1, prior_logits.shape[-1])
+        return latent.reshape(-1, *latent.shape[-2:]), prior_logits.reshape(-1, prior_logits.shape[-1]), weight, bias
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}" + (", tied" if self.tied else "")

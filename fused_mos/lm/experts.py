@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import functional as F
+from .._plain import read_decoder
 from ..module import Head, MoC, MoS
 
 
@@ -22,7 +23,7 @@ def expert_shares(head: Head, features: Tensor, target: Tensor) -> ExpertShares:
     if isinstance(head, MoC) or not isinstance(head, MoS):
         raise ValueError(f"head must be a MoS, whose experts each predict words, got {type(head).__name__}")
     latent, prior_logits = head.mixture(features)
-    weight, bias = head.decoder.weight, head.decoder.bias
+    weight, bias = read_decoder(head.decoder)
     logit = (latent * weight[target].unsqueeze(-2)).sum(-1)
     if bias is not None:
         logit = logit + bias[target].unsqueeze(-1)
