@@ -4,6 +4,7 @@ All three put a fused log-likelihood where a model would have `Linear(in_feature
 cross-entropy. The convention is that of torch.nn.AdaptiveLogSoftmaxWithLoss.
 """
 
+import warnings
 from numbers import Integral
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class Head(nn.Module):
         for name, value in (("latent_features", latent_features), ("n_classes", n_classes)):
             _check_positive(name, value)
         if weight is not None:
-            _checked_weight(weight)
+            _check_weight(weight, n_classes, latent_features)
             if (
                 dtype not in (None, weight.dtype)
                 or device is not None
@@ -46,20 +47,44 @@ class Head(nn.Module):
                     f"device and dtype must be those of weight, {weight.device} and {weight.dtype}, or None, got "
                     f"{device} and {dtype}"
                 )
-            if tuple(weight.shape) != (n_classes, latent_features):
-                raise ValueError(
-                    f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got "
-                    f"{tuple(weight.shape)}"
-                )
         check_backend(backend)
         self.n_classes = n_classes
         self.backend = backend
-        self.tied = weight is not None
-        self.decoder = nn.Linear(latent_features, n_classes, bias, device="meta" if self.tied else device, dtype=dtype)
-        if weight is not None:  # there never is a second (V, D)
-            self.decoder.weight = weight
+        self.tied = False
+        in_place = "meta" if weight is not None else device  # there never is a second (V, D)
+        self.decoder = nn.Linear(latent_features, n_classes, bias, device=in_place, dtype=dtype)
+        if weight is not None:
+            self.tie(weight)
             if bias:
                 self.decoder.bias = nn.Parameter(weight.new_empty(n_classes))
+
+    def tie(self, weight: nn.Parameter) -> None:
+        """Makes an embedding's Parameter (V, D) the decoder's weight, as the argument `weight` does at first; again
+        where the two have become different parameters."""
+        _check_weight(weight, self.decoder.out_features, self.decoder.in_features)
+        self.decoder.weight = weight
+        self.tied = True
+
+    def _apply(self, fn, recurse=True):
+        before = self.decoder._parameters.get("weight") if self.tied else None
+        super()._apply(fn, recurse)
+        # .to(device) puts other data into the same Parameter; to_empty cannot
+        if before is not None and self.decoder._parameters.get("weight") is not before:
+            self._lose_tie("to_empty")
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *arguments):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+        if self.tied and local_metadata.get("assign_to_params_buffers") and f"{prefix}decoder.weight" in state_dict:
+            self._lose_tie("load_state_dict(assign=True)")
+
+    def _lose_tie(self, cause: str) -> None:
+        self.tied = False
+        warnings.warn(
+            f"{cause} makes two parameters of a tied weight, so the decoder has one of its own now; to share the "
+            "embedding's again, call head.tie(embedding.weight)",
+            stacklevel=3,
+        )
 
     def reset_parameters(self) -> None:
         """The paper's initialisation: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
@@ -231,7 +256,7 @@ class MoS(Head):
         _check_positive("n_experts", n_experts)
         check_probability("latent_dropout", latent_dropout)
         if latent_features is None:
-            latent_features = in_features if weight is None else _checked_weight(weight).shape[-1]
+            latent_features = in_features if weight is None else _check_parameter(weight).shape[-1]
         super().__init__(latent_features, n_classes, bias, weight, backend, device, dtype)
         self.in_features = in_features
         self.n_experts = n_experts
@@ -271,7 +296,14 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _checked_weight(weight: nn.Parameter) -> nn.Parameter:
+def _check_parameter(weight: nn.Parameter) -> nn.Parameter:
     if not isinstance(weight, nn.Parameter):
         raise TypeError(f"weight must be a Parameter, such as embedding.weight, got {type(weight).__name__}")
     return weight
+
+
+def _check_weight(weight: nn.Parameter, n_classes: int, latent_features: int) -> None:
+    if tuple(_check_parameter(weight).shape) != (n_classes, latent_features):
+        raise ValueError(
+            f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got {tuple(weight.shape)}"
+        )

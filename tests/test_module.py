@@ -1,5 +1,7 @@
 """The heads against a plain restatement of the paper's equations, and their interface."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -143,6 +145,56 @@ def test_a_tied_head_is_what_its_weight_is():
             ValueError, match="device and dtype must be those of weight, cpu and torch.float32, or None, got"
         ):
             fused_mos.MoS(H, V, K, weight=nn.Embedding(V, D).weight, **wrong)
+
+
+class TiedModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(V, D)
+        self.head = fused_mos.MoS(H, V, K, weight=self.embedding.weight)
+
+
+def broken_by_to_empty(model):
+    with torch.device("meta"):
+        model = TiedModel()
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 1e30)  # as uninitialised memory may be
+    return model
+
+
+def broken_by_assignment(model):
+    model.load_state_dict(TiedModel().state_dict(), assign=True)
+    return model
+
+
+@pytest.mark.parametrize("breaking", [broken_by_to_empty, broken_by_assignment])
+def test_a_tie_that_torch_breaks_is_told_and_tied_again(breaking):
+    with pytest.warns(UserWarning, match=r"makes two parameters of a tied weight.*head.tie\(embedding.weight\)"):
+        model = breaking(TiedModel())
+    head = model.head
+    assert not head.tied and "tied" not in repr(head) and head.decoder.weight is not model.embedding.weight
+    head.reset_parameters()
+    assert head.decoder.weight.abs().max() <= 0.1, "it has nobody else to initialise it"
+    head.tie(model.embedding.weight)
+    before = model.embedding.weight.detach().clone()
+    head.reset_parameters()
+    assert head.tied and head.decoder.weight is model.embedding.weight and torch.equal(before, head.decoder.weight)
+    with pytest.raises(ValueError, match=r"weight must be \(n_classes, latent_features\) = \(61, 7\), got \(7, 61\)"):
+        head.tie(nn.Parameter(torch.zeros(D, V)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_tie_that_lasts():
+    model = TiedModel()
+    for moved in (model.to(torch.float64), model.half().float(), copy.deepcopy(model), model.cpu()):
+        assert moved.head.tied and moved.head.decoder.weight is moved.embedding.weight
+    model.load_state_dict(TiedModel().state_dict())
+    with torch.device("meta"):
+        other = TiedModel()
+    other.head.load_state_dict({}, strict=False, assign=True)
+    assert model.head.tied and other.head.tied
+    nn.Module.to_empty(fused_mos.MoS(H, V, K, D, device="meta"), device="cpu")  # one that never was tied
 
 
 def test_device_and_dtype():

@@ -42,6 +42,7 @@ METHODS = {
     "predict": "(self, input)",
     "reset_parameters": "(self)",
     "sample": "(self, input, temperature=1.0, generator=None)",
+    "tie": "(self, weight)",
     "topk": "(self, input, k)",
 }
 
