@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .reference import accumulation_dtype, log_softmax_prior, mix_target
 from .row_filter import backward_of_kept, kept_rows
+from .tracing import has_memory
 
 
 def nll(
@@ -102,9 +103,11 @@ def nll_with_gradients(
 
 def scaled(gradients: Sequence[Tensor], factor: Tensor, divisor: Tensor, backend: str) -> Sequence[Tensor]:
     """The gradients times the factor, for the divisor is 1; on a CPU, where looking costs nothing, themselves where the
-    factor is 1, as it is for loss.backward(): a copy of the weight's gradient takes 2 % of the step. (While a graph is
-    traced, tensors are of a subclass and have no value.)"""
-    if type(factor) is Tensor and factor.device.type == "cpu" and factor == 1:
+    factor is 1, as it is for loss.backward(): a copy of the weight's gradient takes 2 % of the step. Where the graph is
+    kept, they are copied: its next backward pass would find what the caller has made of them. (While a graph is traced,
+    tensors are of a subclass and have no value.)"""
+    readable = type(factor) is Tensor and has_memory(factor) and factor.device.type == "cpu"
+    if readable and factor == 1 and not torch._C._autograd._get_current_graph_task_keep_graph():
         return gradients
     return [(gradient * factor).to(gradient.dtype) for gradient in gradients]
 

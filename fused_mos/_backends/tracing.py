@@ -18,5 +18,13 @@ def assume_constant_result(function: Function) -> Function:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """False while a graph is traced and for a fake tensor: there are no values to read, and no address to give."""
-    return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+    """False while a graph is traced, for a fake tensor and for one in which vmap wraps others: there are no values to
+    read, and no address to give."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor) and not is_batched(tensor)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """True for a gradient of torch.autograd.grad(is_grads_batched=True), in which torch's old vmap wraps others."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)

@@ -8,6 +8,7 @@ from torch.library import custom_op
 
 from .. import _backends
 from .._backends import from_rows
+from .._backends.tracing import is_batched
 from . import checks
 from .autograd import as_gradients, empty_gradients, empty_statistics, refuse_double_backward
 
@@ -180,8 +181,11 @@ def _nll_with_gradients_backward(ctx, grad_loss, _, grad_nll, *__):
     inputs, divisor, gradients = saved[:8], saved[8], saved[9:]
     result: tuple[Tensor | None, ...] = (None,) * 4
     if grad_loss is not None:
+        batched = is_batched(grad_loss)  # which no op of gradients takes
+        if batched:
+            grad_loss = grad_loss * torch.where(divisor != 0, 1 / divisor, 0)
         # in plain torch it may return what it gets, which an op may not
-        multiplied = scaled if _backends.has_own_small_kernels(backend) else from_rows.scaled
+        multiplied = scaled if _backends.has_own_small_kernels(backend) and not batched else from_rows.scaled
         result = as_gradients(multiplied(gradients, grad_loss, divisor, backend), needs)
     if grad_nll is not None:
         recomputed = nll_backward(grad_nll.contiguous(), *inputs, ignore_index, filter_eps, needs, backend)
