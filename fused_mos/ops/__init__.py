@@ -12,6 +12,7 @@ Their outputs are float32 for 16-bit inputs, gradients have the dtype of their i
 refused: the `reference` backend, which is plain torch, has it.
 """
 
+from .. import _flops
 from .autograd import refuse_double_backward
 from .distribution import (
     log_prob,
@@ -46,3 +47,5 @@ __all__ = [
     "scaled",
     "topk",
 ]
+
+_flops.register()

@@ -1,0 +1,120 @@
+"""How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode, which sees nothing of
+what is inside an op.
+
+As torch does, it counts matrix products alone, and those that are done, recomputed ones too: of a prior or a bias there
+are none.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from math import prod
+
+import torch
+
+COUNTER = "torch.utils.flop_counter"
+
+
+def _product(latent: Sequence[int], weight: Sequence[int]) -> int:
+    """(N, K, D) times (V, D)."""
+    return 2 * prod(latent) * weight[0]
+
+
+def _backward(latent: Sequence[int], weight: Sequence[int], latent_needed: bool, weight_needed: bool, *others: bool):
+    """The logits once more, where any gradient needs them, and a product for each of two gradients."""
+    n_products = any((latent_needed, weight_needed, *others)) + latent_needed + weight_needed
+    return n_products * _product(latent, weight)
+
+
+def _nll(latent, prior_logits, weight, *_, out_shape=None):
+    return _product(latent, weight)
+
+
+def _nll_with_gradients(latent, prior_logits, weight, bias, target, ignore_index, eps, mean, needs, *_, out_shape=None):
+    return _product(latent, weight) * (1 + needs[0] + needs[2])
+
+
+def _nll_backward(grad, latent, prior_logits, weight, *others, out_shape=None):
+    needs = others[-2]
+    return _backward(latent, weight, needs[0], needs[2], needs[3])
+
+
+def _logsumexp(latent, weight, *_, out_shape=None):
+    return _product(latent, weight)
+
+
+def _logsumexp_backward(grad, latent, weight, *others, out_shape=None):
+    needs = others[-2]
+    return _backward(latent, weight, *needs)
+
+
+def _sample(latent, prior_logits, weight, *_, out_shape=None):
+    n, _, d = latent
+    return _product((n, d), weight)  # of one expert for each token
+
+
+def _log_prob(latent, prior_logits, weight, *_, out_shape=None):
+    return 2 * _product(latent, weight)  # the normalisers, and then the probabilities
+
+
+def _log_prob_backward(grad, latent, prior_logits, weight, *others, out_shape=None):
+    """Two sweeps over the classes: the first finds what the second subtracts."""
+    needs = others[-2]
+    return _product(latent, weight) + _backward(latent, weight, needs[0], needs[2], needs[3])
+
+
+FORMULAS = {
+    "nll": _nll,
+    "nll_backward": _nll_backward,
+    "nll_with_gradients": _nll_with_gradients,
+    "normalisers": _nll,
+    "logsumexp": _logsumexp,
+    "logsumexp_backward": _logsumexp_backward,
+    "log_prob": _log_prob,
+    "log_prob_backward": _log_prob_backward,
+    "mixture_log_prob": _nll,
+    "predict": _nll,
+    "topk": _nll,
+    "sample": _sample,
+    "sample_rows": _logsumexp,
+    "row_statistics": _logsumexp,
+}
+"""By the names of the ops; "scaled" has no product."""
+
+
+def register() -> None:
+    """Now if the counter has been imported, else as soon as it is: it takes longer to import than this package, and
+    brings triton."""
+    if COUNTER in sys.modules:
+        _register_all()
+    else:
+        sys.meta_path.insert(0, _WithCounter())
+
+
+def _register_all() -> None:
+    counter = sys.modules[COUNTER]
+    for name, formula in FORMULAS.items():
+        op = getattr(torch.ops.fused_mos, name)
+        if op not in counter.flop_registry:  # this module may have been reloaded
+            counter.register_flop_formula(op)(formula)
+
+
+class _WithCounter(MetaPathFinder):
+    """Finds no module, but registers the formulas behind the import of the counter."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module) -> None:
+            execute(module)
+            _register_all()
+
+        spec.loader.exec_module = execute_and_register
+        return spec
