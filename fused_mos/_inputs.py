@@ -160,10 +160,11 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> None:
+def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> int:
+    """Returns `ignore_index` as a Python integer, which the ops need, also from one of NumPy."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-    if not isinstance(ignore_index, int):
+    if not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     check_target_shape(target, latent)
     if values_can_be_read(target):
@@ -172,11 +173,13 @@ def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: i
             raise IndexError(
                 f"target must be in [0, V = {n_classes}) or ignore_index = {ignore_index}, got {int(wrong[0])}"
             )
+    return int(ignore_index)
 
 
 def check_target_shape(target: Tensor, latent: Tensor) -> None:
     if target.dtype != torch.int64:
-        raise TypeError(f"target must have dtype torch.int64, got {target.dtype}")
+        remedy = "" if target.is_floating_point() or target.is_complex() else "; convert it by target.long()"
+        raise TypeError(f"target must have dtype torch.int64, got {target.dtype}{remedy}")
     if target.device != latent.device:
         raise ValueError(f"target is on {target.device} but latent is on {latent.device}")
     if target.shape != latent.shape[:1]:

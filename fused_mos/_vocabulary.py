@@ -68,7 +68,7 @@ class Vocabulary(ABC):
         """
         check_reduction(reduction)
         with prepared(latent, prior_logits, weight, bias, backend) as operands:
-            check_target(target, operands.latent, self.count_classes(operands), ignore_index)
+            ignore_index = check_target(target, operands.latent, self.count_classes(operands), ignore_index)
             check_filter_eps(grad_filter_eps)
             if operands.backend == "reference":
                 nll = reference.nll(*operands.tensors, target, ignore_index)

@@ -34,8 +34,8 @@ class Head(nn.Module):
         self, latent_features: int, n_classes: int, bias: bool, weight: nn.Parameter | None, backend: str, device, dtype
     ):
         super().__init__()
-        for name, value in (("latent_features", latent_features), ("n_classes", n_classes)):
-            _check_positive(name, value)
+        latent_features = _positive_int("latent_features", latent_features)
+        n_classes = _positive_int("n_classes", n_classes)
         if weight is not None:
             _check_weight(weight, n_classes, latent_features)
             if (
@@ -208,6 +208,7 @@ class Softmax(Head):
         device=None,
         dtype=None,
     ):
+        in_features = _positive_int("in_features", in_features)
         super().__init__(in_features, n_classes, bias, weight, backend, device, dtype)
         self.in_features = in_features
         self.reset_parameters()
@@ -252,8 +253,8 @@ class MoS(Head):
         device=None,
         dtype=None,
     ):
-        _check_positive("in_features", in_features)
-        _check_positive("n_experts", n_experts)
+        in_features = _positive_int("in_features", in_features)
+        n_experts = _positive_int("n_experts", n_experts)
         check_probability("latent_dropout", latent_dropout)
         if latent_features is None:
             latent_features = in_features if weight is None else _check_parameter(weight).shape[-1]
@@ -289,11 +290,13 @@ class MoC(MoS):
         return context, context.new_zeros(*context.shape[:-1])
 
 
-def _check_positive(name: str, value: int) -> None:
+def _positive_int(name: str, value: int) -> int:
+    """A Python integer, which torch.compile needs, also from one of NumPy."""
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
 
 def _check_parameter(weight: nn.Parameter) -> nn.Parameter:

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 
+import numpy
 import pytest
 import torch
 
@@ -68,7 +69,13 @@ CASES = [
         ValueError,
         r"target must be \(N,\) = \(4,\) to match latent, got \(5,\)",
     ),
-    ("target", torch.zeros(N), TypeError, r"target must have dtype torch.int64, got torch.float32"),
+    ("target", torch.zeros(N), TypeError, r"target must have dtype torch.int64, got torch.float32$"),
+    (
+        "target",
+        torch.zeros(N, dtype=torch.int32),
+        TypeError,
+        r"target must have dtype torch.int64, got torch.int32; convert it by target.long\(\)",
+    ),
     (
         "target",
         torch.tensor([0, V, 1, 2]),
@@ -104,11 +111,30 @@ def test_tensors(name, value, error, message, backend):
         ({"backend": "cudnn"}, ValueError, "backend must be one of .*, got 'cudnn'"),
         ({"grad_filter_eps": 1.0}, ValueError, r"grad_filter_eps must be in \[0, 1\), got 1.0"),
         ({"grad_filter_eps": -0.1}, ValueError, "got -0.1"),
+        ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got float"),
     ],
 )
 def test_options(options, error, message):
     with pytest.raises(error, match=message):
         F.mos_nll_loss(**_inputs(), **options)
+
+
+@pytest.mark.parametrize("integer", [numpy.int64, numpy.int8, numpy.uint16])
+@pytest.mark.parametrize("backend", ["reference", "tiled", "auto"])
+def test_numpy_integers_are_integers(integer, backend):
+    inputs = _inputs()
+    for reduction in F.REDUCTIONS:
+        expected = F.mos_nll_loss(**inputs, ignore_index=3, reduction=reduction, backend=backend)
+        loss = F.mos_nll_loss(**inputs, ignore_index=integer(3), reduction=reduction, backend=backend)
+        assert torch.equal(loss, expected)
+    target = inputs.pop("target")
+    assert F.mos_topk(**inputs, k=integer(2), backend=backend).indices.shape == (N, 2)
+    for head in (
+        fused_mos.MoS(integer(D), integer(V), integer(K), integer(6), backend=backend),
+        fused_mos.Softmax(integer(D), integer(V), backend=backend),
+    ):
+        assert all(type(value) is int for value in (head.in_features, head.n_classes, head.decoder.in_features))
+        head(torch.randn(N, D), target, ignore_index=integer(3)).loss.backward()
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
