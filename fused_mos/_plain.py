@@ -35,5 +35,5 @@ def read_decoder(decoder: nn.Linear) -> tuple[Tensor, Tensor | None]:
         f"decoder must be a plain nn.Linear, whose weight a head reads without calling it, but it {more}; merge an "
         "adapter (merge_and_unload) or train the decoder itself (modules_to_save), make pruning and the old weight "
         "norm permanent (prune.remove, remove_weight_norm), remove other hooks, quantize other modules alone, and "
-        "give fully_shard the head, whose forward alone then works"
+        "give fully_shard the head, whose forward alone then works (register_fsdp_forward_method names other methods)"
     )

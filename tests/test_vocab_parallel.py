@@ -324,20 +324,18 @@ def test_gpus_of_different_models_are_refused():
     run_on_ranks(3, unequal_gpus)
 
 
-def sharded_decoder():
+def sharded_weight():
     torch.manual_seed(0)
+    latent, prior_logits, weight, _, target = problem(5, 3, 8, 40, bias=False)
+    linear = fully_shard(torch.nn.Linear(8, 40))
+    with pytest.raises(TypeError, match="weight is a DTensor, .* shard the head as a whole"):
+        functional.mos_nll_loss(latent, prior_logits, linear.weight, target)
     head, x = MoS(8, 40, 3), torch.randn(5, 8)
-    fully_shard(head.decoder)
-    for call in (lambda: head(x, torch.zeros(5, dtype=torch.int64)), lambda: head.sample(x), lambda: head.predict(x)):
-        with pytest.raises(TypeError, match="weight is a DTensor, .* shard the head as a whole"):
-            call()
-    head = MoS(8, 40, 3)
-    expected = head(x, torch.zeros(5, dtype=torch.int64)).loss, head.predict(x)
+    expected = head(x, target).loss, head.predict(x)
     fully_shard(head)
     register_fsdp_forward_method(head, "predict")
-    assert torch.allclose(head(x, torch.zeros(5, dtype=torch.int64)).loss, expected[0])
-    assert torch.equal(head.predict(x), expected[1])
+    assert torch.allclose(head(x, target).loss, expected[0]) and torch.equal(head.predict(x), expected[1])
 
 
-def test_a_decoder_that_is_sharded_alone_is_refused():
-    run_on_ranks(2, sharded_decoder)
+def test_a_weight_that_is_sharded_alone_is_refused():
+    run_on_ranks(2, sharded_weight)
