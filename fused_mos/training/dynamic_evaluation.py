@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..runtime.progress import bar, say
 from .checkpoint import digest as checkpoint_digest
 from .checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
 from .errors import ConfigError
+from .finite import explained, first_not_finite
 from .metrics import perplexity
 from .run import Run
 
@@ -93,20 +95,20 @@ class DynamicRun:
 
         def save() -> None:
             tensors = {f"model.{n}": p for n, p in self.run.model.named_parameters()} | _named(evaluation.hidden)
-            self._save(
-                path, tensors | {"total": evaluation.total}, {"row": evaluation.row, "rule": dataclasses.asdict(rule)}
-            )
+            tensors["total"] = evaluation.total
+            if first_not_finite(tensors):
+                raise self._diverged(rule)
+            self._save(path, tensors, {"row": evaluation.row, "rule": dataclasses.asdict(rule)})
 
         try:
-            self._work(evaluation, source, f"dynamic, {name}", save, lambda: f"ppl {perplexity(evaluation.loss):.2f}")
-        except ValueError as error:  # the head refuses NaN, on a CPU
-            if all(p.isfinite().all() for p in self.run.model.parameters()):
-                raise
-            raise self._diverged(rule) from error
+            with explained(lambda: dict(self.run.model.named_parameters()), lambda _: self._diverged(rule)):
+                self._work(
+                    evaluation, source, f"dynamic, {name}", save, lambda: f"ppl {perplexity(evaluation.loss):.2f}"
+                )
         finally:
             self._reset()
         remove_checkpoint(path)  # the result is what counts now
-        if evaluation.loss != evaluation.loss:
+        if not math.isfinite(evaluation.loss):
             raise self._diverged(rule)
         return evaluation.loss
 

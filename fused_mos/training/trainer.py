@@ -1,6 +1,7 @@
 """The training loop of AWD-LSTM-MoS: SGD → NT-ASGD over randomised BPTT segments, resumable at any moment."""
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .config import TrainConfig
 from .device import AsyncScalar, allow_tf32, autocast, check_backend, check_precision, device_named, peak_memory_mib
 from .errors import CheckpointError, TrainingDiverged
 from .evaluation import evaluate
+from .finite import diverged, explained, first_not_finite
 from .graphs import Replayed, allocate_gradients, recorder_for
 from .metrics import MetricsLog, perplexity, plot_learning_curves
 from .profiling import StepProfile, as_table
@@ -92,7 +94,6 @@ class Trainer:
         self._lock = lock
         self.resumed = saved is not None
         if not self.resumed:  # before anything else, so that there is no moment from which a run cannot go on
-            self._check_finite()
             self._write_last()
         self.stopwatch = meter.Stopwatch(self.progress, self.device)
         self.corpus.vocabulary.save(self.folder / "vocabulary.txt")
@@ -179,12 +180,8 @@ class Trainer:
             self.profile.start()
         drawn = length or random_bptt_length(optim.bptt, optim.bptt + optim.bptt_delta, self.bptt_generator)
         inputs, targets = segment(self.source, progress.row, drawn)
-        try:
+        with explained(self.tensors.parameters, self._diverged):
             (self.graphs or self._gradients)(inputs, targets)
-        except ValueError as error:  # the head refuses NaN, which it looks for on a CPU alone
-            if all(p.isfinite().all() for p in self.model.parameters()):
-                raise
-            raise self._diverged(f"parameters are no longer finite at step {progress.step}") from error
         # the rate follows the drawn length, also where the text ends before it, as in the published code
         self.optimizer.step(scale=drawn / optim.bptt)
         self._mark("optimizer")
@@ -230,10 +227,7 @@ class Trainer:
             say(as_table(report))
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        return TrainingDiverged(
-            f"training diverged: {what}; the checkpoints in {self.folder} are from before that; try a lower --lr or "
-            "--clip"
-        )
+        return diverged(what, self.progress.step, self.folder)
 
     def _end_interval(self) -> None:
         """Keeps the interval's numbers. On a GPU its loss is written an interval later, so that the host need not wait
@@ -259,7 +253,7 @@ class Trainer:
         pending, self.pending_interval = self.pending_interval, None
         loss = pending.loss.item() / pending.words
         if loss != loss:
-            raise self._diverged(f"the loss is NaN before step {pending.step}")
+            raise self._diverged(f"the loss before step {pending.step} is NaN")
         self.metrics.write("train", pending.step, loss=loss, ppl=perplexity(loss), **pending.values)
         self.status = f"ppl {perplexity(loss):.2f}"
 
@@ -271,7 +265,11 @@ class Trainer:
         config = self.config
         allow_tf32(self.device, False)
         tokens, columns, bptt = self.corpus.valid, config.valid_batch_size, config.optim.bptt
-        return evaluate(self.model, tokens, columns, bptt, "validate", signals.check, self.recorder)
+        with explained(self.tensors.parameters, self._diverged):
+            loss = evaluate(self.model, tokens, columns, bptt, "validate", signals.check, self.recorder)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss after {self.progress.epoch} epochs is {loss}")
+        return loss
 
     def _keep_if_best(self, loss: float, epoch: int) -> bool:
         better = self.progress.best is None or loss < self.progress.best
@@ -290,8 +288,6 @@ class Trainer:
         try:
             with self.optimizer.averaged():
                 loss = self._validate()
-                if loss != loss:
-                    raise self._diverged(f"the validation loss of epoch {progress.epoch + 1} is NaN")
                 better = self._keep_if_best(loss, progress.epoch + 1)
         except signals.Stopped:
             self._save_last()  # its row is the epoch's last: a run that goes on validates first
@@ -342,20 +338,17 @@ class Trainer:
         return result
 
     def _save_last(self) -> None:
-        """Saves the run and what its logs have so far. Raises TrainingDiverged if the parameters are not finite."""
+        """Saves the run and what its logs have so far. Raises TrainingDiverged if a number of it is not finite."""
         self._write_interval()
-        self._check_finite()
         self.progress.metrics_bytes = self.metrics.sync()
         self._write_last()
-
-    def _check_finite(self) -> None:
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise self._diverged(f"parameters are no longer finite at step {self.progress.step}")
 
     def _write_last(self) -> None:
         progress = self.progress
         progress.peak_memory_mib = max(progress.peak_memory_mib, peak_memory_mib(self.device))
         tensors, optimizer_meta = self.tensors.to_save(self.hidden, self.interval_loss)
+        if name := first_not_finite(tensors):
+            raise self._diverged(f"{name} is no longer finite")
         meta = {
             "config": self._config_json(),
             "progress": dataclasses.asdict(progress),

@@ -255,10 +255,34 @@ def test_nothing_is_updated_by_a_gradient_that_is_not_finite(flags, trainer_of, 
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.model.rnns[0].weight_hh_l0.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(
-        TrainingDiverged, match="diverged at step 1: .* norm of the gradient (inf|nan); nothing was updated"
+        TrainingDiverged, match="diverged at step 0: .* norm of the gradient (inf|nan); nothing was updated"
     ):
         trainer.train_step(segment)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters())) and trainer.progress.step == 0
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("where", ["the next step", "a checkpoint", "the evaluation"])
+def test_a_run_that_diverges_ends_in_one_line_and_keeps_its_checkpoint(where, flags, tmp_path, monkeypatch, capsys):
+    """A step that is finite itself may leave parameters that are not."""
+    out, train_step = tmp_path / "run", LM1BTrainer.train_step
+    flags = [*flags, *("--lr 1e38 --optimizer sgd --clip 0 --out".split()), str(out)]
+    if where == "a checkpoint":
+        flags += ["--checkpoint-minutes", "0"]
+    elif where == "the evaluation":
+        flags += ["--eval-interval", "1"]
+
+    def spoilt(self, segment):
+        decision = train_step(self, segment)
+        self.model.encoder.weight.data.fill_(torch.inf)
+        return decision
+
+    monkeypatch.setattr(LM1BTrainer, "train_step", spoilt)
+    assert train_1b.main(flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: training diverged at step 1: model.encoder.weight is no longer finite; the checkp", error)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000000"]
+    assert not (out / "best").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

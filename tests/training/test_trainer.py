@@ -11,6 +11,7 @@ from fused_mos.train import main, parse
 from fused_mos.training import Trainer, TrainingDiverged
 from fused_mos.training.checkpoint import load_checkpoint
 from fused_mos.training.evaluation import evaluate
+from fused_mos.training.finite import first_not_finite
 from fused_mos.training.metrics import perplexity, read_metrics
 from fused_mos.training.run import load_run
 
@@ -169,10 +170,35 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoints(small_flags, tmp_pat
     trainer = Trainer(parse(["--resume", str(out), "--epochs", "2"]))
     with torch.no_grad():
         trainer.model.rnns[0].bias_ih_l0.fill_(float("nan"))
-    with pytest.raises(TrainingDiverged, match="training diverged: .* lower --lr"):
+    with pytest.raises(TrainingDiverged, match="training diverged at step .* lower --lr or --clip, and another --out"):
         trainer.run()
-    with pytest.raises(TrainingDiverged, match="parameters are no longer finite"):
-        trainer._save_last()
+    with pytest.raises(TrainingDiverged, match="model.rnns.0.bias_ih_l0 is no longer finite"):
+        trainer._write_last()
     assert (out / "best.safetensors").read_bytes() == best
     kept, _ = load_checkpoint(out / "last.safetensors")
     assert all(torch.equal(kept[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("where", ["validation", "a checkpoint"])
+def test_a_run_that_diverges_ends_in_one_line(where, small_flags, tmp_path, monkeypatch, capsys):
+    """Also where averages are what is no longer finite, which training itself does not see."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def spoilt(self, length=None, step=Trainer.train_step):
+            rows = step(self, length)
+            if self.progress.step == 3:
+                self.optimizer.start_averaging()
+            if self.progress.step == 6:
+                self.optimizer.averages[0].fill_(torch.inf)
+            return rows
+
+        patch.setattr(Trainer, "train_step", spoilt)
+        minutes = ["--checkpoint-minutes", "0"] if where == "a checkpoint" else []
+        assert main([*small_flags, *minutes, "--epochs", "1", "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: training diverged at step") and "is no longer finite" in error
+    assert (
+        not (out / "best.safetensors").exists()
+        and first_not_finite(load_checkpoint(out / "last.safetensors")[0]) is None
+    )

@@ -53,6 +53,20 @@ class RunTensors:
     def parameters(self) -> dict[str, Tensor]:
         return {f"model.{name}": self._as_saved(name, p) for name, p in self.model.named_parameters()}
 
+    def own_parameters(self) -> dict[str, Tensor]:
+        """Those of this rank, by name: of a parameter that is cut over ranks, its part."""
+        return {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+
+    def own_optimizer_state(self) -> dict[str, Tensor]:
+        """What this rank's optimizer keeps for `own_parameters`."""
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        return {
+            f"optimizer.{names[p]}.{key}": value
+            for p, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if value is not None
+        }
+
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters' gradients after a backward pass: of this rank's parts of larger ones, and of whole ones."""
         named = list(self.model.named_parameters())
@@ -61,15 +75,8 @@ class RunTensors:
 
     def training(self) -> dict[str, Tensor]:
         """Parameters and the optimizer's state."""
-        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        tensors = self.parameters()
-        for p, state in self.optimizer.state.items():
-            tensors |= {
-                f"optimizer.{names[p]}.{key}": self._as_saved(names[p], value)
-                for key, value in state.items()
-                if value is not None
-            }
-        return tensors
+        state = self.own_optimizer_state()
+        return self.parameters() | {name: self._as_saved(_parameter_of(name), value) for name, value in state.items()}
 
     def hidden(self, parts: list[Hidden]) -> dict[str, Tensor]:
         """(columns of all ranks, width) of each layer. A copy: `parts_of` is the way back."""
@@ -108,6 +115,11 @@ class RunTensors:
             return self.shard.as_dtensor(tensor, self.ranks.mesh["vocab"])
         tensor = tensor.detach()
         return tensor.view(1) if tensor.dim() == 0 else tensor  # slices of safetensors have at least one dimension
+
+
+def _parameter_of(name: str) -> str:
+    """The parameter that optimizer.PARAMETER.KEY is kept for."""
+    return name.removeprefix("optimizer.").rpartition(".")[0]
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from .. import folder as run_folder
 from .. import meter, settings
 from ..device import allow_tf32, autocast, check_precision, on_device, peak_memory_mib
 from ..errors import CheckpointError, TrainingDiverged
+from ..finite import diverged, explained, first_not_finite
 from ..graphs import Replayed, allocate_gradients, recorder_for
 from ..metrics import MetricsLog, perplexity, plot_learning_curves
 from . import checkpoint, memory
@@ -216,15 +217,12 @@ class LM1BTrainer:
         words = max(segment.words, 1)
         # DistributedDataParallel takes the mean over ranks of what is here a sum over words
         self.loss_scale.fill_(ranks.n_data / words)
-        (self.graphs or self._gradients)(inputs, targets)
+        with explained(self.tensors.own_parameters, self._diverged):
+            (self.graphs or self._gradients)(inputs, targets)
         sharded, whole = self.tensors.gradients()
         total, norm, decision = exchange(self.nll, sharded, whole, ranks, self.clock)
         if not (math.isfinite(total) and math.isfinite(norm)):
-            raise TrainingDiverged(
-                f"training diverged at step {progress.step + 1}: loss {total / words:.4g}, norm of the "
-                f"gradient {norm:.4g}; nothing was updated, and the checkpoints in {self.checkpoints} are from before "
-                "that; try a lower --lr or --clip"
-            )
+            raise self._diverged(f"loss {total / words:.4g}, norm of the gradient {norm:.4g}; nothing was updated")
         if config.clip and norm > config.clip:
             torch._foreach_mul_(gradients(self.model.parameters()), config.clip / norm)
         for group in self.optimizer.param_groups:
@@ -233,6 +231,9 @@ class LM1BTrainer:
         progress.count(words)
         progress.interval_loss += total
         return decision
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return diverged(what, self.progress.step, self.checkpoints)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> None:
         """The gradients of a segment (T, columns of this rank), its `nll`, and the hidden states after it: in tensors
@@ -282,7 +283,12 @@ class LM1BTrainer:
     # ------------------------------------------------------------------------------------------------------- evaluation
 
     def _evaluate(self, shards: list[TokenFile]) -> tuple[float, int]:
-        return evaluate(self.loss, shards, self.config.eval_batch_size, self.config.bptt, self.ranks)
+        """Mean NLL and number of words. Raises TrainingDiverged, on all ranks, where it is not finite."""
+        with explained(self.tensors.own_parameters, self._diverged):
+            loss, words = evaluate(self.loss, shards, self.config.eval_batch_size, self.config.bptt, self.ranks)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the held-out loss is {loss}")
+        return loss, words
 
     def _evaluate_and_keep_best(self) -> None:
         progress = self.progress
@@ -344,7 +350,10 @@ class LM1BTrainer:
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
+        """Saves the run, in place of its older checkpoints. Raises TrainingDiverged if a number of it is not finite."""
         progress = self.progress
+        name = first_not_finite(self.tensors.own_parameters() | self.tensors.own_optimizer_state())
+        self.ranks.agree(self._diverged(f"{name} is no longer finite") if name else None)
         if self.metrics:
             progress.metrics_bytes = self.metrics.sync()
         state = {
