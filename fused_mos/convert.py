@@ -71,6 +71,7 @@ def convert(old: Path, new: Path, data: Path | None = None, recipe: str = "ptb")
         config = dataclasses.replace(config, data=data.absolute())
     with files.FolderLock(new):
         meta = {"config": config.to_json(), "epoch": 0, "valid_loss": None}
+        meta |= {"vocabulary": vocabulary.digest} if vocabulary else {}
         save_checkpoint(new / "best.safetensors", dict(model.named_parameters()), meta)
         if vocabulary:
             vocabulary.save(new / "vocabulary.txt")

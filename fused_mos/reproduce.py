@@ -5,7 +5,7 @@ its table beside the measured one. Killed at any moment, the same command contin
 """
 
 import dataclasses
-import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -96,7 +96,7 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
             time_limit=seconds_left(),
             optim=dataclasses.replace(run.optim, epochs=recipe.optim.epochs),
         )
-        if (asked.run_folder / "last.safetensors").is_file():
+        if state.has_begun(asked.run_folder):
             epochs = stages.saved_config(asked.run_folder).optim.epochs
             if epochs != recipe.optim.epochs:
                 what = f"epochs of {asked.run_folder} are {epochs}, and those of the recipe {recipe.optim.epochs}"
@@ -105,7 +105,7 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
 
     with run_folder.claim(trained, state.is_of_run):
         path = trained / "reproduction.json"
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        results = files.read_sealed(path) if path.is_file() else {}
         _check_made_with(results, config, corpus)
         train(dataclasses.replace(recipe, out=trained))
         train(stages.finetuning_config(trained))
@@ -115,7 +115,7 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
                     say(f"{stage}: {split}")
                     dynamic = stage == "dynamic evaluation"
                     results[stage][split] = evaluated(config, run, split, dynamic, seconds_left())
-                    files.write_json(path, results)
+                    files.write_sealed(path, results)
     return results
 
 
@@ -156,7 +156,10 @@ def table(recipe: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
     lines.append("|---" * (4 if paper else 3) + "|")
     for stage in STAGES:
         valid, test = results[stage]["valid"], results[stage]["test"]
-        line = f"| {stage} |" + "".join(f" {valid[key]:.2f} / {test[key]:.2f} |" for key in ("ppl", "ppl_published"))
+        line = f"| {stage} |"
+        for key in ("ppl", "ppl_published"):
+            # JSON has no infinity: it is null there
+            line += " {:.2f} / {:.2f} |".format(*(math.inf if x is None else x for x in (valid[key], test[key])))
         lines.append(line + (" {:.2f} / {:.2f} |".format(*paper[stage]) if paper else ""))
     return "\n".join(lines)
 

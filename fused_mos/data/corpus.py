@@ -34,13 +34,26 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.words)
 
+    @property
+    def _text(self) -> str:
+        return "\n".join(self.words) + "\n"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the words and their order, which is that of the file that `save` writes."""
+        return hashlib.sha256(self._text.encode()).hexdigest()
+
     def save(self, path: Path) -> None:
         """One word a line. Raises FileError."""
-        files.write_text(path, "\n".join(self.words) + "\n")
+        files.write_text(path, self._text)
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":
-        return cls(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+        """Raises FileError or CorpusError."""
+        try:
+            return cls(files.read_text(path).removesuffix("\n").split("\n"))
+        except ValueError as error:
+            raise CorpusError(f"{path} is no vocabulary: {error}") from None
 
 
 class Corpus:

@@ -127,7 +127,7 @@ def prepare(config: Prepare) -> dict[str, Any]:
 
 def _prepare(config: Prepare, shards: dict[str, list[Shard]]) -> dict[str, Any]:
     for name in ("counts", *FOLDERS):
-        (config.out / name).mkdir(parents=True, exist_ok=True)
+        files.make_folder(config.out / name)
     words = _read_vocabulary(config.vocabulary) if config.vocabulary else _count_vocabulary(config, shards["train"])
     text = b"\n".join(words) + b"\n"
     digest = hashlib.sha256(text).hexdigest()

@@ -51,8 +51,7 @@ def write_corpus(folder: Path, min_count: int = 3) -> None:
     text = paragraphs()
     splits = {"train": [p for i, p in enumerate(text) if i % 10 < 8], "valid": text[8::10], "test": text[9::10]}
     counts = Counter(token for paragraph in splits["train"] for token in paragraph)
-    with files.explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     for split, part in splits.items():
         lines = (" ".join(t if counts[t] >= min_count else UNKNOWN for t in paragraph) for paragraph in part)
         files.write_text(folder / f"{split}.txt", "\n".join(lines) + "\n")
@@ -67,8 +66,7 @@ def write_benchmark(folder: Path) -> None:
     bounds = [0, *(len(lines) * share // 10 for share in (3, 6, 9, 10))]
     for (split, name), start, stop in zip(shards, bounds, bounds[1:]):
         path = folder / lm1b.FOLDERS[split] / name
-        with files.explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         files.write_text(path, "".join(lines[start:stop]))
 
 

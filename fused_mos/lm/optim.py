@@ -80,8 +80,12 @@ class NTASGD:
         return tensors, {"averaging": self.averaging, "averaged_steps": self.averaged_steps, "history": self.history}
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Raises KeyError where a tensor or a number is missing."""
+        """Raises KeyError where a tensor or a number is missing, ValueError where a tensor is of another shape."""
         self.history, self.averaged_steps = list(meta["history"]), meta["averaged_steps"]
         self.averages = None
         if meta["averaging"]:
-            self.averages = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(self.parameters)]
+            averages = [tensors[f"average.{i}"] for i in range(len(self.parameters))]
+            for i, (average, p) in enumerate(zip(averages, self.parameters)):
+                if average.shape != p.shape:
+                    raise ValueError(f"average.{i} is {tuple(average.shape)} there and {tuple(p.shape)} here")
+            self.averages = [average.to(p.device, p.dtype) for average, p in zip(averages, self.parameters)]

@@ -5,7 +5,9 @@ A file is written beside its name, forced to the disk, and renamed; then its fol
 
 import contextlib
 import errno
+import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -51,6 +53,58 @@ def refuse_foreign(folder: Path, belongs: Callable[[Path], bool]) -> None:
         if not paths or any(belongs(path) for path in paths):
             return
     raise FolderOccupied(f"out: {folder} is not empty and holds something else; name another --out")
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text. Raises FileError."""
+    with explained(path):
+        content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise FileError(f"{path} is not UTF-8 text (line {line}: {error.reason})") from None
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The value of a JSON file, which must be of this kind. Raises FileError."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged: it is not JSON ({error}); restore it or move it away") from None
+    if not isinstance(value, kind):
+        raise FileError(f"{path} is damaged: it must hold a {kind.__name__}, got a {type(value).__name__}; restore it")
+    return value
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the digest; also a file that has none, as versions before 0.2 wrote it. Raises
+    FileError where content and digest do not fit."""
+    value = read_json(path)
+    seal = value.pop("digest", None)
+    if seal not in (None, _json_digest(value)):
+        raise FileError(
+            f"{path} is damaged: its content does not have the digest that it was written with; restore it or "
+            "move it away"
+        )
+    return value
+
+
+DIGEST_BLOCK = 1 << 24
+"""Bytes read at once for a file's digest."""
+
+
+def sha256(path: Path, progress: Callable[[int], Any] = lambda n_bytes: None) -> str:
+    """SHA-256 of a file, in hexadecimal digits. `progress` is told the bytes read. Raises FileError."""
+    digest = hashlib.sha256()
+    with explained(path), path.open("rb") as file:
+        while block := file.read(DIGEST_BLOCK):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -101,8 +155,30 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` by a value as indented JSON. Raises FileError."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Replaces `path` by a value as indented JSON, see `to_json`. Raises FileError."""
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Replaces `path` by a value as indented JSON with its own digest, for `read_sealed`. Raises FileError."""
+    write_json(path, value | {"digest": _json_digest(value)})
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """A value as JSON, which has no NaN and no infinity: they become null. `options` are those of json.dumps."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+
+def _json_digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(to_json(value, sort_keys=True).encode()).hexdigest()
 
 
 def append_json(path: Path, record: Any) -> None:
@@ -110,8 +186,17 @@ def append_json(path: Path, record: Any) -> None:
     each other, so that no record is lost. Raises FileError."""
     with explained(path), path.with_name(f".{path.name}{LOCK}").open("ab") as lock:
         _lock(lock, path, wait=True)
-        records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        records = read_json(path, list) if path.is_file() else []
         write_json(path, [*records, record])
+
+
+def make_folder(path: Path) -> None:
+    """Creates a folder and those above it that are missing, and forces their names to the disk. Raises FileError."""
+    with explained(path):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            sync_folder(folder.parent)
 
 
 def rename(old: Path, new: Path) -> None:
@@ -160,8 +245,8 @@ class FolderLock:
 
     def __init__(self, folder: Path, wait: bool = False):
         self._folder: Path | None = None
+        make_folder(folder)
         with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             path = folder.resolve()
             file, count = self._held.get(path) or (_locked_file(folder, wait), 0)
         self._held[path], self._folder = (file, count + 1), path

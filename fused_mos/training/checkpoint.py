@@ -1,82 +1,173 @@
-"""Checkpoints: safetensors and JSON, written atomically; loading one executes no code."""
+"""Checkpoints: safetensors and JSON, written atomically, with a digest that is checked when they are loaded; loading
+one executes no code."""
 
+import contextlib
 import hashlib
 import json
 import os
-import re
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from ..runtime import files
 from .errors import CheckpointError
+from .finite import first_not_finite
+
+PREVIOUS = ".previous"
+"""Suffix of the checkpoint before the last one, where that is kept."""
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], max_mib: int = 0) -> None:
+class Checkpoint(NamedTuple):
+    """A checkpoint that was loaded."""
+
+    tensors: dict[str, Tensor]  # on the CPU
+    meta: dict[str, Any]
+    path: Path  # its file
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_checkpoint(
+    path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], max_mib: int = 0, keep_previous: bool = False
+) -> None:
     """Writes to a file beside `path` and renames it, so that a kill at any moment leaves the old or the new one whole.
 
     With `max_mib`, a larger checkpoint is cut into files of that size, PATH.DIGEST.000 …, which joined in order are the
-    plain one; PATH then is a safetensors file without tensors that names them. Raises FileError.
+    plain one; PATH then is a safetensors file without tensors that names them. With `keep_previous`, the checkpoint
+    that is replaced stays as PATH.previous. Raises FileError.
     """
-    tensors, metadata = {name: t.detach().contiguous() for name, t in tensors.items()}, {"fused_mos": json.dumps(meta)}
-    parts: list[str] = []
-    if max_mib and sum(t.nbytes for t in tensors.values()) > max_mib << 20:
-        content = memoryview(safetensors.torch.save(tensors, metadata))
-        digest = hashlib.sha256(content).hexdigest()
-        size = max_mib << 20
-        for start in range(0, len(content), size):
+    tensors, text = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, files.to_json(meta)
+    content = safetensors.torch.save(tensors, {"fused_mos": text, "sha256": _digest(tensors, text)})
+    size = max_mib << 20
+    if size and sum(t.nbytes for t in tensors.values()) > size:
+        whole, content = memoryview(content), b""
+        digest, parts = hashlib.sha256(whole).hexdigest(), []
+        for start in range(0, len(whole), size):
             part = path.with_name(f"{path.name}.{digest[:12]}.{start // size:03}")
             with files.writing(part) as file:
-                file.write(content[start : start + size])
+                file.write(whole[start : start + size])
             parts.append(part.name)
-        tensors, metadata = {}, {"parts": json.dumps(parts), "sha256": digest}
-    with files.replacing(path) as partial:
-        try:
-            safetensors.torch.save_file(tensors, partial, metadata)
-        except safetensors.SafetensorError as error:  # which is no OSError, also where the disk is full
-            cause = re.search(r"\(os error (\d+)\)", str(error))
-            if cause is None:
-                raise
-            raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(path)) from error
-    _remove_parts(path, parts)
+        content = safetensors.torch.save({}, {"parts": json.dumps(parts), "sha256": digest})
+    with files.writing(path) as file:
+        file.write(content)
+        if keep_previous and path.is_file():
+            _keep(path)
+    _remove_unused_parts(path)
+
+
+def _keep(path: Path) -> None:
+    """Makes PATH.previous another name of `path`, so that there is no moment without `path`."""
+    previous = _previous(path)
+    link = previous.with_name(previous.name + files.PARTIAL)
+    link.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a file system without links keeps no older one
+        os.link(path, link)
+        os.replace(link, previous)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + PREVIOUS)
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    """SHA-256 of contiguous tensors on the CPU, with their names, types and shapes, and of a text."""
+    hashed = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 def digest(path: Path) -> str:
     """SHA-256 of the checkpoint `path`; where it is in parts, of the file that names them with theirs."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return files.sha256(path)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Deletes the checkpoint and its parts, if any."""
+    """Deletes the checkpoint, the one before it, and their parts, if any."""
     path.unlink(missing_ok=True)
-    _remove_parts(path, [])
+    _previous(path).unlink(missing_ok=True)
+    _remove_unused_parts(path)
 
 
-def _remove_parts(path: Path, but: list[str]) -> None:
-    for old in set(path.parent.glob(f"{path.name}.*.[0-9][0-9][0-9]")) - {path.with_name(name) for name in but}:
-        old.unlink()
+def _remove_unused_parts(path: Path) -> None:
+    """Deletes the parts of checkpoints that are gone."""
+    parts = set(path.parent.glob(f"{path.name}.*.[0-9][0-9][0-9]"))
+    if not parts:
+        return
+    for kept in (path, _previous(path)):
+        with contextlib.suppress(OSError, safetensors.SafetensorError, ValueError):
+            parts -= {path.with_name(name) for name in _part_names(_metadata(kept))}
+    for part in parts:
+        part.unlink()
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the JSON of a checkpoint. Raises CheckpointError."""
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def exists(path: Path) -> bool:
+    """True if there is something for `load_latest` to load."""
+    return path.is_file() or _previous(path).is_file()
+
+
+def load_latest(path: Path, *keys: str, quietly: bool = False) -> Checkpoint:
+    """Loads a checkpoint or, where that is damaged or missing, the one before it, and says so on stderr. Raises
+    CheckpointError for the first where both are."""
+    try:
+        return Checkpoint(*load_checkpoint(path, *keys), path)
+    except CheckpointError as error:
+        previous = _previous(path)
+        try:
+            loaded = Checkpoint(*load_checkpoint(previous, *keys), previous)
+        except CheckpointError:
+            raise error from None
+        if not quietly:
+            print(f"warning: {error}; going on from the one before it, {previous}", file=sys.stderr)
+        return loaded
+
+
+def load_checkpoint(path: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and the JSON of a checkpoint; the latter must have these keys. Raises CheckpointError,
+    also where a number in it is not finite."""
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            if "parts" not in metadata:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["fused_mos"])
-        content = b"".join(path.with_name(Path(name).name).read_bytes() for name in json.loads(metadata["parts"]))
-        if hashlib.sha256(content).hexdigest() != metadata["sha256"]:
+        metadata = _metadata(path)
+        names = _part_names(metadata)
+        # read instead of mapped: a mapped tensor would change, or be gone, with the file
+        content = b"".join(path.with_name(name).read_bytes() for name in names or [path.name])
+        if names and hashlib.sha256(content).hexdigest() != metadata["sha256"]:
             raise ValueError("its parts are not those that it was saved with")
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return safetensors.torch.load(content), json.loads(header["__metadata__"]["fused_mos"])
+        tensors = safetensors.torch.load(content)
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        text = metadata["fused_mos"]
+        if metadata.get("sha256") not in (None, _digest(tensors, text)):  # versions before 0.2 wrote none
+            raise ValueError("its content does not have the digest that it was saved with")
+        meta = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} lacks its part {error.filename}; nothing was changed") from None
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error}); nothing was changed") from None
+    if missing := [key for key in keys if key not in meta]:
+        raise CheckpointError(f"checkpoint {path} is of another version or kind: it has no {missing[0]!r}")
+    if name := first_not_finite(tensors):
+        raise CheckpointError(f"checkpoint {path} cannot be used: numbers of {name} are not finite")
+    return tensors, meta
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _part_names(metadata: dict[str, str]) -> list[str]:
+    """File names of a checkpoint's parts, none of which may lead out of its folder."""
+    return [Path(name).name for name in json.loads(metadata.get("parts", "[]"))]
 
 
 def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -85,8 +176,8 @@ def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies `tensors` into the model's parameters, tied ones once. Raises CheckpointError unless names and shapes
-    fit."""
+    """Copies `tensors` into the model's parameters, tied ones once. Raises CheckpointError unless names, shapes and
+    types fit."""
     parameters = dict(model.named_parameters())
     for name in sorted(parameters.keys() ^ tensors.keys()):
         raise CheckpointError(
@@ -94,9 +185,19 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) ->
             f"{'the model' if name in parameters else 'the checkpoint'}"
         )
     for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"checkpoint {path} does not fit the model: {name} is {tuple(tensors[name].shape)} there and "
-                f"{tuple(parameter.shape)} here"
-            )
+        try:
+            fitting(tensors, name, parameter)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {path} does not fit the model: {error}") from None
+    for name, parameter in parameters.items():
         parameter.data.copy_(tensors[name])
+
+
+def fitting(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """The tensor of this name. Raises ValueError unless it has the shape and type of `like`."""
+    tensor = tensors[name]
+    if tensor.shape != like.shape:
+        raise ValueError(f"{name} is {tuple(tensor.shape)} there and {tuple(like.shape)} here")
+    if tensor.dtype != like.dtype:
+        raise ValueError(f"{name} is {tensor.dtype} there and {like.dtype} here")
+    return tensor

@@ -19,7 +19,7 @@ from ..runtime import files, signals
 from ..runtime.progress import bar, say
 from .checkpoint import digest as checkpoint_digest
 from .checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .finite import explained, first_not_finite
 from .metrics import perplexity
 from .run import Run
@@ -44,7 +44,7 @@ FINALISTS = 3
 
 class DynamicRun:
     """Dynamic evaluation of the best model of a run. Its files lie in RUN/dynamic, which it locks, and belong to that
-    model alone. Raises FolderInUse."""
+    model alone. Raises FolderInUse, and CheckpointError or FileError for files that are damaged."""
 
     def __init__(self, run: Run, clock: signals.CheckpointClock):
         self.run, self.clock = run, clock
@@ -135,7 +135,7 @@ class DynamicRun:
                         raise
                     known = sys.float_info.max  # JSON has no infinity
                 tried.append(record | {"loss": known})
-                files.write_json(path, self._key | {"tried": tried})
+                files.write_sealed(path, self._key | {"tried": tried})
                 say(f"{name}: ppl {perplexity(known):.2f} with {rule}")
             return known
 
@@ -153,7 +153,7 @@ class DynamicRun:
     def _tried(self, path: Path) -> list[dict[str, Any]]:
         if not path.is_file():
             return []
-        content = json.loads(path.read_text())
+        content = files.read_sealed(path)
         return content["tried"] if content.items() >= self._key.items() else []
 
     @property
@@ -197,7 +197,10 @@ class DynamicRun:
         """The checkpoint, if it is of this model and as expected."""
         if not path.is_file():
             return None
-        tensors, meta = load_checkpoint(path)
+        try:
+            tensors, meta = load_checkpoint(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; delete it to compute it anew") from None
         if meta.get("model") != self.model_digest or any(meta.get(key) != value for key, value in expected.items()):
             return None
         return {name: tensor.to(self.run.device) for name, tensor in tensors.items()}, meta

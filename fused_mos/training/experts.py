@@ -40,7 +40,7 @@ def inspect_run(run: Run, split: str, n_words: int, nearest: tuple[str, ...] = (
     reading = read(run, run.text(split))
     report = summary(run, reading, nearest)
     folder = run.folder / "experts"
-    folder.mkdir(exist_ok=True)
+    files.make_folder(folder)
     words = run.vocabulary.words
     labels = [printable(words[i]) for i in reading.tokens[:WORDS_IN_PLOT]]  # matplotlib warns of others, and names them
     plot_experts(reading, labels, folder / "experts.png")

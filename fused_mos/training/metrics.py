@@ -1,14 +1,18 @@
 """The logs of a run: metrics.jsonl, TensorBoard events and a learning curve."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..runtime import files
 from ..runtime.text import show
+
+BLOCK = 1 << 16
+"""Bytes read at once to find the end of a line."""
 
 
 def perplexity(loss: float) -> float:
@@ -20,7 +24,8 @@ class MetricsLog:
     """Appends records to metrics.jsonl and the same numbers to TensorBoard.
 
     `offset` says how many bytes of the file belong to the checkpoint being resumed; what a killed run wrote after them
-    is cut off, so that no step appears twice. Where the file has fewer, lines are lost: a warning says so.
+    is cut off, so that no step appears twice. Where the file has fewer, its complete lines stay, and a warning says
+    that others are lost.
     """
 
     def __init__(self, folder: Path, offset: int = 0, step: int = 0):
@@ -28,16 +33,16 @@ class MetricsLog:
 
         self._path = folder / "metrics.jsonl"
         with files.explained(self._path):
-            self._file = self._path.open("ab")
-            size = self._file.seek(0, os.SEEK_END)
-            self._file.truncate(min(offset, size))
-        if size < offset:
-            show(f"warning: {self._path} has lost {offset - size:,} bytes of this run", file=sys.stderr)
+            self._file = self._path.open("ab+")
+            kept = _end_of_lines(self._file, min(offset, self._file.seek(0, os.SEEK_END)))
+            self._file.truncate(kept)
+        if kept < offset:
+            show(f"warning: {self._path} has lost {offset - kept:,} bytes of this run", file=sys.stderr)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if offset else None)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         with files.explained(self._path):
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+            self._file.write(files.to_json({"kind": kind, "step": step, **values}).encode() + b"\n")
             self._file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)):
@@ -56,9 +61,25 @@ class MetricsLog:
         self._events.close()
 
 
+def _end_of_lines(file: BinaryIO, end: int) -> int:
+    """Where the last complete line before the byte `end` ends."""
+    while end:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        if newline := file.read(end - start).rfind(b"\n") + 1:
+            return start + newline
+        end = start
+    return 0
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The records of metrics.jsonl, without lines that are damaged. Raises FileError."""
+    path, records = folder / "metrics.jsonl", []
+    with files.explained(path), path.open("rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and record.keys() >= {"kind", "step"}]
 
 
 def plot_learning_curves(folders: dict[str, Path], path: Path) -> None:

@@ -1,7 +1,6 @@
 """The folder of a run, read by the commands that come after it."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -9,7 +8,9 @@ from torch import Tensor
 
 from ..data import Corpus, CorpusError, Vocabulary, read_text
 from ..lm import AWDLSTM
-from .checkpoint import load_checkpoint, load_parameters
+from ..runtime import files
+from . import settings
+from .checkpoint import Checkpoint, load_checkpoint, load_parameters
 from .config import TrainConfig
 from .device import allow_tf32, check_backend, device_named
 from .errors import CheckpointError, ConfigError
@@ -46,13 +47,25 @@ def load_run(folder: Path, data: Path | None = None, device: str = "auto", backe
     config = read_config(folder)
     place = device_named(device)
     check_backend(backend or config.model.backend, place)
+    best = load_best(folder, config)
     vocabulary = _vocabulary(folder, config, data)
+    if best.meta.get("vocabulary", vocabulary.digest) != vocabulary.digest:
+        raise CheckpointError(f"the words of {folder / 'vocabulary.txt'} are not those that {best.path} was trained on")
     options = dataclasses.asdict(config.model) | ({"backend": backend} if backend else {})
     model = AWDLSTM(len(vocabulary), **options).to(place).eval()
     allow_tf32(place, False)
-    best = folder / "best.safetensors"
-    load_parameters(model, load_checkpoint(best)[0], best)
+    load_parameters(model, best.tensors, best.path)
     return Run(folder, config, model, vocabulary, place, data or config.data, _moved=data is not None)
+
+
+def load_best(folder: Path, config: TrainConfig) -> Checkpoint:
+    """The best model of the run in `folder`, whose configuration is `config`. Raises CheckpointError, also where it is
+    that of another run."""
+    path = folder / "best.safetensors"
+    best = Checkpoint(*load_checkpoint(path, "config", "epoch", "valid_loss"), path)
+    for name, there, here in settings.changes(TrainConfig.from_json(best.meta["config"]), config):
+        raise CheckpointError(f"{best.path} is of another run than {folder}: its {name} is {there}, the run's {here}")
+    return best
 
 
 def _vocabulary(folder: Path, config: TrainConfig, data: Path | None) -> Vocabulary:
@@ -72,18 +85,17 @@ def _with_hint(error: CorpusError) -> CorpusError:
 
 def read_config(folder: Path) -> TrainConfig:
     """Reads config.json. Raises CheckpointError where the folder is not a run's, ConfigError where its configuration is
-    not of this version."""
+    not of this version or out of its ranges, FileError where the file is damaged."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if "vocab_parallel" in values:
-            command = f"python -m fused_mos.train_1b --resume {folder} --evaluate"
-            raise ConfigError(f"{folder} is a run of train_1b, which only {command} can read")
-        return TrainConfig.from_json(values)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+    values = files.read_json(path)
+    if "vocab_parallel" in values:
+        command = f"python -m fused_mos.train_1b --resume {folder} --evaluate"
+        raise ConfigError(f"{folder} is a run of train_1b, which only {command} can read")
+    config = TrainConfig.from_json(values)
+    config.check()
+    return config
 
 
 def check_vocabulary(corpus: Corpus, path: Path) -> None:

@@ -24,6 +24,9 @@ class Range(NamedTuple):
     holds: Callable[[float], bool]
 
 
+LARGEST = 1e30
+"""No number of a configuration may be larger, so that its products are finite in float32, too."""
+
 POSITIVE = Range("be positive", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("not be negative", lambda value: 0 <= value < math.inf)
 SHARE = Range("be in [0, 1)", lambda value: 0 <= value < 1)
@@ -49,6 +52,8 @@ def check(config: Any) -> None:
             continue
         elif value == math.inf:
             raise ConfigError(f"{field.name} must be finite, got {value}")
+        elif value > LARGEST:
+            raise ConfigError(f"{field.name} must be at most {LARGEST:g}, got {value}")
         elif not allowed.holds(value):
             raise ConfigError(f"{field.name} must {allowed.words}, got {value}")
 
@@ -69,7 +74,7 @@ def from_json(config_type: type[Config], values: Mapping[str, Any]) -> Config:
     version does not know."""
     try:
         return _from_json(config_type, values)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"the saved configuration does not fit this version: {error}") from None
 
 
@@ -80,6 +85,8 @@ def _from_json(config_type: Any, values: Mapping[str, Any]) -> Any:
         hint = hints.get(name)
         if dataclasses.is_dataclass(hint):
             value = _from_json(hint, value)
+        elif hint in (bool, int, float, str) and type(value) not in (hint, int if hint is float else hint):
+            raise TypeError(f"{name} must be a {hint.__name__}, got {value!r}")
         elif value is not None and Path in (hint, *get_args(hint)):
             value = Path(value)
         elif get_origin(hint) is tuple:

@@ -6,10 +6,10 @@ from typing import Any
 
 from ..data import Corpus
 from ..runtime.progress import say
-from .checkpoint import load_checkpoint
+from .checkpoint import load_latest
 from .config import TrainConfig
 from .run import read_config
-from .state import load_last
+from .state import last_path, load_last
 from .trainer import Trainer
 
 
@@ -31,10 +31,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def saved_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`, as its last checkpoint has it. Raises CheckpointError, ConfigError."""
-    _, meta = load_checkpoint(folder / "last.safetensors")
-    return dataclasses.replace(
-        TrainConfig.from_json(meta["config"]), out=folder, resume=None, time_limit=0.0, profile=0
-    )
+    saved = load_latest(last_path(folder), "config", quietly=True).meta["config"]
+    return dataclasses.replace(TrainConfig.from_json(saved), out=folder, resume=None, time_limit=0.0, profile=0)
 
 
 def finetuning_config(folder: Path) -> TrainConfig:

@@ -10,9 +10,8 @@ from torch import Tensor
 from ..data import Corpus, digest
 from ..lm import AWDLSTM, NTASGD
 from ..lm.awd_lstm import Hidden, carry_on
-from . import meter, settings
-from .checkpoint import digest as checkpoint_digest
-from .checkpoint import group, load_checkpoint
+from . import checkpoint, meter, settings
+from .checkpoint import Checkpoint, fitting, group
 from .config import TrainConfig
 from .errors import CheckpointError, ConfigError
 from .run import check_vocabulary
@@ -60,39 +59,53 @@ class RunTensors:
         self, tensors: dict[str, Tensor], optimizer_meta: dict[str, Any], hidden: list[Hidden], interval_loss: Tensor
     ) -> None:
         """Sets the optimizer's and the random states, and writes the hidden states and the interval's loss into the
-        tensors that `to_save` was given. Raises KeyError where a tensor is missing."""
+        tensors that `to_save` was given. Raises KeyError, ValueError, TypeError or RuntimeError where a tensor is
+        missing or of another shape or type."""
         self.optimizer.load_state_dict(group(tensors, "optimizer"), optimizer_meta)
         for i, layers in enumerate(hidden):
-            saved = [(tensors[f"hidden.{i}.{n}.h"], tensors[f"hidden.{i}.{n}.c"]) for n in range(len(layers))]
+            saved = [
+                (fitting(tensors, f"hidden.{i}.{n}.h", h), fitting(tensors, f"hidden.{i}.{n}.c", c))
+                for n, (h, c) in enumerate(layers)
+            ]
             carry_on(layers, saved)
-        interval_loss.copy_(tensors["interval_loss"])
+        interval_loss.copy_(fitting(tensors, "interval_loss", interval_loss))
         torch.set_rng_state(tensors["random.torch"])
         self.bptt_generator.set_state(tensors["random.bptt"])
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
 
 
-def load_last(config: TrainConfig, corpus: Corpus) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The checkpoint that a run goes on from, or None for a new run. Raises CheckpointError, and ConfigError where the
-    checkpoint is that of another run."""
+def last_path(folder: Path) -> Path:
+    """The last checkpoint of the run in `folder`."""
+    return folder / "last.safetensors"
+
+
+def has_begun(folder: Path) -> bool:
+    """True if there is a run in `folder` that can go on."""
+    return checkpoint.exists(last_path(folder))
+
+
+def load_last(config: TrainConfig, corpus: Corpus) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, or None for a new run: the last one, or the one before it where that is
+    damaged. Raises CheckpointError, and ConfigError where the checkpoint is that of another run."""
     folder = config.run_folder
-    path = folder / "last.safetensors"
-    if not path.is_file() and not config.resume:
+    if not has_begun(folder) and not config.resume:
         return None
-    tensors, meta = load_checkpoint(path)
+    loaded = checkpoint.load_latest(last_path(folder), "config", "progress", "optimizer")
+    meta = loaded.meta
     saved = TrainConfig.from_json(meta["config"])
     settings.check_same_run(saved, config)
     _check_start(saved, meta.get("start"), config)
     check_vocabulary(corpus, folder / "vocabulary.txt")
     if meta.get("train", text := digest(corpus.train)) != text:
         raise CheckpointError(f"data: {config.data} has another train.txt than the run in {folder} was trained on")
-    return tensors, meta
+    return loaded
 
 
 def start_digest(config: TrainConfig) -> str | None:
     """Digest of the model that fine-tuning starts from; None without fine-tuning, or where that model is gone."""
     best = config.start and config.start / "best.safetensors"
-    return checkpoint_digest(best) if best and best.is_file() else None
+    return checkpoint.digest(best) if best and best.is_file() else None
 
 
 def _check_start(saved: TrainConfig, saved_digest: str | None, config: TrainConfig) -> None:
@@ -119,4 +132,5 @@ def _check_start(saved: TrainConfig, saved_digest: str | None, config: TrainConf
 def is_of_run(path: Path) -> bool:
     """True for the paths that let a run in their folder begin or go on: its checkpoint, or what a kill left of the
     first one."""
-    return path.name == "last.safetensors" or path.name.startswith("last.safetensors.")
+    last = last_path(path.parent)
+    return path == last or path.name.startswith(f"{last.name}.")

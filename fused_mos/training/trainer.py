@@ -14,7 +14,7 @@ from ..runtime import files, signals
 from ..runtime.progress import bar, say
 from . import folder as run_folder
 from . import meter
-from .checkpoint import group, load_checkpoint, load_parameters, save_checkpoint
+from .checkpoint import Checkpoint, group, load_parameters, save_checkpoint
 from .config import TrainConfig
 from .device import AsyncScalar, allow_tf32, autocast, check_backend, check_precision, device_named, peak_memory_mib
 from .errors import CheckpointError, TrainingDiverged
@@ -23,8 +23,8 @@ from .finite import diverged, explained, first_not_finite
 from .graphs import Replayed, allocate_gradients, recorder_for
 from .metrics import MetricsLog, perplexity, plot_learning_curves
 from .profiling import StepProfile, as_table
-from .run import check_vocabulary
-from .state import Progress, RunTensors, is_of_run, load_last, start_digest
+from .run import check_vocabulary, load_best, read_config
+from .state import Progress, RunTensors, has_begun, is_of_run, last_path, load_last, start_digest
 
 
 @dataclasses.dataclass
@@ -54,13 +54,14 @@ class Trainer:
         check_backend(config.model.backend, self.device, config.precision == "bfloat16")
         self.folder = config.run_folder
         run_folder.check_free(self.folder, is_of_run)
-        new = not (self.folder / "last.safetensors").is_file()
-        start = load_checkpoint(config.start / "best.safetensors")[0] if config.start and new else {}
+        new = not has_begun(self.folder)
+        start = load_best(config.start, read_config(config.start)) if config.start and new else None
 
         self.corpus = Corpus(config.data, config.map_unknown)
         for split, batch_size in (("valid", config.valid_batch_size), ("test", config.test_batch_size)):
             # too short a text is better found now than after an epoch
             batchify(getattr(self.corpus, split), batch_size)
+        self.train_digest = digest(self.corpus.train)
         self.source = batchify(self.corpus.train, config.optim.batch_size).to(self.device)
         # a run remembers where its texts are, wherever it is continued from
         self.config = config = dataclasses.replace(
@@ -68,7 +69,7 @@ class Trainer:
         )
         lock = run_folder.claim(self.folder, is_of_run) if self.folder.exists() else None
         saved = load_last(config, self.corpus)
-        self.start_digest = saved[1].get("start") if saved else start_digest(config)
+        self.start_digest = saved.meta.get("start") if saved else start_digest(config)
 
         torch.manual_seed(config.seed)
         self.bptt_generator = torch.Generator().manual_seed(config.seed)
@@ -82,17 +83,19 @@ class Trainer:
         self.status = ""
         self.hidden = self._initial_hidden()
         if saved:
-            self._restore(*saved)
-        elif config.start:
+            self._restore(saved)
+        elif config.start and start:
             check_vocabulary(self.corpus, config.start / "vocabulary.txt")
-            load_parameters(self.model, start, config.start / "best.safetensors")
+            load_parameters(self.model, start.tensors, start.path)
             self.optimizer.start_averaging()
         if lock is None:
             lock = run_folder.claim(self.folder, is_of_run)
-            if (self.folder / "last.safetensors").is_file():
+            if has_begun(self.folder):
                 raise files.FolderInUse(f"another process has begun a run in {self.folder}; name another --out")
         self._lock = lock
         self.resumed = saved is not None
+        # where it goes on from the checkpoint before the last one, that is the one to keep
+        self._keep_previous = saved is None or saved.path == last_path(self.folder)
         if not self.resumed:  # before anything else, so that there is no moment from which a run cannot go on
             self._write_last()
         self.stopwatch = meter.Stopwatch(self.progress, self.device)
@@ -277,6 +280,7 @@ class Trainer:
             self.progress.best = loss
             path, tensors = self.folder / "best.safetensors", self.tensors.parameters()
             meta = {"config": self._config_json(), "epoch": epoch, "valid_loss": loss}
+            meta |= {"train": self.train_digest, "vocabulary": self.corpus.vocabulary.digest}
             save_checkpoint(path, tensors, meta, self.config.checkpoint_max_mib)
         return better
 
@@ -315,14 +319,13 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
-        best = self.folder / "best.safetensors"
-        tensors, meta = load_checkpoint(best)
-        load_parameters(self.model, tensors, best)
+        best = load_best(self.folder, config)
+        load_parameters(self.model, best.tensors, best.path)
         allow_tf32(self.device, False)
         tokens, columns, bptt = self.corpus.test, config.test_batch_size, config.optim.bptt
         test = evaluate(self.model, tokens, columns, bptt, "test", signals.check, self.recorder)
         result = {
-            "valid_ppl": perplexity(meta["valid_loss"]),
+            "valid_ppl": perplexity(best.meta["valid_loss"]),
             "test_ppl": perplexity(test),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "words_per_second": progress.words_per_second,
@@ -330,7 +333,7 @@ class Trainer:
             "seed": config.seed,
             "head": config.model.head,
             "recipe": config.recipe,
-            "best_epoch": meta["epoch"],
+            "best_epoch": best.meta["epoch"],
             "epochs": progress.epoch,
             "training_seconds": progress.seconds,
         }
@@ -353,16 +356,26 @@ class Trainer:
             "config": self._config_json(),
             "progress": dataclasses.asdict(progress),
             "optimizer": optimizer_meta,
-            "train": digest(self.corpus.train),
+            "train": self.train_digest,
             "start": self.start_digest,
         }
-        save_checkpoint(self.folder / "last.safetensors", tensors, meta, self.config.checkpoint_max_mib)
+        path, max_mib = last_path(self.folder), self.config.checkpoint_max_mib
+        save_checkpoint(path, tensors, meta, max_mib, self._keep_previous)
+        self._keep_previous = True
 
-    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        path = self.folder / "last.safetensors"
+    def _restore(self, saved: Checkpoint) -> None:
+        tensors, meta, path = saved
         load_parameters(self.model, group(tensors, "model"), path)
         try:
             self.progress = Progress(**meta["progress"])
             self.tensors.restore(tensors, meta["optimizer"], self.hidden, self.interval_loss)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"checkpoint {path} is of another version or model: {error}") from None
+        if self.progress.best is not None:  # better found now than at the run's end
+            best = load_best(self.folder, self.config)
+            # a newer one, of an epoch that this run trains again, is as good or better
+            if best.meta["valid_loss"] > self.progress.best:
+                raise CheckpointError(
+                    f"{best.path} is older than {path}: its validation loss is {best.meta['valid_loss']:.4f}, and the "
+                    f"run's best is {self.progress.best:.4f}; bring the newer one back"
+                )

@@ -19,7 +19,10 @@ def contents(folder):
 
 @pytest.fixture
 def finished(finished_run):
-    return finished_run(1)
+    """A finished run, without the checkpoint before the last one, to which it would go back."""
+    folder = finished_run(1)
+    (folder / "last.safetensors.previous").unlink()
+    return folder
 
 
 def assert_refused(flags, capsys, *parts):

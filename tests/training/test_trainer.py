@@ -39,6 +39,7 @@ def test_a_run_leaves_its_folder(small_flags, tmp_path):
         "tensorboard",
         "best.safetensors",
         "last.safetensors",
+        "last.safetensors.previous",
         "learning-curve.png",
         "result.json",
     }

@@ -5,13 +5,14 @@ and loading runs no code.
                                   state.json                                       all else
 
 A checkpoint is written beside its name and renamed when it is complete, so a kill at any moment leaves the last one
-whole.
+whole. state.json has the digests of all files and of itself, which are checked when a run goes on. The checkpoint
+before the last one is kept, in case that one is damaged.
 """
 
 import errno
-import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ...runtime import files
 from ..errors import CheckpointError
 from .config import LM1BConfig
-from .ranks import Ranks
+from .ranks import OtherRankFailed, Ranks
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+DAMAGED = ".damaged"
+"""Suffix of a checkpoint that a run could not go on from."""
+KEPT = 2
+"""Checkpoints of a run that are kept."""
 COMPLETE = re.compile(r"step-\d{8,}")
 """Names of checkpoints that were written to the end."""
 
@@ -57,49 +62,95 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
         ) from None
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, *keys: str) -> dict[str, Any]:
+    """The content of state.json, which must have these keys. Raises CheckpointError."""
     try:
-        return json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = files.read_sealed(path / STATE)
+    except OSError as error:
         raise CheckpointError(f"checkpoint {path} is damaged ({error}); nothing was changed") from None
+    if missing := [key for key in keys if key not in state]:
+        raise CheckpointError(f"checkpoint {path} is of another version or kind: {STATE} has no {missing[0]!r}")
+    return state
 
 
 def newest(folder: Path, ranks: Ranks) -> Path | None:
-    """The last complete checkpoint, as the main rank sees it."""
-    names = _complete_names(folder)
-    step = int(ranks.sums(int(names[-1].removeprefix("step-")) + 1 if ranks.is_main and names else 0)[0].item()) - 1
-    return None if step < 0 else folder / step_name(step)
+    """The last complete checkpoint, as the main rank sees it, or the one before it where that is damaged, and says so
+    on stderr. Raises CheckpointError or OtherRankFailed, on all ranks, where all are damaged."""
+    steps = [int(name.removeprefix("step-")) for name in _complete_names(folder)[:KEPT]] if ranks.is_main else []
+    shared = ranks.sums(*(step + 1 for step in steps), *[0] * (KEPT - len(steps))).tolist()
+    paths = [folder / step_name(int(number) - 1) for number in shared if number]
+    for path, older in zip(paths, [*paths[1:], None]):
+        try:
+            _verify(path, ranks)
+            return path
+        except (CheckpointError, OtherRankFailed) as error:
+            if older is None:
+                raise
+            if ranks.is_main:
+                why = error if isinstance(error, CheckpointError) else f"checkpoint {path} is damaged"
+                print(f"warning: {why}; going on from the one before it, {older}", file=sys.stderr)
+    return None
+
+
+def _verify(path: Path, ranks: Ranks) -> None:
+    """Compares digests, each rank those of some files. Raises CheckpointError or OtherRankFailed, on all ranks."""
+    error = None
+    try:
+        # versions before 0.2 wrote no digests
+        for name, digest in sorted(read_state(path).get("files", {}).items())[ranks.rank :: ranks.n_ranks]:
+            if files.sha256(path / Path(name).name) != digest:
+                raise CheckpointError(f"checkpoint {path} is damaged (the content of {name}); nothing was changed")
+    except (CheckpointError, OSError) as failure:
+        error = failure if isinstance(failure, CheckpointError) else CheckpointError(f"checkpoint {path}: {failure}")
+    ranks.agree(error)
 
 
 def saved_config(folder: Path) -> LM1BConfig:
-    """The configuration of the run in `folder`, as its last checkpoint has it. Raises CheckpointError, ConfigError."""
-    names = _complete_names(folder / FOLDER)
-    if not names:
-        raise CheckpointError(f"there is no checkpoint in {folder / FOLDER}")
-    return LM1BConfig.from_json(read_state(folder / FOLDER / names[-1])["config"])
+    """The configuration of the run in `folder`, as its last checkpoint has it, or the one before it where that is
+    damaged. Raises CheckpointError, ConfigError."""
+    error = CheckpointError(f"there is no checkpoint in {folder / FOLDER}")
+    for i, name in enumerate(_complete_names(folder / FOLDER)):
+        try:
+            return LM1BConfig.from_json(read_state(folder / FOLDER / name, "config")["config"])
+        except CheckpointError as failure:
+            error = error if i else failure
+    raise error
 
 
 def _complete_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("step-*") if COMPLETE.fullmatch(path.name))
+    """Names of complete checkpoints, the last one first."""
+    names = (path.name for path in folder.glob("step-*") if COMPLETE.fullmatch(path.name))
+    return sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)
 
 
 def step_name(step: int) -> str:
     return f"step-{step:08}"
 
 
-def remove_older(folder: Path, keep: Path) -> None:
+def set_aside_newer(folder: Path, path: Path) -> None:
+    """Renames the checkpoints after `path`, which are damaged: one of their names may be written again."""
+    names = _complete_names(folder)
+    for name in names[: names.index(path.name)]:
+        shutil.rmtree(folder / (name + DAMAGED), ignore_errors=True)
+        files.rename(folder / name, folder / (name + DAMAGED))
+
+
+def remove_older(folder: Path, kept: int = 1) -> None:
+    """Deletes all but the last checkpoints, so many, and what kills have left."""
+    names = _complete_names(folder)[:kept]
     for path in folder.glob("step-*"):
-        if path != keep:
+        if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _fresh_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
+    files.make_folder(path)
 
 
 def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
-    files.write_json(partial / STATE, state)
+    digests = {file.name: files.sha256(file) for file in partial.glob("*.safetensors")}
+    files.write_sealed(partial / STATE, state | {"files": digests})
     files.sync_folder(partial)
     files.rename(partial, path)
 

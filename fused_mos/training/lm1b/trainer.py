@@ -36,6 +36,9 @@ from .optim import learning_rate, make_optimizer
 from .ranks import Ranks
 from .state import Progress, RunTensors, initialize
 
+OTHER_RANKS = 1e-4
+"""Share by which a loss may be another on another number of ranks."""
+
 
 class LM1BTrainer:
     """A run in its folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/, learning-curve.png and, at
@@ -300,9 +303,10 @@ class LM1BTrainer:
         if better:
             progress.best = loss
             path = self.best / checkpoint.step_name(progress.step)
-            checkpoint.save(path, self.tensors.parameters(), {"step": progress.step, "loss": loss}, self.ranks)
+            state = {"step": progress.step, "loss": loss, **self._identity()}
+            checkpoint.save(path, self.tensors.parameters(), state, self.ranks)
             if self.ranks.is_main:
-                checkpoint.remove_older(self.best, path)
+                checkpoint.remove_older(self.best)
         if self.metrics:  # the main rank's
             epoch = self.stream.fraction
             self.metrics.write(
@@ -319,8 +323,17 @@ class LM1BTrainer:
         best = checkpoint.newest(self.best, self.ranks)
         if best is None:
             raise CheckpointError(f"{self.folder} has no best model: it is not the folder of a run that was evaluated")
-        state = checkpoint.read_state(best)
+        state = checkpoint.read_state(best, "step", "loss")
+        if "config" in state:  # versions before 0.2 did not keep it
+            self._check_same_run(state, best)
+        if self.progress.best is not None and state["loss"] > self.progress.best * (1 + OTHER_RANKS):
+            raise CheckpointError(
+                f"{best} is older than {self.resumed or self.checkpoints}: its loss is {state['loss']:.4f}, and the "
+                f"run's best is {self.progress.best:.4f}; bring the newer one back"
+            )
         checkpoint.load(best, self.tensors.parameters())
+        if name := first_not_finite(self.tensors.own_parameters()):
+            raise CheckpointError(f"checkpoint {best} cannot be used: numbers of {name} are not finite")
         loss, words = self._evaluate(self.corpus.heldout)
         progress = self.progress
         result = {
@@ -356,21 +369,26 @@ class LM1BTrainer:
         self.ranks.agree(self._diverged(f"{name} is no longer finite") if name else None)
         if self.metrics:
             progress.metrics_bytes = self.metrics.sync()
-        state = {
-            "config": self._config_json(),
+        state = self._identity() | {
             "progress": dataclasses.asdict(progress),
-            "vocabulary": self.corpus.digest,
-            "shards": [file.sha256 for file in self.corpus.train],
             "random": [self.ranks.n_data, self.device.type],
         }
         tensors = self.tensors.training() | self.tensors.hidden(self.hidden) | self.tensors.random()
         path = self.checkpoints / checkpoint.step_name(progress.step)
         checkpoint.save(path, tensors, state, self.ranks)
         if self.ranks.is_main:
-            checkpoint.remove_older(self.checkpoints, path)
+            checkpoint.remove_older(self.checkpoints, checkpoint.KEPT)
+
+    def _identity(self) -> dict[str, Any]:
+        """Tells this run from others, in what it saves."""
+        return {
+            "config": self._config_json(),
+            "vocabulary": self.corpus.digest,
+            "shards": [file.sha256 for file in self.corpus.train],
+        }
 
     def _restore(self, path: Path) -> None:
-        state = checkpoint.read_state(path)
+        state = checkpoint.read_state(path, "config", "progress", "vocabulary", "shards", "random")
         self._check_same_run(state, path)
         tensors = self.tensors.training() | self.tensors.hidden(self.hidden)
         same_ranks = state["random"] == [self.ranks.n_data, self.device.type]
@@ -381,6 +399,10 @@ class LM1BTrainer:
             self.progress = Progress.from_json(state["progress"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
+        if name := first_not_finite(self.tensors.own_parameters() | self.tensors.own_optimizer_state()):
+            raise CheckpointError(f"checkpoint {path} cannot be used: numbers of {name} are not finite")
+        if self._lock:
+            checkpoint.set_aside_newer(self.checkpoints, path)
         self.stream.position = self.progress.position
         self.hidden = self.tensors.parts_of(tensors, self._part)
         if same_ranks:
