@@ -118,7 +118,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line number, its words and `<eos>`)."""
     number = 0
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # without a byte-order mark
             for number, line in enumerate(file, start=1):
                 yield number, [*line.split(), EOS]
     except UnicodeDecodeError as error:

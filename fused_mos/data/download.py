@@ -2,14 +2,16 @@
 
 import dataclasses
 import gzip
-import hashlib
 import http.client
 import re
+import shutil
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import IO, cast
 from urllib.parse import urlsplit
 
 from ..runtime import files
@@ -53,46 +55,62 @@ def _download(config: Download, name: str) -> Path:
     if not archive.is_file():
         fetched = config.out / f"{name}.partial"
         _fetch(config.url, fetched)
-    digest = hashlib.sha256()
-    with fetched.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+    digest = files.sha256(fetched)
     if config.sha256 is None:
-        show(f"{name}: sha256 {digest.hexdigest()}; with --sha256 it is compared")
-    elif digest.hexdigest() != config.sha256.lower():
+        show(f"{name}: sha256 {digest}; with --sha256 it is compared")
+    elif digest != config.sha256.lower():
         raise CorpusError(
-            f"{fetched}: its sha256 is {digest.hexdigest()}, not {config.sha256}; delete it to fetch it again, or "
-            "correct --sha256"
+            f"{fetched}: its sha256 is {digest}, not {config.sha256}; delete it to fetch it again, or correct --sha256"
         )
     with files.explained(archive):
         files.rename(fetched, archive)
+        _validator(fetched).unlink(missing_ok=True)
     return _extract(archive, config.out)
 
 
+def _validator(partial: Path) -> Path:
+    """The file that says which version of the archive the server has sent a part of, by its ETag or date."""
+    return partial.with_name(f"{partial.name}.version")
+
+
 def _fetch(url: str, path: Path) -> None:
-    """Fetches what `path` lacks of a file."""
-    size = path.stat().st_size if path.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
+    """Fetches what `path` lacks of a file; all of it, where the server has another version now."""
+    size, version = path.stat().st_size if path.is_file() else 0, _validator(path)
+    headers = {"Range": f"bytes={size}-"} if size else {}
+    if size and version.is_file():
+        headers["If-Range"] = files.read_text(version)
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
             size = size if response.status == 206 else 0
+            if size and (first := _first_byte(response.headers["Content-Range"])) != size:
+                raise CorpusError(
+                    f"{url}: the server continues at byte {first}, not at {size}, where {path} ends; delete that file"
+                )
             length = response.headers["Content-Length"]
             total = size + int(length) if length else None
             with (
                 path.open("ab" if size else "wb", buffering=0) as file,
                 bar(desc="download", total=total, initial=size, unit="bytes") as progress,
             ):
+                if not size:  # now that nothing is left of another version
+                    _note_version(response.headers, version)
                 while block := response.read1(BLOCK_BYTES):
                     with files.explained(path):
                         file.write(block)
                     size += len(block)
                     progress.update(len(block))
+                with files.explained(path):
+                    files.sync(file)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # there is nothing behind what it has
+        if error.code != 416:
             raise CorpusError(
                 f"{url}: the server answers {error.code} {error.reason}; try again later, or another --url"
             ) from None
-    except files.FileError:
+        # there is nothing behind what it has
+        of = (error.headers["Content-Range"] or "").rpartition("/")[2]
+        if of.isdecimal() and int(of) != size:
+            raise CorpusError(f"{url} has {int(of):,} bytes, and {path} {size:,}; delete that file") from None
+    except (files.FileError, CorpusError):
         raise
     except (OSError, http.client.HTTPException) as error:
         raise CorpusError(f"{url}: {error}; the same command continues") from None
@@ -101,6 +119,21 @@ def _fetch(url: str, path: Path) -> None:
             raise CorpusError(
                 f"{url}: the connection ended after {size:,} of {total:,} bytes; the same command continues"
             )
+
+
+def _first_byte(content_range: str | None) -> int | None:
+    """Where a part of a file begins that a server sends."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range or "")
+    return int(match[1]) if match else None
+
+
+def _note_version(headers: Mapping[str, str], path: Path) -> None:
+    etag = headers.get("ETag", "")
+    name = headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag  # a weak tag is of no use
+    if name:
+        files.write_text(path, name)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _extract(archive: Path, out: Path) -> Path:
@@ -114,8 +147,10 @@ def _extract(archive: Path, out: Path) -> Path:
                     continue
                 n_files += 1
                 if not (out / path).is_file() or (out / path).stat().st_size != member.size:
-                    with files.explained(out / path):
-                        tar.extract(member, out, filter="data")
+                    files.make_folder((out / path).parent)
+                    content = cast(IO[bytes], tar.extractfile(member))  # that of a regular file is not None
+                    with files.writing(out / path) as extracted:
+                        shutil.copyfileobj(content, extracted, BLOCK_BYTES)
             while file.read(BLOCK_BYTES):  # to its end, where the check sum is
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:

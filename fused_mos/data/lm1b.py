@@ -5,10 +5,10 @@ The One Billion Word benchmark (Chelba et al. 2013) as files of token ids, one f
 `<S>`, its words and `</S>`, raw little-endian int32. Killed at any moment, the same command continues.
 """
 
+import codecs
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import sys
 import time
@@ -34,6 +34,8 @@ SHARDS = {
 }
 """The benchmark's files: the held-out ones are what would be training shard 0."""
 MIN_COUNT = 3
+ENTRY = {"file", "tokens", "sentences", "unknown", "empty", "sha256", "vocabulary", "source"}
+"""Keys of what is kept of a shard."""
 START, END = b"\xfe", b"\xff"
 """Stand for the marks of a sentence until it is encoded: no word of a UTF-8 text can be one of these."""
 
@@ -81,8 +83,9 @@ class Shard:
     counts: Path
     tokens: Path
 
-    def blocks(self) -> Iterator[bytes]:
-        """Its lines, some MiB at a time. Raises CorpusError where they are not UTF-8."""
+    def blocks(self, hashed: Any) -> Iterator[bytes]:
+        """Its lines, some MiB at a time, without a byte-order mark. `hashed` of hashlib is updated with all bytes.
+        Raises CorpusError where they are not UTF-8."""
         before = 0
         with self.path.open("rb") as file:
             while block := file.read(BLOCK_BYTES) + file.readline():
@@ -93,8 +96,9 @@ class Shard:
                     raise CorpusError(
                         f"{self.path}:{line} is not UTF-8 text ({error.reason}); download the shard again"
                     ) from None
+                hashed.update(block)
+                yield block if before else block.removeprefix(codecs.BOM_UTF8)
                 before += block.count(b"\n")
-                yield block
 
 
 class Index(dict):
@@ -128,11 +132,15 @@ def prepare(config: Prepare) -> dict[str, Any]:
 def _prepare(config: Prepare, shards: dict[str, list[Shard]]) -> dict[str, Any]:
     for name in ("counts", *FOLDERS):
         files.make_folder(config.out / name)
-    words = _read_vocabulary(config.vocabulary) if config.vocabulary else _count_vocabulary(config, shards["train"])
+    source_digest = functools.cache(lambda shard: files.sha256(shard.path))  # of shards that seem to be done
+    if config.vocabulary:
+        words = _read_vocabulary(config.vocabulary)
+    else:
+        words = _count_vocabulary(config, shards["train"], source_digest)
     text = b"\n".join(words) + b"\n"
     digest = hashlib.sha256(text).hexdigest()
     path, manifest_path = config.out / "vocabulary.txt", config.out / "manifest.json"
-    finished = {shard: _finished(shard, digest) for of_split in shards.values() for shard in of_split}
+    finished = {shard: _finished(shard, digest, source_digest) for of_split in shards.values() for shard in of_split}
     pending = [shard for shard, entry in finished.items() if entry is None]
     known = path.is_file() and path.read_bytes() == text
     if pending or not known:
@@ -153,7 +161,7 @@ def _prepare(config: Prepare, shards: dict[str, list[Shard]]) -> dict[str, Any]:
         manifest[split] = [
             {key: value for key, value in entries[shard].items() if key != "vocabulary"} for shard in of_split
         ]
-    files.write_json(manifest_path, manifest)
+    files.write_sealed(manifest_path, manifest)
     return manifest
 
 
@@ -163,15 +171,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CorpusError(f"there is no {path}; run python -m fused_mos.data.lm1b prepare first, to its end")
     try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CorpusError(f"{path} is damaged ({error}); run python -m fused_mos.data.lm1b prepare again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != 1 or not manifest.keys() >= {"vocabulary", *FOLDERS}:
+        manifest = files.read_sealed(path)
+    except files.FileError as error:
+        raise CorpusError(f"{error}, or run python -m fused_mos.data.lm1b prepare again") from None
+    if manifest.get("format") != 1 or not _is_complete(manifest):
         raise CorpusError(
             f"{path} is not of format 1, which python -m fused_mos.data.lm1b prepare writes; run it first, with "
             "another --out"
         )
     return manifest
+
+
+def _is_complete(manifest: dict[str, Any]) -> bool:
+    """True if the manifest says of the vocabulary and of each shard what is read of it."""
+    try:
+        texts = [manifest["vocabulary"]["sha256"]]
+        for split in FOLDERS:
+            for entry in manifest[split]:
+                texts += [entry["file"], entry["sha256"]]
+                if type(entry["tokens"]) is not int:
+                    return False
+    except (KeyError, TypeError):
+        return False
+    return all(isinstance(text, str) for text in texts)
 
 
 def _find_shards(config: Prepare, split: str) -> list[Shard]:
@@ -206,7 +228,7 @@ def _find_shards(config: Prepare, split: str) -> list[Shard]:
 def _read_vocabulary(path: Path) -> list[bytes]:
     if not path.is_file():
         raise CorpusError(f"vocabulary {path} does not exist; it must hold one word a line")
-    words = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    words = path.read_bytes().removeprefix(codecs.BOM_UTF8).removesuffix(b"\n").split(b"\n")
     lines: dict[bytes, int] = {}
     for number, word in enumerate(words, start=1):
         shown = word.decode(errors="backslashreplace")
@@ -222,14 +244,17 @@ def _read_vocabulary(path: Path) -> list[bytes]:
     return words
 
 
-def _count_vocabulary(config: Prepare, shards: list[Shard]) -> list[bytes]:
+SourceDigest = Callable[[Shard], str]
+
+
+def _count_vocabulary(config: Prepare, shards: list[Shard], source_digest: SourceDigest) -> list[bytes]:
     """The marks, then the words of the training shards by falling count; those of the same count in the order of their
     bytes."""
-    pending = [shard for shard in shards if not _is_counted(shard)]
+    pending = [shard for shard in shards if not _is_counted(shard, source_digest)]
     _each(_count, pending, config.workers, f"count {len(pending)} of {len(shards)} shards", lambda n_words: n_words)
     counts: dict[bytes, int] = defaultdict(int)
     for shard in bar(shards, desc="add up counts", unit="shards"):
-        fields = shard.counts.read_bytes().split()[2:]
+        fields = shard.counts.read_bytes().partition(b"\n")[2].split()
         for word, count in zip(fields[::2], map(int, fields[1::2])):
             counts[word] += count
     marks = [mark.encode() for mark in MARKS]
@@ -252,34 +277,39 @@ def _count_vocabulary(config: Prepare, shards: list[Shard]) -> list[bytes]:
     return words[: config.top]
 
 
-def _is_counted(shard: Shard) -> bool:
+def _is_counted(shard: Shard, source_digest: SourceDigest) -> bool:
+    """True if an earlier run has counted this very source, and its counts are undamaged."""
     if not shard.counts.is_file():
         return False
-    with shard.counts.open("rb") as file:
-        return file.readline().split() == [shard.path.name.encode(), b"%d" % shard.n_bytes]
+    first, _, lines = shard.counts.read_bytes().partition(b"\n")
+    return first == _counts_header(shard, lines, source_digest(shard))
+
+
+def _counts_header(shard: Shard, lines: bytes, source_sha256: str) -> bytes:
+    return f"{shard.path.name}\t{shard.n_bytes}\t{source_sha256}\t{hashlib.sha256(lines).hexdigest()}".encode()
 
 
 def _count(shard: Shard) -> int:
-    """Writes how often the shard has each word, behind its own name and size, and returns how many words it has."""
+    """Writes how often the shard has each word, behind its own name, size and digests, and returns how many words it
+    has."""
     counts: Counter[bytes] = Counter()
-    for block in shard.blocks():
+    source_sha256 = hashlib.sha256()
+    for block in shard.blocks(source_sha256):
         counts.update(block.split())
+    lines = b"".join(b"%s\t%d\n" % item for item in counts.items())
     with files.writing(shard.counts) as file:
-        file.write(f"{shard.path.name}\t{shard.n_bytes}\n".encode())
-        file.writelines(b"%s\t%d\n" % item for item in counts.items())
+        file.write(_counts_header(shard, lines, source_sha256.hexdigest()) + b"\n" + lines)
     return counts.total()
 
 
-def _finished(shard: Shard, digest: str) -> dict[str, Any] | None:
-    """What an earlier run says of the shard, if its token ids are those of this source and vocabulary."""
+def _finished(shard: Shard, digest: str, source_digest: SourceDigest) -> dict[str, Any] | None:
+    """What an earlier run says of the shard, if its token ids are those of this source and vocabulary, undamaged."""
     try:
-        entry = json.loads(shard.tokens.with_suffix(".json").read_bytes())
-        fits = (entry["vocabulary"], entry["source"]["bytes"], 4 * entry["tokens"]) == (
-            digest,
-            shard.n_bytes,
-            shard.tokens.stat().st_size,
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        entry = files.read_sealed(shard.tokens.with_suffix(".json"))
+        if entry.keys() != ENTRY or (entry["vocabulary"], 4 * entry["tokens"]) != (digest, shard.tokens.stat().st_size):
+            return None
+        fits = files.sha256(shard.tokens) == entry["sha256"] and source_digest(shard) == entry["source"]["sha256"]
+    except (OSError, KeyError, TypeError):
         return None
     return entry if fits else None
 
@@ -299,11 +329,10 @@ def _tokenise(shard: Shard, digest: str) -> dict[str, Any]:
     source_sha256, sha256 = hashlib.sha256(), hashlib.sha256()
     shard.tokens.with_suffix(".json").unlink(missing_ok=True)  # it speaks of other tokens
     with files.writing(shard.tokens) as file:
-        for block in shard.blocks():
+        for block in shard.blocks(source_sha256):
             ids = index.encode(block)
             file.write(ids.data)
             sha256.update(ids.data)
-            source_sha256.update(block)
             lines += block.count(b"\n")
             totals["tokens"] += len(ids)
             totals["sentences"] += int(np.count_nonzero(ids == index.eos))
@@ -318,7 +347,7 @@ def _tokenise(shard: Shard, digest: str) -> dict[str, Any]:
         "sha256": sha256.hexdigest(),
     }
     entry |= {"vocabulary": digest, "source": source}
-    files.write_json(shard.tokens.with_suffix(".json"), entry)
+    files.write_sealed(shard.tokens.with_suffix(".json"), entry)
     return entry
 
 

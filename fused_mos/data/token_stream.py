@@ -5,7 +5,6 @@ rank reads its own span of them, so what a column reads, and its hidden state, d
 are.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.files import sha256
 from ..runtime.progress import bar
 from .corpus import CorpusError, Vocabulary
 from .lm1b import BOS, read_manifest
-
-DIGEST_BLOCK = 1 << 24
-"""Bytes read at once to check a file's digest."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +38,17 @@ class TokenFile:
             ) from None
         if size != 4 * self.n_tokens:
             raise CorpusError(
-                f"the shard {self.path} has {size} bytes, {4 * self.n_tokens} in the manifest: delete it and prepare "
-                "the corpus again"
+                f"the shard {self.path} has {size} bytes, {4 * self.n_tokens} in the manifest; prepare the corpus again"
             )
         return np.memmap(self.path, dtype="<i4", mode="r")
 
     def check(self, progress: Callable[[int], Any]) -> None:
         """Raises CorpusError unless the content is that of the manifest. `progress` is told the bytes read."""
         self.open()
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(DIGEST_BLOCK):
-                digest.update(block)
-                progress(len(block))
-        if digest.hexdigest() != self.sha256:
+        if (digest := sha256(self.path, progress)) != self.sha256:
             raise CorpusError(
-                f"the shard {self.path} is damaged: its sha256 is {digest.hexdigest()[:12]}…, {self.sha256[:12]}… in "
-                "the manifest; "
-                "delete it and prepare the corpus again"
+                f"the shard {self.path} is damaged: its sha256 is {digest[:12]}…, {self.sha256[:12]}… in the manifest; "
+                "prepare the corpus again"
             )
 
 
@@ -72,7 +62,7 @@ class PreparedCorpus:
         manifest = read_manifest(folder)
         self.digest = manifest["vocabulary"]["sha256"]
         path = folder / "vocabulary.txt"
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.digest:
+        if not path.is_file() or sha256(path) != self.digest:
             raise CorpusError(
                 f"{path} is not the vocabulary that the shards were prepared with; prepare the corpus again"
             )
@@ -147,7 +137,7 @@ class TrainStream:
                 )
 
     def order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        generator = torch.Generator().manual_seed(((self.seed << 20) + epoch) % 2**63)
         return torch.randperm(len(self.files), generator=generator).tolist()
 
     @property

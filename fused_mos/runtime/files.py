@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from .errors import UserError
 from .text import show
@@ -133,7 +133,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with explained(path):
             yield partial
             with partial.open("rb+") as file:
-                os.fsync(file.fileno())
+                sync(file)
             rename(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -197,6 +197,12 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             sync_folder(folder.parent)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Forces what was written to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def rename(old: Path, new: Path) -> None:

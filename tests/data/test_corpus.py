@@ -10,7 +10,7 @@ from fused_mos.data.sample import write_corpus
 def write(folder, train="b a b\n\nc <unk>\n", valid="a b\n", test="c\n"):
     folder.mkdir(exist_ok=True)
     for name, text in (("train", train), ("valid", valid), ("test", test)):
-        (folder / f"{name}.txt").write_text(text)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -23,6 +23,12 @@ def test_words_and_line_ends_in_order_of_appearance(tmp_path):
 
 def test_a_last_line_without_a_newline_and_other_spaces(tmp_path):
     assert Corpus(write(tmp_path / "x", train="a\t b  c", valid="a", test="b")).train.numel() == 4
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+    folder = write(tmp_path / "x", train="\ufeffa b\nc \ufeff\n", valid="\ufeffa", test="\ufeffb")
+    corpus = Corpus(folder)
+    assert corpus.vocabulary.words == ["a", "b", "<eos>", "c", "\ufeff"] and corpus.test.tolist() == [1, 2]
 
 
 def test_unknown_words_can_be_mapped(tmp_path):
@@ -40,6 +46,9 @@ def test_vocabulary_round_trip(tmp_path):
     assert Vocabulary.load(tmp_path / "v.txt").words == vocabulary.words
     with pytest.raises(ValueError, match="distinct"):
         Vocabulary(["a", "a"])
+    (tmp_path / "v.txt").write_text("a\na\n")
+    with pytest.raises(CorpusError, match="v.txt is no vocabulary: words must be distinct"):
+        Vocabulary.load(tmp_path / "v.txt")
 
 
 def test_batchify_cuts_columns():

@@ -19,18 +19,29 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, content):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.ranges, self.sends, self.requests = content, True, len(content), []
+        self.version, self.shift = "", 0  # its ETag; how far off the parts are that it sends
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server, asked = self.server, self.headers["Range"]
         server.requests.append(asked)
+        if self.headers["If-Range"] not in (None, server.version):
+            asked = None
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
         if self.path != "/archive.tar.gz":
             return self.send_error(404)
         if start >= len(server.content):
-            return self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(server.content)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         self.send_response(206 if asked and server.ranges else 200)
+        if asked and server.ranges:
+            first, size = start + server.shift, len(server.content)
+            self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
+        if server.version:
+            self.send_header("ETag", server.version)
         self.send_header("Content-Length", str(len(server.content) - start))
         self.end_headers()
         self.wfile.write(server.content[start : start + server.sends])
@@ -97,6 +108,29 @@ def test_an_interrupted_download_continues(ranges, server, tmp_path, capsys):
     server.sends = len(server.content)
     assert download(server, tmp_path, "--sha256", digest) == 0
     assert server.requests == [None, "bytes=100-"] and (tmp_path / "archive.tar.gz").read_bytes() == server.content
+
+
+def test_a_download_of_another_version_begins_anew(server, tmp_path):
+    server.sends, server.version = 100, '"1"'
+    assert download(server, tmp_path) == 2
+    assert (tmp_path / "archive.tar.gz.partial.version").read_text() == '"1"'
+    server.sends, server.version = len(server.content), '"2"'
+    server.content = server.content[:4] + b"time" + server.content[8:]  # gzip's header has one
+    digest = hashlib.sha256(server.content).hexdigest()
+    assert download(server, tmp_path, "--sha256", digest) == 0
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_part_that_does_not_fit_is_refused(server, tmp_path, capsys):
+    server.sends = 100
+    assert download(server, tmp_path) == 2
+    server.shift = 7
+    assert download(server, tmp_path) == 2
+    partial = tmp_path / "archive.tar.gz.partial"
+    assert f"the server continues at byte 107, not at 100, where {partial} ends; delete" in capsys.readouterr().err
+    partial.write_bytes(server.content + b"more")
+    assert download(server, tmp_path) == 2
+    assert f"{len(server.content)} bytes, and {partial} {len(server.content) + 4}; delete" in capsys.readouterr().err
 
 
 def test_a_download_with_another_digest(server, tmp_path, capsys):

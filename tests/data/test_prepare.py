@@ -4,6 +4,7 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -394,3 +395,41 @@ def test_manifests_that_do_not_fit(content, tmp_path):
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(CorpusError, match="manifest.json is (damaged|not of format 1).*fused_mos.data.lm1b prepare"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["counts/*.tsv", "train/*.tokens", "*/*.json", "source"])
+def test_a_flipped_bit_of_what_an_earlier_run_left_is_noticed(name, source, run, tmp_path):
+    """Of its counts, token ids or their description, or of the source itself: what is damaged is made again."""
+    out, draw = tmp_path / "out", random.Random(0)
+    manifest = run(min_count=1)
+    before = {key: value[0] for key, value in files(out).items()}
+    paths = [shard(source, "train", 0)] if name == "source" else sorted(out.glob(name))
+    for path in paths * (40 // len(paths)):
+        content = bytearray(path.read_bytes())
+        good, place = bytes(content), draw.randrange(len(content))
+        content[place] ^= 1 << draw.randrange(7)  # UTF-8 still, of a text in ASCII
+        path.write_bytes(content)
+        (out / "manifest.json").unlink(missing_ok=True)
+        if name == "source":
+            if content[place] in b" \n" or good[place] in b" \n":
+                path.write_bytes(good)
+                continue
+            run(min_count=1)
+            fresh = tmp_path / "fresh"
+            prepare_with(source, fresh, min_count=1)
+            assert (out / "vocabulary.txt").read_bytes() == (fresh / "vocabulary.txt").read_bytes()
+            path.write_bytes(good)
+        assert run(min_count=1) == manifest
+        assert {key: value[0] for key, value in files(out).items()} == before
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(source, run, tmp_path):
+    run(min_count=1)
+    words = vocabulary(tmp_path / "out")
+    path = shard(source, "train", 0)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    first = run(min_count=1)
+    assert vocabulary(tmp_path / "out") == words and run(min_count=1) == first
+    (tmp_path / "words").write_bytes(b"\xef\xbb\xbf" + "\n".join(words).encode())
+    prepare_with(source, tmp_path / "other", vocabulary=tmp_path / "words")
+    assert vocabulary(tmp_path / "other") == words
