@@ -47,10 +47,13 @@ class Flags:
 
 def parse(arguments: list[str]) -> Flags:
     """The recipe of the run gives the defaults of its rule. Raises CheckpointError, ConfigError."""
-    folder = next((Path(argument) for argument in arguments if (Path(argument) / "config.json").is_file()), None)
-    rule = dynamic_rule(read_config(folder).recipe) if folder else DynamicRule()
-    default = Flags(run=tyro.MISSING, rule=rule)
-    return command.parse(Flags, "evaluate", __doc__, arguments, default=default)
+
+    def parsed(rule: DynamicRule) -> Flags:
+        default = Flags(run=tyro.MISSING, rule=rule)
+        return command.parse(Flags, "evaluate", __doc__, arguments, default=default)
+
+    run = parsed(DynamicRule()).run  # which argument that is, only all flags tell
+    return parsed(dynamic_rule(read_config(run).recipe))
 
 
 def check_flags(config: Flags) -> None:
@@ -92,15 +95,17 @@ def in_words(rule: dict[str, float]) -> str:
 def work(arguments: list[str]) -> None:
     config = parse(arguments)
     check_flags(config)
+    kept = config.run / "evaluation.json"
+    if kept.is_file():
+        files.read_json(kept, list)  # one that is damaged is better found before the work
     result = evaluate(config)
     how = f"context {result['eval_context']}" if not config.dynamic else "dynamic with " + in_words(result["rule"])
-    try:
-        files.append_json(config.run / "evaluation.json", result)
-    finally:  # what took hours is shown also where it could not be kept
-        show(
-            f"{config.split}, {how}: ppl {result['ppl']:.2f} ({result['ppl_published']:.2f} as the published code "
-            f"counts), loss {result['loss']:.4f}"
-        )
+    show(  # before it is kept: what took hours is shown also where it cannot be
+        f"{config.split}, {how}: ppl {result['ppl']:.2f} ({result['ppl_published']:.2f} as the published code "
+        f"counts), loss {result['loss']:.4f}",
+        flush=True,
+    )
+    files.append_json(kept, result)
 
 
 def main(arguments: list[str] | None = None) -> int:

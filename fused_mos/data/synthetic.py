@@ -126,11 +126,7 @@ def write(config: Flags) -> dict[str, float]:
             f"lack {missing}"
         )
     files.refuse_foreign(config.out, lambda path: path.name == "language.json")
-    config.out.mkdir(parents=True, exist_ok=True)
-    words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
-    for split, tokens in texts.items():
-        # a line's end is a word, and the corpus ends the last line by itself
-        files.write_text(config.out / f"{split}.txt", "".join(words[i] for i in tokens.tolist()))
+    files.make_folder(config.out)
     facts = {
         "entropy": language.entropy,
         "perplexity": math.exp(language.entropy),
@@ -139,7 +135,12 @@ def write(config: Flags) -> dict[str, float]:
         "concentration": config.concentration,
         "seed": config.seed,
     }
+    # first: what a kill leaves can be told from a folder of something else
     files.write_json(config.out / "language.json", facts)
+    words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
+    for split, tokens in texts.items():
+        # a line's end is a word, and the corpus ends the last line by itself
+        files.write_text(config.out / f"{split}.txt", "".join(words[i] for i in tokens.tolist()))
     return facts
 
 

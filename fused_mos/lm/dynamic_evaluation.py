@@ -8,6 +8,7 @@ after each segment of the text, whose words are predicted before they are learnt
 leaves the recurrent one on in its port to PyTorch 0.4.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ class DynamicRule:
         for name in ("lr", "lamb", "epsilon", "bptt"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
 
 
 class GradientStatistics:

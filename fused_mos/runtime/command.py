@@ -50,7 +50,7 @@ def run(work: Callable[[list[str]], int | None], arguments: list[str] | None = N
     | what happens | what the user sees | status |
     |---|---|---|
     | `work` returns | | what it returns, or 0 |
-    | UserError, OSError | `error: …` on stderr | 2 |
+    | UserError, OSError, no memory left | `error: …` on stderr | 2 |
     | TimeLimitReached | on stdout that the same command continues | 0 |
     | SIGINT, SIGTERM | `stopped; ` and `interrupted` on stderr | 130, 143 |
     | nobody reads stdout any longer | nothing | 141 |
@@ -75,6 +75,11 @@ def run(work: Callable[[list[str]], int | None], arguments: list[str] | None = N
     except (UserError, OSError) as error:
         show(f"error{f' on rank {rank}' if rank != '0' else ''}: {_in_words(error)}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        print(f"error: there is not enough memory: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
+        return 2
     except signals.TimeLimitReached:
         if rank == "0":
             show(f"time limit reached; {CONTINUES}")
@@ -83,6 +88,13 @@ def run(work: Callable[[list[str]], int | None], arguments: list[str] | None = N
         if rank == "0":
             show(f"\nstopped{interrupted and '; ' + interrupted}", file=sys.stderr)
         return 128 + getattr(stop, "signum", 2)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """True for what Python or torch, which this module does not import, raise where they get no memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed"))
 
 
 def _in_words(error: Exception) -> str:

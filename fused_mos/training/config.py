@@ -13,7 +13,7 @@ from .._backends import NAMES
 from ..lm.dynamic_evaluation import DynamicRule
 from . import settings
 from .errors import ConfigError
-from .settings import NOT_NEGATIVE, POSITIVE, SEED, SHARE, setting
+from .settings import NOT_NEGATIVE, POSITIVE, SEED, SHARE, SIZE, setting
 
 HeadName = Literal["mos", "moc", "softmax"]
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -26,9 +26,9 @@ class ModelConfig:
     head: HeadName = "mos"
     """Output layer: Mixture of Softmaxes, Mixture of Contexts, or one softmax (whose last LSTM layer is as wide as the
     embedding)."""
-    n_experts: int = setting(15, POSITIVE)
+    n_experts: int = setting(15, SIZE)
     """Softmaxes in the mixture (K, n_experts)."""
-    embedding_size: int = setting(280, POSITIVE)
+    embedding_size: int = setting(280, SIZE)
     """Size of word embeddings and latent vectors (d, emsize)."""
     hidden_sizes: tuple[int, ...] = (960, 960, 620)
     """Width of each LSTM layer (nhid, nhid, nhidlast)."""
@@ -54,8 +54,8 @@ class ModelConfig:
     def check(self) -> None:
         """Raises ConfigError for a value that no model can have."""
         settings.check(self)
-        if not self.hidden_sizes or min(self.hidden_sizes) < 1:
-            raise ConfigError(f"hidden_sizes must be one or more positive widths, got {self.hidden_sizes}")
+        if not self.hidden_sizes or not all(SIZE.holds(width) for width in self.hidden_sizes):
+            raise ConfigError(f"hidden_sizes must be one or more widths in [1, 2**31), got {self.hidden_sizes}")
         if self.backend not in NAMES:
             raise ConfigError(f"backend must be one of {', '.join(NAMES)}, got {self.backend!r}")
 
@@ -173,11 +173,13 @@ class TrainConfig(RunConfig):
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
         """The inverse of `to_json`, also of versions before 0.2, whose name for micro-batches was another. Raises
         ConfigError for a field that this version does not know."""
-        optim = dict(values.get("optim", {}))
-        columns = optim.pop("small_batch_size", 0)
-        if columns:
-            optim["micro_batches"] = optim["batch_size"] // columns
-        return settings.from_json(cls, {**values, "optim": optim})
+        optim = values.get("optim")
+        if isinstance(optim, dict) and "small_batch_size" in optim:
+            optim = dict(optim)
+            if columns := optim.pop("small_batch_size"):
+                optim["micro_batches"] = optim["batch_size"] // columns
+            values = {**values, "optim": optim}
+        return settings.from_json(cls, values)
 
 
 def ptb() -> TrainConfig:

@@ -1,7 +1,9 @@
 """The device of a run: its name, its float32 products, its memory, and copies to it and from it without waiting."""
 
+import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,9 +13,13 @@ from .errors import ConfigError
 
 
 def device_named(name: str) -> torch.device:
+    """The device of this name, for "auto" a GPU if there is one. Raises ConfigError unless it is a CPU or a GPU that
+    can be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ConfigError(f"device must be auto, cpu, cuda, cuda:1 …, got {name!r}")
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -83,6 +89,28 @@ class AsyncScalar:
         if self._copied:
             self._copied.synchronize()
         return self._host.item()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory that this process could have: what is free on a GPU, or all of the machine's or container's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        total = min(total, int(text))
+    return total
+
+
+def check_memory(n_parameters: int, device: torch.device) -> None:
+    """Raises ConfigError where parameters and their gradients alone are more than the device's memory; the system would
+    end the process without a word."""
+    needed, limit = 2 * 4 * n_parameters, memory_bytes(device)
+    if needed > limit:
+        raise ConfigError(
+            f"{n_parameters:,} parameters and their gradients need {needed / 2**30:,.1f} GiB, and {device} has "
+            f"{limit / 2**30:,.1f}; take fewer experts or smaller sizes"
+        )
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -28,6 +28,7 @@ LARGEST = 1e30
 """No number of a configuration may be larger, so that its products are finite in float32, too."""
 
 POSITIVE = Range("be positive", lambda value: 0 < value < math.inf)
+SIZE = Range("be in [1, 2**31)", lambda value: 0 < value < 2**31)  # of a tensor's dimension
 NOT_NEGATIVE = Range("not be negative", lambda value: 0 <= value < math.inf)
 SHARE = Range("be in [0, 1)", lambda value: 0 <= value < 1)
 SEED = Range("be in [0, 2**63)", lambda value: 0 <= value < 2**63)  # what torch takes

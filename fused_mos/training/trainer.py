@@ -16,7 +16,16 @@ from . import folder as run_folder
 from . import meter
 from .checkpoint import Checkpoint, group, load_parameters, save_checkpoint
 from .config import TrainConfig
-from .device import AsyncScalar, allow_tf32, autocast, check_backend, check_precision, device_named, peak_memory_mib
+from .device import (
+    AsyncScalar,
+    allow_tf32,
+    autocast,
+    check_backend,
+    check_memory,
+    check_precision,
+    device_named,
+    peak_memory_mib,
+)
 from .errors import CheckpointError, TrainingDiverged
 from .evaluation import evaluate
 from .finite import diverged, explained, first_not_finite
@@ -73,7 +82,11 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.bptt_generator = torch.Generator().manual_seed(config.seed)
-        self.model = AWDLSTM(len(self.corpus.vocabulary), **dataclasses.asdict(config.model)).to(self.device)
+        model = dataclasses.asdict(config.model)
+        with torch.device("meta"):
+            shapes = AWDLSTM(len(self.corpus.vocabulary), **model)
+        check_memory(sum(p.numel() for p in shapes.parameters()), self.device)
+        self.model = AWDLSTM(len(self.corpus.vocabulary), **model).to(self.device)
         optim = config.optim
         self.optimizer = NTASGD(self.model.parameters(), optim.lr, optim.weight_decay, optim.nonmono)
         self.tensors = RunTensors(self.model, self.optimizer, self.bptt_generator, self.device)

@@ -17,7 +17,7 @@ def test_the_command(small_flags, tmp_path, capsys):
     assert texts[0].startswith("w3 w4 ")
     for flags, message in (
         (["--prompt", "w3 zebra"], "prompt: 'zebra' is not one of the model's 41 words"),
-        (["--temperature", "0"], "temperature must be positive, got 0.0"),
+        (["--temperature", "0"], "temperature must be at least 1e-30, got 0.0"),
         (["--top-p", "1.5"], r"top_p must be in (0, 1], got 1.5"),
     ):
         assert command.main([str(folder), *flags]) == 2

@@ -5,15 +5,14 @@ percent for what a step makes.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ... import _backends
 from ...lm import AWDLSTM
+from ..device import memory_bytes
 from ..errors import ConfigError
 from .config import LM1BConfig
 from .ranks import Ranks
@@ -88,13 +87,7 @@ def available(config: LM1BConfig, ranks: Ranks) -> int:
     """Bytes that a rank may use."""
     if config.memory_gib:
         return int(config.memory_gib * 2**30)
-    if ranks.device.type == "cuda":
-        return torch.cuda.mem_get_info(ranks.device)[0]
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-    return total // ranks.n_local
+    return memory_bytes(ranks.device) // (1 if ranks.device.type == "cuda" else ranks.n_local)
 
 
 def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
