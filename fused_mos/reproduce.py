@@ -44,7 +44,7 @@ class Flags:
     data: Path
     """Folder with train.txt, valid.txt and test.txt."""
     out: Path | None = None
-    """Folder of the run; by default runs/reproduce-RECIPE."""
+    """Folder of the run; by default runs/reproduce-CORPUS-RECIPE, with the name of the corpus's folder."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
     precision: Precision = "float32"
@@ -60,7 +60,7 @@ class Flags:
 
     @property
     def folder(self) -> Path:
-        return self.out or Path("runs") / f"reproduce-{self.recipe}"
+        return self.out or Path("runs") / f"reproduce-{self.data.resolve().name}-{self.recipe}"
 
 
 def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:

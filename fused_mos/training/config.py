@@ -121,6 +121,14 @@ class RunConfig:
     time_limit: float = setting(0.0, NOT_NEGATIVE, may_change=True)
     """Seconds after which the run saves and exits, looked at after every step; the same command continues. 0: none."""
 
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is: by default named after the corpus and what makes it this run."""
+        return self.out or self.resume or Path("runs") / "-".join([self.data.resolve().name, *self._names()])
+
+    def _names(self) -> list[str]:
+        return [self.recipe, f"seed{self.seed}"]
+
     def check(self) -> None:
         """Raises ConfigError for a value that no run can have."""
         settings.check(self)
@@ -139,7 +147,8 @@ class TrainConfig(RunConfig):
     data: Path = setting(Path("data"), may_change=True)
     """Folder with train.txt, valid.txt and test.txt."""
     out: Path | None = setting(None, may_change=True)
-    """Folder of the run: a new one, or one in which the same command goes on. By default runs/RECIPE-HEAD-seedSEED."""
+    """Folder of the run: a new one, or one in which the same command goes on. By default
+    runs/CORPUS-RECIPE-HEAD-seedSEED, with the name of the corpus's folder."""
     start: Path | None = setting(None, may_change=True)
     """Fine-tune: start from the best model of the run in this folder, average from the first step, and stop where
     averaging would have started."""
@@ -165,9 +174,8 @@ class TrainConfig(RunConfig):
         if optim.batch_size % optim.micro_batches:
             raise ConfigError(f"micro_batches must divide batch_size = {optim.batch_size}, got {optim.micro_batches}")
 
-    @property
-    def run_folder(self) -> Path:
-        return self.out or self.resume or Path("runs") / f"{self.recipe}-{self.model.head}-seed{self.seed}"
+    def _names(self) -> list[str]:
+        return [self.recipe, self.model.head, f"seed{self.seed}"]
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,14 @@ def test_another_configuration_is_refused_by_name(trained, small_flags, tmp_path
         assert f"error: {message}" in capsys.readouterr().err
     assert (trained / "last.safetensors").read_bytes() == before
     assert train.main([*flags, "--log-interval", "7", "--checkpoint-minutes", "1"]) == 0
+
+
+def test_the_default_folder_is_named_after_the_corpus(small_flags, flags):
+    seed = ["--seed", "5"]
+    folder = train.parse([*small_flags, *seed]).run_folder
+    assert str(folder) == f"runs/{Path(small_flags[1]).name}-demo-mos-seed5"
+    assert str(train_1b.parse([*flags, *seed]).run_folder) == "runs/prepared-lm1b-tiny-seed5"
+    assert str(reproduce.Flags("ptb", Path("penn/.")).folder) == "runs/reproduce-penn-ptb"
 
 
 def test_resume_is_short_for_the_command(flags, tmp_path, capsys):

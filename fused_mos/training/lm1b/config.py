@@ -27,7 +27,7 @@ class LM1BConfig(RunConfig):
     one."""
     out: Path | None = setting(None, may_change=True)
     """Folder of the run, on a file system that all ranks share: a new one, or one in which the same command goes on. By
-    default runs/RECIPE-seedSEED."""
+    default runs/CORPUS-RECIPE-seedSEED, with the name of the corpus's folder."""
     evaluate: bool = setting(False, may_change=True)
     """Instead of training, evaluate the best model of the run on all held-out shards."""
     model: ModelConfig = field(
@@ -85,10 +85,6 @@ class LM1BConfig(RunConfig):
         super().check()
         if not self.model.tied:
             raise ConfigError("tied must be True: the recipes share the embedding's weight with the decoder, got False")
-
-    @property
-    def run_folder(self) -> Path:
-        return self.out or self.resume or Path("runs") / f"{self.recipe}-seed{self.seed}"
 
     def check_ranks(self, n_ranks: int) -> None:
         """Raises ConfigError where the columns cannot be shared out."""
