@@ -27,7 +27,8 @@ def demo(out: Path) -> None:
     from .training.metrics import plot_learning_curves
 
     results = []
-    files.refuse_foreign(out, lambda path: path.name in ("data", *HEADS))
+    # the text is the first that it writes, and the runs in it look after themselves
+    files.refuse_foreign(out, lambda path: path.name == "data" and sample.is_corpus(path))
     with files.FolderLock(out):
         sample.write_corpus(out / "data")
         base = dataclasses.replace(RECIPES["demo"](), data=out / "data")

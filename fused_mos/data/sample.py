@@ -40,21 +40,38 @@ def paragraphs() -> list[list[str]]:
     return [paragraph for paragraph in found if paragraph]
 
 
-def write_corpus(folder: Path, min_count: int = 3) -> None:
-    """Writes train.txt, valid.txt and test.txt to `folder`, a paragraph a line.
+def texts(min_count: int = 3) -> dict[str, str]:
+    """The text's train, valid and test, a paragraph a line.
 
     Of each ten paragraphs one goes to valid and one to test, which keeps the three alike. Words that train.txt
     has fewer than `min_count` times, anywhere, become `<unk>`.
 
-    Raises CorpusError if this Python has no pydoc_data, FileError.
+    Raises CorpusError if this Python has no pydoc_data.
     """
     text = paragraphs()
     splits = {"train": [p for i, p in enumerate(text) if i % 10 < 8], "valid": text[8::10], "test": text[9::10]}
     counts = Counter(token for paragraph in splits["train"] for token in paragraph)
+
+    def line(paragraph: list[str]) -> str:
+        return " ".join(t if counts[t] >= min_count else UNKNOWN for t in paragraph) + "\n"
+
+    return {split: "".join(map(line, part)) for split, part in splits.items()}
+
+
+def write_corpus(folder: Path) -> None:
+    """Writes `texts` to train.txt, valid.txt and test.txt in `folder`. Raises CorpusError, FileError."""
     files.make_folder(folder)
-    for split, part in splits.items():
-        lines = (" ".join(t if counts[t] >= min_count else UNKNOWN for t in paragraph) for paragraph in part)
-        files.write_text(folder / f"{split}.txt", "\n".join(lines) + "\n")
+    for split, text in texts().items():
+        files.write_text(folder / f"{split}.txt", text)
+
+
+def is_corpus(folder: Path) -> bool:
+    """True if `folder` has nothing else than `write_corpus` writes, all of it or what a kill left."""
+    if not folder.is_dir():
+        return False
+    known = {f"{split}.txt": text.encode() for split, text in texts().items()}
+    paths = [path for path in folder.iterdir() if not files.is_leftover(path)]
+    return all(path.is_file() and path.read_bytes() == known.get(path.name) for path in paths)
 
 
 def write_benchmark(folder: Path) -> None:

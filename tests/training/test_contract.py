@@ -129,8 +129,8 @@ def test_dynamic_evaluation_goes_on(trained, monkeypatch):
 def test_the_demo_goes_on(small_flags, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(train.parse(small_flags), out=None)
     monkeypatch.setitem(RECIPES, "demo", lambda: config)
-    texts = config.data
-    monkeypatch.setattr(sample, "write_corpus", lambda folder: shutil.copytree(texts, folder, dirs_exist_ok=True))
+    texts = {path.stem: path.read_text() for path in config.data.iterdir()}
+    monkeypatch.setattr(sample, "texts", lambda: texts)
     flags, original = ["--out", str(tmp_path / "demo")], Trainer.train_step
 
     def stopped_in_the_second_run(self):
@@ -400,6 +400,13 @@ def test_folders_that_hold_something_else_are_left_alone(tmp_path, small_flags, 
         assert f"out: {tmp_path / 'mine'} is not empty and holds" in capsys.readouterr().err
         assert [path.name for path in (tmp_path / "mine").iterdir()] == ["train.txt"]
         assert (tmp_path / "mine" / "train.txt").read_text() == "my own text"
+    for name in ("softmax", "mos", "data"):  # as those of a demo are called
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / name / "train.txt").write_text("my own text")
+        assert demo.main(["--out", str(tmp_path / name)]) == 2
+        assert f"out: {tmp_path / name} is not empty and holds something else" in capsys.readouterr().err
+        files_left = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert [path.read_text() for path in files_left] == ["my own text"]
     language = ["--n-words", "9", "--rank", "3", "--train", "500", "--heldout", "50", "--out", str(tmp_path / "new")]
     assert synthetic.main(language) == 0 and synthetic.main(language) == 0
 
