@@ -132,23 +132,23 @@ def digest(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
-def batchify(tokens: Tensor, batch_size: int) -> Tensor:
+def batchify(tokens: Tensor, batch_size: int, least: int = 2) -> Tensor:
     """Cuts a stream into `batch_size` parallel columns: (n,) -> (n // batch_size, batch_size), the rest dropped.
 
-    Raises CorpusError if that leaves a column without a word to predict.
+    Raises CorpusError if columns have fewer rows than `least`; with one, there is no word to predict.
     """
     steps = tokens.numel() // batch_size
-    if steps < 2:
+    if steps < least:
         raise CorpusError(
-            f"a text of {tokens.numel()} tokens is too short for {batch_size} columns of at least 2; use a smaller "
-            "batch size"
+            f"a text of {tokens.numel()} tokens is too short for {batch_size} columns of at least {least}; use a "
+            "smaller batch size"
         )
     return tokens[: steps * batch_size].view(batch_size, steps).t().contiguous()
 
 
 def segment(source: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
     """Input and target of a BPTT segment: rows [start, start + length) of source (T, B), and the rows after them;
-    shorter at the end of the source, down to one row, which the published code would leave out."""
+    shorter at the end of the source."""
     length = min(length, source.shape[0] - 1 - start)
     return source[start : start + length], source[start + 1 : start + 1 + length]
 

@@ -71,7 +71,7 @@ class Trainer:
             # too short a text is better found now than after an epoch
             batchify(getattr(self.corpus, split), batch_size)
         self.train_digest = digest(self.corpus.train)
-        self.source = batchify(self.corpus.train, config.optim.batch_size).to(self.device)
+        self.source = batchify(self.corpus.train, config.optim.batch_size, least=3).to(self.device)
         # a run remembers where its texts are, wherever it is continued from
         self.config = config = dataclasses.replace(
             config, data=config.data.absolute(), start=config.start and config.start.absolute()
@@ -170,7 +170,8 @@ class Trainer:
             initial=progress.row * columns,
         ) as shown:
             self.stopwatch.start()
-            while progress.row < rows - 1:
+            # a single row that is left at the end would take a full step; as in the published code, it takes none
+            while progress.row < rows - 2:
                 length = self.train_step()
                 self.stopwatch.lap()
                 if progress.step % config.log_interval == 0:

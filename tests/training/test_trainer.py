@@ -203,3 +203,14 @@ def test_a_run_that_diverges_ends_in_one_line(where, small_flags, tmp_path, monk
         not (out / "best.safetensors").exists()
         and first_not_finite(load_checkpoint(out / "last.safetensors")[0]) is None
     )
+
+
+def test_a_single_row_at_the_end_takes_no_step(small_flags, tmp_path, monkeypatch):
+    """As in the published code, whose last segment has two rows at least; here 379 of the text's 380 and a single one,
+    or 378 and two."""
+    for drawn, steps in ((379, 1), (378, 2), (400, 1)):
+        monkeypatch.setattr("fused_mos.training.trainer.random_bptt_length", lambda *_, drawn=drawn: drawn)
+        trainer = Trainer(parse([*small_flags, "--out", str(tmp_path / str(drawn))]))
+        assert trainer.source.shape[0] == 381
+        trainer._train_epoch()
+        assert trainer.progress.step == steps
