@@ -112,7 +112,7 @@ class Flags:
 
 def write(config: Flags) -> dict[str, float]:
     """Writes the folder and returns what language.json holds. Raises ValueError for a text too short to contain each
-    word, FolderOccupied for a folder that holds something else than such a language."""
+    word, FolderOccupied for a folder that holds something else than such a language, FolderInUse."""
     language = SyntheticLanguage(config.n_words, config.rank, config.concentration, config.seed)
     texts = {
         split: language.sample(n, config.seed + i)
@@ -126,7 +126,6 @@ def write(config: Flags) -> dict[str, float]:
             f"lack {missing}"
         )
     files.refuse_foreign(config.out, lambda path: path.name == "language.json")
-    files.make_folder(config.out)
     facts = {
         "entropy": language.entropy,
         "perplexity": math.exp(language.entropy),
@@ -135,12 +134,13 @@ def write(config: Flags) -> dict[str, float]:
         "concentration": config.concentration,
         "seed": config.seed,
     }
-    # first: what a kill leaves can be told from a folder of something else
-    files.write_json(config.out / "language.json", facts)
-    words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
-    for split, tokens in texts.items():
-        # a line's end is a word, and the corpus ends the last line by itself
-        files.write_text(config.out / f"{split}.txt", "".join(words[i] for i in tokens.tolist()))
+    with files.FolderLock(config.out):
+        # first: what a kill leaves can be told from a folder of something else
+        files.write_json(config.out / "language.json", facts)
+        words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
+        for split, tokens in texts.items():
+            # a line's end is a word, and the corpus ends the last line by itself
+            files.write_text(config.out / f"{split}.txt", "".join(words[i] for i in tokens.tolist()))
     return facts
 
 

@@ -39,14 +39,12 @@ def inspect_run(run: Run, split: str, n_words: int, nearest: tuple[str, ...] = (
         raise ConfigError(f"nearest: {unknown[0]!r} is not one of the model's {len(index):,} words")
     reading = read(run, run.text(split))
     report = summary(run, reading, nearest)
-    folder = run.folder / "experts"
-    files.make_folder(folder)
-    words = run.vocabulary.words
+    folder, words, title = run.folder / "experts", run.vocabulary.words, f"{run.folder.name}, {split}"
     labels = [printable(words[i]) for i in reading.tokens[:WORDS_IN_PLOT]]  # matplotlib warns of others, and names them
-    plot_experts(reading, labels, folder / "experts.png")
-    files.write_json(folder / "experts.json", {"split": split, **report})
-    title = f"{run.folder.name}, {split}"
-    files.write_text(folder / "index.html", page(reading, words, n_words, report, title))
+    with files.FolderLock(folder, wait=True):  # the files of two that write at once would be mixed
+        plot_experts(reading, labels, folder / "experts.png")
+        files.write_json(folder / "experts.json", {"split": split, **report})
+        files.write_text(folder / "index.html", page(reading, words, n_words, report, title))
     return report
 
 
