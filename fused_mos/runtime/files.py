@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -314,4 +315,5 @@ def _lock(file: BinaryIO, path: Path, wait: bool) -> None:
 def is_leftover(path: Path) -> bool:
     """True if `path` is a lock or an unfinished file, which a killed process may leave in a folder that holds nothing
     else yet."""
-    return path.name == LOCK or PARTIAL in path.suffixes
+    # safetensors wrote such a name itself in versions before 0.2
+    return path.name == LOCK or PARTIAL in path.suffixes or re.fullmatch(r"\.tmp\w{6}", path.name) is not None
