@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from fused_mos import _cpu, train_1b
-from fused_mos.data.lm1b import read_manifest
+from fused_mos.data.manifest import read_manifest
 from fused_mos.runtime.files import write_json
 from fused_mos.training.lm1b import memory
 from fused_mos.training.metrics import read_metrics

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..runtime.files import sha256
 from ..runtime.progress import bar
 from .corpus import CorpusError, Vocabulary
-from .lm1b import BOS, read_manifest
+from .lm1b import BOS
+from .manifest import read_manifest
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fused_mos.data import CorpusError, lm1b
-from fused_mos.data.lm1b import FOLDER, FOLDERS, SHARDS, Prepare, prepare, read_manifest
+from fused_mos.data.lm1b import FOLDER, FOLDERS, SHARDS, Prepare, prepare
+from fused_mos.data.manifest import read_manifest
 
 TRAIN = (b"the cat sat\nthe dog sat on the cat\n", "a cat \u00a0 é\n\n<S> the </S> \t\r<UNK>\n".encode())
 HELDOUT = (b"the zebra sat\n",)

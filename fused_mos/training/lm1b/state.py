@@ -1,6 +1,7 @@
 """The state of a run: what its checkpoints hold, in the form in which any number of ranks can save and read it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -8,11 +9,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Shard
 
-from ...data.token_stream import Position
+from ...data.token_stream import Position, PreparedCorpus
 from ...lm import AWDLSTM
 from ...lm.awd_lstm import Hidden, gradients
 from ...vocab_parallel import VocabShard
-from .. import meter
+from .. import meter, settings
+from ..errors import CheckpointError
+from .config import LM1BConfig
 from .ranks import Ranks
 
 
@@ -37,6 +40,27 @@ class Progress(meter.Progress):
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """The inverse of `dataclasses.asdict`. Raises KeyError or TypeError for the fields of another version."""
         return cls(**values | {"position": Position(**values["position"])})
+
+
+def saved_form(config: LM1BConfig) -> dict[str, Any]:
+    """A run's configuration for a later command, wherever that is started."""
+    return dataclasses.replace(config, data=config.data.absolute(), resume=None).to_json()
+
+
+def identity(config: LM1BConfig, corpus: PreparedCorpus) -> dict[str, Any]:
+    """Tells a run from others, in what it saves."""
+    shards = [file.sha256 for file in corpus.train]
+    return {"config": saved_form(config), "vocabulary": corpus.digest, "shards": shards}
+
+
+def check_identity(state: dict[str, Any], path: Path, config: LM1BConfig, corpus: PreparedCorpus) -> None:
+    """Raises CheckpointError or ConfigError unless `state`, read from `path`, is that of this run."""
+    now = identity(config, corpus)
+    if missing := [key for key in now if key not in state]:
+        raise CheckpointError(f"checkpoint {path} is of another version or kind: state.json has no {missing[0]!r}")
+    if any(state[key] != now[key] for key in ("vocabulary", "shards")):
+        raise CheckpointError(f"data: {config.data} is not the corpus that {path} was trained on")
+    settings.check_same_run(LM1BConfig.from_json(state["config"]), config)
 
 
 class RunTensors:

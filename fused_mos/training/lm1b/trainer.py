@@ -21,7 +21,7 @@ from ...runtime import UserError, files, signals
 from ...runtime.progress import bar, say
 from ...vocab_parallel import parallelize
 from .. import folder as run_folder
-from .. import meter, settings
+from .. import meter
 from ..device import allow_tf32, autocast, check_precision, on_device, peak_memory_mib
 from ..errors import CheckpointError, TrainingDiverged
 from ..finite import diverged, explained, first_not_finite
@@ -34,7 +34,7 @@ from .exchange import StepDecision, exchange
 from .loss import SummedLoss
 from .optim import learning_rate, make_optimizer
 from .ranks import Ranks
-from .state import Progress, RunTensors, initialize
+from .state import Progress, RunTensors, check_identity, identity, initialize, saved_form
 
 OTHER_RANKS = 1e-4
 """Share by which a loss may be another on another number of ranks."""
@@ -155,7 +155,7 @@ class LM1BTrainer:
         if not self.resumed:
             self._save()  # before anything else, so that there is no moment from which a run cannot go on
         if self.ranks.is_main:
-            files.write_json(self.folder / "config.json", self._config_json())
+            files.write_json(self.folder / "config.json", saved_form(self.config))
             self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
         try:
             with signals.noting():
@@ -303,7 +303,7 @@ class LM1BTrainer:
         if better:
             progress.best = loss
             path = self.best / checkpoint.step_name(progress.step)
-            state = {"step": progress.step, "loss": loss, **self._identity()}
+            state = {"step": progress.step, "loss": loss, **identity(self.config, self.corpus)}
             checkpoint.save(path, self.tensors.parameters(), state, self.ranks)
             if self.ranks.is_main:
                 checkpoint.remove_older(self.best)
@@ -325,7 +325,7 @@ class LM1BTrainer:
             raise CheckpointError(f"{self.folder} has no best model: it is not the folder of a run that was evaluated")
         state = checkpoint.read_state(best, "step", "loss")
         if "config" in state:  # versions before 0.2 did not keep it
-            self._check_same_run(state, best)
+            check_identity(state, best, self.config, self.corpus)
         if self.progress.best is not None and state["loss"] > self.progress.best * (1 + OTHER_RANKS):
             raise CheckpointError(
                 f"{best} is older than {self.resumed or self.checkpoints}: its loss is {state['loss']:.4f}, and the "
@@ -369,7 +369,7 @@ class LM1BTrainer:
         self.ranks.agree(self._diverged(f"{name} is no longer finite") if name else None)
         if self.metrics:
             progress.metrics_bytes = self.metrics.sync()
-        state = self._identity() | {
+        state = identity(self.config, self.corpus) | {
             "progress": dataclasses.asdict(progress),
             "random": [self.ranks.n_data, self.device.type],
         }
@@ -379,17 +379,9 @@ class LM1BTrainer:
         if self.ranks.is_main:
             checkpoint.remove_older(self.checkpoints, checkpoint.KEPT)
 
-    def _identity(self) -> dict[str, Any]:
-        """Tells this run from others, in what it saves."""
-        return {
-            "config": self._config_json(),
-            "vocabulary": self.corpus.digest,
-            "shards": [file.sha256 for file in self.corpus.train],
-        }
-
     def _restore(self, path: Path) -> None:
-        state = checkpoint.read_state(path, "config", "progress", "vocabulary", "shards", "random")
-        self._check_same_run(state, path)
+        state = checkpoint.read_state(path, "progress", "random")
+        check_identity(state, path, self.config, self.corpus)
         tensors = self.tensors.training() | self.tensors.hidden(self.hidden)
         same_ranks = state["random"] == [self.ranks.n_data, self.device.type]
         if same_ranks:
@@ -409,12 +401,3 @@ class LM1BTrainer:
             self.tensors.set_random(tensors)
         else:
             self._seed_dropout(self.progress.step)
-
-    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        if state["vocabulary"] != self.corpus.digest or state["shards"] != [file.sha256 for file in self.corpus.train]:
-            raise CheckpointError(f"data: {self.config.data} is not the corpus that {path} was trained on")
-        settings.check_same_run(LM1BConfig.from_json(state["config"]), self.config)
-
-    def _config_json(self) -> dict[str, Any]:
-        """The configuration for a later command, wherever that is started."""
-        return dataclasses.replace(self.config, data=self.config.data.absolute(), resume=None).to_json()
