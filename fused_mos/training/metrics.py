@@ -36,6 +36,7 @@ class MetricsLog:
             self._file = self._path.open("ab+")
             kept = _end_of_lines(self._file, min(offset, self._file.seek(0, os.SEEK_END)))
             self._file.truncate(kept)
+            files.sync_folder(folder)
         if kept < offset:
             show(f"warning: {self._path} has lost {offset - kept:,} bytes of this run", file=sys.stderr)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if offset else None)

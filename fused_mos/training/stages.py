@@ -9,7 +9,7 @@ from ..runtime.progress import say
 from .checkpoint import load_latest
 from .config import TrainConfig
 from .run import read_config
-from .state import last_path, load_last
+from .state import has_begun, last_path, load_last
 from .trainer import Trainer
 
 
@@ -31,6 +31,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def saved_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`, as its last checkpoint has it. Raises CheckpointError, ConfigError."""
+    if not has_begun(folder) and (folder / "config.json").is_file():
+        read_config(folder)  # which says so where it is a run of train_1b
     saved = load_latest(last_path(folder), "config", quietly=True).meta["config"]
     return dataclasses.replace(TrainConfig.from_json(saved), out=folder, resume=None, time_limit=0.0, profile=0)
 

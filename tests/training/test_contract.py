@@ -416,8 +416,8 @@ def test_a_run_of_another_command_is_named(trained, flags, tmp_path, capsys):
     assert f"resume: {trained} is a run of train, not of finetune" in capsys.readouterr().err
     other = tmp_path / "1b"
     assert train_1b.main([*flags, "--max-steps", "2", "--out", str(other)]) == 0
-    for command in (evaluate, generate, experts, finetune):
-        assert command.main([str(other)]) == 2
+    for command, flags in ((evaluate, []), (generate, []), (experts, []), (finetune, []), (train, ["--resume"])):
+        assert command.main([*flags, str(other)]) == 2
         assert f"{other} is a run of train_1b, which only python -m fused_mos.train_1b" in capsys.readouterr().err
 
 
