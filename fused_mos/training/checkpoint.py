@@ -41,8 +41,10 @@ def save_checkpoint(
     plain one; PATH then is a safetensors file without tensors that names them. With `keep_previous`, the checkpoint
     that is replaced stays as PATH.previous. Raises FileError.
     """
-    tensors, text = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, files.to_json(meta)
-    content = safetensors.torch.save(tensors, {"fused_mos": text, "sha256": _digest(tensors, text)})
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # within the JSON: safetensors writes several entries in an order that changes from file to file
+    text = files.to_json(meta | {"sha256": _digest(tensors, meta)})
+    content = safetensors.torch.save(tensors, {"fused_mos": text})
     size = max_mib << 20
     if size and sum(t.nbytes for t in tensors.values()) > size:
         whole, content = memoryview(content), b""
@@ -74,9 +76,9 @@ def _previous(path: Path) -> Path:
     return path.with_name(path.name + PREVIOUS)
 
 
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    """SHA-256 of contiguous tensors on the CPU, with their names, types and shapes, and of a text."""
-    hashed = hashlib.sha256(text.encode())
+def _digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
+    """SHA-256 of contiguous tensors on the CPU, with their names, types and shapes, and of a checkpoint's JSON."""
+    hashed = hashlib.sha256(files.to_json(meta).encode())
     for name, tensor in sorted(tensors.items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -145,13 +147,13 @@ def load_checkpoint(path: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str
             raise ValueError("its parts are not those that it was saved with")
         tensors = safetensors.torch.load(content)
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        text = metadata["fused_mos"]
-        if metadata.get("sha256") not in (None, _digest(tensors, text)):  # versions before 0.2 wrote none
+        meta = json.loads(metadata["fused_mos"])
+        digest = meta.pop("sha256", None)
+        if digest not in (None, _digest(tensors, meta)):  # versions before 0.2 wrote none
             raise ValueError("its content does not have the digest that it was saved with")
-        meta = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} lacks its part {error.filename}; nothing was changed") from None
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error}); nothing was changed") from None
     if missing := [key for key in keys if key not in meta]:
         raise CheckpointError(f"checkpoint {path} is of another version or kind: it has no {missing[0]!r}")
