@@ -78,7 +78,7 @@ def run(work: Callable[[list[str]], int | None], arguments: list[str] | None = N
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        print(f"error: there is not enough memory: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
+        show(f"error: there is not enough memory: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
         return 2
     except signals.TimeLimitReached:
         if rank == "0":

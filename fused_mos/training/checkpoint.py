@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime import files
+from ..runtime.text import show
 from .errors import CheckpointError
 from .finite import first_not_finite
 
@@ -129,7 +130,7 @@ def load_latest(path: Path, *keys: str, quietly: bool = False) -> Checkpoint:
         except CheckpointError:
             raise error from None
         if not quietly:
-            print(f"warning: {error}; going on from the one before it, {previous}", file=sys.stderr)
+            show(f"warning: {error}; going on from the one before it, {previous}", file=sys.stderr)
         return loaded
 
 

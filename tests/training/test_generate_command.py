@@ -3,6 +3,7 @@
 from fused_mos import generate as command
 from fused_mos import train
 from fused_mos.training import Trainer
+from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_the_command(small_flags, tmp_path, capsys):
@@ -30,6 +31,9 @@ def test_words_do_not_command_the_terminal(finished_run, capsys):
     path = folder / "vocabulary.txt"
     words = [word if word == "<eos>" else word + evil for word in path.read_text().splitlines()]
     path.write_text("\n".join(words) + "\n", encoding="utf-8")
+    tensors, meta = load_checkpoint(folder / "best.safetensors")
+    del meta["vocabulary"]  # the digest of the words that it was trained on
+    save_checkpoint(folder / "best.safetensors", tensors, meta)
     capsys.readouterr()
     assert command.main([str(folder), "--prompt", words[0], "--words", "30", "--seed", "1"]) == 0
     assert command.main([str(folder), "--prompt", evil]) == 2

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ...runtime import files
+from ...runtime.text import show
 from ..errors import CheckpointError
 from .config import LM1BConfig
 from .ranks import OtherRankFailed, Ranks
@@ -88,7 +89,7 @@ def newest(folder: Path, ranks: Ranks) -> Path | None:
                 raise
             if ranks.is_main:
                 why = error if isinstance(error, CheckpointError) else f"checkpoint {path} is damaged"
-                print(f"warning: {why}; going on from the one before it, {older}", file=sys.stderr)
+                show(f"warning: {why}; going on from the one before it, {older}", file=sys.stderr)
     return None
 
 
