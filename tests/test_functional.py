@@ -511,3 +511,29 @@ def test_small_gradients_of_float16_survive_a_loss_scale():
     exact, scaled = gradient(torch.float64, "reference", 1), gradient(torch.float16, "tiled", scale)
     assert (scaled - exact).norm() < 2e-3 * exact.norm()
     assert (scaled == 0).double().mean() < 1e-3
+
+
+@pytest.mark.parametrize("what", ["prior inf", "prior all -inf", "latent inf", "bias inf", "weight inf"])
+def test_what_is_no_distribution_is_nan(what, backend):
+    """Of the tokens that it concerns, and of no others; on every backend."""
+    case = problem(4, 3, 8, 90, ignored=False).to(torch.float32, ())
+    z, a, w, b = (tensor.clone() for tensor in case.inputs())
+    if what == "prior inf":
+        a[1, 0] = torch.inf
+    elif what == "prior all -inf":
+        a[1] = -torch.inf
+    elif what == "latent inf":
+        z[1, 0, 0] = torch.inf
+    elif what == "bias inf":
+        b[5] = torch.inf
+    else:
+        w[7, 0], z = torch.inf, z.abs()
+    bad = torch.tensor([False, True, False, False]) if what[:4] in ("prio", "late") else torch.ones(4, dtype=torch.bool)
+    losses = F.mos_nll_loss(z, a, w, case.target, b, reduction="none", backend=backend)
+    assert torch.equal(losses.isnan(), bad)
+    log_prob = F.mos_log_prob(z, a, w, b, backend=backend)
+    assert log_prob[bad].isnan().all() and log_prob[~bad].isfinite().all()
+    assert (F.mos_predict(z, a, w, b, backend=backend)[bad] == 0).all()
+    inputs = [tensor.requires_grad_() for tensor in (z, a, w, b)]
+    mean = F.mos_nll_loss(*inputs[:3], case.target, inputs[3], backend=backend)
+    assert mean.isnan() and all(gradient.isnan().any() for gradient in torch.autograd.grad(mean, inputs))

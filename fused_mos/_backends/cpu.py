@@ -234,7 +234,9 @@ def log_prob(
     head, bias = _head(weight, bias)
     result = maximum.new_empty(latent.shape[0], weight.shape[0])
     _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), log_prob=_address(result), best=0)
-    return result
+    # the kernels' exponentials take NaN for a small number
+    undefined = (log_prior + maximum + log_total).isnan().any(1)
+    return result.masked_fill_(undefined[:, None], torch.nan) if undefined.any() else result
 
 
 def predict(
