@@ -117,6 +117,8 @@ class VocabShard(Vocabulary):
         own = (target >= self.start) & (target < self.stop)
         local = torch.where(target == ignore_index, IGNORED, torch.where(own, target - self.start, ELSEWHERE))
         nll = _ShardedNLL.apply(*operands.tensors, local, self.group, filter_eps, operands.backend)
+        is_none = (target != ignore_index) & ((target < 0) | (target >= self.n_classes))
+        nll = torch.where(is_none, torch.nan, nll)  # as without shards, where nobody has looked at the targets
         return reduced(nll, target, ignore_index, reduction)
 
     @torch.no_grad()
@@ -139,9 +141,11 @@ class VocabShard(Vocabulary):
         own = TopK(*ops.topk(*self._given_normalisers(operands), k, operands.backend))
         filled = k - own.values.shape[1]  # where this rank has fewer than k classes
         values = torch.cat(self._gathered(nn.functional.pad(own.values, (0, filled), value=-torch.inf)), 1)
-        indices = torch.cat(self._gathered(nn.functional.pad(own.indices + self.start, (0, filled))), 1)
-        values, chosen = values.topk(k)
-        return TopK(values, indices.gather(1, chosen))
+        indices = torch.cat(self._gathered(nn.functional.pad(own.indices + self.start, (0, filled), value=-1)), 1)
+        # a class of probability 0 goes before what fills up
+        order = values.clamp_min(torch.finfo(values.dtype).min).masked_fill(indices < 0, -torch.inf)
+        chosen = order.topk(k).indices
+        return TopK(values.gather(1, chosen), indices.gather(1, chosen))
 
     def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
         """First the expert, then the rank, then a class of that rank, which draws it."""
@@ -151,8 +155,10 @@ class VocabShard(Vocabulary):
             return torch.empty(0, dtype=torch.int64, device=latent.device)
         expert = self._choose(log_softmax_prior(prior_logits).exp(), generator)
         rows = latent[torch.arange(n, device=latent.device), expert]
-        cooled = (rows / temperature)[:, None], weight, bias if bias is None else bias / temperature
-        maximum, log_total, _ = ops.row_statistics(*cooled, None, backend)
+        temperature = max(temperature, 1e-30)  # whose inverse times a logit is in float32's range
+        dtype = torch.float32 if rows.dtype == torch.float16 else rows.dtype
+        cooled = rows[:, None].to(dtype) / temperature, None if bias is None else bias.to(dtype) / temperature
+        maximum, log_total, _ = ops.row_statistics(cooled[0], weight.to(dtype), cooled[1], None, backend)
         shares = torch.cat(self._gathered(maximum + log_total), 1)
         rank = self._choose(torch.softmax(shares, 1), generator)
         seed = new_seed(generator, latent.device)

@@ -445,3 +445,17 @@ def test_persistent_kernels_make_the_same_gradients(operation, dtype, workspace)
                 )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("classes", [16, 32])
+def test_tiles_beyond_the_last_class_are_zero(classes, persistent):
+    """65 classes are filled up to 128 columns; rows whose first tile is masked have a reference that a tile without a
+    class cannot be taken relative to."""
+    case = problem(5, 2, 16, 65, ignored=False)
+    case.bias[:classes] = -1e9
+    case.target.clamp_(classes)
+    tile = configurations.Tile(32, classes, 16, 4, 1, persistent=persistent)
+    tiles = dict.fromkeys(configurations.ARCHITECTURES["sm_90"].tiles, tile)
+    with launch.overridden(configurations.Architecture(4, 2**30, tiles)):
+        check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), torch.float32, "triton")

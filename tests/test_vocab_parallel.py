@@ -8,7 +8,7 @@ import torch
 from ranks import run_on_ranks
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from fused_mos import MoC, MoS, Softmax, functional, vocab_parallel
+from fused_mos import MoC, MoS, Softmax, _inputs, functional, vocab_parallel
 from fused_mos.lm import AWDLSTM
 from fused_mos.vocab_parallel import VocabParallelEmbedding, VocabShard, parallelize
 
@@ -339,3 +339,27 @@ def sharded_weight():
 
 def test_a_weight_that_is_sharded_alone_is_refused():
     run_on_ranks(2, sharded_weight)
+
+
+def shards_at_the_edges():
+    latent, prior_logits, weight, bias, _ = (t.detach() for t in problem(4, 2, 8, 5))
+    shard, bias[3] = VocabShard(5), -torch.inf
+    own = [latent, prior_logits, shard.rows(weight), shard.rows(bias)]
+    best = shard.mos_topk(*own, k=5)
+    assert (best.indices.sort(1).values == torch.arange(5)).all()
+    for dtype, temperature in ((torch.float32, 1e-38), (torch.float32, 1e-40), (torch.float16, 1e-5)):
+        one = [tensor[:, :1] if i < 2 else tensor for i, tensor in enumerate(own)]  # of one expert, which is drawn
+        cold = [tensor.to(dtype) for tensor in one]
+        cold[1] = torch.zeros(4, 1)
+        expected = shard.mos_topk(*cold, k=1).indices[:, 0]
+        for _ in range(10):
+            assert torch.equal(shard.mos_sample(*cold, temperature=temperature), expected)
+    target = torch.tensor([0, 1, 99, 4])
+    _inputs.values_can_be_read = lambda tensor: False  # as on a GPU
+    losses = shard.nll_and_loss(*own[:3], target, own[3], reduction="none").loss
+    assert losses[2].isnan() and losses[[0, 1, 3]].isfinite().all()
+
+
+def test_shards_at_the_edges():
+    """Masked classes and k beyond a shard's, cold samples, and a target that is no class."""
+    run_on_ranks(2, shards_at_the_edges)

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import itertools
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -98,7 +99,8 @@ def recorded_launches(monkeypatch):
     )
 
     def recorded_call(self, *arguments, **options):
-        tensors = [member for member in launch._flat(arguments) if isinstance(member, torch.Tensor)]
+        members = itertools.chain.from_iterable(a if isinstance(a, tuple) else (a,) for a in arguments)
+        tensors = [member for member in members if isinstance(member, torch.Tensor)]
         launches.append(Launch(self.fn.__name__, tensors))
         return call(self, *arguments, **options)
 

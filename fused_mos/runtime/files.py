@@ -126,15 +126,17 @@ def explained(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, last: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yields the path of a partial file, which takes the name `path` if the block ends without an exception; otherwise
-    the old file stays as it was. An OSError of the block becomes a FileError."""
+    the old file stays as it was. `last` is called once all of it is on the disk, before it takes the name. An OSError
+    becomes a FileError."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with explained(path):
             yield partial
             with partial.open("rb+") as file:
                 sync(file)
+            last()
             rename(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -143,9 +145,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` once all of it is on the disk. Raises FileError."""
-    with replacing(path) as partial, partial.open("wb") as file:
+def writing(path: Path, last: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+    """A binary file that replaces `path` once all of it is on the disk, see `replacing`. Raises FileError."""
+    with replacing(path, last) as partial, partial.open("wb") as file:
         yield file
 
 

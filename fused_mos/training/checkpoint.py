@@ -56,15 +56,15 @@ def save_checkpoint(
                 file.write(whole[start : start + size])
             parts.append(part.name)
         content = safetensors.torch.save({}, {"parts": json.dumps(parts), "sha256": digest})
-    with files.writing(path) as file:
+    with files.writing(path, (lambda: _keep(path)) if keep_previous else lambda: None) as file:
         file.write(content)
-        if keep_previous and path.is_file():
-            _keep(path)
     _remove_unused_parts(path)
 
 
 def _keep(path: Path) -> None:
-    """Makes PATH.previous another name of `path`, so that there is no moment without `path`."""
+    """Makes PATH.previous another name of `path`, if there is one, so that there is no moment without `path`."""
+    if not path.is_file():
+        return
     previous = _previous(path)
     link = previous.with_name(previous.name + files.PARTIAL)
     link.unlink(missing_ok=True)
@@ -154,7 +154,9 @@ def load_checkpoint(path: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str
             raise ValueError("its content does not have the digest that it was saved with")
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} lacks its part {error.filename}; nothing was changed") from None
-    except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({error}); nothing was changed") from None
+    except (safetensors.SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error}); nothing was changed") from None
     if missing := [key for key in keys if key not in meta]:
         raise CheckpointError(f"checkpoint {path} is of another version or kind: it has no {missing[0]!r}")

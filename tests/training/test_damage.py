@@ -1,6 +1,7 @@
 """Files of a run that were damaged, exchanged or lost: noticed, told in one line, and survived where an older one is
 kept."""
 
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import torch
 from runs import losses
 
 from fused_mos import evaluate, finetune, train, train_1b
+from fused_mos.runtime import files
 from fused_mos.training import CheckpointError
 from fused_mos.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from fused_mos.training.metrics import MetricsLog, read_metrics
@@ -84,6 +86,38 @@ def test_the_checkpoint_before_the_last_one_is_kept(max_mib, tmp_path, capsys):
 
 
 @pytest.mark.trains
+def test_a_save_that_fails_keeps_both_checkpoints(tmp_path, monkeypatch):
+    """The one before the last is replaced when the new one is on the disk, not before."""
+    path, previous = tmp_path / "last.safetensors", tmp_path / "last.safetensors.previous"
+    for step in (1, 2):
+        save_checkpoint(path, {"x": torch.full((4,), float(step))}, {"step": step}, keep_previous=True)
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(files.FileError):
+        save_checkpoint(path, {"x": torch.full((4,), 3.0)}, {"step": 3}, keep_previous=True)
+    assert load_checkpoint(path)[1] == {"step": 2} and load_checkpoint(previous)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RecursionError("too deep")])
+def test_a_checkpoint_that_cannot_be_read_is_one_that_is_damaged(error, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "last.safetensors"
+    for step in (1, 2):
+        save_checkpoint(path, {"x": torch.zeros(4)}, {"step": step}, keep_previous=True)
+    read = type(path).read_bytes
+
+    def fails(self):
+        if self == path:
+            raise error
+        return read(self)
+
+    monkeypatch.setattr(type(path), "read_bytes", fails)
+    assert load_latest(path).meta == {"step": 1}
+    assert str(path) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("harm", ["damaged", "missing"])
 def test_a_run_goes_on_from_the_checkpoint_before_the_last_one(harm, small_flags, tmp_path, capsys):
     flags, whole, out = [*small_flags, "--epochs", "4"], tmp_path / "whole", tmp_path / "run"

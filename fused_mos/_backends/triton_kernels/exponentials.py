@@ -172,7 +172,7 @@ def recheck_kernel(
     mask = row < logits.n_rows
     reference = tl.load(reference_ptr + row, mask=mask, other=0.0)
     target_logit = tl.load(out.target_logit_ptr + row, mask=mask, other=0.0)
-    n_tiles = tl.cdiv(logits.n_classes, CLASSES)  # those beyond are 0 already
+    n_tiles = tl.cdiv(logits.n_classes, CLASSES)
     total = tl.zeros((ROWS,), tl.float32)
     for tile_index in range(0, n_tiles):
         partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
@@ -186,7 +186,8 @@ def recheck_kernel(
             maximum = tl.maximum(maximum, tl.max(tile, 1))
         reference = tl.where(beyond, maximum, reference)
         tl.store(reference_ptr + row, reference, mask=mask)
-        for tile_index in range(0, n_tiles):
+        # those beyond the last class, too: of a large reference they are NaN
+        for tile_index in range(0, tl.cdiv(out.n_columns, CLASSES)):
             exponentials_tile(
                 logits,
                 target_ptr,

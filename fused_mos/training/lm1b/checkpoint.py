@@ -39,9 +39,13 @@ COMPLETE = re.compile(r"step-\d{8,}")
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
     """Writes a checkpoint, all ranks together; `tensors` are DTensors or the same on all ranks, and not scalars. One of
-    this name stays as it is: it is of the same step. Raises CheckpointError, on all ranks."""
+    this name stays as it is, unless it is damaged: it is of the same step. Raises CheckpointError, on all ranks."""
     if ranks.sums(ranks.is_main and path.exists()).item():
-        return
+        try:
+            _verify(path, ranks)
+            return
+        except (CheckpointError, OtherRankFailed):
+            _main_does(ranks, path, lambda: _set_aside(path))
     partial = path.with_name(path.name + files.PARTIAL)
     _main_does(ranks, path, lambda: _fresh_folder(partial))
     error = None
@@ -132,8 +136,13 @@ def set_aside_newer(folder: Path, path: Path) -> None:
     """Renames the checkpoints after `path`, which are damaged: one of their names may be written again."""
     names = _complete_names(folder)
     for name in names[: names.index(path.name)]:
-        shutil.rmtree(folder / (name + DAMAGED), ignore_errors=True)
-        files.rename(folder / name, folder / (name + DAMAGED))
+        _set_aside(folder / name)
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(path.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    files.rename(path, aside)
 
 
 def remove_older(folder: Path, kept: int = 1) -> None:
