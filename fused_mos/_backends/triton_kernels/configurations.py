@@ -134,11 +134,13 @@ _SHALLOW_MIXTURE = {
 _SHALLOW_GRADIENT = {
     "many 16-bit gradient narrow": Tile(128, 128, 32, 8, 4),
     "many tf32 gradient narrow": Tile(128, 64, 32, 8, 3),
+    "many ieee gradient wide": Tile(64, 64, 16, 4, 2),
 }
 _FLAT_MIXTURE = {"many ieee mixture": Tile(16, 32, 16, 4, 2)}
 _SMALL_PREDICTION = {  # whose maxima and places need registers beside the sums
     "few 16-bit mixture": Tile(16, 64, 64, 4, 4),
     "few tf32 mixture": Tile(16, 64, 32, 4, 3),
+    "some ieee mixture wide": Tile(64, 32, 32, 8, 2),
 }
 ARCHITECTURES = {
     "sm_80": Architecture(108, 166_912, _table(_SMALL_MIXTURE | _RESIDENT | _SHALLOW_GRADIENT)),
