@@ -77,7 +77,6 @@ FORMULAS = {
     "predict": _nll,
     "topk": _nll,
     "sample": _sample,
-    "sample_rows": _logsumexp,
     "row_statistics": _logsumexp,
 }
 """By the names of the ops; "scaled" has no product."""

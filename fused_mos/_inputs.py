@@ -203,9 +203,15 @@ def check_k(k: int, n_classes: int) -> None:
         raise ValueError(f"k must be in [1, V = {n_classes}], got {k}")
 
 
-def check_temperature(temperature: float) -> None:
+COLDEST = 1e-30
+"""A temperature whose inverse times a logit of 10⁸ is within float32; colder ones draw the best class, too."""
+
+
+def check_temperature(temperature: float) -> float:
+    """Returns the temperature to compute with, which is COLDEST at least."""
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature} (predict, or topk with k = 1, is greedy)")
+    return max(temperature, COLDEST)
 
 
 def check_drawn(drawn: Tensor) -> None:

@@ -129,7 +129,7 @@ class Vocabulary(ABC):
         """One class per token, (N,) int64: first the expert, then a class of that expert."""
         with prepared(latent, prior_logits, weight, bias, backend) as operands:
             self.count_classes(operands)
-            check_temperature(temperature)
+            temperature = check_temperature(temperature)
             if operands.backend == "reference":
                 drawn = reference.sample(*operands.tensors, temperature, generator)
             else:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from ._inputs import COLDEST
 from .runtime import command
 from .runtime.text import show
 from .training.errors import ConfigError
@@ -24,8 +25,7 @@ class Flags:
     """Words to begin with, separated by spaces; by default the beginning of a sentence."""
     words: int = setting(100, POSITIVE)
     """Words to draw."""
-    # logits of 10⁸ divided by less would be infinite in float32
-    temperature: float = setting(1.0, Range("be at least 1e-30", lambda temperature: temperature >= 1e-30))
+    temperature: float = setting(1.0, Range(f"be at least {COLDEST}", lambda temperature: temperature >= COLDEST))
     """Below 1 the likely words become likelier; without top_k and top_p within each expert alone. --top-k 1 is
     greedy."""
     top_k: int = setting(0, NOT_NEGATIVE)

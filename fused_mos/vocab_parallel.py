@@ -154,15 +154,16 @@ class VocabShard(Vocabulary):
         if n == 0:  # torch.multinomial refuses an empty batch
             return torch.empty(0, dtype=torch.int64, device=latent.device)
         expert = self._choose(log_softmax_prior(prior_logits).exp(), generator)
-        rows = latent[torch.arange(n, device=latent.device), expert]
-        temperature = max(temperature, 1e-30)  # whose inverse times a logit is in float32's range
-        dtype = torch.float32 if rows.dtype == torch.float16 else rows.dtype
-        cooled = rows[:, None].to(dtype) / temperature, None if bias is None else bias.to(dtype) / temperature
-        maximum, log_total, _ = ops.row_statistics(cooled[0], weight.to(dtype), cooled[1], None, backend)
+        chosen = latent[torch.arange(n, device=latent.device), expert][:, None]  # a mixture of one expert
+        # float16 has no room for what a low temperature makes of logits
+        dtype = torch.float32 if latent.dtype == torch.float16 else latent.dtype
+        cooled_bias = None if bias is None else bias.to(dtype) / temperature
+        cooled = chosen.to(dtype) / temperature, weight.to(dtype), cooled_bias
+        maximum, log_total, _ = ops.row_statistics(*cooled, None, backend)
         shares = torch.cat(self._gathered(maximum + log_total), 1)
         rank = self._choose(torch.softmax(shares, 1), generator)
         seed = new_seed(generator, latent.device)
-        own = ops.sample_rows(rows, weight, bias, temperature, seed, backend)
+        own = ops.sample(chosen, prior_logits.new_zeros(n, 1), weight, bias, temperature, seed, backend)
         own = torch.where(own >= 0, own + self.start, own)
         result = torch.where(rank == dist.get_rank(self.group), own, 0)
         dist.all_reduce(result, group=self.group)

@@ -42,7 +42,6 @@ def calls(backend: str) -> dict:
         ops.topk: given | {"k": 3},
         ops.sample: operands | {"temperature": 1.0, "seed": seed},
         ops.row_statistics: unmixed | {"target": target},
-        ops.sample_rows: {"rows": z[:, 0], "weight": w, "bias": b, "temperature": 1.0, "seed": seed},
     }
     if backend == "triton":
         of_op[ops.scaled] = {"gradients": [z, a, w, b], "factor": one, "divisor": one}
@@ -80,7 +79,7 @@ def test_wrong_tensors_are_refused(backend):
                 else:
                     accepted.append((op._name, name, tuple(bad.shape), bad.dtype))
     # of single rows, more and fewer are another right call
-    right = {("logsumexp", "latent"), ("row_statistics", "latent"), ("sample_rows", "rows")}
+    right = {("logsumexp", "latent"), ("row_statistics", "latent")}
     assert {call[:2] for call in accepted} <= right, accepted
     assert refused > 400
 

@@ -26,7 +26,7 @@ from .triton_kernels import loss as loss_kernels
 from .triton_kernels.backward import finish, log_prob_backward, nll_backward, rows_backward  # noqa: F401
 from .triton_kernels.exponentials import Exponentials
 from .triton_kernels.finish import Gradients, Loss, Sizes
-from .triton_kernels.forward import choose_rows, log_prob, nll, normalisers, predict, row_statistics, sample  # noqa: F401  # noqa: F401
+from .triton_kernels.forward import choose_rows, log_prob, nll, normalisers, predict, row_statistics, sample  # noqa: F401
 from .triton_kernels.launch import INTERPRETED, choose_tile, launch
 from .triton_kernels.loss import RowFactors, Targets
 from .triton_kernels.operands import (

@@ -24,7 +24,6 @@ from .distribution import (
     predict,
     row_statistics,
     sample,
-    sample_rows,
     topk,
 )
 from .losses import nll, nll_backward, nll_with_gradients, scaled
@@ -43,7 +42,6 @@ __all__ = [
     "refuse_double_backward",
     "row_statistics",
     "sample",
-    "sample_rows",
     "scaled",
     "topk",
 ]

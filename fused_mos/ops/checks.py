@@ -34,19 +34,6 @@ def operands(
     return tuple(t if t is None else t.contiguous() for t in (latent, prior_logits, weight, bias))  # type: ignore[return-value]
 
 
-def rows(
-    rows_: Tensor,  # (R, D)
-    weight: Tensor,
-    bias: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `operands`, of single rows."""
-    if rows_.dim() != 2:
-        raise ValueError(f"rows must be (R, D), got shape {tuple(rows_.shape)}")
-    latent, _, weight, bias = operands(rows_[:, None], None, weight, bias, backend)
-    return latent[:, 0], weight, bias
-
-
 def targets(target: Tensor, latent: Tensor) -> Tensor:  # (N,) int64
     check_target_shape(target, latent)
     check_memory("target", target)

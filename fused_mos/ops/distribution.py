@@ -256,12 +256,6 @@ def _(latent, log_prior, weight, bias, maximum, log_total, k, backend):
 # -------------------------------------------------------------------------------------------------------------- samples
 
 
-def _finite_inverse(temperature: float) -> float:
-    """The temperature, or one whose inverse times a logit is a float32: colder ones draw the best class, too."""
-    check_temperature(temperature)
-    return max(temperature, 1e-30)
-
-
 @custom_op("fused_mos::sample", mutates_args=())
 def sample(
     latent: Tensor,  # (N, K, D)
@@ -274,7 +268,7 @@ def sample(
 ) -> Tensor:
     """A class of an expert, which is drawn from the prior, for each token, (N,) int64; −1 where none can be drawn."""
     kernels = _backends.kernels(backend)
-    temperature = _finite_inverse(temperature)
+    temperature = check_temperature(temperature)
     latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
     seed = checks.seeds(seed, latent)
     return kernels.sample(kernels.choose_rows(latent, prior_logits, seed), weight, bias, temperature, seed)
@@ -285,7 +279,7 @@ def _(latent, prior_logits, weight, bias, temperature, seed, backend):
     return latent.new_empty(latent.shape[0], dtype=torch.int64)
 
 
-# --------------------------------------------------------------------------------- single rows, for shards of a softmax
+# --------------------------------------------------------------------------- statistics of rows, for parts of a softmax
 
 
 @custom_op("fused_mos::row_statistics", mutates_args=())
@@ -307,23 +301,3 @@ def row_statistics(
 @row_statistics.register_fake
 def _(latent, weight, bias, target, backend):
     return tuple(empty_statistics(latent, 3))
-
-
-@custom_op("fused_mos::sample_rows", mutates_args=())
-def sample_rows(
-    rows: Tensor,  # (R, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    temperature: float,
-    seed: Tensor,  # (1,) int64
-    backend: str,
-) -> Tensor:
-    """One class from each row's softmax(l / temperature), (R,) int64; −1 where none can be drawn."""
-    temperature = _finite_inverse(temperature)
-    operands = checks.rows(rows, weight, bias, backend)
-    return _backends.kernels(backend).sample(*operands, temperature, checks.seeds(seed, rows))
-
-
-@sample_rows.register_fake
-def _(rows, weight, bias, temperature, seed, backend):
-    return rows.new_empty(rows.shape[0], dtype=torch.int64)

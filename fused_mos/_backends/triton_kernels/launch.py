@@ -117,7 +117,7 @@ def launch(
     stages: int = 1,
     **constants,
 ) -> None:
-    """Runs `kernel` on the device of its first tensor."""
+    """Runs `kernel` on the device of its tensors."""
     if 0 in grid:
         return
     if _override is not None and _override.calls is not None:
