@@ -1,5 +1,6 @@
 """Random MoS problems, and the criterion that every backend must meet (float64 reference, same-dtype unfused)."""
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -68,6 +69,22 @@ def problem(
         bias=draw(v) if bias else None,
         target=target,
     )
+
+
+# what `check_forward_and_gradients` computes, of a problem and a backend
+
+
+@functools.cache  # `_expected` is kept by the function
+def nll(reduction):
+    return lambda p, backend: p.nll(reduction=reduction, backend=backend)
+
+
+def log_prob(p, backend):
+    return F.mos_log_prob(*p.inputs(), backend=backend)
+
+
+def logsumexp(p, backend):
+    return F.mos_logsumexp(p.latent, p.weight, p.bias, backend=backend)
 
 
 def assert_meets_criterion(

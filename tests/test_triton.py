@@ -1,6 +1,5 @@
 """The Triton kernels beyond what every backend is tested for: far addresses, rare paths and launch configurations."""
 
-import itertools
 import math
 import weakref
 
@@ -12,7 +11,6 @@ from problem import check_forward_and_gradients, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_mos import _backends
 from fused_mos import functional as F
 from fused_mos._backends import tiled
 
@@ -369,93 +367,3 @@ def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
                 memory.peak - sum(kept.values()) - (4 * n * v if name == "log_prob backward" else 0)
             )  # it makes a gradient
             assert extra <= 296 * 2**20, f"{name}: {extra / 2**20:.1f} MiB"
-
-
-# ------------------------------------------------------------------------------------------------ choice of the backend
-
-
-def test_gpus_that_are_too_old_are_named():
-    assert configurations.OLDEST == (8, 0)
-    assert triton.too_old("NVIDIA A100", (8, 0)) is None
-    message = "it needs a GPU of compute capability 8.0 or newer, and Tesla T4 has 7.5; use backend='tiled'"
-    assert triton.too_old("Tesla T4", (7, 5)) == message
-    with pytest.raises(
-        ValueError, match="backend 'triton' cannot be used: it is for CUDA tensors, but latent is on meta"
-    ):
-        _backends.resolve("triton", torch.device("meta"), torch.float32)
-    with pytest.raises(
-        TypeError, match="'triton' computes torch.float32, torch.bfloat16, torch.float16, got torch.float64"
-    ):
-        _backends.resolve("triton", torch.device("cpu"), torch.float64)
-
-
-@pytest.mark.parametrize(
-    ("capability", "name"),
-    [
-        ((8, 0), "sm_80"),
-        ((8, 6), "sm_86"),
-        ((8, 9), "sm_86"),
-        ((9, 0), "sm_90"),
-        ((10, 0), "sm_100"),
-        ((10, 3), "sm_100"),
-        ((12, 1), "sm_120"),
-    ],
-)
-def test_every_supported_gpu_has_tiles(capability, name):
-    assert configurations.architecture_name(capability) == name
-    for precision, rows_, features in itertools.product(configurations.PRECISIONS, (1, 17, 10_000), (8, 280, 1_024)):
-        for family in configurations.FAMILIES:
-            assert (
-                configurations.tile_key(family, precision, rows_, features) in configurations.ARCHITECTURES[name].tiles
-            )
-
-
-def test_float32_products_follow_torch():
-    try:
-        for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
-            torch.set_float32_matmul_precision(setting)
-            assert configurations.precision(torch.float32) == expected
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert configurations.precision(torch.bfloat16) == "16-bit"
-
-
-# --------------------------------------------------------------------------------------------------- persistent kernels
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("operation", ["in the forward pass", "recomputed"])
-def test_persistent_kernels_make_the_same_gradients(operation, dtype, workspace):
-    """Bit for bit, since they multiply and add in the same order; with fewer programs than tiles, and with more."""
-    case = problem(11, 3, 40, 130, ignored=True).to(dtype, ())
-    results = []
-    for persistent, multiprocessors in ((False, 4), (True, 4), (True, 1000)):
-        tile = configurations.Tile(32, 64, 16, 4, 1, persistent=persistent)
-        tiles = dict.fromkeys(configurations.ARCHITECTURES["sm_90"].tiles, tile)
-        architecture = configurations.Architecture(multiprocessors, 2**30, tiles)
-        with launch.overridden(architecture):
-            if operation == "in the forward pass":
-                needs = (True,) * 4
-                results.append(triton.nll_with_gradients(*case.inputs(), case.target, -100, 0.0, True, needs))
-            else:
-                _, *statistics = triton.nll(*case.inputs(), case.target, -100)
-                grad = torch.linspace(0, 1, 11)
-                results.append(
-                    triton.nll_backward(grad, *case.inputs(), case.target, *statistics, -100, 0.0, (True,) * 4)
-                )
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("classes", [16, 32])
-def test_tiles_beyond_the_last_class_are_zero(classes, persistent):
-    """65 classes are filled up to 128 columns; rows whose first tile is masked have a reference that a tile without a
-    class cannot be taken relative to."""
-    case = problem(5, 2, 16, 65, ignored=False)
-    case.bias[:classes] = -1e9
-    case.target.clamp_(classes)
-    tile = configurations.Tile(32, classes, 16, 4, 1, persistent=persistent)
-    tiles = dict.fromkeys(configurations.ARCHITECTURES["sm_90"].tiles, tile)
-    with launch.overridden(configurations.Architecture(4, 2**30, tiles)):
-        check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), torch.float32, "triton")
