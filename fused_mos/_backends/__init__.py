@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import reference, tiled
 from .tracing import assume_constant_result, has_memory
+from .transform import IDENTITY, Transform
 
 if TYPE_CHECKING:
     from .cuda import Decoder
@@ -30,18 +31,32 @@ class Kernels(Protocol):
     as L = maximum + log_total: in one number, the rounding of a large L would spoil exp(l − L). Statistics,
     nll and log-probabilities come in `accumulation_dtype`, gradients in the dtype of their input.
     A gradient that `needs` (latent, prior_logits, weight, bias) does not ask for is an empty tensor.
+
+    Every function computes with the logits l = transform(z·E + b), and its gradients with their derivative: `l` below.
     """
 
-    def row_statistics(self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None):
+    def row_statistics(
+        self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, transform: Transform = IDENTITY
+    ):
         """(R, D), (V, D), (V,), (R,) -> maximum (R,), log_total (R,), target_logit (R,; NaN where the target is no
         class)."""
 
     def rows_backward(
-        self, rows, weight, bias, target, maximum, log_total, grad_lse, grad_target, needs: tuple[bool, bool, bool]
+        self,
+        rows,
+        weight,
+        bias,
+        target,
+        maximum,
+        log_total,
+        grad_lse,
+        grad_target,
+        needs: tuple[bool, bool, bool],
+        transform: Transform = IDENTITY,
     ):
         """Gradients of (rows, weight, bias) for dl = grad_lse·exp(l − L) − grad_target·1[v = target]."""
 
-    def nll(self, latent, prior_logits, weight, bias, target, ignore_index: int):
+    def nll(self, latent, prior_logits, weight, bias, target, ignore_index: int, transform: Transform = IDENTITY):
         """nll (N,), 0 where the target is ignored, and maximum, log_total and target_logit (N, K)."""
 
     def nll_backward(
@@ -58,6 +73,7 @@ class Kernels(Protocol):
         ignore_index,
         filter_eps: float,
         needs,
+        transform: Transform = IDENTITY,
     ):
         """Gradients of (latent, prior_logits, weight, bias) for a grad (N,) of nll."""
 
@@ -65,32 +81,48 @@ class Kernels(Protocol):
         """Whether `nll_with_gradients` is cheaper than `nll` and `nll_backward`."""
 
     def nll_with_gradients(
-        self, latent, prior_logits, weight, bias, target, ignore_index: int, filter_eps: float, mean: bool, needs
+        self,
+        latent,
+        prior_logits,
+        weight,
+        bias,
+        target,
+        ignore_index: int,
+        filter_eps: float,
+        mean: bool,
+        needs,
+        transform: Transform = IDENTITY,
+        loss_weights: Tensor | None = None,
     ):
         """The loss (), a divisor (), nll (N,), maximum, log_total and target_logit (N, K), and the gradients of
-        divisor·loss."""
+        divisor·loss.
+
+        `loss_weights` (3, N) makes it the sum over the tokens that are not ignored of c·nll + λ Σ_k π_k L_k +
+        ζ Σ_k π_k L_k² with c, λ, ζ its rows, finite numbers of any sign, and no mean. Then nothing is filtered."""
 
     def scaled(self, gradients, factor: Tensor, divisor: Tensor):
         """The gradients times factor / divisor, 0 where the divisor is 0; of backends with `has_own_small_kernels`."""
 
-    def normalisers(self, latent, prior_logits, weight, bias):
+    def normalisers(self, latent, prior_logits, weight, bias, transform: Transform = IDENTITY):
         """log π, maximum and log_total, (N, K) each."""
 
-    def log_prob(self, latent, log_prior, weight, bias, maximum, log_total) -> Tensor:
+    def log_prob(self, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY) -> Tensor:
         """(N, K, D), (N, K), … -> log-probabilities (N, V)."""
 
-    def log_prob_backward(self, grad, latent, log_prior, weight, bias, maximum, log_total, needs):
+    def log_prob_backward(
+        self, grad, latent, log_prior, weight, bias, maximum, log_total, needs, transform: Transform = IDENTITY
+    ):
         """Gradients of (latent, prior_logits, weight, bias) for an arbitrary grad (N, V)."""
 
-    def predict(self, latent, log_prior, weight, bias, maximum, log_total) -> Tensor:
+    def predict(self, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY) -> Tensor:
         """The most probable class (N,) of the mixture, int64."""
 
     def choose_rows(self, latent, prior_logits, seed: Tensor) -> Tensor:
         """The latent vector of one expert for each token, drawn from the prior, (N, D). The seed is (1,) int64."""
 
-    def sample(self, rows, weight, bias, temperature: float, seed: Tensor) -> Tensor:
-        """One class (R,) from each row's softmax(l / temperature), int64, independent of what `choose_rows` draws with
-        the same seed."""
+    def sample(self, rows, weight, bias, transform: Transform, seed: Tensor) -> Tensor:
+        """One class (R,) from each row's softmax(l), int64, independent of what `choose_rows` draws with the same
+        seed."""
 
 
 def _why_missing(module: str, error: ImportError) -> str:
@@ -201,4 +233,15 @@ def decoder(name: str, latent: Tensor, *others: Tensor | None) -> "Decoder | Non
     return getattr(kernels(name), "DECODER", None) if has_memory(latent) and not wanted else None
 
 
-__all__ = ["NAMES", "Kernels", "backends", "decoder", "kernels", "reference", "resolve", "why_absent"]
+__all__ = [
+    "IDENTITY",
+    "NAMES",
+    "Kernels",
+    "Transform",
+    "backends",
+    "decoder",
+    "kernels",
+    "reference",
+    "resolve",
+    "why_absent",
+]

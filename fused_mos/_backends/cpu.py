@@ -17,6 +17,7 @@ from . import from_rows
 from .from_rows import choose_rows  # noqa: F401  (part of `Kernels`)
 from .reference import accumulation_dtype
 from .tracing import assume_constant_result
+from .transform import Transform
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -273,7 +274,7 @@ def log_prob_backward(
     return grad_latent, grad_prior, grad_weight, grad_bias
 
 
-def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor) -> Tensor:
+def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
     """Inverts each row's cumulative distribution: one uniform number a row, not one for each class."""
     head, bias = _head(weight, bias)
     generator = from_rows.generator_of(seed, "classes")
@@ -283,7 +284,7 @@ def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
         head,
         rows=_address(rows),
         n_rows=rows.shape[0],
-        inverse_temperature=1 / temperature,
+        inverse_temperature=1 / transform.temperature,
         uniform=_address(uniform),
         sample=_address(result),
     )

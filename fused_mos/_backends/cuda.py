@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _cuda  # type: ignore[attr-defined]  # compiled, without stubs
 from . import triton
+from .transform import Transform
 from .triton import (  # noqa: F401  (what this backend shares with that one)
     DTYPES,
     choose_rows,
@@ -125,10 +126,10 @@ def _on(device: torch.device) -> Iterator[int]:
         yield torch.cuda.current_stream().cuda_stream
 
 
-def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor) -> Tensor:
-    """As in the Triton backend, by the decode kernel where that can."""
-    drawn = DECODER.sample(rows, weight, bias, temperature, seed)
-    return triton.sample(rows, weight, bias, temperature, seed) if drawn is None else drawn
+def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
+    """As in the Triton backend, by the decode kernel where that can: it knows no soft cap."""
+    drawn = None if transform.softcap else DECODER.sample(rows, weight, bias, transform.temperature, seed)
+    return triton.sample(rows, weight, bias, transform, seed) if drawn is None else drawn
 
 
 def availability() -> str:

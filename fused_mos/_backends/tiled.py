@@ -17,6 +17,7 @@ from .from_rows import choose_rows  # noqa: F401  (part of `Kernels`)
 from .products import product, spans
 from .reference import accumulation_dtype, log_softmax_prior, mix_target
 from .row_filter import kept_rows
+from .transform import Transform
 
 WORKSPACE_BYTES = {"cpu": 32 * 2**20, "default": 256 * 2**20}
 """Bytes of the tile and its scratch copies, by device type; the unit of extra memory of this backend."""
@@ -335,7 +336,7 @@ def log_prob_backward(
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
 
-def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor) -> Tensor:
+def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
     """Gumbel-max: argmax_v (l/temperature − log(−log u)), with the running best over the tiles."""
     generator = from_rows.generator_of(seed, "classes")
     rows, weight, bias = _operands(rows, weight, bias)
@@ -348,7 +349,7 @@ def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
         )
         # −log(exponential) is a Gumbel variate; exponential_ draws from (0, inf), so the logarithm is finite
         gumbel = torch.empty_like(tile).exponential_(generator=generator).log_()
-        value, column = tile.div_(temperature).sub_(gumbel).max(dim=1)
+        value, column = tile.div_(transform.temperature).sub_(gumbel).max(dim=1)
         better = value > best[r]
         index[r] = torch.where(better, column + c.start, index[r])
         best[r] = torch.where(better, value, best[r])

@@ -271,7 +271,8 @@ def sample(
     temperature = check_temperature(temperature)
     latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
     seed = checks.seeds(seed, latent)
-    return kernels.sample(kernels.choose_rows(latent, prior_logits, seed), weight, bias, temperature, seed)
+    transform = _backends.Transform(temperature=temperature)
+    return kernels.sample(kernels.choose_rows(latent, prior_logits, seed), weight, bias, transform, seed)
 
 
 @sample.register_fake

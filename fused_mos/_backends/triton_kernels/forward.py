@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..products import cdiv
+from ..transform import Transform
 from . import loss as loss_kernels
 from . import mixture, rows
 from .configurations import Tile
@@ -124,7 +125,7 @@ def sample(
     rows_: Tensor,  # (R, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    temperature: float,
+    transform: Transform,
     seed: Tensor,  # (1,)
 ) -> Tensor:  # (R,)
     """Gumbel-max, with random numbers that depend on the seed, the row and the class alone."""
@@ -135,7 +136,8 @@ def sample(
     n_splits, tiles_of_split = splits_of_vocabulary(max(n, 1), logits.n_classes, tile, rows_.device)
     best, index = empty_float32(rows_, n_splits, n), seed.new_empty(n_splits, n)
     grid = cdiv(n, tile.rows), n_splits
-    launch(rows.sample_kernel, grid, logits, seed, best, index, 1 / temperature, tiles_of_split, D=d, **constants)
+    arguments = logits, seed, best, index, 1 / transform.temperature, tiles_of_split
+    launch(rows.sample_kernel, grid, *arguments, D=d, **constants)
     return _first_of_best(best, index)
 
 
