@@ -11,7 +11,7 @@ COMMANDS = {
     "demo": ("demo", "Train softmax and MoS side by side, about three minutes."),
     "train": ("train", "Train an AWD-LSTM with a MoS, MoC or softmax head on a corpus."),
     "finetune": ("finetune", "Fine-tune the best model of a run."),
-    "evaluate": ("evaluate", "Perplexity of a run's best model, also with dynamic evaluation."),
+    "evaluate": ("evaluate", "Perplexity of a run's best model, also with dynamic evaluation or a cache."),
     "generate": ("generate", "Text by a run's best model."),
     "experts": ("experts", "Which expert speaks when: a page of coloured text, and a plot."),
     "reproduce": ("reproduce", "All stages of the paper, and its table beside the measured one."),

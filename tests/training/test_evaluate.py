@@ -214,11 +214,11 @@ def test_tuning_finds_a_better_rule_and_keeps_what_it_tried(trained, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tune"], "give both"),
+        (["--tune"], "--tune searches the numbers of --dynamic or --cache; give one of them with it"),
         (["--dynamic", "--lamb", "0"], "lamb must be positive, got 0.0"),
         (["--data", "nowhere"], "data folder nowhere does not exist"),
         (["--bptt", "7"], "are for --dynamic evaluation"),
-        (["--dynamic", "--eval-context", "9"], "eval_context is for static evaluation, got 9"),
+        (["--dynamic", "--eval-context", "9"], "eval_context is for static evaluation and --cache, got 9"),
         (["--backend", "cuda"], "backend 'cuda' is not available"),
         (["--backend", "nonsense"], "backend must be one of"),
         (["--eval-context", "-1"], "eval_context must not be negative"),
