@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 
 # threads that wait for each other sleep: two test processes share the cores, and where threads spin instead, a test has
 # taken eight times as long
@@ -21,6 +22,14 @@ if triton and triton.INTERPRETED:
     import triton_interpreter
 
     triton_interpreter.repair()
+
+
+def pytest_configure():
+    """A background job of a script ignores SIGINT, and so would the tests that send it and the processes that they
+    start: what is ignored is inherited."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -82,3 +84,11 @@ def test_the_clock():
     with pytest.raises(signals.TimeLimitReached):
         signals.CheckpointClock(minutes=5, time_limit=1e-9).tick(lambda: saved.append(3))
     assert saved == [2, 3]
+
+
+def test_these_tests_pass_in_a_background_job_of_a_script(request):
+    """Which ignores SIGINT from its start, and so does what it starts."""
+    arguments = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "a_signal_waits", __file__]
+    ignoring = ["bash", "-c", "trap '' INT TERM; exec \"$@\"", "bash"]
+    result = subprocess.run([*ignoring, *arguments], capture_output=True, text=True, cwd=request.config.rootpath)
+    assert result.returncode == 0 and "2 passed" in result.stdout, result.stdout + result.stderr
