@@ -28,6 +28,7 @@ from ..finite import diverged, explained, first_not_finite
 from ..graphs import Replayed, allocate_gradients, recorder_for
 from ..metrics import MetricsLog, perplexity, plot_learning_curves
 from . import checkpoint, memory
+from .best import BestModel
 from .config import LM1BConfig
 from .evaluation import evaluate
 from .exchange import StepDecision, exchange
@@ -35,9 +36,6 @@ from .loss import SummedLoss
 from .optim import learning_rate, make_optimizer
 from .ranks import Ranks
 from .state import Progress, RunTensors, check_identity, identity, initialize, saved_form
-
-OTHER_RANKS = 1e-4
-"""Share by which a loss may be another on another number of ranks."""
 
 
 class LM1BTrainer:
@@ -51,7 +49,7 @@ class LM1BTrainer:
         config.check_ranks(ranks.n_ranks)
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.folder = config.run_folder
-        self.checkpoints, self.best = self.folder / checkpoint.FOLDER, self.folder / "best"
+        self.checkpoints = self.folder / checkpoint.FOLDER
         self.clock = signals.CheckpointClock(config.checkpoint_minutes, config.time_limit)
         check_precision(config.precision, self.device)
         self.corpus = self._read_corpus()
@@ -75,6 +73,7 @@ class LM1BTrainer:
         self.optimizer = make_optimizer(config, self.model, self.device)
         initialize(self.model, self.optimizer)
         self.tensors = RunTensors(self.model, self.optimizer, self.shard, ranks)
+        self.best = BestModel(config, self.corpus, self.tensors, ranks)
         self._seed_dropout(0)
         self.parts = [range(start, start + self._part) for start in range(0, len(self.stream.columns), self._part)]
         self.hidden = [self.model.initial_hidden(self._part) for _ in self.parts]
@@ -302,11 +301,7 @@ class LM1BTrainer:
         better = progress.best is None or loss < progress.best
         if better:
             progress.best = loss
-            path = self.best / checkpoint.step_name(progress.step)
-            state = {"step": progress.step, "loss": loss, **identity(self.config, self.corpus)}
-            checkpoint.save(path, self.tensors.parameters(), state, self.ranks)
-            if self.ranks.is_main:
-                checkpoint.remove_older(self.best)
+            self.best.save(progress.step, loss)
         if self.metrics:  # the main rank's
             epoch = self.stream.fraction
             self.metrics.write(
@@ -320,20 +315,7 @@ class LM1BTrainer:
 
     def final_evaluation(self) -> dict[str, Any]:
         """The best model on all held-out shards. Raises CheckpointError where there is none."""
-        best = checkpoint.newest(self.best, self.ranks)
-        if best is None:
-            raise CheckpointError(f"{self.folder} has no best model: it is not the folder of a run that was evaluated")
-        state = checkpoint.read_state(best, "step", "loss")
-        if "config" in state:  # versions before 0.2 did not keep it
-            check_identity(state, best, self.config, self.corpus)
-        if self.progress.best is not None and state["loss"] > self.progress.best * (1 + OTHER_RANKS):
-            raise CheckpointError(
-                f"{best} is older than {self.resumed or self.checkpoints}: its loss is {state['loss']:.4f}, and the "
-                f"run's best is {self.progress.best:.4f}; bring the newer one back"
-            )
-        checkpoint.load(best, self.tensors.parameters())
-        if name := first_not_finite(self.tensors.own_parameters()):
-            raise CheckpointError(f"checkpoint {best} cannot be used: numbers of {name} are not finite")
+        best = self.best.load(self.progress.best, self.resumed or self.checkpoints)
         loss, words = self._evaluate(self.corpus.heldout)
         progress = self.progress
         result = {
@@ -345,7 +327,7 @@ class LM1BTrainer:
             "heldout_ppl": perplexity(loss),
             "heldout_loss": loss,
             "heldout_words": words,
-            "best_step": state["step"],
+            "best_step": best["step"],
             "steps": progress.step,
             "words": progress.words,
             "ranks": self.ranks.n_ranks,

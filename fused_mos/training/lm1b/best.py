@@ -1,0 +1,58 @@
+"""The model of a run that has the lowest held-out loss so far, in RUN/best."""
+
+from pathlib import Path
+from typing import Any
+
+from ...data.token_stream import PreparedCorpus
+from ..errors import CheckpointError
+from ..finite import first_not_finite
+from . import checkpoint
+from .config import LM1BConfig
+from .ranks import Ranks
+from .state import RunTensors, check_identity, identity
+
+OTHER_RANKS = 1e-4
+"""Share by which a loss may be another on another number of ranks."""
+
+
+class BestModel:
+    """Saves a run's parameters as its best model, and reads them back, all ranks together."""
+
+    def __init__(self, config: LM1BConfig, corpus: PreparedCorpus, tensors: RunTensors, ranks: Ranks):
+        self.config, self.corpus, self.tensors, self.ranks = config, corpus, tensors, ranks
+        self.folder = config.run_folder / "best"
+
+    def save(self, step: int, loss: float) -> None:
+        """Saves the model after `step`, whose held-out loss is `loss`, in place of the one before. Raises
+        CheckpointError."""
+        state = {"step": step, "loss": loss, **identity(self.config, self.corpus)}
+        checkpoint.save(self.folder / checkpoint.step_name(step), self.tensors.parameters(), state, self.ranks)
+        if self.ranks.is_main:
+            checkpoint.remove_older(self.folder)
+
+    def load(self, least: float | None, run: Path) -> dict[str, Any]:
+        """Reads it into the run's parameters and returns its step and loss.
+
+        Args:
+            least: the lowest loss that the run knows of, if any; an older model than that is refused.
+            run: the checkpoint that says so.
+
+        Raises CheckpointError or ConfigError.
+        """
+        path = checkpoint.newest(self.folder, self.ranks)
+        if path is None:
+            raise CheckpointError(
+                f"{self.folder.parent} has no best model: it is not the folder of a run that was evaluated"
+            )
+        state = checkpoint.read_state(path, "step", "loss")
+        if "config" in state:  # versions before 0.2 did not keep it
+            check_identity(state, path, self.config, self.corpus)
+        if least is not None and state["loss"] > least * (1 + OTHER_RANKS):
+            raise CheckpointError(
+                f"{path} is older than {run}: its loss is {state['loss']:.4f}, and the run's best is {least:.4f}; "
+                "bring the newer one back"
+            )
+        checkpoint.load(path, self.tensors.parameters())
+        if name := first_not_finite(self.tensors.own_parameters()):
+            raise CheckpointError(f"checkpoint {path} cannot be used: numbers of {name} are not finite")
+        return state
