@@ -146,6 +146,8 @@ class AWDLSTM(nn.Module):
         """tokens (T, B) -> the last layer's output before and after dropout, (T, B, width), and the new hidden."""
         if hidden is None:
             hidden = self.initial_hidden(tokens.shape[1])
+        if len(hidden) != len(self.rnns):
+            raise ValueError(f"hidden must have an (h, c) for each of {len(self.rnns)} layers, got {len(hidden)}")
         x = embedding_dropout(self.encoder, tokens, self.dropoute, self.training)
         x = locked_dropout(x, self.dropouti, self.training)
         new_hidden = []

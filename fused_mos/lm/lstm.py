@@ -37,13 +37,26 @@ class WeightDropLSTM(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(T, B, input_size) and h, c of (1, B, hidden_size) -> (T, B, hidden_size) and the last h, c."""
+        """(T, B, input_size) and h, c of (1, B, hidden_size) -> (T, B, hidden_size) and the last h, c.
+
+        Raises ValueError for other shapes.
+        """
+        self._check_shapes(x, hidden)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.weight_ih_l0.dtype)
             weights = [self.weight_ih_l0, self._recurrent(), self.bias_ih_l0, self.bias_hh_l0]
             # nn.LSTM's own kernel, called with a weight that is not a Parameter; train only matters to cuDNN
             output, h, c = torch.lstm(x, hidden, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
         return output, (h, c)
+
+    def _check_shapes(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> None:
+        """torch.lstm leaves this to nn.LSTM, and reads beyond the end of what is too small."""
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            raise ValueError(f"x must be (T, B, input_size = {self.input_size}), got {tuple(x.shape)}")
+        expected = (1, x.shape[1], self.hidden_size)
+        given = [tuple(state.shape) for state in hidden]
+        if given != [expected, expected]:
+            raise ValueError(f"hidden must be h and c of (1, B, hidden_size) = {expected}, got {given}")
 
     def _recurrent(self) -> Tensor:
         weight, p = self.weight_hh_l0, self.weight_dropout

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fused_mos.lm import WeightDropLSTM, lstm
+from fused_mos.lm import AWDLSTM, WeightDropLSTM, lstm
 
 T, B, D, H = 6, 3, 5, 7
 
@@ -30,6 +30,31 @@ def test_computes_in_the_parameters_dtype_under_autocast():
         output, (_, c) = layer(x.bfloat16(), hidden)
     assert output.dtype == c.dtype == torch.float32
     assert torch.equal(output, layer(x.bfloat16().float(), hidden)[0])
+
+
+@pytest.mark.parametrize(
+    ("x", "h", "c", "message"),
+    [
+        # torch.lstm itself reads beyond the end of these
+        ((T, 200, D), (1, 1, H), (1, 1, H), r"\(1, B, hidden_size\) = \(1, 200, 7\), got \[\(1, 1, 7\), \(1, 1, 7\)\]"),
+        ((T, B, D), (1, B, H), (1, B, H - 1), r"= \(1, 3, 7\), got \[\(1, 3, 7\), \(1, 3, 6\)\]"),
+        ((T, B, D), (2, B, H), (2, B, H), r"= \(1, 3, 7\), got \[\(2, 3, 7\), \(2, 3, 7\)\]"),
+        ((T, B, D - 1), (1, B, H), (1, B, H), r"x must be \(T, B, input_size = 5\), got \(6, 3, 4\)"),
+        ((B, D), (1, B, H), (1, B, H), r"x must be \(T, B, input_size = 5\), got \(3, 5\)"),
+    ],
+)
+def test_wrong_shapes_are_refused(x, h, c, message, monkeypatch):
+    monkeypatch.setattr(torch, "lstm", lambda *_: pytest.fail("it was called"))
+    with pytest.raises(ValueError, match=message):
+        WeightDropLSTM(D, H)(torch.randn(x), (torch.randn(h), torch.randn(c)))
+
+
+def test_a_model_wants_a_hidden_state_for_each_layer():
+    model, tokens = AWDLSTM(20, 4, (6, 5), n_experts=2), torch.zeros(T, B, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"hidden must have an \(h, c\) for each of 2 layers, got 1"):
+        model(tokens, tokens, model.initial_hidden(B)[:1])
+    with pytest.raises(ValueError, match=r"= \(1, 3, 6\), got \[\(1, 1, 6\), \(1, 1, 6\)\]"):
+        model(tokens, tokens, model.initial_hidden(1))
 
 
 @pytest.fixture
