@@ -32,7 +32,9 @@ def next_word(
     probability = torch.softmax(log_p / temperature, -1)
     if top_p < 1:
         before = probability.cumsum(-1) - probability  # of the words that are more probable
-        probability = torch.where(before < top_p, probability, 0)
+        kept = before < top_p
+        kept[..., 0] = True  # also where float32 has no number as small as top_p
+        probability = torch.where(kept, probability, 0)
     drawn = torch.multinomial(probability, 1, generator=generator)
     return words.gather(-1, drawn).squeeze(-1)
 

@@ -57,6 +57,15 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     assert abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom + (1 / wanted).sum().item())
 
 
+@torch.no_grad()
+def test_the_smallest_nucleus_is_the_most_probable_word():
+    """Also one that float32 rounds to 0."""
+    model, features = make(), torch.randn(50, 8)
+    best = model.head.predict(features)
+    for options in ({"top_p": 1e-300}, {"top_p": 5e-324, "top_k": 4}, {"top_p": 1e-6}):
+        assert torch.equal(next_word(model, features, **options), best)
+
+
 def test_text_continues_with_what_was_drawn():
     """With one word kept each word is the most probable after all before it."""
     model, prompt = make(), torch.randint(0, V, (4, 2))
