@@ -47,7 +47,9 @@ def convert(old: Path, new: Path, data: Path | None = None, recipe: str = "ptb")
     from .lm.published import read_published
     from .module import MoS
     from .training.checkpoint import save_checkpoint
+    from .training.folder import check_name
 
+    check_name("new", new)
     if new.exists() and (not new.is_dir() or not all(files.is_leftover(path) for path in new.iterdir())):
         raise ConfigError(f"{new} is not empty; name another folder")
     vocabulary = Corpus(data, RECIPES[recipe]().map_unknown).vocabulary if data else None

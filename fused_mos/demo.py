@@ -24,9 +24,11 @@ class Flags:
 def demo(out: Path) -> None:
     from .data import sample
     from .training import Trainer
+    from .training.folder import check_name
     from .training.metrics import plot_learning_curves
 
     results = []
+    check_name("out", out)
     # the text is the first that it writes, and the runs in it look after themselves
     files.refuse_foreign(out, lambda path: path.name == "data" and sample.is_corpus(path))
     with files.FolderLock(out):

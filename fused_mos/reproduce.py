@@ -60,7 +60,7 @@ class Flags:
 
     @property
     def folder(self) -> Path:
-        return self.out or Path("runs") / f"reproduce-{self.data.resolve().name}-{self.recipe}"
+        return self.out or Path("runs") / f"reproduce-{files.real(self.data).name}-{self.recipe}"
 
 
 def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:

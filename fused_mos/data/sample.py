@@ -96,7 +96,7 @@ def _folders() -> tuple[Path, Path]:
 def is_sample(data: Path) -> bool:
     """True for the folders that `cached_corpus` and `cached_benchmark` return."""
     corpus, benchmark = _folders()
-    return data.resolve() in (corpus.resolve(), (benchmark / "prepared").resolve())
+    return files.real(data) in (files.real(corpus), files.real(benchmark / "prepared"))
 
 
 def cached_corpus() -> Path:

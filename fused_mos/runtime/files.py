@@ -56,6 +56,12 @@ def refuse_foreign(folder: Path, belongs: Callable[[Path], bool]) -> None:
     raise FolderOccupied(f"out: {folder} is not empty and holds something else; name another --out")
 
 
+def real(path: Path) -> Path:
+    """The path without symbolic links; as it is where they lead in a circle, for which Path.resolve raises RuntimeError
+    before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
 # -------------------------------------------------------------------------------------------------------------- reading
 
 

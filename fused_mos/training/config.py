@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from .._backends import NAMES
 from ..lm.dynamic_evaluation import DynamicRule
+from ..runtime import files
 from . import settings
 from .errors import ConfigError
 from .settings import NOT_NEGATIVE, POSITIVE, SEED, SHARE, SIZE, setting
@@ -124,7 +125,7 @@ class RunConfig:
     @property
     def run_folder(self) -> Path:
         """Where the run is: by default named after the corpus and what makes it this run."""
-        return self.out or self.resume or Path("runs") / "-".join([self.data.resolve().name, *self._names()])
+        return self.out or self.resume or Path("runs") / "-".join([files.real(self.data).name, *self._names()])
 
     def _names(self) -> list[str]:
         return [self.recipe, f"seed{self.seed}"]

@@ -22,8 +22,18 @@ def claim(folder: Path, belongs: Callable[[Path], bool]) -> files.FolderLock:
     return lock
 
 
+def check_name(argument: str, folder: Path) -> None:
+    """Raises ConfigError, naming the argument, for a folder whose name is not UTF-8: TensorBoard could not write to it,
+    and safetensors not read from it."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{argument} must be a folder with a name in UTF-8, got {str(folder)!r}") from None
+
+
 def check_free(folder: Path, belongs: Callable[[Path], bool]) -> None:
-    """Raises ConfigError if the folder holds something, but nothing of a run."""
+    """Raises ConfigError if the folder holds something, but nothing of a run, or cannot be a run's."""
+    check_name("out", folder)
     try:
         files.refuse_foreign(folder, belongs)
     except files.FolderOccupied:

@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint, load_checkpoint, load_parameters
 from .config import TrainConfig
 from .device import allow_tf32, check_backend, device_named
 from .errors import CheckpointError, ConfigError
+from .folder import check_name
 
 
 @dataclasses.dataclass
@@ -86,6 +87,7 @@ def _with_hint(error: CorpusError) -> CorpusError:
 def read_config(folder: Path) -> TrainConfig:
     """Reads config.json. Raises CheckpointError where the folder is not a run's, ConfigError where its configuration is
     not of this version or out of its ranges, FileError where the file is damaged."""
+    check_name("run", folder)
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not the folder of a run: it has no config.json")

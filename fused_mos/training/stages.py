@@ -8,6 +8,7 @@ from ..data import Corpus
 from ..runtime.progress import say
 from .checkpoint import load_latest
 from .config import TrainConfig
+from .folder import check_name
 from .run import read_config
 from .state import has_begun, last_path, load_last
 from .trainer import Trainer
@@ -31,6 +32,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def saved_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`, as its last checkpoint has it. Raises CheckpointError, ConfigError."""
+    check_name("resume", folder)
     if not has_begun(folder) and (folder / "config.json").is_file():
         read_config(folder)  # which says so where it is a run of train_1b
     saved = load_latest(last_path(folder), "config", quietly=True).meta["config"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..data import Corpus, digest
 from ..lm import AWDLSTM, NTASGD
 from ..lm.awd_lstm import Hidden, carry_on
+from ..runtime import files
 from . import checkpoint, meter, settings
 from .checkpoint import Checkpoint, fitting, group
 from .config import TrainConfig
@@ -121,7 +122,7 @@ def _check_start(saved: TrainConfig, saved_digest: str | None, config: TrainConf
     if saved_digest and now:
         same = saved_digest == now
     else:  # of a version before 0.2, or the model is gone: the folder must do, unless it has moved
-        same = saved.start.resolve() == config.start.resolve() or not saved.start.exists()
+        same = files.real(saved.start) == files.real(config.start) or not saved.start.exists()
     if not same:
         raise ConfigError(
             f"out: the fine-tuning in {config.run_folder} began from another model than the best one that "

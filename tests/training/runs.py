@@ -40,3 +40,13 @@ def write_benchmark(folder, seed=0):
             starts = [draw.randrange(40) for _ in range(150 + 20 * i)]
             lines = (" ".join(f"w{(s + j) % 40}" for j in range(draw.randrange(1, 12))) + "\n" for s in starts)
             (folder / lm1b.FOLDERS[split] / name).write_text("".join(lines))
+
+
+def refused(command, arguments, capsys, *parts):
+    """The command ends with one line, which says all of `parts`."""
+    capsys.readouterr()
+    assert command.main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    for part in parts:
+        assert str(part) in lines[0], lines[0]

@@ -4,22 +4,12 @@ import json
 import math
 
 import pytest
+from runs import refused
 
 from fused_mos import convert, evaluate, experts, finetune, generate, reproduce, train, train_1b
 from fused_mos.data import lm1b
 from fused_mos.runtime import files
 from fused_mos.training import dynamic_evaluation as dynamic_module
-
-
-def refused(command, arguments, capsys, *parts):
-    """The command ends with one line, which says all of `parts`."""
-    capsys.readouterr()
-    assert command.main([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, lines
-    for part in parts:
-        assert str(part) in lines[0], lines[0]
-
 
 VALUES = [
     ("--clip nan", "clip must not be negative, got nan"),

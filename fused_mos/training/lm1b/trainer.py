@@ -49,6 +49,7 @@ class LM1BTrainer:
         config.check_ranks(ranks.n_ranks)
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.folder = config.run_folder
+        run_folder.check_name("out", self.folder)
         self.checkpoints = self.folder / checkpoint.FOLDER
         self.clock = signals.CheckpointClock(config.checkpoint_minutes, config.time_limit)
         check_precision(config.precision, self.device)
