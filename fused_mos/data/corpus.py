@@ -48,12 +48,15 @@ class Vocabulary:
         files.write_text(path, self._text)
 
     @classmethod
-    def load(cls, path: Path) -> "Vocabulary":
-        """Raises FileError or CorpusError."""
+    def load(cls, path: Path, mark: str = EOS) -> "Vocabulary":
+        """Raises FileError, or CorpusError, also where it lacks the mark that every text begins after."""
         try:
-            return cls(files.read_text(path).removesuffix("\n").split("\n"))
+            vocabulary = cls(files.read_text(path).removesuffix("\n").split("\n"))
         except ValueError as error:
             raise CorpusError(f"{path} is no vocabulary: {error}") from None
+        if mark not in vocabulary.index:
+            raise CorpusError(f"{path} is no vocabulary: it lacks {mark}")
+        return vocabulary
 
 
 class Corpus:

@@ -125,17 +125,17 @@ def prepare(config: Prepare) -> dict[str, Any]:
     continues."""
     config.check()
     shards = {split: _find_shards(config, split) for split in FOLDERS}
+    words = _read_vocabulary(config.vocabulary) if config.vocabulary else None
     with files.FolderLock(config.out):
-        return _prepare(config, shards)
+        return _prepare(config, shards, words)
 
 
-def _prepare(config: Prepare, shards: dict[str, list[Shard]]) -> dict[str, Any]:
+def _prepare(config: Prepare, shards: dict[str, list[Shard]], words: list[bytes] | None) -> dict[str, Any]:
+    """`words` are those of config.vocabulary; where it names none, they are counted."""
     for name in ("counts", *FOLDERS):
         files.make_folder(config.out / name)
     source_digest = functools.cache(lambda shard: files.sha256(shard.path))  # of shards that seem to be done
-    if config.vocabulary:
-        words = _read_vocabulary(config.vocabulary)
-    else:
+    if words is None:
         words = _count_vocabulary(config, shards["train"], source_digest)
     text = b"\n".join(words) + b"\n"
     digest = hashlib.sha256(text).hexdigest()

@@ -27,13 +27,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_complete(manifest: dict[str, Any]) -> bool:
-    """True if the manifest says of the vocabulary and of each shard what is read of it."""
+    """True if the manifest says of the vocabulary and of each shard, at least one a split, what is read of it."""
     try:
         texts = [manifest["vocabulary"]["sha256"]]
         for split in FOLDERS:
+            if not manifest[split]:
+                return False
             for entry in manifest[split]:
                 texts += [entry["file"], entry["sha256"]]
-                if type(entry["tokens"]) is not int:
+                if type(entry["tokens"]) is not int or entry["tokens"] < 1:
                     return False
     except (KeyError, TypeError):
         return False

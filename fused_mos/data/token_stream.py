@@ -67,7 +67,7 @@ class PreparedCorpus:
             raise CorpusError(
                 f"{path} is not the vocabulary that the shards were prepared with; prepare the corpus again"
             )
-        self.vocabulary = Vocabulary.load(path)
+        self.vocabulary = Vocabulary.load(path, BOS)
         self.bos = self.vocabulary.index[BOS]
         self.train, self.heldout = (
             [TokenFile(folder / f["file"], f["tokens"], f["sha256"]) for f in manifest[split]]

@@ -1,5 +1,6 @@
 """Values out of their ranges, damaged and unreadable files, in every command: one line on stderr, exit status 2."""
 
+import hashlib
 import json
 import math
 
@@ -85,7 +86,9 @@ def test_damaged_files_of_a_run(finished_run, capsys):
         (json.dumps(config | {"optim": config["optim"] | {"bptt": 0}}).encode(), "{bptt must be positive, got 0}"),
     ):
         with_content("config.json", content, *((c, "", message) for c in (evaluate, generate, experts, finetune)))
-    with_content("vocabulary.txt", b"w1\nw1\n", (generate, "", "is no vocabulary"))
+    with_content("vocabulary.txt", b"w1\nw1\n", (generate, "", "is no vocabulary: words must be distinct"))
+    for command in (generate, evaluate, experts):
+        with_content("vocabulary.txt", b"w1\nw2\n", (command, "", "is no vocabulary: it lacks <eos>"))
     with_content("vocabulary.txt", b"w1\n\xff\n", (evaluate, "", "is not UTF-8 text (line 2"))
     with_content("evaluation.json", b"{}", (evaluate, "", "must hold a list, got a dict"))
 
@@ -139,6 +142,7 @@ def test_a_seal_tells_of_every_change(tmp_path):
 def test_a_manifest_that_lacks_something(prepared, flags, tmp_path, capsys):
     path = prepared / "manifest.json"
     before = path.read_bytes()
+    words = (prepared / "vocabulary.txt").read_bytes()
     manifest = json.loads(before)
     del manifest["digest"]
     try:
@@ -147,14 +151,21 @@ def test_a_manifest_that_lacks_something(prepared, flags, tmp_path, capsys):
             manifest | {"vocabulary": {}},
             manifest | {"train": [{"file": "x"}]},
             manifest | {"heldout": 3},
+            manifest | {"heldout": []},
+            manifest | {"train": [{"file": "x", "sha256": "", "tokens": 0}]},
             manifest | {"format": 7},
         ):
             path.write_text(json.dumps(harmed))
             refused(train_1b, [*flags, "--out", tmp_path / "run"], capsys, path, "prepare")
         path.write_bytes(before.replace(b'"words": 43', b'"words": 44'))
         refused(train_1b, [*flags, "--out", tmp_path / "run"], capsys, path, "digest")
+        other = words.replace(b"<S>", b"<s>")
+        (prepared / "vocabulary.txt").write_bytes(other)
+        path.write_text(json.dumps(manifest | {"vocabulary": {"sha256": hashlib.sha256(other).hexdigest()}}))
+        refused(train_1b, [*flags, "--out", tmp_path / "run"], capsys, "is no vocabulary: it lacks <S>")
     finally:
         path.write_bytes(before)
+        (prepared / "vocabulary.txt").write_bytes(words)
 
 
 def test_models_that_convert_cannot_read(tmp_path, capsys):
@@ -167,6 +178,11 @@ def test_models_that_convert_cannot_read(tmp_path, capsys):
 
 def test_flags_of_prepare(prepared, tmp_path, capsys):
     source = prepared.parent / "source"
-    for flags, message in (("--top 3", "top must be at least 4, got 3"), ("--workers 0", "workers must be at least 1")):
+    for flags, message in (
+        ("--top 3", "top must be at least 4, got 3"),
+        ("--workers 0", "workers must be at least 1"),
+        ("--vocabulary none", "vocabulary none does not exist"),
+    ):
         arguments = ["prepare", "--source", source, "--out", tmp_path / "out", "--allow-missing", *flags.split()]
         refused(lm1b, arguments, capsys, message)
+        assert not (tmp_path / "out").exists()
