@@ -40,13 +40,15 @@ def convert(old: Path, new: Path, data: Path | None = None, recipe: str = "ptb")
         data: the corpus that it was trained on, whose words become vocabulary.txt.
         recipe: gives the numbers of fine-tuning and dynamic evaluation.
 
-    Raises PublishedError, ConfigError, CorpusError, or ValueError where weights do not fit each other.
+    Raises PublishedError, ConfigError, also where a weight is not finite, CorpusError, or ValueError where weights do
+    not fit each other.
     """
     from .data import Corpus
     from .lm import AWDLSTM
     from .lm.published import read_published
     from .module import MoS
     from .training.checkpoint import save_checkpoint
+    from .training.finite import first_not_finite
     from .training.folder import check_name
 
     check_name("new", new)
@@ -54,6 +56,8 @@ def convert(old: Path, new: Path, data: Path | None = None, recipe: str = "ptb")
         raise ConfigError(f"{new} is not empty; name another folder")
     vocabulary = Corpus(data, RECIPES[recipe]().map_unknown).vocabulary if data else None
     tensors, dropouts = read_published(old)
+    if name := first_not_finite(tensors):
+        raise ConfigError(f"{old} cannot be used: numbers of {name} are not finite in float32")
     model = AWDLSTM.from_published(tensors, **dropouts)
     n_words, head = model.encoder.num_embeddings, model.head
     assert isinstance(head, MoS)  # the published code has no other

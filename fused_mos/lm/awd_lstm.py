@@ -132,7 +132,8 @@ class AWDLSTM(nn.Module):
         try:
             model.load_state_dict(state_dict)
         except RuntimeError as error:
-            raise ValueError(f"{refused}{error}") from None
+            faults = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+            raise ValueError(f"{refused}{faults}") from None
         return model
 
     def initial_hidden(self, batch_size: int) -> Hidden:

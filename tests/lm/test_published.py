@@ -126,8 +126,31 @@ def test_from_published_names_what_is_wrong(published):
     }.items():
         with pytest.raises(ValueError, match=r"must be \(\d+, \d+\), got \(\d+, \d+\)"):
             AWDLSTM.from_published(state | {name: torch.zeros(shape)})
-    with pytest.raises(ValueError, match="Unexpected key"):
-        AWDLSTM.from_published(state | {"more": torch.zeros(1)})
+    for changed, message in (
+        ({"more": torch.zeros(1)}, "Unexpected key"),
+        ({"decoder.bias": torch.zeros(1)}, "size mismatch for head.decoder.bias"),
+        (
+            {"rnns.1.module.bias_hh_l0": torch.zeros(2, 2), "more": torch.zeros(1)},
+            "Unexpected key.*; size mismatch for rnns",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"not of the published code: {message}") as refused:
+            AWDLSTM.from_published(state | changed)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_numbers_that_are_not_finite_are_refused(value, published, tmp_path, capsys):
+    """Also those that float32 has not; no run may begin from them."""
+    source = published().double()
+    source.rnns[1].module.bias_hh_l0.data[3] = value
+    torch.save(source, tmp_path / "model.pt")
+    assert convert.main([str(tmp_path / "model.pt"), str(tmp_path / "run")]) == 2
+    message = "numbers of rnns.1.module.bias_hh_l0 are not finite in float32"
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path / 'model.pt'} cannot be used: {message}\n"
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_a_model_saved_on_a_gpu_is_read(published, tmp_path):
