@@ -107,7 +107,8 @@ class TrainStream:
     """Segments of training text, shard after shard, in an order that the seed and the epoch give.
 
     Each shard is cut into as many columns as the whole batch has; the last few tokens, fewer than columns, are left
-    out. A hidden state is carried from a shard to the next.
+    out. A hidden state is carried from a shard to the next. The last segment of a shard may have a single row. (The
+    published code of AWD-LSTM skips such a segment: its temporal regularisation would be NaN. There is none here.)
 
     Args:
         files: the training shards.

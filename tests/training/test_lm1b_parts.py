@@ -46,6 +46,15 @@ def test_a_stream_goes_on_from_any_position(prepared):
         assert torch.equal(rest, whole[len(whole) - len(rest) :]) and after == positions[i + 1 :]
 
 
+def test_a_last_segment_of_one_row_is_read(prepared):
+    """So that an epoch has every row, whatever bptt is."""
+    corpus = PreparedCorpus(prepared)
+    for file in corpus.train:
+        rows = file.n_tokens // 6 - 1
+        stream = TrainStream([file], 6, range(6), rows - 1, corpus.bos, seed=3)
+        assert [len(segment.inputs) for segment in stream.segments()] == [rows - 1, 1]
+
+
 def test_each_rank_counts_the_words_of_all(prepared):
     """Of all columns, whichever it reads itself, so that none needs to ask the others before its backward pass."""
     corpus = PreparedCorpus(prepared)
