@@ -18,6 +18,9 @@ from torch import Tensor
 from ..runtime import UserError, command, files
 from ..runtime.text import show
 
+LARGEST = 2**31
+"""Sizes are below this."""
+
 
 class SyntheticLanguage:
     """Each word depends on the one before it alone, and the matrix of log p(next word | word) has the given rank.
@@ -41,12 +44,14 @@ class SyntheticLanguage:
     """
 
     def __init__(self, n_words: int = 1000, rank: int = 65, concentration: float = 2.5, seed: int = 0):
-        if n_words < 2:
-            raise ValueError(f"n_words must be at least 2, got {n_words}")
+        if not 2 <= n_words < LARGEST:
+            raise ValueError(f"n_words must be in [2, 2**31), got {n_words}")
         if not 2 <= rank <= n_words:
             raise ValueError(f"rank must be from 2 to n_words = {n_words}, got {rank}")
         if not (concentration > 0 and math.isfinite(concentration)):
             raise ValueError(f"concentration must be positive and finite, got {concentration}")
+        if not 0 <= seed < 2**62:  # with room for the seeds of its texts
+            raise ValueError(f"seed must be in [0, 2**62), got {seed}")
         generator = torch.Generator().manual_seed(seed)
         context, word = (torch.randn(n_words, rank - 1, generator=generator, dtype=torch.float64) for _ in range(2))
         self.rank = rank
@@ -113,6 +118,9 @@ class Flags:
 def write(config: Flags) -> dict[str, float]:
     """Writes the folder and returns what language.json holds. Raises ValueError for a text too short to contain each
     word, FolderOccupied for a folder that holds something else than such a language, FolderInUse."""
+    for name in ("train", "heldout"):
+        if not 1 <= getattr(config, name) < LARGEST:
+            raise ValueError(f"{name} must be in [1, 2**31), got {getattr(config, name)}")
     language = SyntheticLanguage(config.n_words, config.rank, config.concentration, config.seed)
     texts = {
         split: language.sample(n, config.seed + i)

@@ -91,7 +91,12 @@ def test_written_texts_are_read_back(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--n-words", "1"], "n_words must be at least 2, got 1"),
+        (["--n-words", "1"], "n_words must be in [2, 2**31), got 1"),
+        (["--n-words", "9999999999999999999999"], "n_words must be in [2, 2**31), got 9999999999999999999999"),
+        (["--train", "9999999999999999999999"], "train must be in [1, 2**31), got 9999999999999999999999"),
+        (["--heldout", "1000000000000"], "heldout must be in [1, 2**31), got 1000000000000"),
+        (["--heldout", "0"], "heldout must be in [1, 2**31), got 0"),
+        (["--seed", "99999999999999999999"], "seed must be in [0, 2**62), got 99999999999999999999"),
         (["--rank", "31"], "rank must be from 2 to n_words = 30, got 31"),
         (["--rank", "1"], "rank must be from 2 to n_words = 30, got 1"),
         (["--concentration", "0"], r"concentration must be positive and finite, got 0"),
