@@ -135,7 +135,7 @@ class TrainStream:
             if file.n_tokens // self.n_columns < 2:
                 raise CorpusError(
                     f"the shard {file.path} of {file.n_tokens} tokens is too short for {self.n_columns} columns of "
-                    "at least 2"
+                    "at least 2; use a smaller batch_size"
                 )
 
     def order(self, epoch: int) -> list[int]:

@@ -22,6 +22,8 @@ VALUES = [
     ("--n-experts 2000000000 --embedding-size 2000000000", "there is not enough memory"),
     ("--embedding-size 1000000000000000000", "embedding_size must be in [1, 2**31), got 1000000000000000000"),
     ("--hidden-sizes 3 1000000000000000000000", "hidden_sizes must be one or more widths in [1, 2**31)"),
+    ("--batch-size 1000000000000", "too short for 1000000000000 columns"),
+    ("--batch-size 9999999999999999999999", "too short for 9999999999999999999999 columns"),
 ]
 
 
@@ -40,8 +42,11 @@ def test_values_of_train_1b(value, message, flags, tmp_path, capsys):
 
 
 @pytest.mark.trains
-def test_a_large_seed(flags, tmp_path):
-    assert train_1b.main([*flags, "--seed", str(2**63 - 1), "--max-steps", "2", "--out", str(tmp_path / "run")]) == 0
+@pytest.mark.parametrize(
+    "flag", ["--seed 9223372036854775807", "--memory-gib 1e30", "--head-chunk 9999999999999999999999"]
+)
+def test_large_values_that_are_taken(flag, flags, tmp_path):
+    assert train_1b.main([*flags, *flag.split(), "--max-steps", "2", "--out", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.trains

@@ -334,7 +334,9 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
         (["--lr", "0"], "lr must be positive, got 0.0"),
         (["--dropouti", "1"], "dropouti must be in [0, 1), got 1.0"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
-        (["--batch-size", "4000"], "is too short for 4000 columns"),
+        (["--batch-size", "4000"], "is too short for 4000 columns of at least 2; use a smaller batch_size"),
+        (["--eval-batch-size", "1000000000000"], "eval_batch_size must be at most"),
+        (["--backend", "cuda"], "backend 'cuda' is not available"),
         (["--memory-gib", "0.3"], "a rank needs 0.5"),
         (["--evaluate"], "has no best model"),
     ],
@@ -409,7 +411,9 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     with pytest.raises(ConfigError, match="take a smaller embedding or vocabulary"):
         memory.check(dataclasses.replace(full, memory_gib=4), 793_471, OneRank)
     text = memory.check(dataclasses.replace(full, memory_gib=80), 793_471, OneRank)
-    assert "of 80.00" in text
+    assert "of 80.00" in text and "evaluation" not in text
+    with pytest.raises(ConfigError, match="evaluation, beyond(.|\n)*it would fit with --eval-batch-size 128$"):
+        memory.check(dataclasses.replace(full, memory_gib=80, eval_batch_size=100_000), 793_471, OneRank)
     monkeypatch.setattr(memory, "_head_workspace", lambda _: 288 << 20)  # without asking a GPU
     OneRank.device = torch.device("cuda")
     with pytest.raises(ConfigError, match="a segment beside graphs(.|\n)*it would fit with --no-cuda-graphs$"):

@@ -5,8 +5,18 @@ import torch
 from ...data.token_stream import TokenFile, evaluation_segments
 from ...runtime.progress import bar
 from ..device import allow_tf32, on_device
+from ..errors import ConfigError
 from .loss import SummedLoss
 from .ranks import Ranks
+
+
+def check_columns(batch_size: int, shards: list[TokenFile]) -> None:
+    """Raises ConfigError for so many columns that some would be empty whatever shard they read."""
+    longest = max(shard.n_tokens for shard in shards)
+    if batch_size > longest:
+        raise ConfigError(
+            f"eval_batch_size must be at most {longest}, the tokens of the longest held-out shard, got {batch_size}"
+        )
 
 
 @torch.no_grad()

@@ -22,8 +22,9 @@ class SummedLoss(nn.Module):
 
     def forward(self, tokens: Tensor, target: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
         _, features, hidden = self.model.features(tokens, hidden)
-        columns = max(self.head_chunk // len(target), 1) if self.head_chunk else target.shape[1]
-        if columns >= target.shape[1] or not torch.is_grad_enabled():
+        n_columns = target.shape[1]
+        columns = min(max(self.head_chunk // len(target), 1), n_columns) if self.head_chunk else n_columns
+        if columns == n_columns or not torch.is_grad_enabled():
             chunks = zip(features.split(columns, 1), target.split(columns, 1))
             loss = torch.stack([self.nll(x, y) for x, y in chunks]).sum()
         else:

@@ -45,7 +45,8 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     # of a layer: its input, the gates and the cell states that it keeps, its output, and in the backward pass the
     # gates' gradients
     lstm = sum(tokens * (size + 10 * width) for size, width in zip([d, *widths[:-1]], widths)) * item
-    vectors = 0 if model.head == "softmax" else in_head * d * (k if model.head == "mos" else k + 1)
+    vectors_of_token = {"mos": k * d, "moc": (k + 1) * d, "softmax": 0}[model.head]
+    vectors = in_head * vectors_of_token
     head = (
         vectors * (3 * item + 2 * half) + tokens * widths[-1] * 2 * item
     )  # before and after tanh, their gradient; 16-bit copies of two
@@ -68,6 +69,12 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     if device_type == "cuda" and single and config.cuda_graphs and not model.grad_filter_eps:
         # the last segment of a shard runs without, and a graph's memory is for graphs alone
         step["a segment beside graphs"] = sum(step.values())
+    # the last layer's output, and the head's vectors before and after tanh; the rest of a training step is gone then
+    evaluated = config.bptt * -(-config.eval_batch_size // n_data)  # tokens of a segment of held-out text
+    evaluated_at_once = min(evaluated, config.head_chunk or evaluated)
+    evaluation = (evaluated * widths[-1] + 2 * evaluated_at_once * vectors_of_token) * item
+    if evaluation > sum(step.values()):
+        step["evaluation, beyond"] = evaluation - sum(step.values())
     if device_type == "cpu":  # where a GPU's tensors are written, and made, is the host's memory
         writing = 2 * (kept["parameters"] + kept["optimizer"]) - sum(step.values())
         making = whole_bytes - sum(kept.values()) - sum(step.values())
@@ -112,6 +119,8 @@ def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
 def _smaller(config: LM1BConfig, n_data: int) -> Iterator[dict[str, Any]]:
     """Changes of fields that save memory, those that leave the results as they are first."""
     yield {"cuda_graphs": False}
+    if config.eval_batch_size > config.batch_size:
+        yield {"eval_batch_size": config.batch_size}
     columns = config.batch_size // n_data
     splits = [n for n in range(config.micro_batches, columns + 1) if columns % n == 0]
     yield from ({"micro_batches": n} for n in splits)

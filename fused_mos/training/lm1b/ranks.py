@@ -92,7 +92,8 @@ class Ranks:
 
     def least(self, number: int) -> int:
         """The least of all ranks' numbers."""
-        least = torch.tensor(number, device=self.device)
+        # float64: the flag that it comes from may be any number, also one that no int64 can be
+        least = torch.tensor(float(number), dtype=torch.float64, device=self.device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         return int(least)
 

@@ -22,7 +22,7 @@ from ...runtime.progress import bar, say
 from ...vocab_parallel import parallelize
 from .. import folder as run_folder
 from .. import meter
-from ..device import allow_tf32, autocast, check_precision, on_device, peak_memory_mib
+from ..device import allow_tf32, autocast, check_backend, check_precision, on_device, peak_memory_mib
 from ..errors import CheckpointError, TrainingDiverged
 from ..finite import diverged, explained, first_not_finite
 from ..graphs import Replayed, allocate_gradients, recorder_for
@@ -30,7 +30,7 @@ from ..metrics import MetricsLog, perplexity, plot_learning_curves
 from . import checkpoint, memory
 from .best import BestModel
 from .config import LM1BConfig
-from .evaluation import evaluate
+from .evaluation import check_columns, evaluate
 from .exchange import StepDecision, exchange
 from .loss import SummedLoss
 from .optim import learning_rate, make_optimizer
@@ -53,8 +53,9 @@ class LM1BTrainer:
         self.checkpoints = self.folder / checkpoint.FOLDER
         self.clock = signals.CheckpointClock(config.checkpoint_minutes, config.time_limit)
         check_precision(config.precision, self.device)
+        check_backend(config.model.backend, self.device, config.precision == "bfloat16")
         self.corpus = self._read_corpus()
-        self.memory = "" if config.evaluate else memory.check(config, len(self.corpus.vocabulary), ranks)
+        check_columns(config.eval_batch_size, self.corpus.heldout)
         self.progress = Progress()
         self.stream = TrainStream(
             self.corpus.train,
@@ -65,6 +66,7 @@ class LM1BTrainer:
             config.seed,
             self.progress.position,
         )
+        self.memory = "" if config.evaluate else memory.check(config, len(self.corpus.vocabulary), ranks)
         torch.manual_seed(config.seed)
         # on the CPU: the same on every device
         self.model = AWDLSTM(len(self.corpus.vocabulary), **dataclasses.asdict(config.model))
