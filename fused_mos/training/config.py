@@ -19,6 +19,9 @@ from .settings import NOT_NEGATIVE, POSITIVE, SEED, SHARE, SIZE, setting
 HeadName = Literal["mos", "moc", "softmax"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
+MOST_LAYERS = 1000
+"""LSTM layers of a model: more would take minutes to make, however narrow."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -57,6 +60,8 @@ class ModelConfig:
         settings.check(self)
         if not self.hidden_sizes or not all(SIZE.holds(width) for width in self.hidden_sizes):
             raise ConfigError(f"hidden_sizes must be one or more widths in [1, 2**31), got {self.hidden_sizes}")
+        if len(self.hidden_sizes) > MOST_LAYERS:
+            raise ConfigError(f"hidden_sizes must be at most {MOST_LAYERS} widths, got {len(self.hidden_sizes)}")
         if self.backend not in NAMES:
             raise ConfigError(f"backend must be one of {', '.join(NAMES)}, got {self.backend!r}")
 
@@ -179,16 +184,21 @@ class TrainConfig(RunConfig):
         return [self.recipe, self.model.head, f"seed{self.seed}"]
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The inverse of `to_json`, also of versions before 0.2, whose name for micro-batches was another. Raises
-        ConfigError for a field that this version does not know."""
-        optim = values.get("optim")
-        if isinstance(optim, dict) and "small_batch_size" in optim:
-            optim = dict(optim)
-            if columns := optim.pop("small_batch_size"):
-                optim["micro_batches"] = optim["batch_size"] // columns
-            values = {**values, "optim": optim}
-        return settings.from_json(cls, values)
+    def from_json(cls, values: Any) -> "TrainConfig":
+        """The inverse of `to_json`, also of versions before 0.2. Raises ConfigError for a field that this version does
+        not know, or a value of another type."""
+        return settings.from_json(cls, values, _renewed)
+
+
+def _renewed(values: dict[str, Any]) -> dict[str, Any]:
+    """The saved configuration of a version before 0.2, whose name for micro-batches was another, as that of today."""
+    optim = values.get("optim")
+    if isinstance(optim, dict) and "small_batch_size" in optim:
+        optim = dict(optim)
+        if columns := optim.pop("small_batch_size"):
+            optim["micro_batches"] = optim["batch_size"] // columns
+        values = {**values, "optim": optim}
+    return values
 
 
 def ptb() -> TrainConfig:

@@ -4,17 +4,21 @@
     epochs: int = setting(1, POSITIVE, may_change=True)
 
 A field whose type is a Literal takes its values alone. `check` looks at all of that, `changes` at what may change.
+Whatever else a run keeps as JSON is a dataclass with such fields, too: `read_record` lets no other value in.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
 Config = TypeVar("Config")
+Record = TypeVar("Record")
 
 
 class Range(NamedTuple):
@@ -32,6 +36,8 @@ SIZE = Range("be in [1, 2**31)", lambda value: 0 < value < 2**31)  # of a tensor
 NOT_NEGATIVE = Range("not be negative", lambda value: 0 <= value < math.inf)
 SHARE = Range("be in [0, 1)", lambda value: 0 <= value < 1)
 SEED = Range("be in [0, 2**63)", lambda value: 0 <= value < 2**63)  # what torch takes
+COUNT = Range("be in [0, 2**62)", lambda value: 0 <= value < 2**62)  # which still fits 64 bits when it grows
+NUMBER = Range("be a number", lambda value: -LARGEST <= value <= LARGEST)
 
 
 def setting(default: Any, allowed: Range | None = None, *, may_change: bool = False) -> Any:
@@ -42,21 +48,32 @@ def setting(default: Any, allowed: Range | None = None, *, may_change: bool = Fa
 def check(config: Any) -> None:
     """Raises ConfigError for a value, also of a nested configuration, that is out of its field's range, or none of its
     Literal's."""
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, allowed = getattr(config, field.name), field.metadata.get("allowed")
+    for fault in _faults(config):
+        raise ConfigError(fault)
+
+
+def _faults(record: Any) -> Iterator[str]:
+    """What is wrong with the values of a dataclass, whose types are right."""
+    hints = get_type_hints(type(record))
+    for field in dataclasses.fields(record):
+        value, allowed = getattr(record, field.name), field.metadata.get("allowed")
         if dataclasses.is_dataclass(value):
-            check(value)
+            yield from _faults(value)
         elif get_origin(hints[field.name]) is Literal and value not in (choices := get_args(hints[field.name])):
-            raise ConfigError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
-        elif not allowed or value is None:
-            continue
-        elif value == math.inf:
-            raise ConfigError(f"{field.name} must be finite, got {value}")
-        elif value > LARGEST:
-            raise ConfigError(f"{field.name} must be at most {LARGEST:g}, got {value}")
-        elif not allowed.holds(value):
-            raise ConfigError(f"{field.name} must {allowed.words}, got {value}")
+            yield f"{field.name} must be one of {', '.join(choices)}, got {value!r}"
+        elif allowed and value is not None:
+            for number in value if isinstance(value, tuple) else (value,):
+                if words := _wanted(number, allowed):
+                    yield f"{field.name} must {words}, got {number}"
+
+
+def _wanted(number: float, allowed: Range) -> str | None:
+    """What a number must do that is out of its range."""
+    if number == math.inf:
+        return "be finite"
+    if number > LARGEST:
+        return f"be at most {LARGEST:g}"
+    return None if allowed.holds(number) else allowed.words
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -70,30 +87,72 @@ def to_json(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def from_json(config_type: type[Config], values: Mapping[str, Any]) -> Config:
+def from_json(config_type: type[Config], values: Any, renew: Callable[[dict[str, Any]], Any] = dict) -> Config:
     """The inverse of `to_json`. A field that is missing has its default. Raises ConfigError for a field that this
-    version does not know."""
+    version does not know, or a value of another type.
+
+    Args:
+        renew: returns the values of an earlier version as this one has them.
+    """
     try:
-        return _from_json(config_type, values)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return _dataclass(config_type, renew(_as_dict(values, "it")), "it")
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"the saved configuration does not fit this version: {error}") from None
 
 
-def _from_json(config_type: Any, values: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(config_type)
-    converted = {}
-    for name, value in values.items():
-        hint = hints.get(name)
-        if dataclasses.is_dataclass(hint):
-            value = _from_json(hint, value)
-        elif hint in (bool, int, float, str) and type(value) not in (hint, int if hint is float else hint):
-            raise TypeError(f"{name} must be a {hint.__name__}, got {value!r}")
-        elif value is not None and Path in (hint, *get_args(hint)):
-            value = Path(value)
-        elif get_origin(hint) is tuple:
-            value = tuple(value)
-        converted[name] = value
-    return config_type(**converted)
+def read_record(record_type: type[Record], values: Any) -> Record:
+    """A dataclass from the JSON of `dataclasses.asdict`, which must have all of its fields, each of its type and in its
+    range. Raises ValueError, naming the field."""
+    try:
+        record = _dataclass(record_type, values, "it", complete=True)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    for fault in _faults(record):
+        raise ValueError(fault)
+    return record
+
+
+WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+
+
+def _dataclass(kind: Any, values: Any, name: str, complete: bool = False) -> Any:
+    """Raises TypeError for a value of another type than its field, and, with `complete`, for a field without one."""
+    hints, values = get_type_hints(kind), _as_dict(values, name)
+    if unknown := values.keys() - hints.keys():
+        raise TypeError(f"{min(unknown)!r} is not a field of {kind.__name__}")
+    if complete and (missing := hints.keys() - values.keys()):
+        raise TypeError(f"{name} lacks {min(missing)!r}")
+    return kind(**{field: _typed(hints[field], value, field, complete) for field, value in values.items()})
+
+
+def _as_dict(values: Any, name: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise TypeError(f"{name} must be an object with named values, got {reprlib.repr(values)}")
+    return values
+
+
+def _typed(hint: Any, value: Any, name: str, complete: bool) -> Any:
+    """A value of JSON as the type that its field is declared with. Raises TypeError."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind is UnionType:  # X | None
+        return None if value is None else _typed(arguments[0], value, name, complete)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, value, name, complete)
+    if kind is tuple:
+        if isinstance(value, (list, tuple)):
+            return tuple(_typed(arguments[0], item, f"each of {name}", complete) for item in value)
+        raise TypeError(f"{name} must be a list, got {reprlib.repr(value)}")
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        if abs(value) > LARGEST:
+            raise TypeError(f"{name} must be at most {LARGEST:g} in size, got {reprlib.repr(value)}")
+        return float(value)
+    if kind is Literal and value not in arguments:
+        raise TypeError(f"{name} must be one of {', '.join(arguments)}, got {reprlib.repr(value)}")
+    if kind is Literal or type(value) is kind:
+        return value
+    raise TypeError(f"{name} must be {WORDS[kind]}, got {reprlib.repr(value)}")
 
 
 def changes(saved: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:

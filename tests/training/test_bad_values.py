@@ -87,7 +87,7 @@ def test_damaged_files_of_a_run(finished_run, capsys):
         (b"[3]", "must hold a dict, got a list"),
         (b"{", "it is not JSON"),
         (json.dumps(config | {"optim": 3}).encode(), "{the saved configuration does not fit this version}"),
-        (json.dumps(config | {"seed": "x"}).encode(), "{seed must be a int, got 'x'}"),
+        (json.dumps(config | {"seed": "x"}).encode(), "{seed must be a whole number, got 'x'}"),
         (json.dumps(config | {"optim": config["optim"] | {"bptt": 0}}).encode(), "{bptt must be positive, got 0}"),
     ):
         with_content("config.json", content, *((c, "", message) for c in (evaluate, generate, experts, finetune)))

@@ -103,13 +103,18 @@ class LM1BConfig(RunConfig):
             )
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "LM1BConfig":
+    def from_json(cls, values: Any) -> "LM1BConfig":
         """The inverse of `to_json`, also of versions before 0.2. Raises ConfigError for a field that this version does
-        not know."""
-        values = dict(values)
-        if (parts := values.pop("accumulate", None)) is not None:
-            values["micro_batches"] = parts
-        return settings.from_json(cls, values)
+        not know, or a value of another type."""
+        return settings.from_json(cls, values, _renewed)
+
+
+def _renewed(values: dict[str, Any]) -> dict[str, Any]:
+    """The saved configuration of a version before 0.2, whose name for micro-batches was another, as that of today."""
+    values = dict(values)
+    if (parts := values.pop("accumulate", None)) is not None:
+        values["micro_batches"] = parts
+    return values
 
 
 def lm1b_mos() -> LM1BConfig:
