@@ -11,6 +11,7 @@ import math
 import os
 import re
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -65,8 +66,17 @@ def real(path: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
+def check_regular(path: Path) -> None:
+    """Raises FileError for a pipe or a device, also behind a symbolic link: reading it might never end."""
+    with explained(path):
+        mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, reading tells
+        raise FileError(f"{path} is no regular file; restore it or move it away")
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text. Raises FileError."""
+    check_regular(path)
     with explained(path):
         content = path.read_bytes()
     try:
@@ -106,6 +116,7 @@ DIGEST_BLOCK = 1 << 24
 
 def sha256(path: Path, progress: Callable[[int], Any] = lambda n_bytes: None) -> str:
     """SHA-256 of a file, in hexadecimal digits. `progress` is told the bytes read. Raises FileError."""
+    check_regular(path)
     digest = hashlib.sha256()
     with explained(path), path.open("rb") as file:
         while block := file.read(DIGEST_BLOCK):

@@ -21,6 +21,9 @@ from .finite import first_not_finite
 PREVIOUS = ".previous"
 """Suffix of the checkpoint before the last one, where that is kept."""
 
+MOST_HEADER_BYTES = 100_000_000
+"""No longer header is a safetensors file's."""
+
 
 class Checkpoint(NamedTuple):
     """A checkpoint that was loaded."""
@@ -104,8 +107,9 @@ def _remove_unused_parts(path: Path) -> None:
     if not parts:
         return
     for kept in (path, _previous(path)):
-        with contextlib.suppress(OSError, safetensors.SafetensorError, ValueError):
-            parts -= {path.with_name(name) for name in _part_names(_metadata(kept))}
+        if kept.is_file():
+            with contextlib.suppress(OSError, safetensors.SafetensorError, ValueError):
+                parts -= {path.with_name(name) for name in _part_names(_metadata(kept))}
     for part in parts:
         part.unlink()
 
@@ -143,7 +147,7 @@ def load_checkpoint(path: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str
         metadata = _metadata(path)
         names = _part_names(metadata)
         # read instead of mapped: a mapped tensor would change, or be gone, with the file
-        content = b"".join(path.with_name(name).read_bytes() for name in names or [path.name])
+        content = _joined([path.with_name(name) for name in names]) if names else path.read_bytes()
         if names and hashlib.sha256(content).hexdigest() != metadata["sha256"]:
             raise ValueError("its parts are not those that it was saved with")
         tensors = safetensors.torch.load(content)
@@ -171,8 +175,44 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _part_names(metadata: dict[str, str]) -> list[str]:
-    """File names of a checkpoint's parts, none of which may lead out of its folder."""
-    return [Path(name).name for name in json.loads(metadata.get("parts", "[]"))]
+    """File names of a checkpoint's parts, each once, none of which leads out of its folder. Raises ValueError."""
+    try:
+        names = json.loads(metadata.get("parts", "[]"))
+    except RecursionError as error:
+        raise ValueError(error) from None
+    if not isinstance(names, list) or not all(isinstance(name, str) and _is_file_name(name) for name in names):
+        raise ValueError("its parts must be a list of file names")
+    if len(set(names)) < len(names):
+        raise ValueError("it names a part twice")
+    return names
+
+
+def _is_file_name(name: str) -> bool:
+    return name == os.path.basename(name) and name not in ("", ".", "..")
+
+
+def _joined(parts: list[Path]) -> bytes:
+    """The content of a checkpoint's parts. Raises OSError, or ValueError, before it has read much, where they have
+    other than the bytes that the header in the first ones says."""
+    size = sum(part.stat().st_size for part in parts)
+    for part in parts:
+        files.check_regular(part)
+    header_size = int.from_bytes(_first_bytes(parts, 8), "little")
+    if header_size > MOST_HEADER_BYTES:
+        raise ValueError("its parts do not begin with a header")
+    header = json.loads(_first_bytes(parts, 8 + header_size)[8:])
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if size != 8 + header_size + end:
+        raise ValueError(f"its parts have {size:,} bytes, and its tensors need {8 + header_size + end:,}")
+    return b"".join(part.read_bytes() for part in parts)
+
+
+def _first_bytes(parts: list[Path], n: int) -> bytes:
+    first = b""
+    for part in parts:
+        with part.open("rb") as file:
+            first += file.read(n - len(first))
+    return first
 
 
 def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from runs import write_benchmark
 
+from fused_mos import train_1b
 from fused_mos.data import lm1b
 from fused_mos.train import parse
 from fused_mos.training import Trainer
@@ -85,3 +86,12 @@ def flags(prepared):
         "--bptt 9 --eval-batch-size 4 --eval-interval 20 --log-interval 1 --epochs 2 --optimizer adam --lr 0.01 "
         "--warmup-steps 5 --clip 1".split(),
     ]
+
+
+@pytest.fixture
+def two_checkpoints(flags, tmp_path):
+    """A run of train_1b with checkpoints of steps 3 and 5, and its flags."""
+    flags = [*flags, "--dropout", "0.2", "--decay", "none", "--out", str(tmp_path / "run")]
+    for steps in ("3", "5"):
+        assert train_1b.main([*flags, "--max-steps", steps]) == 0
+    return tmp_path / "run", flags

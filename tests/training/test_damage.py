@@ -239,15 +239,6 @@ def test_a_log_with_fewer_bytes_than_recorded(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------- checkpoints of ranks
 
 
-@pytest.fixture
-def two_checkpoints(flags, tmp_path):
-    """A run of train_1b with checkpoints of steps 3 and 5, and its flags."""
-    flags = [*flags, "--dropout", "0.2", "--decay", "none", "--out", str(tmp_path / "run")]
-    for steps in ("3", "5"):
-        assert train_1b.main([*flags, "--max-steps", steps]) == 0
-    return tmp_path / "run", flags
-
-
 @pytest.mark.trains
 @pytest.mark.parametrize("file", ["shard", "state.json"])
 def test_train_1b_goes_on_from_the_checkpoint_before_the_last_one(file, two_checkpoints, flags, tmp_path, capsys):

@@ -101,11 +101,15 @@ def _verify(path: Path, ranks: Ranks) -> None:
     """Compares digests, each rank those of some files. Raises CheckpointError or OtherRankFailed, on all ranks."""
     error = None
     try:
-        # versions before 0.2 wrote no digests
-        for name, digest in sorted(read_state(path).get("files", {}).items())[ranks.rank :: ranks.n_ranks]:
+        digests = read_state(path).get("files", {})  # versions before 0.2 wrote none
+        if not isinstance(digests, dict):
+            raise CheckpointError(f"checkpoint {path} is of another version: files must be an object, got {digests!r}")
+        for file in path.glob("*.safetensors"):  # all of them are read
+            files.check_regular(file)
+        for name, digest in sorted(digests.items())[ranks.rank :: ranks.n_ranks]:
             if files.sha256(path / Path(name).name) != digest:
                 raise CheckpointError(f"checkpoint {path} is damaged (the content of {name}); nothing was changed")
-    except (CheckpointError, OSError) as failure:
+    except (CheckpointError, OSError, ValueError) as failure:  # ValueError: of a name that no file can have
         error = failure if isinstance(failure, CheckpointError) else CheckpointError(f"checkpoint {path}: {failure}")
     ranks.agree(error)
 
