@@ -221,8 +221,15 @@ def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies `tensors` into the model's parameters, tied ones once. Raises CheckpointError unless names, shapes and
-    types fit."""
+    """Copies `tensors` into the model's parameters, tied ones once. Raises CheckpointError unless they fit."""
+    check_fit(model, tensors, path)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(tensors[name])
+
+
+def check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError unless `tensors` have the names, shapes and types of the model's parameters, tied ones
+    once."""
     parameters = dict(model.named_parameters())
     for name in sorted(parameters.keys() ^ tensors.keys()):
         raise CheckpointError(
@@ -234,8 +241,6 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) ->
             fitting(tensors, name, parameter)
         except ValueError as error:
             raise CheckpointError(f"checkpoint {path} does not fit the model: {error}") from None
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[name])
 
 
 def fitting(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:

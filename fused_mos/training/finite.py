@@ -15,6 +15,8 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         # least and largest number instead of isfinite: no copy of a large tensor, and NaN is both
         if tensor.is_floating_point() and tensor.numel():
+            if tensor.element_size() == 1:
+                tensor = tensor.float()  # of 8 bits torch tells no extremes
             if not all(math.isfinite(extreme.item()) for extreme in tensor.detach().aminmax()):
                 return name
     return None

@@ -5,18 +5,20 @@ from dataclasses import dataclass
 
 import torch
 
+from .settings import COUNT, NOT_NEGATIVE, NUMBER, setting
+
 
 @dataclass
 class Progress:
     """Counts of a run, part of its checkpoint. The trainers' subclasses add where in the text it stands."""
 
-    step: int = 0
-    words: int = 0  # predicted
-    seconds: float = 0.0  # of training, without evaluation and checkpoints
-    best: float | None = None  # lowest validation loss
-    interval_words: int = 0  # since the last line of metrics.jsonl
-    interval_seconds: float = 0.0
-    metrics_bytes: int = 0  # of metrics.jsonl, which belong to the checkpoint
+    step: int = setting(0, COUNT)
+    words: int = setting(0, COUNT)  # predicted
+    seconds: float = setting(0.0, NOT_NEGATIVE)  # of training, without evaluation and checkpoints
+    best: float | None = setting(None, NUMBER)  # lowest validation loss
+    interval_words: int = setting(0, COUNT)  # since the last line of metrics.jsonl
+    interval_seconds: float = setting(0.0, NOT_NEGATIVE)
+    metrics_bytes: int = setting(0, COUNT)  # of metrics.jsonl, which belong to the checkpoint
 
     @property
     def words_per_second(self) -> float | None:

@@ -10,11 +10,12 @@ from ..data import Corpus, CorpusError, Vocabulary, read_text
 from ..lm import AWDLSTM
 from ..runtime import files
 from . import settings
-from .checkpoint import Checkpoint, load_checkpoint, load_parameters
+from .checkpoint import Checkpoint, check_fit, load_checkpoint, load_parameters
 from .config import TrainConfig
 from .device import allow_tf32, check_backend, device_named
 from .errors import CheckpointError, ConfigError
 from .folder import check_name
+from .settings import COUNT, NUMBER, setting
 
 
 @dataclasses.dataclass
@@ -53,18 +54,35 @@ def load_run(folder: Path, data: Path | None = None, device: str = "auto", backe
     if best.meta.get("vocabulary", vocabulary.digest) != vocabulary.digest:
         raise CheckpointError(f"the words of {folder / 'vocabulary.txt'} are not those that {best.path} was trained on")
     options = dataclasses.asdict(config.model) | ({"backend": backend} if backend else {})
+    with torch.device("meta"):  # first: the sizes of a configuration may be of any model, and take any memory
+        check_fit(AWDLSTM(len(vocabulary), **options), best.tensors, best.path)
     model = AWDLSTM(len(vocabulary), **options).to(place).eval()
     allow_tf32(place, False)
     load_parameters(model, best.tensors, best.path)
     return Run(folder, config, model, vocabulary, place, data or config.data, _moved=data is not None)
 
 
-def load_best(folder: Path, config: TrainConfig) -> Checkpoint:
+@dataclasses.dataclass
+class BestRecord:
+    """What best.safetensors says of the model."""
+
+    epoch: int = setting(0, COUNT)
+    valid_loss: float | None = setting(None, NUMBER)  # None: of a converted model
+
+
+def load_best(folder: Path, config: TrainConfig, validated: bool = False) -> Checkpoint:
     """The best model of the run in `folder`, whose configuration is `config`. Raises CheckpointError, also where it is
-    that of another run."""
+    that of another run, or, with `validated`, has no validation loss."""
     path = folder / "best.safetensors"
     best = Checkpoint(*load_checkpoint(path, "config", "epoch", "valid_loss"), path)
-    for name, there, here in settings.changes(TrainConfig.from_json(best.meta["config"]), config):
+    try:
+        record = settings.read_record(BestRecord, {name: best.meta[name] for name in ("epoch", "valid_loss")})
+        saved = TrainConfig.from_json(best.meta["config"])
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
+    if validated and record.valid_loss is None:
+        raise CheckpointError(f"{path} is a converted model, not the best one of the run in {folder}; bring that back")
+    for name, there, here in settings.changes(saved, config):
         raise CheckpointError(f"{best.path} is of another run than {folder}: its {name} is {there}, the run's {here}")
     return best
 

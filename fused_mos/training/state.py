@@ -16,16 +16,26 @@ from .checkpoint import Checkpoint, fitting, group
 from .config import TrainConfig
 from .errors import CheckpointError, ConfigError
 from .run import check_vocabulary
+from .settings import COUNT, NOT_NEGATIVE, NUMBER, read_record, setting
 
 
 @dataclasses.dataclass
 class Progress(meter.Progress):
     """Progress of a run; with the parameters, optimizer, hidden and random states this is all of its state."""
 
-    epoch: int = 0  # epochs finished
+    epoch: int = setting(0, COUNT)  # epochs finished
     stopped: bool = False  # by the rule that ends fine-tuning
-    row: int = 0  # rows of the training text done in the current epoch
-    peak_memory_mib: float = 0.0
+    row: int = setting(0, COUNT)  # rows of the training text done in the current epoch
+    peak_memory_mib: float = setting(0.0, NOT_NEGATIVE)
+
+
+@dataclasses.dataclass
+class OptimizerRecord:
+    """What JSON holds of the optimizer's state."""
+
+    averaging: bool = False
+    averaged_steps: int = setting(0, COUNT)
+    history: tuple[float, ...] = setting((), NUMBER)  # validation losses
 
 
 class RunTensors:
@@ -60,9 +70,10 @@ class RunTensors:
         self, tensors: dict[str, Tensor], optimizer_meta: dict[str, Any], hidden: list[Hidden], interval_loss: Tensor
     ) -> None:
         """Sets the optimizer's and the random states, and writes the hidden states and the interval's loss into the
-        tensors that `to_save` was given. Raises KeyError, ValueError, TypeError or RuntimeError where a tensor is
-        missing or of another shape or type."""
-        self.optimizer.load_state_dict(group(tensors, "optimizer"), optimizer_meta)
+        tensors that `to_save` was given. Raises KeyError, ValueError, TypeError or RuntimeError where something is
+        missing or of another shape, type or range."""
+        record = read_record(OptimizerRecord, optimizer_meta)
+        self.optimizer.load_state_dict(group(tensors, "optimizer"), dataclasses.asdict(record))
         for i, layers in enumerate(hidden):
             saved = [
                 (fitting(tensors, f"hidden.{i}.{n}.h", h), fitting(tensors, f"hidden.{i}.{n}.c", c))

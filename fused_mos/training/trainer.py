@@ -13,7 +13,7 @@ from ..lm.awd_lstm import Hidden, activation_regularization, carry_on, temporal_
 from ..runtime import files, signals
 from ..runtime.progress import bar, say
 from . import folder as run_folder
-from . import meter
+from . import meter, settings
 from .checkpoint import Checkpoint, group, load_parameters, save_checkpoint
 from .config import TrainConfig
 from .device import (
@@ -333,7 +333,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         config, progress = self.config, self.progress
-        best = load_best(self.folder, config)
+        best = load_best(self.folder, config, validated=True)
         load_parameters(self.model, best.tensors, best.path)
         allow_tf32(self.device, False)
         tokens, columns, bptt = self.corpus.test, config.test_batch_size, config.optim.bptt
@@ -381,12 +381,14 @@ class Trainer:
         tensors, meta, path = saved
         load_parameters(self.model, group(tensors, "model"), path)
         try:
-            self.progress = Progress(**meta["progress"])
+            self.progress = settings.read_record(Progress, meta["progress"])
+            if self.progress.row >= (rows := self.source.shape[0]):
+                raise ValueError(f"row must be less than {rows}, the rows of the text, got {self.progress.row}")
             self.tensors.restore(tensors, meta["optimizer"], self.hidden, self.interval_loss)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint {path} is of another version or model: {error}") from None
         if self.progress.best is not None:  # better found now than at the run's end
-            best = load_best(self.folder, self.config)
+            best = load_best(self.folder, self.config, validated=True)
             # a newer one, of an epoch that this run trains again, is as good or better
             if best.meta["valid_loss"] > self.progress.best:
                 raise CheckpointError(

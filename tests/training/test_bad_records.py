@@ -3,13 +3,17 @@ and exit status 2, whatever field it is."""
 
 import json
 import math
+import warnings
 from typing import get_args
 
 import pytest
+import torch
 from runs import refused
 
-from fused_mos import evaluate, finetune, generate
+from fused_mos import evaluate, finetune, generate, train
+from fused_mos.runtime import files
 from fused_mos.training import settings
+from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
 from fused_mos.training.config import MOST_LAYERS, ConfigError, HeadName, Precision, TrainConfig
 from fused_mos.training.lm1b.config import LM1BConfig
 
@@ -84,3 +88,93 @@ def test_a_damaged_configuration_of_a_run(finished_run, capsys):
         path.write_text(json.dumps(with_field(config, ("model", "hidden_sizes"), sizes)))
         for command in (evaluate, generate, finetune):
             refused(command, [run], capsys, message)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def out_of_place(record):
+    """(field, value) that must not be let in, for each field of a record's JSON: values of other types, and numbers
+    that are negative or too large."""
+    for name, default in record.items():
+        other = [3, "x"] if isinstance(default, bool) else ["x", True]
+        other += [None] if name != "best" else []
+        other += [-5, 10**30] if type(default) is int else [10**400, math.nan] if type(default) is float else []
+        yield from ((name, value) for value in [*other, {"a": 1}])
+
+
+@pytest.fixture
+def checkpoint_of(finished_run, monkeypatch):
+    """Edits a checkpoint of a finished run, which has no older one then; NaN stays in its JSON."""
+    monkeypatch.setattr(files, "to_json", lambda value, **options: json.dumps(value, **options))
+    run = finished_run(2)
+    (run / "last.safetensors.previous").unlink()
+    saved = {name: load_checkpoint(run / name) for name in ("last.safetensors", "best.safetensors")}
+
+    def write(name, tensors=(), *path_and_value):
+        old, meta = saved[name]
+        meta = with_field(meta, path_and_value[:-1], path_and_value[-1]) if path_and_value else meta
+        save_checkpoint(run / name, old | dict(tensors), meta)
+        return run
+
+    write.meta = saved["last.safetensors"][1]
+    write.best = saved["best.safetensors"]
+    return write
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("group", ["progress", "optimizer"])
+def test_the_last_checkpoint_with_wrong_values(group, checkpoint_of, capsys):
+    record = checkpoint_of.meta[group]
+    for name, value in [*out_of_place(record), *(("history", [value]) for value in ["x", None, 10**400])]:
+        if name in record:
+            run = checkpoint_of("last.safetensors", (), group, name, value)
+            refused(train, ["--resume", run, "--epochs", 3], capsys, "of another version or model: ", name)
+    for value in ("x", None, [], {}):
+        run = checkpoint_of("last.safetensors", (), group, value)
+        refused(train, ["--resume", run, "--epochs", 3], capsys, "of another version or model: it ")
+    if group == "progress":
+        run = checkpoint_of("last.safetensors", (), group, "row", 10**6)
+        refused(train, ["--resume", run, "--epochs", 3], capsys, "row must be less than", "the rows of the text")
+
+
+@pytest.mark.trains
+def test_a_checkpoint_with_a_wrong_configuration(checkpoint_of, capsys):
+    for value in (None, [], "x", 3):
+        run = checkpoint_of("last.safetensors", (), "config", value)
+        refused(train, ["--resume", run], capsys, "it must be an object with named values")
+        run = checkpoint_of("best.safetensors", (), "config", value)
+        for command in (evaluate, generate, finetune):
+            refused(command, [run], capsys, "best.safetensors is of another version", "it must be an object")
+    run = checkpoint_of("last.safetensors", (), "config", "model", "head", "x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(train, ["--resume", run], capsys, "head must be one of mos, moc, softmax, got 'x'")
+
+
+@pytest.mark.trains
+def test_a_best_model_with_wrong_values(checkpoint_of, capsys):
+    tensors, _ = checkpoint_of.best
+    for name, value in (("epoch", "x"), ("epoch", None), ("epoch", -1), ("valid_loss", "x"), ("valid_loss", math.nan)):
+        run = checkpoint_of("best.safetensors", (), name, value)
+        refused(evaluate, [run], capsys, f"best.safetensors is of another version: {name} must")
+    run = checkpoint_of("best.safetensors", (), "valid_loss", None)  # as of a converted model
+    assert evaluate.main([str(run)]) == 0
+    refused(train, ["--resume", run], capsys, "best.safetensors is a converted model, not the best one")
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool):
+        run = checkpoint_of("best.safetensors", {"encoder.weight": tensors["encoder.weight"].to(dtype)})
+        refused(evaluate, [run], capsys, f"encoder.weight is {dtype} there and torch.float32 here")
+    nan = torch.full_like(tensors["encoder.weight"], math.nan).to(torch.float8_e5m2)
+    refused(evaluate, [checkpoint_of("best.safetensors", {"encoder.weight": nan})], capsys, "are not finite")
+
+
+@pytest.mark.trains
+def test_sizes_that_are_not_those_of_the_best_model(checkpoint_of, monkeypatch, capsys):
+    """No memory is taken for them."""
+    made = []
+    monkeypatch.setattr(torch.nn.init, "uniform_", lambda tensor, *_: made.append(tensor.device.type))
+    run = checkpoint_of("best.safetensors", (), "config", "model", "hidden_sizes", [2**20, 10])
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(with_field(config, ("model", "hidden_sizes"), [2**20, 10])))
+    refused(evaluate, [run], capsys, "does not fit the model: ", "is (48, 8) there and (4194304, 8) here")
+    assert set(made) == {"meta"}
