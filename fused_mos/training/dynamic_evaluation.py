@@ -18,11 +18,12 @@ from ..lm.dynamic_evaluation import DynamicEvaluation, DynamicRule, GradientStat
 from ..runtime import files, signals
 from ..runtime.progress import bar, say
 from .checkpoint import digest as checkpoint_digest
-from .checkpoint import load_checkpoint, remove_checkpoint, save_checkpoint
+from .checkpoint import fitting, load_checkpoint, remove_checkpoint, save_checkpoint
 from .errors import CheckpointError, ConfigError
 from .finite import explained, first_not_finite
 from .metrics import perplexity
 from .run import Run
+from .settings import COUNT, read_record, setting
 
 STATISTICS_BATCH_SIZE = 100
 STATISTICS_BPTT = 5
@@ -40,6 +41,29 @@ LEAST_GAIN = 1e-3
 
 FINALISTS = 3
 """Rules that the search then tries on the whole validation text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A rule that the search has tried, as tuning.json keeps it."""
+
+    rule: DynamicRule
+    text: str  # the name of the text
+    loss: float
+
+
+@dataclasses.dataclass
+class TuningRecord:
+    """What tuning.json keeps beside its key."""
+
+    tried: tuple[Tried, ...]
+
+
+@dataclasses.dataclass
+class RowRecord:
+    """How far a checkpoint's work has come."""
+
+    row: int = setting(0, COUNT)
 
 
 class DynamicRun:
@@ -61,16 +85,14 @@ class DynamicRun:
         self._reset()
         statistics = GradientStatistics(self.run.model, source, STATISTICS_BPTT)
         text = {"text": self.train_digest}
-        if (saved := self._saved(path, text)) is not None:
-            tensors, meta = saved
-            statistics.row = meta["row"]
-            statistics.sums = [tensors[f"sum.{i}"] for i in range(len(statistics.sums))]
-            statistics.hidden = _hidden(tensors)
+
+        def tensors() -> dict[str, Tensor]:
+            return {f"sum.{i}": total for i, total in enumerate(statistics.sums)} | _named(statistics.hidden)
 
         def save() -> None:
-            tensors = {f"sum.{i}": total for i, total in enumerate(statistics.sums)} | _named(statistics.hidden)
-            self._save(path, tensors, text | {"row": statistics.row})
+            self._save(path, tensors(), text | {"row": statistics.row})
 
+        self._resume(statistics, path, text, tensors())
         self._work(statistics, source, "gradient statistics", save)
         return statistics.root_mean_squares()
 
@@ -86,20 +108,17 @@ class DynamicRun:
         self._reset()
         source = batchify(tokens, 1).to(self.run.device)
         evaluation = DynamicEvaluation(self.run.model, source, root_mean_squares, rule)
-        if (saved := self._saved(path, {"rule": dataclasses.asdict(rule)})) is not None:
-            tensors, meta = saved
-            evaluation.row, evaluation.total, evaluation.hidden = meta["row"], tensors["total"], _hidden(tensors)
-            with torch.no_grad():
-                for parameter_name, p in self.run.model.named_parameters():
-                    p.copy_(tensors[f"model.{parameter_name}"])
+
+        def tensors() -> dict[str, Tensor]:
+            parameters: dict[str, Tensor] = {f"model.{n}": p for n, p in self.run.model.named_parameters()}
+            return parameters | _named(evaluation.hidden) | {"total": evaluation.total}
 
         def save() -> None:
-            tensors = {f"model.{n}": p for n, p in self.run.model.named_parameters()} | _named(evaluation.hidden)
-            tensors["total"] = evaluation.total
-            if first_not_finite(tensors):
+            if first_not_finite(tensors()):
                 raise self._diverged(rule)
-            self._save(path, tensors, {"row": evaluation.row, "rule": dataclasses.asdict(rule)})
+            self._save(path, tensors(), {"row": evaluation.row, "rule": dataclasses.asdict(rule)})
 
+        self._resume(evaluation, path, {"rule": dataclasses.asdict(rule)}, tensors())
         try:
             with explained(lambda: dict(self.run.model.named_parameters()), lambda _: self._diverged(rule)):
                 self._work(
@@ -125,8 +144,7 @@ class DynamicRun:
         tried = self._tried(path)
 
         def loss(rule: DynamicRule, tokens: Tensor, name: str) -> float:
-            record = {"rule": dataclasses.asdict(rule), "text": name}
-            known = next((row["loss"] for row in tried if {k: row[k] for k in record} == record), None)
+            known = next((one.loss for one in tried if (one.rule, one.text) == (rule, name)), None)
             if known is None:
                 try:
                     known = self.evaluate(tokens, rule, name)
@@ -134,8 +152,8 @@ class DynamicRun:
                     if not tried:  # the rule that the search starts from
                         raise
                     known = sys.float_info.max  # JSON has no infinity
-                tried.append(record | {"loss": known})
-                files.write_sealed(path, self._key | {"tried": tried})
+                tried.append(Tried(rule, name, known))
+                files.write_sealed(path, self._key | {"tried": [dataclasses.asdict(one) for one in tried]})
                 say(f"{name}: ppl {perplexity(known):.2f} with {rule}")
             return known
 
@@ -150,11 +168,16 @@ class DynamicRun:
         finalists = sorted(screened, key=screened.__getitem__)[:FINALISTS]
         return min(finalists, key=lambda rule: loss(rule, valid, "valid"))
 
-    def _tried(self, path: Path) -> list[dict[str, Any]]:
+    def _tried(self, path: Path) -> list[Tried]:
         if not path.is_file():
             return []
         content = files.read_sealed(path)
-        return content["tried"] if content.items() >= self._key.items() else []
+        if not content.items() >= self._key.items():
+            return []
+        try:
+            return list(read_record(TuningRecord, {"tried": content.get("tried")}).tried)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is of another version: {error}; delete it to search anew") from None
 
     @property
     def _key(self) -> dict[str, str]:
@@ -193,17 +216,37 @@ class DynamicRun:
     def _save(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         save_checkpoint(path, tensors, meta | {"model": self.model_digest}, self.run.config.checkpoint_max_mib)
 
-    def _saved(self, path: Path, expected: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The checkpoint, if it is of this model and as expected."""
+    @torch.no_grad()
+    def _resume(
+        self,
+        work: GradientStatistics | DynamicEvaluation,
+        path: Path,
+        expected: dict[str, Any],
+        state: dict[str, Tensor],
+    ) -> None:
+        """Lets `work` go on from the checkpoint, if that is of this model and has what is `expected`: writes its
+        tensors into those of `state`."""
         if not path.is_file():
-            return None
+            return
         try:
             tensors, meta = load_checkpoint(path)
+            if any(meta.get(key) != value for key, value in (expected | {"model": self.model_digest}).items()):
+                return
+            row, rows = read_record(RowRecord, {"row": meta.get("row")}).row, work.source.shape[0]
+            if row >= rows:
+                raise ValueError(f"row must be less than {rows}, the rows of the text, got {row}")
+            if missing := state.keys() - tensors.keys():
+                raise ValueError(f"it lacks {min(missing)}")
+            saved = {name: fitting(tensors, name, like) for name, like in state.items()}
         except CheckpointError as error:
             raise CheckpointError(f"{error}; delete it to compute it anew") from None
-        if meta.get("model") != self.model_digest or any(meta.get(key) != value for key, value in expected.items()):
-            return None
-        return {name: tensor.to(self.run.device) for name, tensor in tensors.items()}, meta
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {path} is of another version: {error}; delete it to compute it anew"
+            ) from None
+        work.row = row
+        for name, tensor in saved.items():
+            state[name].copy_(tensor)
 
 
 def _neighbours(rule: DynamicRule) -> Iterator[DynamicRule]:
@@ -217,8 +260,3 @@ def _neighbours(rule: DynamicRule) -> Iterator[DynamicRule]:
 
 def _named(hidden: Hidden) -> dict[str, Tensor]:
     return {f"hidden.{i}.{name}": tensor for i, layer in enumerate(hidden) for name, tensor in zip("hc", layer)}
-
-
-def _hidden(tensors: dict[str, Tensor]) -> Hidden:
-    layers = sum(name.startswith("hidden.") for name in tensors) // 2
-    return [(tensors[f"hidden.{i}.h"], tensors[f"hidden.{i}.c"]) for i in range(layers)]

@@ -12,6 +12,7 @@ from runs import refused
 
 from fused_mos import evaluate, finetune, generate, train
 from fused_mos.runtime import files
+from fused_mos.training import dynamic_evaluation as dynamic_module
 from fused_mos.training import settings
 from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
 from fused_mos.training.config import MOST_LAYERS, ConfigError, HeadName, Precision, TrainConfig
@@ -178,3 +179,68 @@ def test_sizes_that_are_not_those_of_the_best_model(checkpoint_of, monkeypatch, 
     (run / "config.json").write_text(json.dumps(with_field(config, ("model", "hidden_sizes"), [2**20, 10])))
     refused(evaluate, [run], capsys, "does not fit the model: ", "is (48, 8) there and (4194304, 8) here")
     assert set(made) == {"meta"}
+
+
+# --------------------------------------------------------------------------------------------------- dynamic evaluation
+
+
+@pytest.mark.trains
+def test_work_of_dynamic_evaluation_with_wrong_values(finished_run, monkeypatch, capsys):
+    monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
+    run = finished_run(1)
+    arguments = [run, "--dynamic", "--split", "valid"]
+    assert evaluate.main([*map(str, arguments), "--time-limit", "0.001"]) == 0
+    path = run / "dynamic" / "gradient-statistics.safetensors"
+    tensors, meta = load_checkpoint(path)
+    another = "is of another version: "
+    for name, value in (
+        *(("row", value) for value in ("x", None, -5, 1.5, 10**9)),
+        ("sum.0", None),
+        ("sum.0", torch.zeros(3)),
+        ("sum.0", tensors["sum.0"].double()),
+        ("hidden.1.h", None),
+        ("hidden.1.h", torch.zeros(2)),
+    ):
+        harmed = tensors | {name: value} if name in tensors else tensors
+        harmed = {key: tensor for key, tensor in harmed.items() if tensor is not None}
+        save_checkpoint(path, harmed, meta | {name: value} if name == "row" else meta)
+        refused(evaluate, arguments, capsys, path, another, name, "delete it to compute it anew")
+    del meta["row"]
+    save_checkpoint(path, tensors, meta)
+    refused(evaluate, arguments, capsys, path, another, "row")
+
+
+@pytest.mark.trains
+def test_an_unfinished_dynamic_evaluation_with_wrong_values(finished_run, monkeypatch, capsys):
+    monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
+    run = finished_run(1)
+    arguments = [run, "--dynamic", "--split", "valid"]
+    while not (paths := list((run / "dynamic").glob("valid-*.safetensors"))):
+        assert evaluate.main([*map(str, arguments), "--time-limit", "0.001"]) == 0
+    (path,) = paths
+    tensors, meta = load_checkpoint(path)
+    for name, value in (("total", torch.zeros(2)), ("hidden.0.c", torch.zeros(0)), ("model.encoder.weight", None)):
+        harmed = {key: tensor for key, tensor in (tensors | {name: value}).items() if tensor is not None}
+        save_checkpoint(path, harmed, meta)
+        refused(evaluate, arguments, capsys, path, "is of another version: ", name)
+    save_checkpoint(path, tensors, meta | {"row": "x"})
+    refused(evaluate, arguments, capsys, path, "row must be a whole number, got 'x'")
+
+
+@pytest.mark.trains
+def test_a_search_with_wrong_values(finished_run, monkeypatch, capsys):
+    monkeypatch.setattr(dynamic_module, "STATISTICS_BATCH_SIZE", 20)
+    run = finished_run(1)
+    path = run / "dynamic" / "tuning.json"
+    arguments = [run, "--dynamic", "--tune"]
+    while not path.exists():
+        assert evaluate.main([*map(str, arguments), "--time-limit", "0.1"]) == 0
+    content = files.read_sealed(path)
+    (first, *_) = content["tried"]
+    for tried in (
+        *(None, 3, "x", [None], [3], [{}]),
+        *([with_field(first, names, value)] for names in (("rule",), ("loss",)) for value in (None, "x", [])),
+        [with_field(first, ("rule", "lr"), "x")],
+    ):
+        files.write_sealed(path, content | {"tried": tried})
+        refused(evaluate, arguments, capsys, path, "is of another version: ", "delete it to search anew")
