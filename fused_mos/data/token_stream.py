@@ -138,6 +138,16 @@ class TrainStream:
                     "at least 2; use a smaller batch_size"
                 )
 
+    def go_to(self, position: Position) -> None:
+        """The segments go on from `position`. Raises ValueError where the text has no such."""
+        shards = len(self.files)
+        if not (0 <= position.epoch < 2**62 and 0 <= position.shard < shards):
+            raise ValueError(f"position must be in one of {shards} shards of an epoch, got {position}")
+        rows = self.files[self.order(position.epoch)[position.shard]].n_tokens // self.n_columns
+        if not 0 <= position.row < rows:
+            raise ValueError(f"position must be in the {rows} rows of its shard, got {position}")
+        self.position = position
+
     def order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(((self.seed << 20) + epoch) % 2**63)
         return torch.randperm(len(self.files), generator=generator).tolist()

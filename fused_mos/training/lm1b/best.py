@@ -1,11 +1,12 @@
 """The model of a run that has the lowest held-out loss so far, in RUN/best."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ...data.token_stream import PreparedCorpus
 from ..errors import CheckpointError
 from ..finite import first_not_finite
+from ..settings import COUNT, NUMBER, read_record, setting
 from . import checkpoint
 from .config import LM1BConfig
 from .ranks import Ranks
@@ -13,6 +14,14 @@ from .state import RunTensors, check_identity, identity
 
 OTHER_RANKS = 1e-4
 """Share by which a loss may be another on another number of ranks."""
+
+
+@dataclasses.dataclass
+class BestRecord:
+    """What state.json says of the model."""
+
+    step: int = setting(0, COUNT)
+    loss: float = setting(0.0, NUMBER)  # held-out
 
 
 class BestModel:
@@ -30,7 +39,7 @@ class BestModel:
         if self.ranks.is_main:
             checkpoint.remove_older(self.folder)
 
-    def load(self, least: float | None, run: Path) -> dict[str, Any]:
+    def load(self, least: float | None, run: Path) -> BestRecord:
         """Reads it into the run's parameters and returns its step and loss.
 
         Args:
@@ -45,14 +54,18 @@ class BestModel:
                 f"{self.folder.parent} has no best model: it is not the folder of a run that was evaluated"
             )
         state = checkpoint.read_state(path, "step", "loss")
+        try:
+            record = read_record(BestRecord, {name: state[name] for name in ("step", "loss")})
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
         if "config" in state:  # versions before 0.2 did not keep it
             check_identity(state, path, self.config, self.corpus)
-        if least is not None and state["loss"] > least * (1 + OTHER_RANKS):
+        if least is not None and record.loss > least * (1 + OTHER_RANKS):
             raise CheckpointError(
-                f"{path} is older than {run}: its loss is {state['loss']:.4f}, and the run's best is {least:.4f}; "
+                f"{path} is older than {run}: its loss is {record.loss:.4f}, and the run's best is {least:.4f}; "
                 "bring the newer one back"
             )
         checkpoint.load(path, self.tensors.parameters())
         if name := first_not_finite(self.tensors.own_parameters()):
             raise CheckpointError(f"checkpoint {path} cannot be used: numbers of {name} are not finite")
-        return state
+        return record

@@ -15,6 +15,7 @@ from ...lm.awd_lstm import Hidden, gradients
 from ...vocab_parallel import VocabShard
 from .. import meter, settings
 from ..errors import CheckpointError
+from ..settings import COUNT, NUMBER, setting
 from .config import LM1BConfig
 from .ranks import Ranks
 
@@ -33,13 +34,8 @@ class Progress(meter.Progress):
     its state."""
 
     position: Position = dataclasses.field(default_factory=Position)
-    evaluated: int = 0  # step of the last evaluation
-    interval_loss: float = 0.0  # sum since the last line of metrics.jsonl
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """The inverse of `dataclasses.asdict`. Raises KeyError or TypeError for the fields of another version."""
-        return cls(**values | {"position": Position(**values["position"])})
+    evaluated: int = setting(0, COUNT)  # step of the last evaluation
+    interval_loss: float = setting(0.0, NUMBER)  # sum since the last line of metrics.jsonl
 
 
 def saved_form(config: LM1BConfig) -> dict[str, Any]:

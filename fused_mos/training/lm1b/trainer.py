@@ -21,7 +21,7 @@ from ...runtime import UserError, files, signals
 from ...runtime.progress import bar, say
 from ...vocab_parallel import parallelize
 from .. import folder as run_folder
-from .. import meter
+from .. import meter, settings
 from ..device import allow_tf32, autocast, check_backend, check_precision, on_device, peak_memory_mib
 from ..errors import CheckpointError, TrainingDiverged
 from ..finite import diverged, explained, first_not_finite
@@ -330,7 +330,7 @@ class LM1BTrainer:
             "heldout_ppl": perplexity(loss),
             "heldout_loss": loss,
             "heldout_words": words,
-            "best_step": best["step"],
+            "best_step": best.step,
             "steps": progress.step,
             "words": progress.words,
             "ranks": self.ranks.n_ranks,
@@ -373,14 +373,14 @@ class LM1BTrainer:
             tensors |= self.tensors.random()
         checkpoint.load(path, tensors)
         try:
-            self.progress = Progress.from_json(state["progress"])
-        except (KeyError, TypeError) as error:
+            self.progress = settings.read_record(Progress, state["progress"])
+            self.stream.go_to(self.progress.position)
+        except ValueError as error:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
         if name := first_not_finite(self.tensors.own_parameters() | self.tensors.own_optimizer_state()):
             raise CheckpointError(f"checkpoint {path} cannot be used: numbers of {name} are not finite")
         if self._lock:
             checkpoint.set_aside_newer(self.checkpoints, path)
-        self.stream.position = self.progress.position
         self.hidden = self.tensors.parts_of(tensors, self._part)
         if same_ranks:
             self.tensors.set_random(tensors)

@@ -1,0 +1,86 @@
+"""What a One Billion Word run keeps as JSON, with wrong values under a right digest: one line and exit status 2."""
+
+import json
+import math
+import shutil
+
+import pytest
+from runs import refused
+
+from fused_mos import train_1b
+from fused_mos.runtime import files
+
+
+@pytest.fixture
+def edited(two_checkpoints, monkeypatch):
+    """Writes state.json of a folder's last checkpoint anew, with other values; NaN stays in it."""
+    out, flags = two_checkpoints
+    shutil.rmtree(out / "checkpoints" / "step-00000003")
+    monkeypatch.setattr(files, "to_json", lambda value, **options: json.dumps(value, **options))
+
+    def edit(folder, **values):
+        (path,) = (out / folder).glob("*/state.json")
+        whole = path.with_name("whole")
+        if not whole.exists():
+            shutil.copy(path, whole)
+        state = json.loads(whole.read_text())
+        del state["digest"]
+        files.write_sealed(path, state | values)
+        return state
+
+    edit.flags = [*flags, "--max-steps", "7"]
+    return edit
+
+
+@pytest.mark.trains
+def test_wrong_progress(edited, capsys):
+    progress = edited("checkpoints")["progress"]
+    wrong = "is of another version: "
+    for name, before in progress.items():
+        if name == "position":
+            continue
+        values = ["x", True, [1], {}, *([None] if name != "best" else [])]
+        values += [-5, 10**30] if type(before) is int else [10**400, math.nan]
+        for value in values:
+            edited("checkpoints", progress=progress | {name: value})
+            refused(train_1b, edited.flags, capsys, wrong, name)
+    for value in (3, None, "x", [], {}):
+        edited("checkpoints", progress=value)
+        refused(train_1b, edited.flags, capsys, wrong)
+        edited("checkpoints", progress=progress | {"position": value})
+        refused(train_1b, edited.flags, capsys, wrong, "position")
+
+
+@pytest.mark.trains
+def test_a_position_outside_of_the_text(edited, capsys):
+    """The segments of a shard that is not there would be awaited forever."""
+    progress = edited("checkpoints")["progress"]
+    for name in ("epoch", "shard", "row"):
+        numbers, others = (-1, 10**9) if name != "epoch" else (-1, 10**400), ("x", None, 1.5)
+        for value in (*numbers, *others):
+            edited("checkpoints", progress=progress | {"position": progress["position"] | {name: value}})
+            message = "position must be in" if value in numbers else f"{name} must be a whole number"
+            refused(train_1b, edited.flags, capsys, f"is of another version: {message}")
+
+
+@pytest.mark.trains
+def test_wrong_configurations_and_files(edited, capsys):
+    for value in (3, None, "x", []):
+        edited("checkpoints", config=value)
+        for flags in (edited.flags, ["--resume", edited.flags[edited.flags.index("--out") + 1]]):
+            refused(train_1b, flags, capsys, "it must be an object with named values")
+        edited("checkpoints", files=value)
+        refused(train_1b, edited.flags, capsys, "is of another version: files must be an object")
+    for names in ({"a\0b": "x"}, {"x" * 5000: "x"}, {"none": "x"}, {"state.json": 3}, {"": None}):
+        edited("checkpoints", files=names)
+        refused(train_1b, edited.flags, capsys, "checkpoint ")
+    edited("checkpoints", config={"model": {"head": "x"}})
+    refused(train_1b, edited.flags, capsys, "head must be one of mos, moc, softmax, got 'x'")
+
+
+@pytest.mark.trains
+def test_a_wrong_best_model(edited, capsys):
+    for name, values in (("step", ("x", None, -1, True)), ("loss", ("x", None, math.nan, [], 10**400))):
+        for value in values:
+            edited("best", **{name: value})
+            refused(train_1b, [*edited.flags, "--evaluate"], capsys, f"is of another version: {name} must")
