@@ -19,7 +19,7 @@ from .runtime.signals import CheckpointClock, TimeLimitReached
 from .runtime.text import show
 from .training.config import RECIPES, Precision, TrainConfig, dynamic_rule
 from .training.errors import ConfigError
-from .training.settings import NOT_NEGATIVE, check, setting
+from .training.settings import NOT_NEGATIVE, NUMBER, check, read_record, setting
 
 STAGES = ("trained", "fine-tuned", "dynamic evaluation")
 
@@ -105,7 +105,7 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
 
     with run_folder.claim(trained, state.is_of_run):
         path = trained / "reproduction.json"
-        results = files.read_sealed(path) if path.is_file() else {}
+        results = _read_results(path) if path.is_file() else {}
         _check_made_with(results, config, corpus)
         train(dataclasses.replace(recipe, out=trained))
         train(stages.finetuning_config(trained))
@@ -119,6 +119,27 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
     return results
 
 
+@dataclasses.dataclass
+class Perplexities:
+    """What the table takes of an evaluation's record."""
+
+    ppl: float | None = setting(None, NUMBER)  # None: infinite, which JSON cannot say
+    ppl_published: float | None = setting(None, NUMBER)
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """What reproduction.json holds. Raises FileError, or ConfigError where it is not of this form."""
+    results = files.read_sealed(path)
+    try:
+        results.get("made with", {}).items()
+        for stage in STAGES:
+            for record in results.get(stage, {}).values():
+                read_record(Perplexities, {key: record[key] for key in ("ppl", "ppl_published")})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is of another version: {error}; name another --out") from None
+    return results
+
+
 def _check_made_with(results: dict[str, Any], config: Flags, corpus: "Corpus") -> None:
     """Notes what the evaluations depend on, or raises ConfigError where those in reproduction.json were made with
     another recipe, rule or text."""
@@ -128,10 +149,10 @@ def _check_made_with(results: dict[str, Any], config: Flags, corpus: "Corpus") -
     now = {"recipe": config.recipe, "tune": config.tune, **texts}
     before = results.setdefault("made with", now)
     for name in now:
-        if before[name] != now[name] and name in texts:
+        if before.get(name) != now[name] and name in texts:
             raise ConfigError(f"data: {config.data} has another {name} than {config.folder} was evaluated on")
-        if before[name] != now[name]:
-            change = f"it was {before[name]}, got {now[name]}"
+        if before.get(name) != now[name]:
+            change = f"it was {before.get(name)}, got {now[name]}"
             raise ConfigError(f"{name} cannot change when a reproduction goes on: {change}; name another --out")
 
 

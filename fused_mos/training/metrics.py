@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from ..runtime import files
 from ..runtime.text import show
+from .settings import NUMBER
 
 BLOCK = 1 << 16
 """Bytes read at once to find the end of a line."""
@@ -76,11 +77,21 @@ def _end_of_lines(file: BinaryIO, end: int) -> int:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl, without lines that are damaged. Raises FileError."""
     path, records = folder / "metrics.jsonl", []
+    files.check_regular(path)
     with files.explained(path), path.open("rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(RecursionError, ValueError):
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and record.keys() >= {"kind", "step"}]
+
+
+def _points(metrics: list[dict[str, Any]], kind: str, x: str) -> list[tuple[float, float]]:
+    """(x, perplexity) of the records of a kind that have both: JSON has no infinity, and a file may hold anything."""
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and NUMBER.holds(value)
+
+    return [(m[x], m["ppl"]) for m in metrics if m["kind"] == kind and is_number(m.get(x)) and is_number(m.get("ppl"))]
 
 
 def plot_learning_curves(folders: dict[str, Path], path: Path) -> None:
@@ -92,17 +103,15 @@ def plot_learning_curves(folders: dict[str, Path], path: Path) -> None:
     axes = figure.add_subplot()
     for i, (label, folder) in enumerate(folders.items()):
         metrics = read_metrics(folder)
-        train = [(m["epoch_fraction"], m["ppl"]) for m in metrics if m["kind"] == "train"]
-        valid = [(m["epoch"], m["ppl"]) for m in metrics if m["kind"] == "valid"]
+        train, valid = _points(metrics, "train", "epoch_fraction"), _points(metrics, "valid", "epoch")
         if train:
             axes.plot(*zip(*train), color=f"C{i}", alpha=0.35, linewidth=1, label=f"{label}, training (with dropout)")
         if valid:
             axes.plot(*zip(*valid), color=f"C{i}", marker="o", markersize=4, label=f"{label}, validation")
-        averaging = [m["epoch"] for m in metrics if m["kind"] == "valid" and m["averaging"]]
-        if averaging and averaging[0] > 1:
-            axes.axvline(
-                averaging[0] - 1, color=f"C{i}", linestyle=":", linewidth=1, label=f"{label}, averaging starts"
-            )
+        averaging = _points([m for m in metrics if m.get("averaging") is True], "valid", "epoch")
+        if averaging and averaging[0][0] > 1:
+            start = averaging[0][0] - 1
+            axes.axvline(start, color=f"C{i}", linestyle=":", linewidth=1, label=f"{label}, averaging starts")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(ScalarFormatter())

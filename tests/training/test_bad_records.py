@@ -10,13 +10,14 @@ import pytest
 import torch
 from runs import refused
 
-from fused_mos import evaluate, finetune, generate, train
+from fused_mos import evaluate, finetune, generate, reproduce, train
 from fused_mos.runtime import files
 from fused_mos.training import dynamic_evaluation as dynamic_module
 from fused_mos.training import settings
 from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
 from fused_mos.training.config import MOST_LAYERS, ConfigError, HeadName, Precision, TrainConfig
 from fused_mos.training.lm1b.config import LM1BConfig
+from fused_mos.training.metrics import plot_learning_curves
 
 VALUES = ["x", None, True, 3, -3, 1.5, math.nan, 10**400, [], ["x"], [1.5], [None], [[3]], [True], {}, {"a": 1}]
 """Of every type that JSON has."""
@@ -244,3 +245,37 @@ def test_a_search_with_wrong_values(finished_run, monkeypatch, capsys):
     ):
         files.write_sealed(path, content | {"tried": tried})
         refused(evaluate, arguments, capsys, path, "is of another version: ", "delete it to search anew")
+
+
+# ------------------------------------------------------------------------------------------------------ logs and tables
+
+
+def test_a_learning_curve_of_wrong_values(tmp_path):
+    """Points that are none are left out."""
+    lines = [json.dumps({"kind": kind, "step": 1, "ppl": 3, "epoch": 2, "epoch_fraction": 0.5, "averaging": True})
+             for kind in ("train", "valid")]  # fmt: skip
+    for kind in ("train", "valid", ["x"], None):
+        for ppl in VALUES:
+            lines.append(json.dumps({"kind": kind, "step": 1, "ppl": ppl, "epoch": ppl, "averaging": ppl}))
+        lines.append(json.dumps({"kind": kind, "step": 1}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[" * 100_000]))
+    plot_learning_curves({"mos": tmp_path}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.trains
+def test_a_reproduction_with_wrong_values(corpus_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(out), "--time-limit", "1e-9"]) == 0
+    (out / "last.safetensors").touch()  # the folder of a run, then
+    path = out / "reproduction.json"
+    good = {"ppl": 3.0, "ppl_published": 3.0}
+    for results in (
+        *({"made with": value} for value in (3, None, "x", [])),
+        *({"trained": value} for value in (3, None, "x", [])),
+        *({"trained": {"test": value}} for value in (3, None, "x", {}, good | {"ppl": "x"})),
+    ):
+        files.write_sealed(path, results)
+        refused(reproduce, ["demo", "--data", corpus_folder, "--out", out], capsys, f"{path} is of another version")
+    files.write_sealed(path, {"made with": {}})
+    refused(reproduce, ["demo", "--data", corpus_folder, "--out", out], capsys, "recipe cannot change")
