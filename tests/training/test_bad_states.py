@@ -1,14 +1,20 @@
-"""What a One Billion Word run keeps as JSON, with wrong values under a right digest: one line and exit status 2."""
+"""What a One Billion Word run keeps as JSON, with wrong values under a right digest: one line and exit status 2. And
+ranks that find no torchrun."""
 
+import contextlib
+import datetime
 import json
 import math
 import shutil
+import socket
+import threading
 
 import pytest
 from runs import refused
 
 from fused_mos import train_1b
 from fused_mos.runtime import files
+from fused_mos.training.lm1b import ranks
 
 
 @pytest.fixture
@@ -84,3 +90,31 @@ def test_a_wrong_best_model(edited, capsys):
         for value in values:
             edited("best", **{name: value})
             refused(train_1b, [*edited.flags, "--evaluate"], capsys, f"is of another version: {name} must")
+
+
+# ------------------------------------------------------------------------------------------------------------- torchrun
+
+
+def hang_up(server):
+    """On everyone who calls, until the socket is closed or nobody has called for a while."""
+    with contextlib.suppress(OSError):
+        while True:
+            server.accept()[0].close()
+
+
+@pytest.mark.parametrize("torchrun", ["is gone", "goes"])
+def test_ranks_without_torchrun_end(torchrun, flags, tmp_path, monkeypatch, capfd):
+    """A kill has ended it before they came to its store, or while they look for each other there."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        environment = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}
+        for name, value in {**environment, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(ranks, "COLLECTIVE_TIMEOUT", datetime.timedelta(seconds=2))
+        if torchrun == "goes":
+            server.settimeout(10)
+            server.listen()
+            threading.Thread(target=hang_up, args=(server,), daemon=True).start()
+        message = f"torchrun at 127.0.0.1:{server.getsockname()[1]}, or a rank, is gone or silent for"
+        refused(train_1b, [*flags, "--out", tmp_path / "run"], capfd, message)
+    assert not (tmp_path / "run").exists()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
+from ...runtime import UserError
 from ..device import device_named, on_device
 from ..errors import ConfigError
 
@@ -25,7 +26,7 @@ class Ranks:
     decoder, and are otherwise copies of each other. A single process is a group of one, so that all code is the same.
 
     Raises ConfigError where vocab_parallel does not divide the number of ranks, or this machine has fewer GPUs than
-    ranks.
+    ranks; RanksNotMet where torchrun or a rank is gone.
     """
 
     def __init__(self, device: str, vocab_parallel: int):
@@ -44,8 +45,15 @@ class Ranks:
             raise ConfigError(f"vocab_parallel must divide the number of ranks, {n_ranks}, got {vocab_parallel}")
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            self._shared, store, rank = _stores()  # the first outlives its maker: rank 0 may be the one that has it
-            dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=COLLECTIVE_TIMEOUT)
+            try:
+                self._shared, store, rank = _stores()  # the first outlives its maker: rank 0 may be the one that has it
+                dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=COLLECTIVE_TIMEOUT)
+            except dist.DistError:
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
+                raise RanksNotMet(
+                    f"torchrun at {where}, or a rank, is gone or silent for {minutes:g} minutes; start torchrun again"
+                ) from None
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.rank, self.n_ranks = dist.get_rank(), dist.get_world_size()
@@ -107,7 +115,7 @@ def _stores() -> tuple[dist.Store, dist.Store, int]:
     torchrun keeps one store through all its restarts, and gloo, asking it for the other ranks' addresses, may be told
     those of ranks that are dead. So the first rank opens a store of its own, and says in torchrun's where it is.
     """
-    shared, rank, n_ranks = next(rendezvous("env://"))
+    shared, rank, n_ranks = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     host, key = os.environ["MASTER_ADDR"], f"fused_mos/port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank == 0:
         own = dist.TCPStore(host, 0, n_ranks, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT)
@@ -117,13 +125,18 @@ def _stores() -> tuple[dist.Store, dist.Store, int]:
     # a start for which machines came or went has the count of the one before: ask until the answer is no longer the
     # store of that one
     while True:
+        port = int(shared.get(key))
         try:
-            own = dist.TCPStore(host, int(shared.get(key)), n_ranks, is_master=False, timeout=timedelta(seconds=2))
+            own = dist.TCPStore(host, port, n_ranks, is_master=False, timeout=timedelta(seconds=2))
             own.set_timeout(COLLECTIVE_TIMEOUT)
             return shared, own, rank
         except dist.DistNetworkError:
             if time.monotonic() > deadline:
                 raise
+
+
+class RanksNotMet(UserError, RuntimeError):
+    """The processes of a run cannot reach each other."""
 
 
 class OtherRankFailed(RuntimeError):
