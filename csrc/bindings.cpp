@@ -18,9 +18,10 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-Head head(Address weight, Address bias, int64_t n_classes, int64_t n_features, bool bf16, int n_threads,
-          int64_t workspace_bytes) {
-  return {at<const void>(weight), at<const float>(bias), n_classes, n_features, bf16, n_threads, workspace_bytes};
+Head head(Address weight, Address bias, int64_t n_classes, int64_t n_features, bool bf16, int n_threads, float softcap,
+          float inverse_temperature, int64_t workspace_bytes) {
+  return {at<const void>(weight),         at<const float>(bias), n_classes, n_features, bf16, n_threads,
+          {softcap, inverse_temperature}, workspace_bytes};
 }
 
 GradientArguments gradients(Address rows, Address weight, Address bias) {
@@ -28,9 +29,9 @@ GradientArguments gradients(Address rows, Address weight, Address bias) {
 }
 
 void row_statistics(const Head& head, Address rows, int64_t n_rows, Address target, Address maximum, Address log_total,
-                    Address target_logit) {
+                    Address target_logit, Address entropy) {
   chosen_kernels().row_statistics(head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<float>(maximum),
-                                         at<float>(log_total), at<float>(target_logit)});
+                                         at<float>(log_total), at<float>(target_logit), at<float>(entropy)});
 }
 
 void rows_backward(const Head& head, Address rows, int64_t n_rows, Address target, Address maximum, Address log_total,
@@ -41,13 +42,13 @@ void rows_backward(const Head& head, Address rows, int64_t n_rows, Address targe
 }
 
 void nll_with_gradients(const Head& head, Address latent, Address log_prior, Address target, Address valid,
-                        int64_t n_tokens, int64_t n_experts, int64_t tokens_of_block, float scale, float filter_eps,
-                        Address nll, Address maximum, Address log_total, Address target_logit, Address grad_prior,
-                        const GradientArguments& gradients) {
+                        int64_t n_tokens, int64_t n_experts, int64_t tokens_of_block, float scale, Address loss_weights,
+                        float filter_eps, Address nll, Address maximum, Address log_total, Address target_logit,
+                        Address grad_prior, const GradientArguments& gradients) {
   chosen_kernels().nll_with_gradients(
       head, {at<const void>(latent), at<const float>(log_prior), at<const int64_t>(target), at<const bool>(valid),
-             n_tokens, n_experts, tokens_of_block, scale, filter_eps, at<float>(nll), at<float>(maximum),
-             at<float>(log_total), at<float>(target_logit), at<float>(grad_prior), gradients});
+             n_tokens, n_experts, tokens_of_block, scale, at<const float>(loss_weights), filter_eps, at<float>(nll),
+             at<float>(maximum), at<float>(log_total), at<float>(target_logit), at<float>(grad_prior), gradients});
 }
 
 MixtureArguments mixture_arguments(Address latent, Address log_prior, Address maximum, Address log_total,
@@ -62,24 +63,30 @@ MixtureArguments mixture_arguments(Address latent, Address log_prior, Address ma
   return a;
 }
 
-void mixture(const Head& head, MixtureArguments a, Address log_prob, Address best) {
+void mixture(const Head& head, MixtureArguments a, Address log_prob, Address best, Address mean_log_prob) {
   a.log_prob = at<float>(log_prob);
   a.best = at<int64_t>(best);
+  a.mean_log_prob = at<float>(mean_log_prob);
   chosen_kernels().mixture(head, a);
 }
 
-void mixture_backward(const Head& head, MixtureArguments a, Address grad, Address grad_prior,
-                      const GradientArguments& gradients) {
-  a.grad = at<const float>(grad);
+LogProbGradient log_prob_gradient(Address dense, Address token, Address of_class, Address at_target, Address target,
+                                  Address log_term, Address linear_term) {
+  return {at<const float>(dense),    at<const float>(token),    at<const float>(of_class),   at<const float>(at_target),
+          at<const int64_t>(target), at<const float>(log_term), at<const float>(linear_term)};
+}
+
+void mixture_backward(const Head& head, MixtureArguments a, const LogProbGradient& grad, Address mean_gradient,
+                      Address grad_prior, const GradientArguments& gradients) {
+  a.grad = grad;
+  a.mean_gradient = at<const float>(mean_gradient);
   a.grad_prior = at<float>(grad_prior);
   a.gradients = gradients;
   chosen_kernels().mixture_backward(head, a);
 }
 
-void sample(const Head& head, Address rows, int64_t n_rows, float inverse_temperature, Address uniform,
-            Address result) {
-  chosen_kernels().sample(
-      head, {at<const void>(rows), n_rows, inverse_temperature, at<const double>(uniform), at<int64_t>(result)});
+void sample(const Head& head, Address rows, int64_t n_rows, Address uniform, Address result) {
+  chosen_kernels().sample(head, {at<const void>(rows), n_rows, at<const double>(uniform), at<int64_t>(result)});
 }
 
 }  // namespace
@@ -92,24 +99,27 @@ PYBIND11_MODULE(_cpu, m) {
   const py::kw_only by_keyword;
 
   py::class_<Head>(m, "Head").def(py::init(&head), by_keyword, "weight"_a, "bias"_a, "n_classes"_a, "n_features"_a,
-                                  "bf16"_a, "n_threads"_a, "workspace_bytes"_a);
+                                  "bf16"_a, "n_threads"_a, "softcap"_a, "inverse_temperature"_a, "workspace_bytes"_a);
   py::class_<GradientArguments>(m, "Gradients").def(py::init(&gradients), by_keyword, "rows"_a, "weight"_a, "bias"_a);
   py::class_<MixtureArguments>(m, "Mixture")
       .def(py::init(&mixture_arguments), by_keyword, "latent"_a, "log_prior"_a, "maximum"_a, "log_total"_a,
            "n_tokens"_a, "n_experts"_a);
 
+  py::class_<LogProbGradient>(m, "LogProbGradient")
+      .def(py::init(&log_prob_gradient), by_keyword, "dense"_a = 0, "token"_a = 0, "of_class"_a = 0, "at_target"_a = 0,
+           "target"_a = 0, "log_term"_a = 0, "linear_term"_a = 0);
+
   m.def("row_statistics", &row_statistics, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "target"_a,
-        "maximum"_a, "log_total"_a, "target_logit"_a);
+        "maximum"_a, "log_total"_a, "target_logit"_a, "entropy"_a);
   m.def("rows_backward", &rows_backward, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "target"_a, "maximum"_a,
         "log_total"_a, "grad_lse"_a, "grad_target"_a, "gradients"_a);
   m.def("nll_with_gradients", &nll_with_gradients, released, "head"_a, by_keyword, "latent"_a, "log_prior"_a,
-        "target"_a, "valid"_a, "n_tokens"_a, "n_experts"_a, "tokens_of_block"_a, "scale"_a, "filter_eps"_a, "nll"_a,
-        "maximum"_a, "log_total"_a, "target_logit"_a, "grad_prior"_a, "gradients"_a);
-  m.def("mixture", &mixture, released, "head"_a, "mixture"_a, by_keyword, "log_prob"_a, "best"_a);
-  m.def("mixture_backward", &mixture_backward, released, "head"_a, "mixture"_a, by_keyword, "grad"_a, "grad_prior"_a,
-        "gradients"_a);
-  m.def("sample", &sample, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "inverse_temperature"_a, "uniform"_a,
-        "sample"_a);
+        "target"_a, "valid"_a, "n_tokens"_a, "n_experts"_a, "tokens_of_block"_a, "scale"_a, "loss_weights"_a,
+        "filter_eps"_a, "nll"_a, "maximum"_a, "log_total"_a, "target_logit"_a, "grad_prior"_a, "gradients"_a);
+  m.def("mixture", &mixture, released, "head"_a, "mixture"_a, by_keyword, "log_prob"_a, "best"_a, "mean_log_prob"_a);
+  m.def("mixture_backward", &mixture_backward, released, "head"_a, "mixture"_a, by_keyword, "grad"_a, "mean_gradient"_a,
+        "grad_prior"_a, "gradients"_a);
+  m.def("sample", &sample, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "uniform"_a, "sample"_a);
 
   m.def("instruction_set", [] { return chosen_kernels().name; });
   m.def("instruction_sets", [] {
@@ -125,6 +135,9 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("logarithms", [](Address from, Address to, int64_t n) {
     chosen_kernels().logarithms(at<const float>(from), at<float>(to), n);
+  });
+  m.def("tangents", [](Address from, Address to, int64_t n) {
+    chosen_kernels().tangents(at<const float>(from), at<float>(to), n);
   });
   m.def(
       "peak_gflops", [](int n_threads, bool bf16) { return chosen_kernels().peak_gflops(n_threads, bf16); }, released);

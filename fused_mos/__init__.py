@@ -2,8 +2,9 @@
 
 from . import functional
 from ._backends import backends
+from ._linear import LinearCrossEntropyLoss
 from .module import MoC, MoS, Softmax
 
 __version__ = "0.2.0"
 
-__all__ = ["MoC", "MoS", "Softmax", "backends", "functional"]
+__all__ = ["LinearCrossEntropyLoss", "MoC", "MoS", "Softmax", "backends", "functional"]

@@ -36,7 +36,7 @@ def _nll_with_gradients(latent, prior_logits, weight, bias, target, ignore_index
 
 
 def _nll_backward(grad, latent, prior_logits, weight, *others, out_shape=None):
-    needs = others[-2]
+    needs = others[7]
     return _backward(latent, weight, needs[0], needs[2], needs[3])
 
 
@@ -45,13 +45,33 @@ def _logsumexp(latent, weight, *_, out_shape=None):
 
 
 def _logsumexp_backward(grad, latent, weight, *others, out_shape=None):
-    needs = others[-2]
+    needs = others[3]
     return _backward(latent, weight, *needs)
+
+
+def _expert_log_prob(latent, weight, bias, index, *_, out_shape=None):
+    gathered = index[1] if index[1] > 1 else 0  # a single class comes with the normalisers
+    return _product(latent, weight) + 2 * prod(latent) * gathered
+
+
+def _expert_log_prob_backward(grad, grad_lse, latent, weight, bias, index, *others, out_shape=None):
+    needs = others[3]
+    gathered = index[1] * (needs[0] + needs[1]) if index[1] > 1 else 0
+    return _backward(latent, weight, *needs) + 2 * prod(latent) * gathered
 
 
 def _sample(latent, prior_logits, weight, *_, out_shape=None):
     n, _, d = latent
     return _product((n, d), weight)  # of one expert for each token
+
+
+def _likelihood_and_sum(latent, prior_logits, weight, *_, out_shape=None):
+    return 2 * _product(latent, weight)
+
+
+def _mixture_sum_backward(grad, grad_target, grad_lse, latent, prior_logits, weight, *others, out_shape=None):
+    needs = others[10]
+    return _backward(latent, weight, needs[0], needs[2], needs[3])
 
 
 def _log_prob(latent, prior_logits, weight, *_, out_shape=None):
@@ -60,7 +80,7 @@ def _log_prob(latent, prior_logits, weight, *_, out_shape=None):
 
 def _log_prob_backward(grad, latent, prior_logits, weight, *others, out_shape=None):
     """Two sweeps over the classes: the first finds what the second subtracts."""
-    needs = others[-2]
+    needs = others[3]
     return _product(latent, weight) + _backward(latent, weight, needs[0], needs[2], needs[3])
 
 
@@ -69,11 +89,16 @@ FORMULAS = {
     "nll_backward": _nll_backward,
     "nll_with_gradients": _nll_with_gradients,
     "normalisers": _nll,
+    "expert_log_prob": _expert_log_prob,
+    "expert_log_prob_backward": _expert_log_prob_backward,
     "logsumexp": _logsumexp,
     "logsumexp_backward": _logsumexp_backward,
     "log_prob": _log_prob,
     "log_prob_backward": _log_prob_backward,
+    "likelihood_and_sum": _likelihood_and_sum,
     "mixture_log_prob": _nll,
+    "mixture_sum": _nll,
+    "mixture_sum_backward": _mixture_sum_backward,
     "predict": _nll,
     "topk": _nll,
     "sample": _sample,

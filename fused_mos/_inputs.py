@@ -5,6 +5,7 @@ CPU tensors alone, and none while a graph is traced: elsewhere they would stall 
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from numbers import Integral
@@ -26,10 +27,14 @@ class Operands(NamedTuple):
     """Checked inputs, in the dtype to compute in, and the backend to compute with (never "auto")."""
 
     latent: Tensor  # (N, K, D)
-    prior_logits: Tensor  # (N, K)
+    prior_logits: Tensor  # (N, K), or with external components (N, K + K′)
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     backend: str
+    softcap: float = 0.0  # of the logits; 0 for none
+
+    def of_tokens(self, tokens: slice) -> "Operands":
+        return self._replace(latent=self.latent[tokens], prior_logits=self.prior_logits[tokens])
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -37,25 +42,34 @@ class Operands(NamedTuple):
 
     def contiguous(self) -> "Operands":
         """The same as the fused backends take them (see `contiguous`)."""
-        latent, prior_logits, weight, bias, backend = self
-        return Operands(contiguous(latent), contiguous(prior_logits), contiguous(weight), contiguous(bias), backend)
+        if self.backend == "reference":
+            return self
+        latent, prior_logits, weight, bias, *rest = self
+        return Operands(contiguous(latent), contiguous(prior_logits), contiguous(weight), contiguous(bias), *rest)
 
 
 @contextlib.contextmanager
 def prepared(
-    latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None, backend: str
+    latent: Tensor,
+    prior_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    backend: str,
+    softcap: float | None = None,
+    n_external: int = 0,
 ) -> Iterator[Operands]:
     """Checks and casts the inputs, resolves `backend`, and switches autocast off for the body.
 
-    A function without a prior gives None for `prior_logits`, and gets it back in the operands.
+    A function without a prior gives None for `prior_logits`, and gets it back in the operands. With external components
+    the prior has columns for them, too.
 
     Raises TypeError or ValueError for bad input, and what `_backends.resolve` raises.
     """
-    check_inputs(latent, prior_logits, weight, bias)
+    check_inputs(latent, prior_logits, weight, bias, n_external)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
     backend = _backends.resolve(backend, latent.device, latent.dtype)
     with _without_autocast(latent.device.type):
-        yield Operands(latent, prior_logits, weight, bias, backend)  # type: ignore[arg-type]
+        yield Operands(latent, prior_logits, weight, bias, backend, check_softcap(softcap))  # type: ignore[arg-type]
 
 
 def contiguous(tensor: T) -> T:
@@ -105,10 +119,12 @@ def _autocast(
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+def check_inputs(
+    latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None, n_external: int = 0
+) -> None:
     """All that can be wrong with them: shapes, dtypes and devices, and NaN where values can be read."""
     named = check_shapes(
-        latent, prior_logits, weight, bias, isinstance(latent, Tensor) and is_autocast(latent.device.type)
+        latent, prior_logits, weight, bias, isinstance(latent, Tensor) and is_autocast(latent.device.type), n_external
     )
     for name, tensor in named.items():
         if values_can_be_read(tensor):
@@ -118,7 +134,12 @@ def check_inputs(latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bi
 
 
 def check_shapes(
-    latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None, autocast: bool = False
+    latent: Tensor,
+    prior_logits: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    autocast: bool = False,
+    n_external: int = 0,
 ) -> dict[str, Tensor]:
     """Returns those that there are, by name. With autocast any floating dtypes will do."""
     arguments = {"latent": latent, "prior_logits": prior_logits, "weight": weight, "bias": bias}
@@ -144,8 +165,9 @@ def check_shapes(
     n, k, d = latent.shape
     if k == 0:
         raise ValueError(f"latent must have at least one expert, got K = 0 in shape {tuple(latent.shape)}")
-    if prior_logits is not None and prior_logits.shape != (n, k):
-        raise ValueError(f"prior_logits must be (N, K) = {(n, k)} to match latent, got {tuple(prior_logits.shape)}")
+    if prior_logits is not None and prior_logits.shape != (n, k + n_external):
+        of = f"(N, K + K′), K′ of extra_log_prob, = {(n, k + n_external)}" if n_external else f"(N, K) = {(n, k)}"
+        raise ValueError(f"prior_logits must be {of} to match latent, got {tuple(prior_logits.shape)}")
     if weight.dim() != 2 or weight.shape[1] != d:
         raise ValueError(f"weight must be (V, D) with latent's D = {d}, got {tuple(weight.shape)}")
     if weight.shape[0] == 0:
@@ -160,6 +182,15 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def check_softcap(softcap: float | None) -> float:
+    """Returns it as the ops take it: 0.0 for None."""
+    if softcap is None:
+        return 0.0
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    return float(softcap)
+
+
 def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> int:
     """Returns `ignore_index` as a Python integer, which the ops need, also from one of NumPy."""
     if not isinstance(target, Tensor):
@@ -167,23 +198,64 @@ def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: i
     if not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     check_target_shape(target, latent)
-    if values_can_be_read(target):
-        wrong = target[(target != ignore_index) & ((target < 0) | (target >= n_classes))]
-        if wrong.numel():
-            raise IndexError(
-                f"target must be in [0, V = {n_classes}) or ignore_index = {ignore_index}, got {int(wrong[0])}"
-            )
+    _check_classes("target", target, n_classes, ignore_index)
+    return int(ignore_index)
+
+
+def check_index(index: Tensor, latent: Tensor, n_classes: int, ignore_index: int, name: str = "index") -> int:
+    """As `check_target`, for classes (N, M)."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(index).__name__}")
+    if not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    _check_int64(name, index, latent)
+    if index.dim() != 2 or index.shape[0] != latent.shape[0]:
+        raise ValueError(f"{name} must be (N, M) with latent's N = {latent.shape[0]}, got {tuple(index.shape)}")
+    _check_classes(name, index, n_classes, ignore_index)
     return int(ignore_index)
 
 
 def check_target_shape(target: Tensor, latent: Tensor) -> None:
-    if target.dtype != torch.int64:
-        remedy = "" if target.is_floating_point() or target.is_complex() else "; convert it by target.long()"
-        raise TypeError(f"target must have dtype torch.int64, got {target.dtype}{remedy}")
-    if target.device != latent.device:
-        raise ValueError(f"target is on {target.device} but latent is on {latent.device}")
+    _check_int64("target", target, latent)
     if target.shape != latent.shape[:1]:
         raise ValueError(f"target must be (N,) = {(latent.shape[0],)} to match latent, got {tuple(target.shape)}")
+
+
+def _check_int64(name: str, index: Tensor, latent: Tensor) -> None:
+    if index.dtype != torch.int64:
+        remedy = "" if index.is_floating_point() or index.is_complex() else f"; convert it by {name}.long()"
+        raise TypeError(f"{name} must have dtype torch.int64, got {index.dtype}{remedy}")
+    if index.device != latent.device:
+        raise ValueError(f"{name} is on {index.device} but latent is on {latent.device}")
+
+
+def _check_classes(name: str, index: Tensor, n_classes: int, ignore_index: int) -> None:
+    if values_can_be_read(index):
+        wrong = index[(index != ignore_index) & ((index < 0) | (index >= n_classes))]
+        if wrong.numel():
+            raise IndexError(
+                f"{name} must be in [0, V = {n_classes}) or ignore_index = {ignore_index}, got {int(wrong[0])}"
+            )
+
+
+def check_numbers(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str, latent: Tensor) -> None:
+    """A floating tensor of `shape` on latent's device, NaN nowhere where values can be read."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {letters} = {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != latent.device:
+        raise ValueError(f"{name} is on {tensor.device} but latent is on {latent.device}")
+    if values_can_be_read(tensor) and tensor.isnan().any():
+        raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
+
+
+def check_constant(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for weights that are no constants."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(f"{name} gets no gradient and must not require one; detach it, or weight the losses yourself")
 
 
 def check_reduction(reduction: str) -> None:
@@ -196,11 +268,11 @@ def check_filter_eps(grad_filter_eps: float) -> None:
         raise ValueError(f"grad_filter_eps must be in [0, 1), got {grad_filter_eps}")
 
 
-def check_k(k: int, n_classes: int) -> None:
+def check_k(name: str, k: int, n_classes: int) -> None:
     if not isinstance(k, Integral):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
+        raise TypeError(f"{name} must be an int, got {type(k).__name__}")
     if not 1 <= k <= n_classes:
-        raise ValueError(f"k must be in [1, V = {n_classes}], got {k}")
+        raise ValueError(f"{name} must be in [1, V = {n_classes}], got {k}")
 
 
 COLDEST = 1e-30

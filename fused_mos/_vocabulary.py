@@ -1,7 +1,7 @@
 """The functions of a head, written once over the few that depend on where the classes are.
 
-`LOCAL` has them all in this process; `vocab_parallel.VocabShard` has a span of them and asks the other ranks for the
-rest. `functional` documents the functions for users, the modules call those of `Head.vocabulary`.
+`LOCAL` (in `_local`) has them all in this process; `vocab_parallel.VocabShard` has a span of them and asks the other
+ranks for the rest. `functional` documents the functions for users, the modules call those of `Head.vocabulary`.
 """
 
 from abc import ABC, abstractmethod
@@ -10,29 +10,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends, ops
-from ._backends import reference
-from ._backends.reference import log_softmax_prior
+from . import _losses
+from ._backends.products import spans
 from ._inputs import (
     Operands,
+    check_constant,
     check_drawn,
     check_filter_eps,
+    check_index,
     check_k,
+    check_numbers,
     check_reduction,
     check_target,
     check_temperature,
     prepared,
 )
-
-
-class NLL(NamedTuple):
-    nll: Tensor  # (N,)
-    loss: Tensor  # () or (N,)
+from ._losses import NLL, Terms
 
 
 class TopK(NamedTuple):
     values: Tensor  # (N, k) log-probabilities, descending
     indices: Tensor  # (N, k) int64 classes
+
+
+class ExpertLogProb(NamedTuple):
+    """Each expert by itself, (N, K): l − L of the targets, and the log-normalisers L."""
+
+    log_prob: Tensor
+    lse: Tensor
 
 
 class Normalisers(NamedTuple):
@@ -43,11 +48,32 @@ class Normalisers(NamedTuple):
     log_total: Tensor  # (N, K)
 
 
+class WithSum(NamedTuple):
+    """What `likelihood_and_sum` knows of each token; all but `best` are differentiable."""
+
+    log_likelihood: Tensor  # (N,), of the target
+    lse: Tensor  # (N, K)
+    sum: Tensor  # (N,)
+    best: Tensor  # (N,) int64, the most probable class
+
+
+class Score(NamedTuple):
+    """(N,) each: log p of the target; the entropy of the distribution, in nats; whether the target is its best."""
+
+    log_prob: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+
+
+BLOCK_BYTES = 32 * 2**20
+"""Bytes of the log-probabilities of all classes that are held at once, for a block of tokens."""
+
+
 class Vocabulary(ABC):
     """The functions of `fused_mos.functional` over V classes, all of them here or spread over ranks.
 
-    What differs are the abstract methods. They get operands that are checked, cast and contiguous, of any backend but
-    "reference": the functions answer for that one themselves.
+    What differs are the abstract methods. They get operands that are checked and cast, and contiguous for any backend
+    but "reference", whose vocabulary `of_backend` gives.
     """
 
     def nll_and_loss(
@@ -55,46 +81,144 @@ class Vocabulary(ABC):
         latent: Tensor,  # (N, K, D)
         prior_logits: Tensor,  # (N, K)
         weight: Tensor,  # (V, D), or this rank's rows of it
-        target: Tensor,  # (N,), of all V classes
+        target: Tensor,  # (N,), of all V classes; (N, M) with target_prob
         bias: Tensor | None,  # (V,), or this rank's part of it
         *,
         ignore_index: int = -100,
         reduction: str = "mean",
         backend: str = "auto",
         grad_filter_eps: float = 0.0,
+        softcap: float | None = None,
+        class_weight: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        target_prob: Tensor | None = None,
+        extra_log_prob: Tensor | None = None,
+        return_lse: bool = False,
     ) -> NLL:
-        """The loss of `functional.mos_nll_loss`, which says what the arguments are, and each token's NLL (N,) before
-        its reduction. Both are differentiable.
+        """The loss of `functional.mos_nll_loss`, which says what the arguments are, each token's NLL (N,) before its
+        weights and its reduction and, where asked for, lse (N, K). All are differentiable.
         """
         check_reduction(reduction)
-        with prepared(latent, prior_logits, weight, bias, backend) as operands:
-            ignore_index = check_target(target, operands.latent, self.count_classes(operands), ignore_index)
+        terms = Terms(class_weight, token_weight, label_smoothing, z_loss, extra_log_prob)
+        n_external = _check_external(extra_log_prob, latent)
+        with prepared(latent, prior_logits, weight, bias, backend, softcap, n_external) as operands:
+            n_classes, computing = self.count_classes(operands), self.of_backend(operands)
             check_filter_eps(grad_filter_eps)
-            if operands.backend == "reference":
-                nll = reference.nll(*operands.tensors, target, ignore_index)
-                return reduced(nll, target, ignore_index, reduction)
-            return self.loss(operands.contiguous(), target.contiguous(), ignore_index, reduction, grad_filter_eps)
+            _check_terms(terms, operands.latent, n_classes, soft=target_prob is not None)
+            if target_prob is not None:
+                ignore_index = check_index(target, operands.latent, n_classes, ignore_index, "target")
+                check_numbers("target_prob", target_prob, tuple(target.shape), "(N, M) as target", operands.latent)
+                check_constant("target_prob", target_prob)
+                return _losses.soft_loss(
+                    computing, operands.contiguous(), target, target_prob, ignore_index, reduction, terms, return_lse
+                )
+            ignore_index = check_target(target, operands.latent, n_classes, ignore_index)
+            given = operands.contiguous(), target.contiguous(), ignore_index, reduction, grad_filter_eps
+            return _losses.loss(computing, *given, terms, return_lse)
+
+    def mos_expert_log_prob(
+        self,
+        latent: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        backend: str = "auto",
+    ) -> ExpertLogProb:
+        """Each expert's log-likelihood of the target and its log-normaliser, (N, K) each."""
+        with prepared(latent, None, weight, bias, backend, softcap) as operands:
+            ignore_index = check_target(target, operands.latent, self.count_classes(operands), ignore_index)
+            valid = target != ignore_index
+            index = torch.where(valid, target, _losses.NONE)[:, None]
+            log_prob, lse = self.of_backend(operands).experts(operands.contiguous(), index)
+            return ExpertLogProb(torch.where(valid[:, None], log_prob.squeeze(2), 0), lse)
+
+    def mos_log_prob_at(
+        self,
+        latent: Tensor,
+        prior_logits: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        bias: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        mixture_temperature: float = 1.0,
+        softcap: float | None = None,
+        backend: str = "auto",
+    ) -> Tensor:
+        """Log-probabilities of given classes, (N,) or (N, M) as `index`."""
+        with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
+            n_classes, computing = self.count_classes(operands), self.of_backend(operands)
+            temperature, mixture_temperature = check_temperature(temperature), check_temperature(mixture_temperature)
+            columns = index[:, None] if isinstance(index, Tensor) and index.dim() == 1 else index
+            ignore_index = check_index(columns, operands.latent, n_classes, ignore_index)
+            operands = operands.contiguous()
+            log_p, _ = _losses.at_classes(computing, operands, columns, ignore_index, temperature)
+            if mixture_temperature != 1:
+                nobody = columns.new_full(columns.shape[:1], _losses.NONE)
+                found = computing.with_sum(operands, nobody, "tempered", None, mixture_temperature, temperature)
+                log_p = torch.where(columns != ignore_index, log_p / mixture_temperature - found.sum[:, None], 0)
+            return log_p.view(index.shape)
+
+    def mos_score(
+        self,
+        latent: Tensor,
+        prior_logits: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        backend: str = "auto",
+    ) -> Score:
+        """The target's log-probability, the distribution's entropy, and whether the target is its best class."""
+        with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
+            ignore_index = check_target(target, operands.latent, self.count_classes(operands), ignore_index)
+            valid = target != ignore_index
+            safe = torch.where(valid, target, _losses.NONE)
+            found = self.of_backend(operands).with_sum(operands.contiguous(), safe, "entropy")
+            return Score(
+                torch.where(valid, found.log_likelihood, 0),
+                torch.where(valid, found.sum, 0),
+                valid & (found.best == target),
+            )
 
     def mos_log_prob(
-        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+        self,
+        latent: Tensor,
+        prior_logits: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        softcap: float | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """Log-probabilities of all classes, (N, V)."""
-        with prepared(latent, prior_logits, weight, bias, backend) as operands:
+        with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
             self.count_classes(operands)
-            if operands.backend == "reference":
-                return reference.log_prob(*operands.tensors)
-            return self.distribution(operands.contiguous())
+            return self.of_backend(operands).distribution(operands.contiguous())
 
     @torch.no_grad()
     def mos_predict(
-        self, latent: Tensor, prior_logits: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+        self,
+        latent: Tensor,
+        prior_logits: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        softcap: float | None = None,
+        backend: str = "auto",
     ) -> Tensor:
         """The most probable class, (N,) int64."""
-        with prepared(latent, prior_logits, weight, bias, backend) as operands:
+        with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
             self.count_classes(operands)
-            if operands.backend == "reference":
-                return reference.log_prob(*operands.tensors).argmax(-1)
-            return self.best(operands.contiguous())
+            return self.of_backend(operands).best(operands.contiguous())
 
     @torch.no_grad()
     def mos_topk(
@@ -105,14 +229,13 @@ class Vocabulary(ABC):
         bias: Tensor | None = None,
         *,
         k: int,
+        softcap: float | None = None,
         backend: str = "auto",
     ) -> TopK:
         """The k most probable classes and their log-probabilities, (N, k)."""
-        with prepared(latent, prior_logits, weight, bias, backend) as operands:
-            check_k(k, self.count_classes(operands))
-            if operands.backend == "reference":
-                return TopK(*reference.log_prob(*operands.tensors).topk(k))
-            return self.candidates(operands.contiguous(), k)
+        with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
+            check_k("k", k, self.count_classes(operands))
+            return self.of_backend(operands).candidates(operands.contiguous(), k)
 
     @torch.no_grad()
     def mos_sample(
@@ -123,40 +246,111 @@ class Vocabulary(ABC):
         bias: Tensor | None = None,
         *,
         temperature: float = 1.0,
+        mixture_temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        softcap: float | None = None,
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """One class per token, (N,) int64: first the expert, then a class of that expert."""
-        with prepared(latent, prior_logits, weight, bias, backend) as operands:
-            self.count_classes(operands)
-            temperature = check_temperature(temperature)
-            if operands.backend == "reference":
-                drawn = reference.sample(*operands.tensors, temperature, generator)
+        """One class per token, (N,) int64: first the expert, then a class of that expert; of the whole mixture where
+        that is restricted or has a temperature of its own."""
+        with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
+            n_classes, computing = self.count_classes(operands), self.of_backend(operands)
+            temperature, mixture_temperature = check_temperature(temperature), check_temperature(mixture_temperature)
+            if top_k is not None:
+                check_k("top_k", top_k, n_classes)
+            if top_p is not None and not 0 < top_p <= 1:
+                raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+            operands = operands.contiguous()
+            if mixture_temperature == 1 and top_k is None and top_p is None:
+                drawn = computing.drawn(operands, temperature, generator)
             else:
-                drawn = self.drawn(operands.contiguous(), temperature, generator)
+                limits = temperature, mixture_temperature, top_k, 1.0 if top_p is None else top_p
+                drawn = computing.drawn_of_mixture(operands, *limits, generator)
             check_drawn(drawn)
             return drawn
 
-    def _given_normalisers(self, operands: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    def drawn_of_mixture(
+        self,
+        operands: Operands,
+        temperature: float,
+        mixture_temperature: float,
+        top_k: int | None,
+        top_p: float,
+        generator: torch.Generator | None,
+    ) -> Tensor:  # (N,) int64
+        """Of the mixture's own distribution, for a block of tokens at a time; −1 where no class can be drawn."""
+        n, n_classes = operands.latent.shape[0], self.count_classes(operands)
+        drawn = torch.empty(n, dtype=torch.int64, device=operands.latent.device)
+        for t in spans(n, max(BLOCK_BYTES // (4 * (top_k or n_classes)), 1)):
+            block = operands.of_tokens(t)
+            if top_k is None:
+                values, classes = self.distribution(block, temperature), None
+            else:
+                values, classes = self.candidates(block, top_k, temperature)
+            column = self.choose(_nucleus(values / mixture_temperature, top_p), generator)
+            found = column if classes is None else classes.gather(1, column.clamp_min(0)[:, None])[:, 0]
+            drawn[t] = torch.where(column < 0, -1, found)
+        return drawn
+
+    def _given_normalisers(
+        self, operands: Operands, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """What the ops over the mixture take."""
-        log_prior, maximum, log_total = self.normalisers(operands)
+        log_prior, maximum, log_total = self.normalisers(operands, temperature)
         return operands.latent, log_prior, operands.weight, operands.bias, maximum, log_total
 
     # -------------------------------------------------------------------------------------------------- the contract
+
+    @abstractmethod
+    def of_backend(self, operands: Operands) -> "Vocabulary":
+        """The one that computes with the operands' backend."""
 
     @abstractmethod
     def count_classes(self, operands: Operands) -> int:
         """V. Raises ValueError for operands that this vocabulary cannot compute with."""
 
     @abstractmethod
-    def loss(self, operands: Operands, target: Tensor, ignore_index: int, reduction: str, filter_eps: float) -> NLL: ...
+    def loss(
+        self,
+        operands: Operands,
+        target: Tensor,  # (N,)
+        ignore_index: int,
+        reduction: str,
+        filter_eps: float,
+        loss_weights: Tensor | None,  # (3, N), of a sum: see `_backends.Kernels.nll_with_gradients`
+        with_lse: bool,
+    ) -> NLL: ...
 
     @abstractmethod
-    def distribution(self, operands: Operands) -> Tensor:
+    def experts(self, operands: Operands, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """l − L of given classes, (N, K, M) of (N, M), and L, (N, K); the former is undefined where there is no such
+        class. Both are differentiable."""
+
+    @abstractmethod
+    def sum_of_logits(self, operands: Operands, class_weight: Tensor | None) -> Tensor | None:
+        """Σ_v w_v l_v of a single expert, (N,), differentiable; None where a sum over the logits needs them all."""
+
+    @abstractmethod
+    def with_sum(
+        self,
+        operands: Operands,
+        target: Tensor,  # (N,)
+        kind: str,
+        class_weight: Tensor | None = None,  # (V,), of all classes
+        mixture_temperature: float = 1.0,
+        temperature: float = 1.0,
+    ) -> WithSum:
+        """A sum over all log-probabilities (`_backends.Sum`) beside the target's, which is undefined where that is no
+        class."""
+
+    @abstractmethod
+    def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:
         """Log-probabilities of all classes, (N, V)."""
 
     @abstractmethod
-    def normalisers(self, operands: Operands) -> Normalisers:
+    def normalisers(self, operands: Operands, temperature: float = 1.0) -> Normalisers:
         """The prior, and the experts' normalisers over all classes."""
 
     @abstractmethod
@@ -164,7 +358,7 @@ class Vocabulary(ABC):
         """The most probable of all classes, (N,) int64."""
 
     @abstractmethod
-    def candidates(self, operands: Operands, k: int) -> TopK:
+    def candidates(self, operands: Operands, k: int, temperature: float = 1.0) -> TopK:
         """The k most probable of all classes."""
 
     @abstractmethod
@@ -172,72 +366,51 @@ class Vocabulary(ABC):
         """One class for each token, (N,) int64: of an expert that is drawn from the prior, by its softmax
         (l / temperature)."""
 
-
-def new_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """The seed (1,) of an op's samples: a generator itself cannot be an op's argument."""
-    return torch.randint(2**62, (1,), generator=generator, device=device)
-
-
-class LocalVocabulary(Vocabulary):
-    """All classes in this process."""
-
-    def count_classes(self, operands: Operands) -> int:
-        return operands.weight.shape[0]
-
-    def loss(self, operands: Operands, target: Tensor, ignore_index: int, reduction: str, filter_eps: float) -> NLL:
-        """When the loss is one number, all tokens have the same weight in it, so the gradient can be formed in the
-        forward pass, one product cheaper; gradients that arrive through `nll` are then recomputed.
-        """
-        inputs, backend = operands.tensors, operands.backend
-        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-        n, n_experts, _ = operands.latent.shape
-        if torch.compiler.is_exporting():
-            in_one_op = False  # a choice by N would bound the N of the exported program
-        elif any(needs):
-            in_one_op = _backends.kernels(backend).gradient_in_forward_pays(n, n_experts, *inputs[2:])
-        else:
-            in_one_op = _backends.has_own_small_kernels(backend)
-        if reduction != "none" and in_one_op:
-            mean = reduction == "mean"
-            loss, nll = ops.nll_with_gradients(*inputs, target, ignore_index, filter_eps, mean, needs, backend)[::2][:2]
-            return NLL(nll, loss)
-        nll = ops.nll(*inputs, target, ignore_index, filter_eps, backend)[0]
-        return reduced(nll, target, ignore_index, reduction)
-
-    def distribution(self, operands: Operands) -> Tensor:
-        latent, prior_logits, weight, bias = operands.tensors
-        if decoder := _backends.decoder(operands.backend, *operands.tensors):
-            log_p = decoder.log_prob(latent, log_softmax_prior(prior_logits).float(), weight, bias)
-            if log_p is not None:
-                return log_p
-        return ops.log_prob(*operands.tensors, operands.backend)[0]
-
-    def normalisers(self, operands: Operands) -> Normalisers:
-        return Normalisers(*ops.normalisers(*operands.tensors, operands.backend))
-
-    def best(self, operands: Operands) -> Tensor:
-        return ops.predict(*self._given_normalisers(operands), operands.backend)
-
-    def candidates(self, operands: Operands, k: int) -> TopK:
-        latent, prior_logits, weight, bias = operands.tensors
-        if decoder := _backends.decoder(operands.backend, latent):
-            top = decoder.topk(latent, log_softmax_prior(prior_logits).float(), weight, bias, k)
-            if top is not None:
-                return TopK(*top)
-        return TopK(*ops.topk(*self._given_normalisers(operands), k, operands.backend))
-
-    def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
-        seed = new_seed(generator, operands.latent.device)
-        return ops.sample(*operands.tensors, temperature, seed, operands.backend)
+    @abstractmethod
+    def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
+        """(N, C) -> one of the C columns for each token, (N,) int64, −1 where none has a probability."""
 
 
-LOCAL = LocalVocabulary()
+def _nucleus(logits: Tensor, top_p: float) -> Tensor:  # (N, C) -> (N, C)
+    """Probabilities of the fewest classes that together have `top_p`, the others' 0; not normalised. Of a row without
+    a finite logit, or with NaN, all are 0."""
+    probability = torch.softmax(logits, 1).nan_to_num(0)
+    if top_p == 1:
+        return probability
+    ordered, order = probability.sort(1, descending=True)
+    before = ordered.cumsum(1) - ordered
+    return torch.zeros_like(probability).scatter_(1, order, torch.where(before < top_p, ordered, 0))
 
 
-def reduced(nll: Tensor, target: Tensor, ignore_index: int, reduction: str) -> NLL:  # (N,), (N,)
-    """The loss of `nll`, which is 0 where the target is ignored."""
-    if reduction == "none":
-        return NLL(nll, nll)
-    if reduction == "sum":
-        return NLL(nll, nll.sum())
-    return NLL(nll, nll.sum() / (target != ignore_index).sum())
+def _check_external(extra_log_prob: Tensor | None, latent: Tensor) -> int:
+    """Returns K′."""
+    if extra_log_prob is None:
+        return 0
+    if not isinstance(extra_log_prob, Tensor):
+        raise TypeError(f"extra_log_prob must be a Tensor, got {type(extra_log_prob).__name__}")
+    if extra_log_prob.dim() != 2 or extra_log_prob.shape[1] == 0:
+        raise ValueError(f"extra_log_prob must be (N, K′) with K′ ≥ 1, got {tuple(extra_log_prob.shape)}")
+    return extra_log_prob.shape[1]
+
+
+def _check_terms(terms: Terms, latent: Tensor, n_classes: int, soft: bool) -> None:
+    n = latent.shape[0]
+    if not 0 <= terms.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {terms.label_smoothing}")
+    if not 0 <= terms.z_loss < float("inf"):
+        raise ValueError(f"z_loss must be at least 0 and finite, got {terms.z_loss}")
+    if terms.class_weight is not None:
+        check_numbers("class_weight", terms.class_weight, (n_classes,), "(V,)", latent)
+        check_constant("class_weight", terms.class_weight)
+    if terms.token_weight is not None:
+        check_numbers("token_weight", terms.token_weight, (n,), "(N,)", latent)
+        check_constant("token_weight", terms.token_weight)
+    if terms.extra_log_prob is not None:
+        check_numbers("extra_log_prob", terms.extra_log_prob, (n, terms.n_external), "(N, K′)", latent)
+    clashes = {"class_weight": terms.class_weight is not None, "label_smoothing": terms.label_smoothing > 0}
+    for name, given in clashes.items():
+        if given and soft:
+            raise ValueError(f"{name} is for targets that are classes; with target_prob, put it into the probabilities")
+    if terms.extra_log_prob is not None and (soft or terms.label_smoothing):
+        other = "target_prob" if soft else "label_smoothing"
+        raise ValueError(f"{other} needs more than the targets' probabilities, which extra_log_prob does not tell")

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._inputs import check_backend, check_reduction, is_autocast
+from ._inputs import check_backend, check_reduction, check_softcap, is_autocast
+from ._local import LOCAL
 from ._plain import read_decoder
-from ._vocabulary import LOCAL, TopK, Vocabulary
+from ._vocabulary import Score, TopK, Vocabulary
 from .dropout import LockedDropout, check_probability
 
 
@@ -31,7 +32,15 @@ class Head(nn.Module):
     """Computes with the mixture; `vocab_parallel.parallelize` puts a VocabShard in its place."""
 
     def __init__(
-        self, latent_features: int, n_classes: int, bias: bool, weight: nn.Parameter | None, backend: str, device, dtype
+        self,
+        latent_features: int,
+        n_classes: int,
+        bias: bool,
+        weight: nn.Parameter | None,
+        backend: str,
+        device,
+        dtype,
+        softcap: float | None,
     ):
         super().__init__()
         latent_features = _positive_int("latent_features", latent_features)
@@ -48,7 +57,10 @@ class Head(nn.Module):
                     f"{device} and {dtype}"
                 )
         check_backend(backend)
+        check_softcap(softcap)
         self.n_classes = n_classes
+        self.n_external = 0
+        self.softcap = softcap
         self.backend = backend
         self.tied = False
         in_place = "meta" if weight is not None else device  # there never is a second (V, D)
@@ -98,7 +110,7 @@ class Head(nn.Module):
             nn.init.zeros_(self.decoder.bias)
 
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, in_features) -> latent (…, K, D), prior_logits (…, K)."""
+        """(…, in_features) -> latent (…, K, D), prior_logits (…, K + n_external)."""
         raise NotImplementedError
 
     def forward(
@@ -109,61 +121,158 @@ class Head(nn.Module):
         ignore_index: int = -100,
         reduction: str = "mean",
         grad_filter_eps: float = 0.0,
-    ) -> HeadOutput:
+        class_weight: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        target_prob: Tensor | None = None,
+        extra_log_prob: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> "HeadOutput | tuple[HeadOutput, Tensor]":
         """Log-likelihood and loss of `target` given `input`.
 
         Args:
             input: (…, in_features). The order of the leading axes matters to `MoS.latent_dropout` alone, for which time
-            comes first. target: (…) int64 classes, or `ignore_index`.
-            ignore_index, reduction, grad_filter_eps: see `functional.mos_nll_loss`.
+            comes first. target: (…) int64 classes, or `ignore_index`; (…, M) with `target_prob`, of that shape, too.
+            token_weight: (…). extra_log_prob: (…, n_external), of a head that has external components, and only there.
+            The others: see `functional.mos_nll_loss`.
 
         Returns:
-            output: (…) log-likelihoods in nats, differentiable. loss: () or, for reduction="none", (…).
+            output: (…) log-likelihoods in nats, differentiable. loss: () or, for reduction="none", (…). With
+            `return_lse` ((output, loss), lse): the experts' log-normalisers (…, K), differentiable.
         """
+        leading = self._check_external(extra_log_prob, input)
         latent, prior_logits, weight, bias = self._operands(input)
-        if not isinstance(target, Tensor):
-            raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-        if target.shape != input.shape[:-1]:
-            raise ValueError(
-                f"target must have input's leading shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}"
-            )
+        shaped = (leading, _check_leading("target", target, leading, 1 if target_prob is not None else 0))
+        if target_prob is not None:
+            _check_leading("target_prob", target_prob, leading, 1)
+        if token_weight is not None:
+            _check_leading("token_weight", token_weight, leading, 0)
         check_reduction(reduction)
-        nll, loss = self.vocabulary.nll_and_loss(
+        n = latent.shape[0]
+        nll, loss, lse = self.vocabulary.nll_and_loss(
             latent,
             prior_logits,
             weight,
-            target.reshape(-1),
+            target.reshape(n, *shaped[1]),
             bias,
             ignore_index=ignore_index,
             reduction=reduction,
             backend=self.backend,
             grad_filter_eps=grad_filter_eps,
+            softcap=self.softcap,
+            class_weight=class_weight,
+            token_weight=None if token_weight is None else token_weight.reshape(n),
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            target_prob=None if target_prob is None else target_prob.reshape(n, target_prob.shape[-1]),
+            extra_log_prob=None if extra_log_prob is None else extra_log_prob.reshape(n, self.n_external),
+            return_lse=return_lse,
         )
-        return HeadOutput(-nll.view(target.shape), loss.view(target.shape) if reduction == "none" else loss)
+        result = HeadOutput(-nll.view(leading), loss.view(leading) if reduction == "none" else loss)
+        return result if lse is None else (result, lse.view(*leading, -1))
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes: (…, in_features) -> (…, n_classes)."""
-        log_prob = self.vocabulary.mos_log_prob(*self._operands(input), backend=self.backend)
+        self._refuse_external("log_prob")
+        log_prob = self.vocabulary.mos_log_prob(*self._operands(input), softcap=self.softcap, backend=self.backend)
         return log_prob.view(*input.shape[:-1], self.n_classes)
 
     def predict(self, input: Tensor) -> Tensor:
         """The most probable class: (…, in_features) -> (…) int64."""
-        index = self.vocabulary.mos_predict(*self._operands(input), backend=self.backend)
+        self._refuse_external("predict")
+        index = self.vocabulary.mos_predict(*self._operands(input), softcap=self.softcap, backend=self.backend)
         return index.view(input.shape[:-1])
 
     def topk(self, input: Tensor, k: int) -> TopK:
         """The k most probable classes, most probable first: (…, in_features) -> values (…, k), log-probabilities, and
         indices (…, k) int64."""
-        values, indices = self.vocabulary.mos_topk(*self._operands(input), k=k, backend=self.backend)
+        self._refuse_external("topk")
+        options = {"softcap": self.softcap, "backend": self.backend}
+        values, indices = self.vocabulary.mos_topk(*self._operands(input), k=k, **options)
         return TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
 
-    def sample(self, input: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """One class per position: (…, in_features) -> (…) int64; `temperature` divides each expert's logits, not the
-        mixture's (`functional.mos_sample`): for the most probable class take `predict`."""
+    def sample(
+        self,
+        input: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        mixture_temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Tensor:
+        """One class per position: (…, in_features) -> (…) int64; `temperature` divides each expert's logits,
+        `mixture_temperature` the mixture's (`functional.mos_sample`): for the most probable class take `predict`."""
+        self._refuse_external("sample")
         index = self.vocabulary.mos_sample(
-            *self._operands(input), temperature=temperature, generator=generator, backend=self.backend
+            *self._operands(input),
+            temperature=temperature,
+            mixture_temperature=mixture_temperature,
+            top_k=top_k,
+            top_p=top_p,
+            softcap=self.softcap,
+            generator=generator,
+            backend=self.backend,
         )
         return index.view(input.shape[:-1])
+
+    def log_prob_at(
+        self,
+        input: Tensor,
+        index: Tensor,
+        *,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        mixture_temperature: float = 1.0,
+    ) -> Tensor:
+        """Log-probabilities of given classes: (…, in_features), (…) or (…, M) int64 -> the shape of `index`; see
+        `functional.mos_log_prob_at`."""
+        self._refuse_external("log_prob_at")
+        latent, prior_logits, weight, bias = self._operands(input)
+        several = isinstance(index, Tensor) and index.dim() == input.dim()
+        columns = _check_leading("index", index, input.shape[:-1], several)
+        log_prob = self.vocabulary.mos_log_prob_at(
+            latent,
+            prior_logits,
+            weight,
+            index.reshape(latent.shape[0], *columns),
+            bias,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            mixture_temperature=mixture_temperature,
+            softcap=self.softcap,
+            backend=self.backend,
+        )
+        return log_prob.view(index.shape)
+
+    def score(self, input: Tensor, target: Tensor, *, ignore_index: int = -100) -> Score:
+        """(…, in_features), (…) -> the target's log_prob, the distribution's entropy and is_top1, (…) each; see
+        `functional.mos_score`."""
+        self._refuse_external("score")
+        latent, prior_logits, weight, bias = self._operands(input)
+        _check_leading("target", target, input.shape[:-1], 0)
+        options = {"ignore_index": ignore_index, "softcap": self.softcap, "backend": self.backend}
+        score = self.vocabulary.mos_score(latent, prior_logits, weight, target.reshape(-1), bias, **options)
+        return Score(*(part.view(target.shape) for part in score))
+
+    def _check_external(self, extra_log_prob: Tensor | None, input: Tensor) -> torch.Size:
+        """Returns the leading shape."""
+        leading = input.shape[:-1] if isinstance(input, Tensor) else torch.Size()
+        if (extra_log_prob is not None) != (self.n_external > 0):
+            given = "None" if extra_log_prob is None else "one"
+            raise ValueError(f"extra_log_prob must be given where n_external > 0, got {given}, and {self.n_external}")
+        if extra_log_prob is not None and tuple(extra_log_prob.shape) != (*leading, self.n_external):
+            expected, got = (*leading, self.n_external), tuple(extra_log_prob.shape)
+            raise ValueError(f"extra_log_prob must be (…, n_external) = {expected}, got {got}")
+        return leading
+
+    def _refuse_external(self, method: str) -> None:
+        if self.n_external:
+            raise RuntimeError(
+                f"{method} needs the probabilities of all classes, but {self.n_external} of this head's components are "
+                "external, of which the targets' alone are known"
+            )
 
     def _operands(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """latent (N, K, D), prior_logits (N, K), and the decoder's weight and bias."""
@@ -180,7 +289,8 @@ class Head(nn.Module):
         return latent.reshape(-1, *latent.shape[-2:]), prior_logits.reshape(-1, prior_logits.shape[-1]), weight, bias
 
     def extra_repr(self) -> str:
-        return f"backend={self.backend!r}" + (", tied" if self.tied else "")
+        softcap = "" if self.softcap is None else f", softcap={self.softcap:g}"
+        return f"backend={self.backend!r}{softcap}" + (", tied" if self.tied else "")
 
 
 class Softmax(Head):
@@ -194,6 +304,7 @@ class Softmax(Head):
         weight: an embedding's Parameter (V, H) to tie the decoder to.
         backend: one of `fused_mos.backends()`, or "auto".
         device, dtype: of the parameters; those of `weight` where it is given.
+        softcap: c > 0, for logits c·tanh(l/c); None for none.
 
     Raises ValueError, TypeError: an argument that is not as above.
     """
@@ -207,9 +318,10 @@ class Softmax(Head):
         backend: str = "auto",
         device=None,
         dtype=None,
+        softcap: float | None = None,
     ):
         in_features = _positive_int("in_features", in_features)
-        super().__init__(in_features, n_classes, bias, weight, backend, device, dtype)
+        super().__init__(in_features, n_classes, bias, weight, backend, device, dtype, softcap)
         self.in_features = in_features
         self.reset_parameters()
 
@@ -231,6 +343,9 @@ class MoS(Head):
         weight: an embedding's Parameter (V, D) to tie the decoder to.
         backend: one of `fused_mos.backends()`, or "auto".
         device, dtype: of the parameters; those of `weight` where it is given.
+        softcap: c > 0, for each expert's logits c·tanh(l/c); None for none.
+        n_external: K′ components from elsewhere (a cache, a pointer, an n-gram model) that the prior mixes with the
+            experts; `forward` is given their `extra_log_prob`, and what needs all classes refuses. Not for MoC.
 
     Raises ValueError, TypeError: an argument that is not as above.
 
@@ -252,17 +367,22 @@ class MoS(Head):
         backend: str = "auto",
         device=None,
         dtype=None,
+        softcap: float | None = None,
+        n_external: int = 0,
     ):
         in_features = _positive_int("in_features", in_features)
         n_experts = _positive_int("n_experts", n_experts)
         check_probability("latent_dropout", latent_dropout)
         if latent_features is None:
             latent_features = in_features if weight is None else _check_parameter(weight).shape[-1]
-        super().__init__(latent_features, n_classes, bias, weight, backend, device, dtype)
+        super().__init__(latent_features, n_classes, bias, weight, backend, device, dtype, softcap)
+        if n_external:
+            self._check_components(_positive_int("n_external", n_external))
         self.in_features = in_features
         self.n_experts = n_experts
+        self.n_external = int(n_external)
         device, dtype = self.decoder.weight.device, self.decoder.weight.dtype
-        self.prior = nn.Linear(in_features, n_experts, bias=False, device=device, dtype=dtype)
+        self.prior = nn.Linear(in_features, n_experts + self.n_external, bias=False, device=device, dtype=dtype)
         projections = nn.Linear(in_features, n_experts * latent_features, device=device, dtype=dtype)
         self.latent = nn.Sequential(projections, nn.Tanh())
         self.latent_dropout = LockedDropout(latent_dropout)
@@ -273,8 +393,12 @@ class MoS(Head):
         # not unflatten, which torch.compile cannot trace where a default device is set (torch 2.11)
         return latent.view(*input.shape[:-1], self.n_experts, self.decoder.in_features), self.prior(input)
 
+    def _check_components(self, n_external: int) -> None:
+        """Whether the head can have external components."""
+
     def extra_repr(self) -> str:
-        return f"n_experts={self.n_experts}, {super().extra_repr()}"
+        external = f", n_external={self.n_external}" if self.n_external else ""
+        return f"n_experts={self.n_experts}{external}, {super().extra_repr()}"
 
 
 class MoC(MoS):
@@ -284,10 +408,23 @@ class MoC(MoS):
     stays at most latent_features + 2, as in `Softmax`: the paper's control.
     """
 
+    def _check_components(self, n_external: int) -> None:
+        raise ValueError(f"n_external must be 0 for MoC, whose one softmax mixes with nothing, got {n_external}")
+
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
         latent, prior_logits = super().mixture(input)
         context = torch.softmax(prior_logits, dim=-1).unsqueeze(-2) @ latent
         return context, context.new_zeros(*context.shape[:-1])
+
+
+def _check_leading(name: str, tensor: Tensor, leading: torch.Size, more: int) -> torch.Size:
+    """Returns the shape behind the leading one, of `more` dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(leading) + more or tensor.shape[: len(leading)] != leading:
+        behind = " and one dimension more" if more else ""
+        raise ValueError(f"{name} must have input's leading shape {tuple(leading)}{behind}, got {tuple(tensor.shape)}")
+    return tensor.shape[len(leading) :]
 
 
 def _positive_int(name: str, value: int) -> int:

@@ -86,6 +86,7 @@ def compile_only(config: Flags) -> int:
     for kernel in compiled:
         tile = "x".join(map(str, kernel.tile))
         found = ", ".join(f"{count} {name}" for name, count in kernel.instructions.items() if count)
+        found += "  (soft cap)" if kernel.capped else ""
         machine = kernel.sass
         code = (
             f"{machine.widest_load:4} {machine.widest_store:5} {machine.slots_per_exponential or '':6}"

@@ -17,18 +17,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import ops
-from ._backends.reference import log_softmax_prior, mix_target
+from ._backends.reference import log_softmax_prior
 from ._inputs import Operands
+from ._local import new_seed, reduced_loss
+from ._losses import NLL
 from ._plain import addition
-from ._vocabulary import NLL, Normalisers, TopK, Vocabulary, new_seed, reduced
+from ._sharded import ELSEWHERE, IGNORED, RanksSum, ShardedExperts, ShardedNLL, ShardedSum, combined_statistics
+from ._vocabulary import Normalisers, TopK, Vocabulary, WithSum
 from .module import Head
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-IGNORED, ELSEWHERE = -100, -1
-"""Targets as a shard sees them: none, and one that is a class of another rank. (0 … are its own classes.)"""
 
 
 class VocabShard(Vocabulary):
@@ -100,7 +100,7 @@ class VocabShard(Vocabulary):
         if padding_idx is not None:
             padding_idx = padding_idx - self.start if self.start <= padding_idx < self.stop else None
         found = nn.functional.embedding(torch.where(own, tokens - self.start, elsewhere), weight, padding_idx)
-        return _Sum.apply(torch.where(own[..., None], found, 0), self.group)
+        return RanksSum.apply(torch.where(own[..., None], found, 0), self.group)
 
     def count_classes(self, operands: Operands) -> int:
         if operands.weight.shape[0] != self.stop - self.start:
@@ -111,34 +111,82 @@ class VocabShard(Vocabulary):
             raise ValueError("backend 'reference' cannot be sharded; 'tiled' computes every dtype")
         return self.n_classes
 
-    def loss(self, operands: Operands, target: Tensor, ignore_index: int, reduction: str, filter_eps: float) -> NLL:
+    def of_backend(self, operands: Operands) -> "VocabShard":
+        return self
+
+    def loss(
+        self,
+        operands: Operands,
+        target: Tensor,
+        ignore_index: int,
+        reduction: str,
+        filter_eps: float,
+        loss_weights: Tensor | None,
+        with_lse: bool,
+    ) -> NLL:
         """The backward pass recomputes the logits (four products): they cannot be weighted before all ranks have told
         their sums."""
-        own = (target >= self.start) & (target < self.stop)
-        local = torch.where(target == ignore_index, IGNORED, torch.where(own, target - self.start, ELSEWHERE))
-        nll = _ShardedNLL.apply(*operands.tensors, local, self.group, filter_eps, operands.backend)
+        local = torch.where(target == ignore_index, IGNORED, self._own(target))
+        options = filter_eps, operands.backend, operands.softcap
+        nll, lse = ShardedNLL.apply(*operands.tensors, local, self.group, options)
         is_none = (target != ignore_index) & ((target < 0) | (target >= self.n_classes))
         nll = torch.where(is_none, torch.nan, nll)  # as without shards, where nobody has looked at the targets
-        return reduced(nll, target, ignore_index, reduction)
+        return reduced_loss(nll, lse, operands, target, ignore_index, reduction, loss_weights, with_lse)
+
+    def _own(self, index: Tensor) -> Tensor:
+        """Classes as this rank counts its own."""
+        own = (index >= self.start) & (index < self.stop)
+        return torch.where(own, index - self.start, ELSEWHERE)
+
+    def experts(self, operands: Operands, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        latent, _, weight, bias, backend, softcap = operands
+        options = backend, softcap, temperature
+        log_prob, lse = ShardedExperts.apply(latent, weight, bias, self._own(index), self.group, options)
+        is_none = (index < 0) | (index >= self.n_classes)
+        return torch.where(is_none[:, None], torch.nan, log_prob), lse
+
+    def sum_of_logits(self, operands: Operands, class_weight: Tensor | None) -> None:
+        return None
+
+    def with_sum(
+        self,
+        operands: Operands,
+        target: Tensor,
+        kind: str,
+        class_weight: Tensor | None = None,
+        mixture_temperature: float = 1.0,
+        temperature: float = 1.0,
+    ) -> WithSum:
+        own_weight = None if class_weight is None else self.rows(class_weight)
+        of_sum = kind, own_weight, mixture_temperature
+        options = operands.backend, operands.softcap, temperature
+        inputs = *operands.tensors, self._own(target)
+        log_likelihood, lse, value, best, log_p = ShardedSum.apply(*inputs, self.group, of_sum, options)
+        best_of_ranks = torch.stack(self._gathered(log_p)).argmax(0, keepdim=True)
+        best = torch.stack(self._gathered(best + self.start)).gather(0, best_of_ranks)[0]
+        return WithSum(log_likelihood, lse, value, best)
 
     @torch.no_grad()
-    def distribution(self, operands: Operands) -> Tensor:
+    def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:
         """The whole (N, V) on every rank, for evaluation: not differentiable."""
-        log_p = ops.mixture_log_prob(*self._given_normalisers(operands), operands.backend)
+        given = self._given_normalisers(operands, temperature)
+        log_p = ops.mixture_log_prob(*given, operands.backend, operands.softcap, temperature)
         own = nn.functional.pad(log_p, (0, self._largest - log_p.shape[1]))
         return torch.cat(self._gathered(own), 1)[:, : self.n_classes]
 
-    def normalisers(self, operands: Operands) -> Normalisers:
-        latent, prior_logits, weight, bias, backend = operands
-        maximum, log_total = _combined_statistics(latent, weight, bias, None, self.group, backend)
+    def normalisers(self, operands: Operands, temperature: float = 1.0) -> Normalisers:
+        latent, prior_logits, weight, bias, backend, softcap = operands
+        options = backend, softcap, temperature
+        maximum, log_total = combined_statistics(latent, weight, bias, None, self.group, options)
         return Normalisers(log_softmax_prior(prior_logits).to(maximum.dtype), maximum, log_total)
 
     def best(self, operands: Operands) -> Tensor:
         return self.candidates(operands, 1).indices.squeeze(1)
 
-    def candidates(self, operands: Operands, k: int) -> TopK:
+    def candidates(self, operands: Operands, k: int, temperature: float = 1.0) -> TopK:
         """The best of every rank's candidates, which each rank gathers."""
-        own = TopK(*ops.topk(*self._given_normalisers(operands), k, operands.backend))
+        given = self._given_normalisers(operands, temperature)
+        own = TopK(*ops.topk(*given, k, operands.backend, operands.softcap, temperature))
         filled = k - own.values.shape[1]  # where this rank has fewer than k classes
         values = torch.cat(self._gathered(nn.functional.pad(own.values, (0, filled), value=-torch.inf)), 1)
         indices = torch.cat(self._gathered(nn.functional.pad(own.indices + self.start, (0, filled), value=-1)), 1)
@@ -149,31 +197,31 @@ class VocabShard(Vocabulary):
 
     def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
         """First the expert, then the rank, then a class of that rank, which draws it."""
-        latent, prior_logits, weight, bias, backend = operands
+        latent, prior_logits, weight, bias, backend, softcap = operands
         n = latent.shape[0]
         if n == 0:  # torch.multinomial refuses an empty batch
             return torch.empty(0, dtype=torch.int64, device=latent.device)
-        expert = self._choose(log_softmax_prior(prior_logits).exp(), generator)
+        expert = self.choose(log_softmax_prior(prior_logits).exp(), generator).clamp_min(0)
         chosen = latent[torch.arange(n, device=latent.device), expert][:, None]  # a mixture of one expert
-        # float16 has no room for what a low temperature makes of logits
-        dtype = torch.float32 if latent.dtype == torch.float16 else latent.dtype
-        cooled_bias = None if bias is None else bias.to(dtype) / temperature
-        cooled = chosen.to(dtype) / temperature, weight.to(dtype), cooled_bias
-        maximum, log_total, _ = ops.row_statistics(*cooled, None, backend)
+        maximum, log_total, _ = ops.row_statistics(chosen, weight, bias, None, backend, softcap, temperature)
         shares = torch.cat(self._gathered(maximum + log_total), 1)
-        rank = self._choose(torch.softmax(shares, 1), generator)
+        rank = self.choose(torch.softmax(shares, 1), generator)
         seed = new_seed(generator, latent.device)
-        own = ops.sample(chosen, prior_logits.new_zeros(n, 1), weight, bias, temperature, seed, backend)
+        no_prior = prior_logits.new_zeros(n, 1)
+        own = ops.sample(chosen, no_prior, weight, bias, temperature, seed, backend, softcap)
         own = torch.where(own >= 0, own + self.start, own)
-        result = torch.where(rank == dist.get_rank(self.group), own, 0)
+        # where no rank has a class to draw, the first says so
+        result = torch.where(rank.clamp_min(0) == dist.get_rank(self.group), own, 0)
         dist.all_reduce(result, group=self.group)
         return result
 
-    def _choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
-        """(N, C) -> one of the C columns for each token, (N,) int64: the choice of the group's first rank. Any of them
-        where none has a probability, as the logits will tell."""
-        possible = torch.where(probability.sum(1, keepdim=True) > 0, probability, 1)
-        choice = torch.multinomial(possible, 1, generator=generator).squeeze(1)
+    def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The choice of the group's first rank."""
+        if probability.shape[0] == 0:
+            return torch.empty(0, dtype=torch.int64, device=probability.device)
+        possible = probability.sum(1, keepdim=True) > 0
+        choice = torch.multinomial(torch.where(possible, probability, 1), 1, generator=generator)
+        choice = torch.where(possible, choice, -1).squeeze(1)
         dist.broadcast(choice, group=self.group, group_src=0)
         return choice
 
@@ -307,58 +355,3 @@ def _check_equal_gpus(device: torch.device, group: dist.ProcessGroup) -> None:
 def _gpu_model(device: torch.device) -> str:
     properties = torch.cuda.get_device_properties(device)
     return f"{properties.name} with {properties.multi_processor_count} multiprocessors"
-
-
-def _combined_statistics(
-    latent: Tensor,  # (N, K, D)
-    weight: Tensor,  # (V of this rank, D)
-    bias: Tensor | None,  # (V of this rank,)
-    target: Tensor | None,  # (N,), IGNORED, ELSEWHERE or a class of this rank
-    group: dist.ProcessGroup,
-    backend: str,
-) -> tuple[Tensor, ...]:  # (N, K) each
-    """maximum and log_total over all shards and, where there are targets, their logits: three numbers a row travel."""
-    own_maximum, own_log_total, own_logit = ops.row_statistics(latent, weight, bias, target, backend)
-    maximum = own_maximum.clone()
-    dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
-    terms = [(own_log_total + (own_maximum - maximum)).exp()]
-    if target is not None:
-        terms.append(torch.where((target >= 0)[:, None], own_logit, 0))
-    sums = torch.stack(terms)
-    dist.all_reduce(sums, group=group)
-    total, *target_logit = sums
-    return maximum, total.log(), *target_logit
-
-
-class _ShardedNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, latent, prior_logits, weight, bias, target, group, filter_eps, backend) -> Tensor:
-        statistics = _combined_statistics(latent, weight, bias, target, group, backend)
-        losses, _ = mix_target(log_softmax_prior(prior_logits).to(statistics[0].dtype), *statistics)
-        ctx.save_for_backward(latent, prior_logits, weight, bias, target, *statistics)
-        ctx.options = group, filter_eps, backend
-        return torch.where(target == IGNORED, 0, losses)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        ops.refuse_double_backward()
-        group, filter_eps, backend = ctx.options
-        needs = list(ctx.needs_input_grad[:4])
-        gradients = ops.nll_backward(grad.contiguous(), *ctx.saved_tensors, IGNORED, filter_eps, needs, backend)
-        if needs[0]:  # the ranks' classes all pull at the same latent vectors
-            dist.all_reduce(gradients[0], group=group)
-        return *(gradient if need else None for gradient, need in zip(gradients, needs)), None, None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over ranks. What follows is the same on all of them, so each has the whole gradient of its term."""
-
-    @staticmethod
-    def forward(ctx, term: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = term.clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None

@@ -65,7 +65,7 @@ TRITON_KERNELS = "fused_mos._backends.triton_kernels"
 def workspace(request, monkeypatch):
     """Runs a test with the usual workspace and with one so small that every loop has several tiles (of 64 columns in
     `tiled`) or chunks."""
-    from fused_mos._backends import tiled
+    from fused_mos._backends import tiled, tiled_products
 
     if request.param == "many tiles":
         if triton:
@@ -73,11 +73,11 @@ def workspace(request, monkeypatch):
             monkeypatch.setattr(f"{TRITON_KERNELS}.backward.MAX_ROWS", 64)
             monkeypatch.setattr(triton, "MIN_GRADIENT_ROWS", 1)
             monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(32, 128, 32, 4, 1))
-        monkeypatch.setitem(tiled.WORKSPACE_BYTES, "cpu", 16 * 1024)
-        monkeypatch.setattr(tiled, "MAX_ROWS", 32)
+        monkeypatch.setitem(tiled_products.WORKSPACE_BYTES, "cpu", 16 * 1024)
+        monkeypatch.setattr(tiled_products, "MAX_ROWS", 32)
         monkeypatch.setattr(tiled, "MIN_GRADIENT_ROWS", 1)  # also where its blocks are of one token
         if cpu:
-            monkeypatch.setattr(cpu, "WORKSPACE_BYTES", 16 * 1024)
+            monkeypatch.setattr("fused_mos._backends.cpu_operands.WORKSPACE_BYTES", 16 * 1024)
             monkeypatch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", 32 * 1024)
             monkeypatch.setattr(cpu, "MIN_GRADIENT_ROWS", 1)
     return request.param

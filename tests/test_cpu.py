@@ -14,7 +14,7 @@ _cpu = pytest.importorskip("fused_mos._cpu")
 
 import fused_mos
 from fused_mos import functional as F
-from fused_mos._backends import cpu
+from fused_mos._backends import Transform, cpu, cpu_operands
 
 
 def _map(function, x: torch.Tensor) -> torch.Tensor:
@@ -43,6 +43,19 @@ def test_exp_of_extreme_numbers(instruction_set):
 def test_log_is_within_1_ulp(instruction_set):
     x = torch.cat([torch.logspace(-37.9, 38.5, 500_001), torch.linspace(0.5, 2, 1_000_001), torch.tensor([1.0])])
     assert _ulps(_map(_cpu.logarithms, x), x.double().log()).max() <= 1
+
+
+def test_tanh_is_within_2_ulp(instruction_set):
+    positive = torch.cat([torch.logspace(-37.9, 1.5, 500_001), torch.linspace(0, 12, 1_000_001)])
+    x = torch.cat([positive, -positive])
+    assert _ulps(_map(_cpu.tangents, x), x.double().tanh()).max() <= 2
+
+
+def test_tanh_of_extreme_numbers(instruction_set):
+    x = torch.tensor([0.0, -0.0, 1e-45, 3.4e38, -3.4e38, torch.inf, -torch.inf, torch.nan, -torch.nan])
+    result = _map(_cpu.tangents, x)
+    assert torch.equal(result[:-2], torch.tensor([0.0, -0.0, 1e-45, 1.0, -1.0, 1.0, -1.0]))
+    assert result[-2:].isnan().all() and torch.signbit(result[1])
 
 
 def _everything(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -96,7 +109,7 @@ def test_any_shape(dtype, n, k, d, v, scale, seed, workspace_bytes, isa, reducti
     """Random shapes, strides, magnitudes, workspaces and instruction sets against the float64 reference."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_MOS_ISA", isa)
-        patch.setattr(cpu, "WORKSPACE_BYTES", workspace_bytes)
+        patch.setattr(cpu_operands, "WORKSPACE_BYTES", workspace_bytes)
         patch.setattr(
             cpu, "FORWARD_WORKSPACE_BYTES", workspace_bytes + 4 * v * d
         )  # so that 16-bit gradients come in blocks too
@@ -164,6 +177,20 @@ def test_filter_agrees_with_tiled(reduction, instruction_set, workspace):
     assert torch.equal(gradients["cpu"]["latent"].eq(0), gradients["tiled"]["latent"].eq(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [3, 4, 70])
+def test_an_ignored_token_whose_logits_overflow(n, dtype, instruction_set):
+    """Nothing moves into the lane of the last row, and what is left there takes no part in any gradient."""
+    case = problem(n, 1, 5, 30, ignored=False).to(dtype)
+    with torch.no_grad():
+        case.target[-1] = -100
+        case.latent[-1] = 1e38 * case.weight[0].sign()
+        case.weight *= 100
+    case.nll(backend="cpu").backward()
+    for name, gradient in case.gradients().items():
+        assert gradient.isfinite().all(), name
+
+
 def test_no_features(instruction_set):
     """D = 0: every logit is its bias."""
     case = problem(5, 2, 0, 30, ignored=False).to(torch.float32)
@@ -182,17 +209,10 @@ def test_samples_never_have_probability_zero(instruction_set):
     drawn = torch.cat([F.mos_sample(rows[:, None], torch.zeros(40, 1), weight, bias, backend="cpu") for _ in range(20)])
     assert drawn.min() >= 500 and drawn.max() < 700
     assert len(drawn.unique()) > 20  # also where the classes before, as a whole, have probability zero
-    head, bias = cpu._head(weight, bias)
+    head, bias = cpu_operands.head_of(weight, bias, Transform())
     for u in (0.0, 1 - 2**-53):
         uniform, result = torch.full((40,), u, dtype=torch.float64), torch.empty(40, dtype=torch.int64)
-        _cpu.sample(
-            head,
-            rows=rows.data_ptr(),
-            n_rows=40,
-            inverse_temperature=1.0,
-            uniform=uniform.data_ptr(),
-            sample=result.data_ptr(),
-        )
+        _cpu.sample(head, rows=rows.data_ptr(), n_rows=40, uniform=uniform.data_ptr(), sample=result.data_ptr())
         assert result.min() >= 500 and result.max() < 700
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problem import EXACT, INPUTS, Problem, check_forward_and_gradients, log_prob, logsumexp, nll, problem
 
-from fused_mos import _vocabulary, ops
+from fused_mos import _local, ops
 from fused_mos import functional as F
-from fused_mos._backends import reference, tiled
+from fused_mos._backends import reference, tiled, tiled_products
 
 # V: two words to WikiText-2's vocabulary, with odd ones; K: one softmax, the paper's 10 and 15; D odd and above 256,
 # with biases of order 1 (a kernel that adds the bias once per slice of D passes small cases)
@@ -183,7 +183,7 @@ def test_gradient_through_both_the_tokens_and_the_loss(workspace, backend):
     grads = []
     for each in (backend, "reference"):
         p = case.to(dtype)
-        result = _vocabulary.LOCAL.nll_and_loss(*p.inputs()[:3], p.target, p.bias, reduction="mean", backend=each)
+        result = _local.LOCAL.nll_and_loss(*p.inputs()[:3], p.target, p.bias, reduction="mean", backend=each)
         (3 * result.loss + (result.nll * torch.linspace(0, 1, 11, dtype=dtype)).sum()).backward()
         grads.append(p.gradients())
     for name in INPUTS:
@@ -312,8 +312,8 @@ def test_sample_follows_the_distribution(sampler, temperature, monkeypatch, work
 def test_any_shape(n, k, d, v, scale, seed, bytes):
     """Random shapes, magnitudes and workspaces, in float64, where nothing but rounding may differ."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiled.WORKSPACE_BYTES, "cpu", bytes)
-        patch.setattr(tiled, "MAX_ROWS", 7)
+        patch.setitem(tiled_products.WORKSPACE_BYTES, "cpu", bytes)
+        patch.setattr(tiled_products, "MAX_ROWS", 7)
         patch.setattr(tiled, "MIN_GRADIENT_ROWS", 1 if seed % 2 else 128)
         case = problem(n, k, d, v, scale=scale, seed=seed)
         for compute in (nll("sum"), nll("none"), log_prob):

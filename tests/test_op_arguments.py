@@ -23,15 +23,30 @@ def calls(backend: str) -> dict:
     given = unmixed | {"log_prior": log_prior} | statistics
     target, seed, one = torch.arange(N), torch.tensor([5]), torch.ones(())
     loss = {"target": target, "ignore_index": -100, "filter_eps": 0.0}
-    needs = [True] * 4
+    needs, index = [True] * 4, torch.arange(4 * N).view(N, 4)
+    of_sum = {"kind": "classes", "class_weight": torch.rand(V), "mixture_temperature": 1.0}
+    of_experts = unmixed | {"index": index}
     of_op = {
-        ops.nll: operands | loss,
-        ops.nll_backward: {"grad": torch.ones(N)}
+        ops.nll: operands | loss | {"softcap": 3.0, "with_lse": True},
+        ops.nll_backward: {"grad": torch.ones(N), "grad_lse": torch.ones(N, K)}
         | operands
         | loss
         | statistics
         | {"target_logit": target_logit, "needs": needs},
-        ops.nll_with_gradients: operands | loss | {"mean": True, "needs": needs},
+        ops.nll_with_gradients: operands | loss | {"mean": False, "needs": needs, "loss_weights": torch.rand(3, N)},
+        ops.expert_log_prob: of_experts,
+        ops.expert_log_prob_backward: {"grad": torch.ones(N, K, 4), "grad_lse": torch.ones(N, K)}
+        | of_experts
+        | statistics
+        | {"logits": torch.randn(N, K, 4), "needs": needs[:3]},
+        ops.likelihood_and_sum: operands | {"target": target} | of_sum,
+        ops.mixture_sum: given | of_sum,
+        ops.mixture_sum_backward: {"grad": torch.ones(N), "grad_target": torch.ones(N), "grad_lse": torch.ones(N, K)}
+        | operands
+        | {"target": target}
+        | statistics
+        | {"target_logit": target_logit, "s": torch.randn(N, K), "value": torch.randn(N), "needs": needs}
+        | of_sum,
         ops.logsumexp: unmixed,
         ops.logsumexp_backward: {"grad": torch.ones(N, K)} | unmixed | statistics | {"needs": needs[:3]},
         ops.normalisers: operands,
@@ -80,8 +95,19 @@ def test_wrong_tensors_are_refused(backend):
                     accepted.append((op._name, name, tuple(bad.shape), bad.dtype))
     # of single rows, more and fewer are another right call
     right = {("logsumexp", "latent"), ("row_statistics", "latent")}
+    right |= {("expert_log_prob", "latent"), ("expert_log_prob", "index")}  # and of experts and classes
     assert {call[:2] for call in accepted} <= right, accepted
     assert refused > 400
+
+
+@pytest.mark.parametrize("backend", ["tiled", CPU])
+def test_tensors_of_several_devices_are_refused(backend):
+    """Where one is on the meta device torch asks the fake kernel alone."""
+    for op, arguments in calls(backend).items():
+        tensors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+        for name in tensors if len(tensors) > 1 else ():
+            with pytest.raises(ERRORS, match="meta|device"):
+                op(**arguments | {name: arguments[name].to("meta")})
 
 
 @pytest.mark.parametrize("backend", ["tiled", CPU, TRITON])
@@ -89,6 +115,10 @@ def test_wrong_numbers_are_refused(backend):
     wrong = {
         "k": [0, -1],
         "temperature": [0.0, -1.0, float("nan")],
+        "mixture_temperature": [0.0, -1.0, float("nan")],
+        "softcap": [-1.0, float("nan"), float("inf")],
+        "kind": ["", "mean"],
+        "mean": [True],
         "needs": [[], [True] * 3, [True] * 5],
         "backend": ["auto", "none"],
     }

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 import fused_mos
 from fused_mos import functional as F
 from fused_mos import ops
-from fused_mos._backends import tiled
+from fused_mos._backends import tiled_products
 
 N, K, D, V = 5, 3, 4, 90
 NEEDS = [True, True, True, True]
@@ -355,14 +355,14 @@ def test_extra_memory_does_not_grow_with_nkv(what, eps, backend, monkeypatch):
     fraction of N·K·V, and the rest is about the workspace."""
     n, k, d = 64, 16, 8
     workspace, small, large = 2**20, 8_000, 24_000
-    monkeypatch.setitem(tiled.WORKSPACE_BYTES, "cpu", workspace)
+    monkeypatch.setitem(tiled_products.WORKSPACE_BYTES, "cpu", workspace)
     if backend == "triton":  # fewer and larger tiles, since the interpreter's time goes with their number
         workspace, small, large = 2 * 2**20, 2_000, 6_000
         monkeypatch.setattr("fused_mos._backends.triton_kernels.workspace.WORKSPACE_BYTES", workspace)
         rows = 64 if what in ("log_prob", "predict") else 256  # of tokens, of which there are n, or of n·k rows
         monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(rows, 2048, 16, 4, 1))
     if backend == "cpu":
-        monkeypatch.setattr(cpu, "WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr("fused_mos._backends.cpu_operands.WORKSPACE_BYTES", workspace)
         monkeypatch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", workspace)
     peaks = {}
     for v in (small, large):

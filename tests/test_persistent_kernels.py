@@ -10,12 +10,14 @@ if not triton or not triton.INTERPRETED:
 
 pytestmark = pytest.mark.interpreted
 
+from fused_mos._backends import IDENTITY, Transform
 from fused_mos._backends.triton_kernels import launch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("transform", [IDENTITY, Transform(2.0, 0.7)], ids=str)
 @pytest.mark.parametrize("operation", ["in the forward pass", "recomputed"])
-def test_persistent_kernels_make_the_same_gradients(operation, dtype, workspace):
+def test_persistent_kernels_make_the_same_gradients(operation, transform, dtype, workspace):
     """Bit for bit, since they multiply and add in the same order; with fewer programs than tiles, and with more."""
     case = problem(11, 3, 40, 130, ignored=True).to(dtype, ())
     results = []
@@ -26,13 +28,13 @@ def test_persistent_kernels_make_the_same_gradients(operation, dtype, workspace)
         with launch.overridden(architecture):
             if operation == "in the forward pass":
                 needs = (True,) * 4
-                results.append(triton.nll_with_gradients(*case.inputs(), case.target, -100, 0.0, True, needs))
+                found = triton.nll_with_gradients(*case.inputs(), case.target, -100, 0.0, True, needs, transform)
+                results.append(found)
             else:
-                _, *statistics = triton.nll(*case.inputs(), case.target, -100)
+                _, *statistics = triton.nll(*case.inputs(), case.target, -100, transform)
                 grad = torch.linspace(0, 1, 11)
-                results.append(
-                    triton.nll_backward(grad, *case.inputs(), case.target, *statistics, -100, 0.0, (True,) * 4)
-                )
+                inputs = *case.inputs(), case.target, *statistics
+                results.append(triton.nll_backward(grad, *inputs, -100, 0.0, (True,) * 4, transform))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fused_mos import functional as F
-from fused_mos._backends import tiled
+from fused_mos._backends import IDENTITY, tiled
 
 if not triton or not triton.INTERPRETED:
     pytest.skip("triton is not installed, or not interpreting", allow_module_level=True)
@@ -253,7 +253,7 @@ def test_a_prior_that_is_no_distribution_draws_no_class(bad):
         chosen = backend.choose_rows(latent, prior_logits, seed)
         assert torch.equal(chosen[0], latent[0, 0]) and chosen[2].isnan().all()
         assert all((latent[i] == chosen[i]).all(1).any() for i in (0, 1, 3, 4))
-        drawn = backend.sample(chosen, torch.randn(20, 8), None, 1.0, seed)
+        drawn = backend.sample(chosen, torch.randn(20, 8), None, IDENTITY, seed)
         assert drawn[2] == -1 and (drawn[[0, 1, 3, 4]] >= 0).all()
 
 

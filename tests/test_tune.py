@@ -183,6 +183,9 @@ def test_the_proof_compiles_every_kernel():
     persistent = {name for name in kernels if name.startswith("persistent")}  # which no table has chosen yet
     calls = proof.distinct_calls("sm_90", ("ptb",), ("bfloat16", "float32"), brief=True)
     assert {call.kernel.__name__ for call, _ in calls} == kernels - persistent
+    capped = {call.kernel.__name__ for call, _ in calls if proof.is_capped(call)}
+    of_logits = {call.kernel.__name__ for call, _ in calls if any(isinstance(a, Logits) for a in call.arguments)}
+    assert capped == of_logits | {"mix_kernel"} and len(capped) > 8
 
 
 def test_the_proof_compiles_what_a_launch_would():

@@ -23,18 +23,19 @@ ALWAYS_INLINE void store_lanes(float* to, const Vector (&v)[NV]) {
   for (int j = 0; j < NV; ++j) store(to + j * kLanes, v[j]);
 }
 
-// Returns in `total` the sums of exp(tile − largest) over n classes; keeps the exponentials in `to` unless it is
-// null. A factor other than 1, the inverse of a temperature, multiplies the difference.
-template <int NV, class Stored>
-ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&largest)[NV], float factor, Stored* to,
-                                Vector (&total)[NV]) {
+// Returns in `total` the sums of e = exp(tile − largest) over n classes, and gives each e to keep(place in the tile, j,
+// its logit, e). A factor other than 1, the inverse of a temperature, multiplies the difference.
+template <int NV, class Keep>
+ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&largest)[NV], float factor,
+                                Vector (&total)[NV], Keep keep) {
   fill(total, 0);
   for (Index v = 0; v < n; ++v) {
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) {
-      const Vector e = exp_nonpositive((load(tile + v * kBlock + j * kLanes) - largest[j]) * factor);
+      const Index at = v * kBlock + j * kLanes;
+      const Vector logit = load(tile + at), e = exp_nonpositive((logit - largest[j]) * factor);
       total[j] += e;
-      if (to) store(to + v * kBlock + j * kLanes, e);
+      keep(at, j, logit, e);
     }
   }
 }
@@ -43,19 +44,29 @@ ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&large
 struct PartialStatistics {
   Index n_lanes;
   float* maxima;
-  float* totals;  // Σ exp(l − maximum), or null where the maxima are enough
+  float* totals;   // Σ exp(l − maximum), or null where the maxima are enough
+  float* moments;  // Σ exp(l − maximum) (l − maximum), or null where no entropy is wanted
 
-  PartialStatistics from_lane(Index lane) const { return {n_lanes, maxima + lane, totals + lane}; }
+  PartialStatistics from_lane(Index lane) const {
+    return {n_lanes, maxima + lane, totals + lane, moments ? moments + lane : nullptr};
+  }
 };
 
-// Merges the statistics of `n_parts` parts, for `n` lanes, into the maximum and log_total of the whole.
+// Takes Σ e^x x, of the total Σ e^x, to the sum for y = x + difference: Σ e^y y, where `factor` is e^difference. What
+// has no mass has no moment, be its logit −inf.
+ALWAYS_INLINE Vector shifted_moment(Vector moment, Vector total, Vector difference, Vector factor) {
+  return factor > 0.0f ? factor * (moment + total * difference) : Vector{};
+}
+
+// Merges the statistics of `n_parts` parts, for `n` lanes, into the maximum and log_total of the whole and, unless it is
+// null, its entropy.
 inline void merge_statistics(const PartialStatistics& parts, Index n_parts, Index n, float* maximum_out,
-                             float* log_total_out) {
+                             float* log_total_out, float* entropy_out) {
   constexpr Index kTerms = 64;  // summed apart, so that rounding does not grow with the number of parts
   for (Index first = 0; first < n; first += kLanes) {
     Vector largest = broadcast(kLowest);
     for (Index p = 0; p < n_parts; ++p) largest = maximum(load(parts.maxima + p * parts.n_lanes + first), largest);
-    Vector total{};
+    Vector total{}, moment{};
     for (Index from = 0; from < n_parts; from += kTerms) {
       Vector terms{};
       for (Index p = from; p < smaller(from + kTerms, n_parts); ++p) {
@@ -64,9 +75,17 @@ inline void merge_statistics(const PartialStatistics& parts, Index n_parts, Inde
       }
       total += terms;
     }
+    for (Index p = 0; entropy_out && p < n_parts; ++p) {
+      const Index at = p * parts.n_lanes + first;
+      const Vector difference = load(parts.maxima + at) - largest;
+      moment +=
+          shifted_moment(load(parts.moments + at), load(parts.totals + at), difference, exp_nonpositive(difference));
+    }
     for (Index lane = 0; lane < smaller(kLanes, n - first); ++lane) {
       maximum_out[first + lane] = largest[lane];
-      log_total_out[first + lane] = float(log(double(total[lane])));
+      const double log_total = log(double(total[lane]));
+      log_total_out[first + lane] = float(log_total);
+      if (entropy_out) entropy_out[first + lane] = float(log_total - double(moment[lane]) / total[lane]);
     }
   }
 }

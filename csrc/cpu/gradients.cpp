@@ -51,7 +51,8 @@ struct KeptRows {
   Buffer<float> maximum, log_total, grad_lse, grad_target;
 };
 
-// Fills the tiles of a span of panels with exp(l − the panel's maximum), and the statistics of each of these panels.
+// Fills the tiles of a span of panels with exp(l − the panel's maximum), times the slope of a soft cap, which is what
+// the gradients need, and the statistics of each of these panels with the sums of exp(l − maximum).
 template <class T>
 void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const RowBlocks& blocks, Range span,
                        const Targets& targets, const PartialStatistics& statistics) {
@@ -77,7 +78,14 @@ void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const Ro
         fill(largest, kLowest);
         logits_tile(e, tiles.packed(b), tile, largest);
         if (targets.target) pick_targets(tile, blocks, b, span.begin + p, e.n_classes, targets);
-        exponentiate(tile, e.n_classes, largest, 1.0f, exponentials, total);
+        if (e.transform.caps()) {
+          exponentiate(tile, e.n_classes, largest, 1.0f, total, [&](Index at, int, Vector logit, Vector exponential) {
+            store(exponentials + at, exponential * e.transform.slope(logit));
+          });
+        } else {
+          exponentiate(tile, e.n_classes, largest, 1.0f, total,
+                       [&](Index at, int, Vector, Vector exponential) { store(exponentials + at, exponential); });
+        }
         store_lanes(statistics.maxima + first_lane, largest);
         if (statistics.totals) store_lanes(statistics.totals + first_lane, total);
       });
@@ -130,6 +138,11 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
           scale.factor[i] * widen(exponentials[scale.offset[i] + v * kBlock]) - kept.grad_target[b * kBlock + i];
     }
 
+    // a row that was dropped may have left what no factor makes 0
+    for (Index v = 0; v < n && scale.in_place && filled < n_lanes; ++v) {
+      memset((void*)(dl + v * kBlock + filled), 0, sizeof(*dl) * (n_lanes - filled));
+    }
+
     float moved[kBlock] = {};
     for (Index v = 0; v < n; ++v) {
       auto* row = dl + v * kBlock;
@@ -155,10 +168,21 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
   for (Index v = 0; v < n; ++v) grad_bias[panel * kPanel + v] += sum(load(bias_sums + v * kLanes));
 }
 
-// Forms dl of a span whose tiles hold exponentials, and adds it to dE and dz.
+// Multiplies what is subtracted at the targets in a span of panels by the slope of the soft cap there.
+inline void weigh_targets(const LogitTransform& transform, Range span, const float* target_logit, KeptRows& kept) {
+  for (Index i = 0; i < kept.n_rows; ++i) {
+    const Index v = place_of(kept.target[i], span.begin * kPanel);
+    if (v < 0 || v >= span.size() * kPanel) continue;
+    kept.grad_target[i] *= transform.slope(broadcast(target_logit[kept.source[i]]))[0];
+  }
+}
+
+// Forms dl of a span whose tiles hold exponentials, and adds it to dE and dz. `target_logit` (R,) is for a soft cap.
 template <class T>
-void add_gradients(const Head& head, GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks, Range span,
-                   const PartialStatistics& statistics) {
+void add_gradients(const Head& head, GradientTiles<T>& tiles, KeptRows& kept, const RowBlocks& blocks, Range span,
+                   const float* target_logit, const PartialStatistics& statistics) {
+  const LogitTransform transform(head.transform);
+  if (transform.caps() && target_logit) weigh_targets(transform, span, target_logit, kept);
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
   for (Index p = 0; p < span.size(); ++p) {
     finish_panel(head, tiles, kept, blocks, span.begin + p, p, statistics.maxima + p * statistics.n_lanes);
@@ -184,27 +208,56 @@ void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
   GradientTiles<T> tiles(head, (const In*)a.rows, gradients, max_blocks, max_span);
   KeptRows kept(max_blocks * kBlock);
   Buffer<float> maxima(max_span * max_blocks * kBlock);
+  const bool needs_targets = a.target && LogitTransform(head.transform).caps();
+  const Buffer<float> target_logit(needs_targets ? a.n_rows : 0);
+  const Targets targets{needs_targets ? a.target : nullptr, target_logit};
   for (Index first = 0; first < a.n_rows; first += chunk) {
     const Index n = smaller(chunk, a.n_rows - first);
     kept.clear();
     for (Index i = first; i < first + n; ++i) {
-      kept.add(i - first, i, a.target ? a.target[i] : -1, a.maximum[i], a.log_total[i], a.grad_lse[i],
-               a.grad_target ? a.grad_target[i] : 0.0f);
+      kept.add(i - first, i, a.target ? a.target[i] : -1, a.maximum[i], a.log_total[i],
+               a.grad_lse[i] * head.transform.inverse_temperature,
+               a.grad_target ? a.grad_target[i] * head.transform.inverse_temperature : 0.0f);
     }
     const RowBlocks blocks = kept.blocks();
     tiles.pack(blocks);
     tiles.begin(blocks);
-    const PartialStatistics statistics{blocks.n_blocks * kBlock, maxima, nullptr};
+    const PartialStatistics statistics{blocks.n_blocks * kBlock, maxima, nullptr, nullptr};
     for (Index panel = 0; panel < panels; panel += max_span) {
       const Range span = chunk_at(panels, panel, max_span);
-      exponentiate_span(head, tiles, blocks, span, {nullptr, nullptr}, statistics);
-      add_gradients(head, tiles, kept, blocks, span, statistics);
+      exponentiate_span(head, tiles, blocks, span, targets, statistics);
+      add_gradients(head, tiles, kept, blocks, span, target_logit, statistics);
     }
     if (gradients.rows) tiles.end(blocks);
   }
 }
 
-// Computes one token's loss, its responsibilities r (K,), and the prior's gradient scale·(π − r).
+// What a token's terms weigh in the loss: nll, Σ_k π_k L_k and Σ_k π_k L_k².
+struct TokenWeights {
+  TokenWeights(const NllArguments& a, Index token) {
+    if (!a.valid[token]) return;
+    if (!a.loss_weights) {
+      nll = a.scale;
+      return;
+    }
+    nll = a.loss_weights[token];
+    lse = a.loss_weights[a.n_tokens + token];
+    square = a.loss_weights[2 * a.n_tokens + token];
+  }
+
+  bool regularises() const { return lse != 0 || square != 0; }
+  // What regularises an expert of log-sum-exp L, and its derivative by L.
+  double penalty(double l) const { return (lse + square * l) * l; }
+  double slope(double l) const { return lse + 2 * square * l; }
+
+  float nll = 0;
+  double lse = 0, square = 0;
+};
+
+inline double prior_of(const NllArguments& a, Index row) { return exp(double(a.log_prior[row])); }
+inline double lse_of(const NllArguments& a, Index row) { return double(a.maximum[row]) + a.log_total[row]; }
+
+// Computes one token's nll and its responsibilities r (K,).
 inline void mix_token(const NllArguments& a, Index token, float* responsibility) {
   const Index k = a.n_experts, first = token * k;
   const auto joint = [&](Index e) {
@@ -219,20 +272,40 @@ inline void mix_token(const NllArguments& a, Index token, float* responsibility)
   a.nll[token] = float(-(shift + log(total)));
   for (Index e = 0; e < k; ++e) {
     responsibility[e] = !a.valid[token] || total == 0 ? 0.0f : float(exp(joint(e) - shift) / total);
-    if (!a.grad_prior) continue;
-    const float prior = float(exp(double(a.log_prior[first + e])));
-    a.grad_prior[first + e] = a.valid[token] ? a.scale * (prior - responsibility[e]) : 0.0f;
   }
 }
 
-// Keeps those rows of a block of tokens whose responsibilities (one per row of the block) the filter lets pass.
-inline void keep_responsible(const NllArguments& a, Range rows, const int64_t* target, const float* responsibility,
-                             KeptRows& kept) {
+// Computes one token's da = c (π − r) + π (f − Σ_k π f), f the penalties of its experts.
+inline void write_prior_gradient(const NllArguments& a, Index token, const float* responsibility) {
+  const TokenWeights weights(a, token);
+  const Range rows{token * a.n_experts, (token + 1) * a.n_experts};
+  double mean = 0;
+  for (Index row = rows.begin; weights.regularises() && row < rows.end; ++row) {
+    mean += prior_of(a, row) * weights.penalty(lse_of(a, row));
+  }
+  for (Index row = rows.begin; row < rows.end; ++row) {
+    const float prior = float(prior_of(a, row));
+    float gradient = weights.nll == 0 ? 0.0f : weights.nll * (prior - responsibility[row - rows.begin]);
+    if (weights.regularises()) gradient += float(prior * (weights.penalty(lse_of(a, row)) - mean));
+    a.grad_prior[row] = gradient;
+  }
+}
+
+// Keeps those rows of a block of tokens whose responsibilities (one per row of the block) the filter lets pass, or
+// whose log-sum-exp is regularised.
+inline void keep_rows(const Head& head, const NllArguments& a, Range rows, const int64_t* target,
+                      const float* responsibility, KeptRows& kept) {
   kept.clear();
   for (Index row = rows.begin; row < rows.end; ++row) {
+    const TokenWeights weights(a, row / a.n_experts);
     const float r = responsibility[row - rows.begin];
-    if (r == 0 || r < a.filter_eps) continue;
-    kept.add(row - rows.begin, row, target[row], a.maximum[row], a.log_total[row], a.scale * r, a.scale * r);
+    if (!weights.regularises() && (weights.nll == 0 || r == 0 || (!a.loss_weights && r < a.filter_eps))) continue;
+    const float of_target = weights.nll == 0 ? 0.0f : weights.nll * head.transform.inverse_temperature * r;
+    float of_lse = of_target;
+    if (weights.regularises()) {
+      of_lse += float(prior_of(a, row) * weights.slope(lse_of(a, row))) * head.transform.inverse_temperature;
+    }
+    kept.add(row - rows.begin, row, target[row], a.maximum[row], a.log_total[row], of_lse, of_target);
   }
 }
 
@@ -258,20 +331,24 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
     const Range tokens = chunk_at(a.n_tokens, token, a.tokens_of_block), rows{tokens.begin * k, tokens.end * k};
     const ConsecutiveRows consecutive(rows.begin, rows.size());
     const RowBlocks all = consecutive.blocks();
-    const PartialStatistics statistics{all.n_blocks * kBlock, maxima, totals};
+    const PartialStatistics statistics{all.n_blocks * kBlock, maxima, totals, nullptr};
     tiles.pack(all);
     exponentiate_span(head, tiles, all, {0, panels}, {target, a.target_logit}, statistics);
 #pragma omp parallel for num_threads(head.n_threads)
     for (Index b = 0; b < all.n_blocks; ++b) {
       const Index first = rows.begin + b * kBlock;
-      merge_statistics(statistics.from_lane(b * kBlock), panels, all.filled[b], a.maximum + first, a.log_total + first);
+      merge_statistics(statistics.from_lane(b * kBlock), panels, all.filled[b], a.maximum + first, a.log_total + first,
+                       nullptr);
     }
-    for (Index t = 0; t < tokens.size(); ++t) mix_token(a, tokens.begin + t, responsibility + t * k);
-    keep_responsible(a, rows, target, responsibility, kept);
+    for (Index t = 0; t < tokens.size(); ++t) {
+      mix_token(a, tokens.begin + t, responsibility + t * k);
+      if (a.grad_prior) write_prior_gradient(a, tokens.begin + t, responsibility + t * k);
+    }
+    keep_rows(head, a, rows, target, responsibility, kept);
     if (kept.n_rows == 0) continue;
     const RowBlocks blocks = kept.blocks();
     tiles.begin(blocks);
-    add_gradients(head, tiles, kept, blocks, {0, panels}, statistics);
+    add_gradients(head, tiles, kept, blocks, {0, panels}, a.target_logit, statistics);
     if (gradients.rows) tiles.end(blocks);
   }
   if (!sums) return;

@@ -8,6 +8,12 @@
 
 namespace fused_mos {
 
+// What happens to a logit before its softmax: l' = c·tanh(l/c) / T. Below, `l` is a logit after it.
+struct Transform {
+  float softcap;              // c > 0; 0 for none
+  float inverse_temperature;  // 1 / T
+};
+
 struct Head {
   const void* weight;  // (V, D) operand
   const float* bias;   // (V,) or null
@@ -15,6 +21,7 @@ struct Head {
   int64_t n_features;
   bool bf16;
   int n_threads;
+  Transform transform;
   int64_t workspace_bytes;  // what does not fit in it comes in chunks
 };
 
@@ -27,6 +34,7 @@ struct StatisticsArguments {
   float* maximum;         // (R,)
   float* log_total;       // (R,)
   float* target_logit;    // (R,), NaN where the target is no class
+  float* entropy;         // (R,) of softmax(l), or null
 };
 
 // Gradients that kernels fill, of the rows (N·K latent vectors) and of the head; null where not needed.
@@ -48,6 +56,8 @@ struct RowsBackwardArguments {
   GradientArguments gradients;
 };
 
+// The loss is scale·Σ nll over the valid tokens or, where there are loss_weights with rows c, λ and ζ, their sum of
+// c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k², and then no row is filtered.
 struct NllArguments {
   const void* latent;      // (N, K, D) operand
   const float* log_prior;  // (N, K)
@@ -56,7 +66,8 @@ struct NllArguments {
   int64_t n_tokens;
   int64_t n_experts;
   int64_t tokens_of_block;  // whose exponentials over all classes are held at once
-  float scale;              // the loss is scale·Σ nll over the valid tokens
+  float scale;
+  const float* loss_weights;  // (3, N) or null
   float filter_eps;
   float* nll;           // (N,)
   float* maximum;       // (N, K)
@@ -66,6 +77,18 @@ struct NllArguments {
   GradientArguments gradients;
 };
 
+// A gradient of log p, either dense or G = token_n of_class_v + at_target_n 1[v = target_n] + (log_term_n log p +
+// linear_term_n) p. What is null is 0; `of_class` has a `token`, and `at_target` a `target`.
+struct LogProbGradient {
+  const float* dense;        // (N, V)
+  const float* token;        // (N,)
+  const float* of_class;     // (V,)
+  const float* at_target;    // (N,)
+  const int64_t* target;     // (N,)
+  const float* log_term;     // (N,)
+  const float* linear_term;  // (N,)
+};
+
 struct MixtureArguments {
   const void* latent;      // (N, K, D) operand
   const float* log_prior;  // (N, K)
@@ -73,17 +96,18 @@ struct MixtureArguments {
   const float* log_total;  // (N, K)
   int64_t n_tokens;
   int64_t n_experts;
-  float* log_prob;    // (N, V), or null where only `best` is wanted
-  int64_t* best;      // (N,), the most probable class, or null
-  const float* grad;  // (N, V), for the backward pass
-  float* grad_prior;  // (N, K) or null
+  float* log_prob;             // (N, V) or null
+  int64_t* best;               // (N,), the most probable class, or null
+  float* mean_log_prob;        // (N, K), Σ_v exp(l − L) log p, or null
+  LogProbGradient grad;        // for the backward pass
+  const float* mean_gradient;  // (N, K), s = Σ_v G π exp(l − L) / p, or null where it is to be summed
+  float* grad_prior;           // (N, K) or null
   GradientArguments gradients;
 };
 
 struct SampleArguments {
   const void* rows;  // (R, D) operand
   int64_t n_rows;
-  float inverse_temperature;
   const double* uniform;  // (R,), in [0, 1)
   int64_t* sample;        // (R,)
 };
@@ -99,6 +123,7 @@ struct Kernels {
   void (*sample)(const Head&, const SampleArguments&);
   void (*exponentials)(const float*, float*, int64_t);  // exp of numbers ≤ 0, for tests
   void (*logarithms)(const float*, float*, int64_t);    // log of positive numbers, for tests
+  void (*tangents)(const float*, float*, int64_t);      // tanh, for tests
   double (*peak_gflops)(int n_threads, bool bf16);      // of a loop of register-only multiply-adds, for benchmarks
 };
 

@@ -1,7 +1,7 @@
 // The mixture over all classes: log-probabilities, the most probable class, and the gradients of log-probabilities.
 #include "family.h"
 #include "gradient_tiles.h"
-#include "mixture_tile.h"
+#include "log_prob_gradient.h"
 
 namespace {
 
@@ -57,6 +57,42 @@ class BestClasses {
   Buffer<int64_t> class_;
 };
 
+// Sums by lane of a chunk, of which each group of panels makes its own: so their order does not depend on the threads.
+class LaneSums {
+ public:
+  LaneSums(Index n_groups, Index n_lanes) : n_groups_(n_groups), n_lanes_(n_lanes), parts_(n_groups * n_lanes) {
+    if (parts_) memset(parts_, 0, sizeof(float) * n_groups * n_lanes);
+  }
+
+  float* of_group(Index group) const { return parts_ + group * n_lanes_; }
+
+  float total(Index lane) const {
+    float sum = 0;
+    for (Index g = 0; g < n_groups_; ++g) sum += of_group(g)[lane];
+    return sum;
+  }
+
+ private:
+  Index n_groups_, n_lanes_;
+  Buffer<float> parts_;
+};
+
+// Adds Σ_v exp(l − L) log p of one tile to `sums` (K, kBlock); a class without probability adds nothing.
+template <int NV>
+void add_mean_log_prob(const float* softmax, const float* log_p, Index n_classes, Index n_experts, float* sums) {
+  for (Index k = 0; k < n_experts; ++k) {
+    Vector sum[NV];
+    load_lanes(sums + k * kBlock, sum);
+    for (Index v = 0; v < n_classes; ++v) {
+      for (int j = 0; j < NV; ++j) {
+        const Vector e = load(softmax + k * kTile + v * kBlock + j * kLanes);
+        sum[j] += e == 0.0f ? Vector{} : e * load(log_p + v * kBlock + j * kLanes);
+      }
+    }
+    store_lanes(sums + k * kBlock, sum);
+  }
+}
+
 template <class T>
 void mixture_of(const Head& head, const MixtureArguments& a) {
   using Op = typename T::Op;
@@ -64,16 +100,20 @@ void mixture_of(const Head& head, const MixtureArguments& a) {
   const Index steps = steps_of<Op>(head.n_features), panels = panels_of(head), groups = smaller(kGroups, panels);
   const Index scratch_bytes = round_up(logits_scratch_bytes<T>(head), 64);
   Buffer<char> scratch(scratch_bytes * head.n_threads);
-  Buffer<float> tiles(2 * kTile * head.n_threads);
+  // of each thread: log p, scratch, and exp(l − L) of the experts, or of one after the other in the scratch
+  const Index tiles_of_thread = a.mean_log_prob ? a.n_experts + 2 : 2, stride = a.mean_log_prob ? kTile : 0;
+  Buffer<float> tiles(tiles_of_thread * kTile * head.n_threads);
   const Index max_tokens = tokens_of_chunk(a.n_experts, sizeof(Op) * steps, head.workspace_bytes / 2);
   for (Index first = 0; first < a.n_tokens; first += max_tokens) {
     const TokenChunk chunk(a, chunk_at(a.n_tokens, first, max_tokens));
     Buffer<Op> packed(chunk.n_lanes() * steps);
     const BestClasses best(a.best ? groups : 0, chunk.tokens.size());
+    const LaneSums means(a.mean_log_prob ? groups : 0, chunk.n_lanes());
 #pragma omp parallel num_threads(head.n_threads)
     {
       const int thread = omp_get_thread_num();
-      float* log_p = tiles + 2 * kTile * thread;
+      float *log_p = tiles + tiles_of_thread * kTile * thread, *scratch_tile = log_p + kTile;
+      float* softmax = scratch_tile + stride;
 #pragma omp for schedule(dynamic)
       for (Index b = 0; b < chunk.blocks.n_blocks; ++b) {
         pack_block<T>(head, rows, chunk.blocks, b, packed + b * kBlock * steps);
@@ -84,8 +124,13 @@ void mixture_of(const Head& head, const MixtureArguments& a) {
         const Range panels_of_group = share(panels, group, groups);
         for (Index panel = panels_of_group.begin; panel < panels_of_group.end; ++panel) {
           const MixtureTile<T> tile(head, chunk, packed, panel, b, scratch + scratch_bytes * thread);
-          with_vectors(chunk.vectors(b),
-                       [&](auto vectors) { tile.template log_prob<decltype(vectors)::value>(log_p, log_p + kTile); });
+          with_vectors(chunk.vectors(b), [&](auto vectors) {
+            constexpr int NV = decltype(vectors)::value;
+            tile.template log_prob<NV>(log_p, softmax, stride, scratch_tile);
+            if (!a.mean_log_prob) return;
+            add_mean_log_prob<NV>(softmax, log_p, tile.n_classes(), a.n_experts,
+                                  means.of_group(group) + chunk.lane(b, 0));
+          });
           const Range classes = chunk_at(head.n_classes, panel * kPanel, kPanel);
           if (a.log_prob) {
             write_transposed(log_p, classes.size(), chunk.tokens_in(b), head.n_classes,
@@ -96,6 +141,9 @@ void mixture_of(const Head& head, const MixtureArguments& a) {
       }
     }
     if (a.best) best.write(a.best + first);
+    for (Index lane = 0; a.mean_log_prob && lane < chunk.n_lanes(); ++lane) {
+      if (chunk.source[lane] >= 0) a.mean_log_prob[chunk.source[lane]] = means.total(lane);
+    }
   }
 }
 
@@ -103,7 +151,7 @@ void mixture_of(const Head& head, const MixtureArguments& a) {
 // posterior q[n,k,v] = π exp(l − L) / p:
 //
 //   s[n,k] = Σ_v G q          da = s − π Σ_k s
-//   dl = G q − s exp(l − L)   and from it dE, db and dz
+//   dl = G q − s exp(l − L)   and from it, times the derivative of the logits' transform, dE, db and dz
 template <class T>
 class MixtureBackward {
   using In = typename T::In;
@@ -122,24 +170,28 @@ class MixtureBackward {
         max_blocks_(ceil_div(smaller(max_tokens_, a.n_tokens), kBlock) * a.n_experts),
         max_span_(needs_logit_gradients() ? panels_in_workspace() : 1),
         tiles_(head, (const In*)a.latent, gradients_, max_blocks_, max_span_),
-        scratch_((2 * a.n_experts + 1) * kTile * head.n_threads),
-        partial_(n_groups_ * max_blocks_ * kBlock),
+        caps_(LogitTransform(head.transform).caps()),
+        scratch_(tiles_of_thread() * kTile * head.n_threads),
         s_(max_blocks_ * kBlock) {}
 
   void run() {
     for (Index first = 0; first < a_.n_tokens; first += max_tokens_) {
       const TokenChunk chunk(a_, chunk_at(a_.n_tokens, first, max_tokens_));
       tiles_.pack(chunk.blocks);
-      sum_weighted_posteriors(chunk);
+      if (a_.mean_gradient) {
+        read_weighted_posteriors(chunk);
+      } else {
+        sum_weighted_posteriors(chunk);
+      }
       if (a_.grad_prior) write_prior_gradient(chunk);
       if (needs_logit_gradients()) add_logit_gradients(chunk);
     }
   }
 
  private:
-  // A thread's memory for one tile: exp(l − L) and q for each expert, and p.
+  // A thread's memory for one tile: exp(l − L) and q for each expert, p, and the slope of a soft cap for each expert.
   struct Posteriors {
-    float *softmax, *posterior, *mixture;
+    float *softmax, *posterior, *mixture, *slope;
   };
 
   bool needs_logit_gradients() const { return gradients_.rows || gradients_.of_weight() || gradients_.bias; }
@@ -149,53 +201,53 @@ class MixtureBackward {
     return smaller(n_panels_, larger(head_.workspace_bytes / bytes_of_panel, 1));
   }
 
+  Index tiles_of_thread() const { return (caps_ ? 3 : 2) * a_.n_experts + 1; }
+
   Posteriors posteriors_of(int thread) const {
-    float* softmax = scratch_ + (2 * a_.n_experts + 1) * kTile * thread;
-    return {softmax, softmax + a_.n_experts * kTile, softmax + 2 * a_.n_experts * kTile};
+    float* softmax = scratch_ + tiles_of_thread() * kTile * thread;
+    float* mixture = softmax + 2 * a_.n_experts * kTile;
+    return {softmax, softmax + a_.n_experts * kTile, mixture, caps_ ? mixture + kTile : nullptr};
   }
 
   MixtureTile<T> tile(const TokenChunk& chunk, Index panel, Index b, int thread) const {
     return {head_, chunk, tiles_.packed(0), panel, b, tiles_.scratch(thread)};
   }
 
-  // Reads G of one class by lane.
-  void load_gradient(const TokenChunk& chunk, Index b, Index v, float (&to)[kBlock]) const {
-    for (Index t = 0; t < kBlock; ++t) {
-      to[t] = t < chunk.tokens_in(b) ? a_.grad[(chunk.first_token(b) + t) * head_.n_classes + v] : 0.0f;
+  void read_weighted_posteriors(const TokenChunk& chunk) const {
+    for (Index lane = 0; lane < chunk.n_lanes(); ++lane) {
+      s_[lane] = chunk.source[lane] < 0 ? 0.0f : a_.mean_gradient[chunk.source[lane]];
     }
   }
 
   void sum_weighted_posteriors(const TokenChunk& chunk) const {
-    memset(partial_, 0, sizeof(float) * n_groups_ * chunk.n_lanes());
+    const LaneSums partial(n_groups_, chunk.n_lanes());
 #pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
     for (Index task = 0; task < n_groups_ * chunk.n_token_blocks; ++task) {
       const Index group = task / chunk.n_token_blocks, b = task % chunk.n_token_blocks;
-      float* sums = partial_ + group * chunk.n_lanes() + chunk.lane(b, 0);
+      float* sums = partial.of_group(group) + chunk.lane(b, 0);
       const Range panels = share(n_panels_, group, n_groups_);
       for (Index panel = panels.begin; panel < panels.end; ++panel) {
         add_weighted_posteriors(chunk, panel, b, omp_get_thread_num(), sums);
       }
     }
-    for (Index lane = 0; lane < chunk.n_lanes(); ++lane) {
-      s_[lane] = 0;
-      for (Index g = 0; g < n_groups_; ++g) s_[lane] += partial_[g * chunk.n_lanes() + lane];
-    }
+    for (Index lane = 0; lane < chunk.n_lanes(); ++lane) s_[lane] = partial.total(lane);
   }
 
   // Adds one panel's share of s to `sums` (K, kBlock).
   void add_weighted_posteriors(const TokenChunk& chunk, Index panel, Index b, int thread, float* sums) const {
     const auto mixture = tile(chunk, panel, b, thread);
     const Posteriors own = posteriors_of(thread);
+    const GradientLanes gradient(a_.grad, head_, chunk, b);
     with_vectors(chunk.vectors(b), [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value;
-      mixture.template posteriors<NV>(own.softmax, own.posterior, own.mixture);
+      mixture.template posteriors<NV>(own.softmax, own.posterior, own.mixture, nullptr);
       for (Index v = 0; v < mixture.n_classes(); ++v) {
-        float g[kBlock];
-        load_gradient(chunk, b, panel * kPanel + v, g);
+        Vector g[NV];
+        gradient.template load_class<NV>(panel * kPanel + v, own.mixture + v * kBlock, g);
         for (Index k = 0; k < a_.n_experts; ++k) {
           for (int j = 0; j < NV; ++j) {
             float* at = sums + k * kBlock + j * kLanes;
-            store(at, load(at) + load(g + j * kLanes) * load(own.posterior + k * kTile + v * kBlock + j * kLanes));
+            store(at, load(at) + g[j] * load(own.posterior + k * kTile + v * kBlock + j * kLanes));
           }
         }
       }
@@ -235,22 +287,24 @@ class MixtureBackward {
     if (gradients_.rows) tiles_.end(chunk.blocks);
   }
 
-  // Writes dl = G q − s exp(l − L) of one panel and block of tokens to the experts' tiles.
+  // Writes dl, times the derivative of the transform, of one panel and block of tokens to the experts' tiles.
   void form_logit_gradients(const TokenChunk& chunk, Index panel, Index panel_of_span, Index b, int thread) const {
     const auto mixture = tile(chunk, panel, b, thread);
     const Posteriors own = posteriors_of(thread);
+    const GradientLanes gradient(a_.grad, head_, chunk, b);
     with_vectors(chunk.vectors(b), [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value;
-      mixture.template posteriors<NV>(own.softmax, own.posterior, own.mixture);
+      mixture.template posteriors<NV>(own.softmax, own.posterior, own.mixture, own.slope);
       for (Index v = 0; v < mixture.n_classes(); ++v) {
-        float g[kBlock];
-        load_gradient(chunk, b, panel * kPanel + v, g);
+        Vector g[NV];
+        gradient.template load_class<NV>(panel * kPanel + v, own.mixture + v * kBlock, g);
         for (Index k = 0; k < a_.n_experts; ++k) {
           for (int j = 0; j < NV; ++j) {
             const Index at = v * kBlock + j * kLanes;
             const Vector s = load(s_ + chunk.lane(b, k) + j * kLanes);
-            const Vector dl =
-                load(g + j * kLanes) * load(own.posterior + k * kTile + at) - s * load(own.softmax + k * kTile + at);
+            Vector dl = g[j] * load(own.posterior + k * kTile + at) - s * load(own.softmax + k * kTile + at);
+            if (own.slope) dl *= load(own.slope + k * kTile + at);
+            dl *= head_.transform.inverse_temperature;
             store(tiles_.tile(panel_of_span, b * a_.n_experts + k) + at, dl);
           }
         }
@@ -274,7 +328,8 @@ class MixtureBackward {
   Gradients<T> gradients_;
   Index n_panels_, n_groups_, max_tokens_, max_blocks_, max_span_;
   GradientTiles<T> tiles_;
-  Buffer<float> scratch_, partial_, s_;
+  bool caps_;
+  Buffer<float> scratch_, s_;
 };
 
 }  // namespace

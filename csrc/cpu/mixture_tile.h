@@ -82,10 +82,11 @@ class MixtureTile {
 
   Index n_classes() const { return weight_.n_classes; }
 
-  // Computes log p in `mixture`. `scratch` is a tile, too.
+  // Computes log p in `mixture` and, where a `stride` keeps their tiles apart, exp(l − L) of the experts in `softmax`.
+  // `scratch` is a tile, too, and may be where the last expert's is if none is kept.
   template <int NV>
-  ALWAYS_INLINE void log_prob(float* mixture, float* scratch) const {
-    for (Index k = 0; k < n_experts_; ++k) add_expert<NV>(k, scratch, mixture);
+  ALWAYS_INLINE void log_prob(float* mixture, float* softmax, Index stride, float* scratch) const {
+    for (Index k = 0; k < n_experts_; ++k) add_expert<NV>(k, softmax + k * stride, mixture, nullptr);
     if (underflows<NV>(mixture)) return log_prob_in_logarithms<NV>(mixture, scratch);
     for (Index v = 0; v < n_classes(); ++v) {
       for (int j = 0; j < NV; ++j) {
@@ -95,10 +96,13 @@ class MixtureTile {
     }
   }
 
-  // Computes for each expert k exp(l − L) in tile k of `softmax`, and q in tile k of `posterior`.
+  // Computes for each expert k exp(l − L) in tile k of `softmax`, q in tile k of `posterior` and, unless it is null, the
+  // slope of the soft cap in tile k of `slope`.
   template <int NV>
-  ALWAYS_INLINE void posteriors(float* softmax, float* posterior, float* mixture) const {
-    for (Index k = 0; k < n_experts_; ++k) add_expert<NV>(k, softmax + k * kTile, mixture);
+  ALWAYS_INLINE void posteriors(float* softmax, float* posterior, float* mixture, float* slope) const {
+    for (Index k = 0; k < n_experts_; ++k) {
+      add_expert<NV>(k, softmax + k * kTile, mixture, slope ? slope + k * kTile : nullptr);
+    }
     if (underflows<NV>(mixture)) {
       posteriors_in_logarithms<NV>(posterior);
     } else {
@@ -109,13 +113,19 @@ class MixtureTile {
  private:
   // Computes exp(l − L) of one expert in `softmax`, and adds π exp(l − L) to `mixture`, which expert 0 begins.
   template <int NV>
-  ALWAYS_INLINE void add_expert(Index expert, float* softmax, float* mixture) const {
+  ALWAYS_INLINE void add_expert(Index expert, float* softmax, float* mixture, float* slope) const {
     Vector unused[NV], shift[NV], log_total[NV], prior[NV];
     fill(unused, 0);
     load_lanes(lanes_.maximum + first_lane_ + expert * kBlock, shift);
     load_lanes(lanes_.log_total + first_lane_ + expert * kBlock, log_total);
     load_lanes(lanes_.prior + first_lane_ + expert * kBlock, prior);
     logits_tile(weight_, packed_ + expert * packed_stride_, softmax, unused);
+    for (Index v = 0; slope && v < n_classes(); ++v) {
+      for (int j = 0; j < NV; ++j) {
+        const Index at = v * kBlock + j * kLanes;
+        store(slope + at, weight_.transform.slope(load(softmax + at)));
+      }
+    }
     for (Index v = 0; v < n_classes(); ++v) {
 #pragma GCC unroll 3
       for (int j = 0; j < NV; ++j) {

@@ -13,6 +13,7 @@
 
 #include "kernels.h"
 #include "product.h"
+#include "transform.h"
 #include "workspace.h"
 
 namespace {
@@ -128,6 +129,7 @@ struct LogitsOperand {
   Index stride;
   const float* bias;
   Index n_classes;
+  LogitTransform transform;
 };
 
 template <class T>
@@ -155,8 +157,9 @@ LogitsOperand<typename T::Op> logits_operand(const Head& head, Index panel, void
   const Index features = head.n_features, n = classes_in(head, panel), steps = steps_of<Op>(features);
   const auto* rows = (const typename T::In*)head.weight + panel * kPanel * features;
   const float* bias = head.bias ? head.bias + panel * kPanel : nullptr;
+  const LogitTransform transform(head.transform);
   const bool in_place = sizeof(Op) * steps == sizeof(*rows) * features && n % kTileRows == 0;
-  if (in_place) return {(const Op*)rows, steps, bias, n};
+  if (in_place) return {(const Op*)rows, steps, bias, n, transform};
   Op* copy = (Op*)scratch;
   float* padded_bias = (float*)(copy + kPanel * steps);
   for (Index v = 0; v < n; ++v) {
@@ -167,12 +170,29 @@ LogitsOperand<typename T::Op> logits_operand(const Head& head, Index panel, void
     memset((void*)(copy + v * steps), 0, sizeof(Op) * steps);
     padded_bias[v] = -INFINITY;
   }
-  return {copy, steps, padded_bias, n};
+  return {copy, steps, padded_bias, n, transform};
 }
 
-// Computes tile (kPanel, kBlock) = E·zᵀ + b of one panel and block; raises `largest` to the maxima over the classes.
+// Transforms the logits of a tile of n classes, and raises `largest` to their maxima.
+template <int NV>
+ALWAYS_INLINE void transform_tile(const LogitTransform& transform, Index n, float* tile, Vector (&largest)[NV]) {
+  for (Index v = 0; v < n; ++v) {
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; ++j) {
+      float* at = tile + v * kBlock + j * kLanes;
+      const Vector logit = transform.apply(load(at));
+      largest[j] = maximum(logit, largest[j]);
+      store(at, logit);
+    }
+  }
+}
+
+// Computes tile (kPanel, kBlock) = transform(E·zᵀ + b) of one panel and block; raises `largest` to the maxima over the
+// classes. Rows of the tile beyond the classes are left undefined.
 template <class Op, int NV>
 ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* tile, Vector (&largest)[NV]) {
+  Vector before[NV];
+  for (int j = 0; j < NV; ++j) before[j] = largest[j];
   for (Index v = 0; v < e.n_classes; v += kTileRows) {
     Vector sum[kTileRows][NV];
     clear(sum);
@@ -188,6 +208,9 @@ ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* t
       }
     }
   }
+  if (e.transform.is_identity()) return;
+  for (int j = 0; j < NV; ++j) largest[j] = before[j];
+  transform_tile(e.transform, e.n_classes, tile, largest);
 }
 
 // --------------------------------------------------------------------------------- E and z as right sides of gradients

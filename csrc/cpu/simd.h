@@ -145,6 +145,22 @@ ALWAYS_INLINE Vector exp_nonpositive(Vector x) {
   return x < -87.33f ? Vector{} : scaled;
 }
 
+// tanh(x) within 2 ulp, also near 0; NaN stays NaN. Below 5/8 a polynomial in x² (that of Cephes' tanhf), above
+// 1 − 2e/(1 + e) with e = exp(−2|x|).
+ALWAYS_INLINE Vector tanh_of(Vector x) {
+  const Bits sign = (Bits)x & 0x80000000u;
+  const Vector size = (Vector)((Bits)x ^ sign);
+  const Vector square = x * x;
+  Vector p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square + -5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square + -3.33332819422e-1f;
+  const Vector near_zero = p * square * size + size;
+  const Vector e = exp_nonpositive(size * -2.0f);
+  const Vector far = 1.0f - (e + e) / (1.0f + e);
+  return (Vector)((Bits)(size < 0.625f ? near_zero : far) | sign);
+}
+
 // log(x) for x ≥ 2⁻¹²⁶, within 1 ulp (the polynomial is that of Cephes' logf).
 ALWAYS_INLINE Vector log_positive(Vector x) {
   constexpr float kSqrtHalf = 0.707106781f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;

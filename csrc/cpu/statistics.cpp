@@ -31,7 +31,20 @@ void add_panel(const LogitsOperand<Op>& e, const Op* packed, Index vectors_of_bl
     load_lanes(statistics.maxima, largest);
     load_lanes(statistics.totals, old_total);
     logits_tile(e, packed, tile, largest);
-    exponentiate(tile, e.n_classes, largest, factor, (float*)nullptr, total);
+    if (statistics.moments) {
+      Vector moment[NV];
+      load_lanes(statistics.moments, moment);
+      for (int j = 0; j < NV; ++j) {
+        const Vector difference = before[j] - largest[j];
+        moment[j] = shifted_moment(moment[j], old_total[j], difference, exp_nonpositive(difference));
+      }
+      exponentiate(tile, e.n_classes, largest, factor, total, [&](Index, int j, Vector logit, Vector exponential) {
+        moment[j] += exponential > 0.0f ? exponential * (logit - largest[j]) : Vector{};
+      });
+      store_lanes(statistics.moments, moment);
+    } else {
+      exponentiate(tile, e.n_classes, largest, factor, total, [](Index, int, Vector, Vector) {});
+    }
     for (int j = 0; j < NV; ++j) total[j] += old_total[j] * exp_nonpositive((before[j] - largest[j]) * factor);
     store_lanes(statistics.maxima, largest);
     store_lanes(statistics.totals, total);
@@ -64,6 +77,7 @@ void partial_statistics(const Head& head, const typename T::In* rows, const RowB
       for (Index lane = set.begin * kBlock; lane < set.end * kBlock; ++lane) {
         of_group.maxima[lane] = kLowest;
         of_group.totals[lane] = 0;
+        if (of_group.moments) of_group.moments[lane] = 0;
       }
       const Range panels = groups.panels(group);
       for (Index panel = panels.begin; panel < panels.end; ++panel) {
@@ -89,11 +103,12 @@ void row_statistics_of(const Head& head, const StatisticsArguments& a) {
     const Index n = smaller(chunk, a.n_rows - first);
     const ConsecutiveRows rows(first, n);
     const Index n_lanes = rows.blocks().n_blocks * kBlock;
-    Buffer<float> maxima(n_groups * n_lanes), totals(n_groups * n_lanes);
-    const PartialStatistics statistics{n_lanes, maxima, totals};
+    Buffer<float> maxima(n_groups * n_lanes), totals(n_groups * n_lanes), moments(a.entropy ? n_groups * n_lanes : 0);
+    const PartialStatistics statistics{n_lanes, maxima, totals, moments};
     partial_statistics<T>(head, (const typename T::In*)a.rows, rows.blocks(), {a.target, a.target_logit}, 1.0f,
                           statistics);
-    merge_statistics(statistics, n_groups, n, a.maximum + first, a.log_total + first);
+    merge_statistics(statistics, n_groups, n, a.maximum + first, a.log_total + first,
+                     a.entropy ? a.entropy + first : nullptr);
   }
 }
 
@@ -143,10 +158,12 @@ Index search(const Head& head, const PanelGroups& groups, const typename T::In* 
   // these logits are rounded otherwise than the partial statistics', which a low temperature would make much of: so
   // they have a maximum of their own, and what carries over is the share of the group's mass
   float shift = kLowest;
-  for (Index v = 0; v < classes.size(); ++v) {
-    logits[v] = logit<T>(head, row, classes.begin + v);
-    shift = logits[v] > shift ? logits[v] : shift;
+  for (Index v = 0; v < classes.size(); ++v) logits[v] = logit<T>(head, row, classes.begin + v);
+  const LogitTransform transform(head.transform);
+  for (Index v = 0; v < classes.size() && !transform.is_identity(); v += kLanes) {
+    store(logits + v, transform.apply(load(logits + v)));
   }
+  for (Index v = 0; v < classes.size(); ++v) shift = logits[v] > shift ? logits[v] : shift;
   const auto mass_of = [&](Index v) { return exp((double(logits[v]) - shift) * factor); };
   double group_total = 0;
   for (Index v = 0; v < classes.size(); ++v) group_total += mass_of(v);
@@ -154,8 +171,12 @@ Index search(const Head& head, const PanelGroups& groups, const typename T::In* 
   return classes.begin + find_mass(classes.size(), rest, mass_of);
 }
 
+// The temperature divides differences of logits here, not logits, which a low one would take to infinity.
 template <class T>
-void sample_of(const Head& head, const fused_mos::SampleArguments& a) {
+void sample_of(const Head& given, const fused_mos::SampleArguments& a) {
+  Head head = given;
+  head.transform.inverse_temperature = 1;
+  const float factor = given.transform.inverse_temperature;
   const PanelGroups groups(head);
   const Index max_classes = groups.size * kPanel, chunk = rows_of_chunk(head);
   const auto* rows = (const typename T::In*)a.rows;
@@ -165,13 +186,12 @@ void sample_of(const Head& head, const fused_mos::SampleArguments& a) {
     const Index n_lanes = lanes.blocks().n_blocks * kBlock;
     Buffer<float> maxima(groups.n_groups * n_lanes), totals(groups.n_groups * n_lanes);
     Buffer<float> logits(max_classes * head.n_threads);
-    const PartialStatistics statistics{n_lanes, maxima, totals};
-    partial_statistics<T>(head, rows, lanes.blocks(), {nullptr, nullptr}, a.inverse_temperature, statistics);
+    const PartialStatistics statistics{n_lanes, maxima, totals, nullptr};
+    partial_statistics<T>(head, rows, lanes.blocks(), {nullptr, nullptr}, factor, statistics);
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
     for (Index i = 0; i < n; ++i) {
-      a.sample[first + i] =
-          search<T>(head, groups, rows + (first + i) * head.n_features, statistics.from_lane(i), a.inverse_temperature,
-                    a.uniform[first + i], logits + max_classes * omp_get_thread_num());
+      a.sample[first + i] = search<T>(head, groups, rows + (first + i) * head.n_features, statistics.from_lane(i),
+                                      factor, a.uniform[first + i], logits + max_classes * omp_get_thread_num());
     }
   }
 }

@@ -25,6 +25,15 @@ void logarithms(const float* from, float* to, int64_t n) {
   }
 }
 
+void tangents(const float* from, float* to, int64_t n) {
+  for (Index i = 0; i < n; i += kLanes) {
+    float lanes[kLanes] = {};
+    memcpy(lanes, from + i, sizeof(float) * smaller(n - i, kLanes));
+    store(lanes, tanh_of(load(lanes)));
+    memcpy(to + i, lanes, sizeof(float) * smaller(n - i, kLanes));
+  }
+}
+
 // As many multiply-adds as the registers allow, with no memory in their way.
 template <class T>
 double peak(int n_threads) {
@@ -66,7 +75,7 @@ namespace fused_mos::FUSED_MOS_NAMESPACE {
 extern const Kernels kernels;
 const Kernels kernels = {
     FUSED_MOS_ISA_NAME, kBf16Products, row_statistics, rows_backward, nll_with_gradients, mixture,
-    mixture_backward,   sample,        exponentials,   logarithms,    peak_gflops,
+    mixture_backward,   sample,        exponentials,   logarithms,    tangents,           peak_gflops,
 };
 
 }  // namespace fused_mos::FUSED_MOS_NAMESPACE

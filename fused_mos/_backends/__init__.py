@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference, tiled
+from .sums import Sum
 from .tracing import assume_constant_result, has_memory
 from .transform import IDENTITY, Transform
 
@@ -40,6 +41,9 @@ class Kernels(Protocol):
     ):
         """(R, D), (V, D), (V,), (R,) -> maximum (R,), log_total (R,), target_logit (R,; NaN where the target is no
         class)."""
+
+    def row_entropy(self, rows, weight, bias, target, transform: Transform = IDENTITY):
+        """What `row_statistics` gives, and the entropy −Σ_v p_v log p_v of each row's softmax, (R,); in one product."""
 
     def rows_backward(
         self,
@@ -97,8 +101,9 @@ class Kernels(Protocol):
         """The loss (), a divisor (), nll (N,), maximum, log_total and target_logit (N, K), and the gradients of
         divisor·loss.
 
-        `loss_weights` (3, N) makes it the sum over the tokens that are not ignored of c·nll + λ Σ_k π_k L_k +
-        ζ Σ_k π_k L_k² with c, λ, ζ its rows, finite numbers of any sign, and no mean. Then nothing is filtered."""
+        `loss_weights` (3, N) makes it the sum of c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k² with c, λ, ζ its rows, finite
+        numbers of any sign that are 0 where a token is ignored, and no mean. Then nothing is filtered.
+        """
 
     def scaled(self, gradients, factor: Tensor, divisor: Tensor):
         """The gradients times factor / divisor, 0 where the divisor is 0; of backends with `has_own_small_kernels`."""
@@ -116,6 +121,33 @@ class Kernels(Protocol):
 
     def predict(self, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY) -> Tensor:
         """The most probable class (N,) of the mixture, int64."""
+
+    def mixture_sum(
+        self, sum_: Sum, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY
+    ):
+        """A sum over the classes (N,), s[n,k] = Σ_v q ∂sum/∂log p_v with q = π exp(l − L) / p, (N, K), the most
+        probable class and its log p, (N,) each; in one product."""
+
+    def mixture_sum_backward(
+        self,
+        sum_: Sum,
+        grad,
+        grad_target,
+        target,
+        s,
+        grad_lse,
+        latent,
+        log_prior,
+        weight,
+        bias,
+        maximum,
+        log_total,
+        needs,
+        transform: Transform = IDENTITY,
+    ):
+        """Gradients of (latent, prior_logits, weight, bias) in three products, for G[n,v] = grad[n] ∂sum/∂log p_v +
+        grad_target[n] 1[v = target[n]] on log p: dl = G q − (s − grad_lse) exp(l − L) and da = s − π Σ_k s, where s is
+        given: Σ_v G q."""
 
     def choose_rows(self, latent, prior_logits, seed: Tensor) -> Tensor:
         """The latent vector of one expert for each token, drawn from the prior, (N, D). The seed is (1,) int64."""
@@ -237,6 +269,7 @@ __all__ = [
     "IDENTITY",
     "NAMES",
     "Kernels",
+    "Sum",
     "Transform",
     "backends",
     "decoder",

@@ -14,16 +14,13 @@ from torch import Tensor
 # after torch, so that both use the OpenMP runtime that torch loaded
 from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from . import from_rows
+from .cpu_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict, score  # noqa: F401  (part of `Kernels`)
+from .cpu_operands import Gradients, address, empty_statistics, head_of
 from .from_rows import choose_rows  # noqa: F401  (part of `Kernels`)
-from .reference import accumulation_dtype
 from .tracing import assume_constant_result
-from .transform import Transform
+from .transform import IDENTITY, Transform
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-WORKSPACE_BYTES = 40 * 2**20
-"""Bytes of exponentials of all rows for a span of the vocabulary; and half as much for rows in the layout of the
-products."""
 
 FORWARD_WORKSPACE_BYTES = 58 * 2**20
 """Where gradients are formed in the forward pass: bytes of a block of tokens and of their exponentials over the whole
@@ -47,60 +44,42 @@ def availability() -> str:
     return f"available ({instruction_set()})"
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def _head(weight: Tensor, bias: Tensor | None) -> tuple[_cpu.Head, Tensor | None]:
-    """The operands that all kernels share, and the float32 bias, which must outlive them."""
-    bias = None if bias is None else bias.float().contiguous()
-    head = _cpu.Head(
-        weight=_address(weight),
-        bias=_address(bias),
-        n_classes=weight.shape[0],
-        n_features=weight.shape[1],
-        bf16=weight.dtype == torch.bfloat16,
-        n_threads=torch.get_num_threads(),
-        workspace_bytes=WORKSPACE_BYTES,
-    )
-    return head, bias
-
-
-def _statistics(like: Tensor, *shape: int, count: int = 3) -> list[Tensor]:
-    return [like.new_empty(shape, dtype=accumulation_dtype(like.dtype)) for _ in range(count)]
-
-
 def row_statistics(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None
+    rows: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor | None,  # (R,)
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head, bias = _head(weight, bias)
-    maximum, log_total, target_logit = _statistics(rows, rows.shape[0])
+    return _statistics_of_rows(rows, weight, bias, target, transform, with_entropy=False)  # type: ignore[return-value]
+
+
+def row_entropy(
+    rows: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor | None,  # (R,)
+    transform: Transform = IDENTITY,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _statistics_of_rows(rows, weight, bias, target, transform, with_entropy=True)  # type: ignore[return-value]
+
+
+def _statistics_of_rows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, transform: Transform, with_entropy: bool
+) -> tuple[Tensor, ...]:
+    head, bias = head_of(weight, bias, transform)
+    maximum, log_total, target_logit, *entropy = found = empty_statistics(rows, rows.shape[0], count=3 + with_entropy)
     _cpu.row_statistics(
         head,
-        rows=_address(rows),
+        rows=address(rows),
         n_rows=rows.shape[0],
-        target=_address(target),
-        maximum=_address(maximum),
-        log_total=_address(log_total),
-        target_logit=_address(target_logit),
+        target=address(target),
+        maximum=address(maximum),
+        log_total=address(log_total),
+        target_logit=address(target_logit),
+        entropy=address(entropy[0]) if with_entropy else 0,
     )
-    return maximum, log_total, target_logit
-
-
-class _Gradients:
-    """Gradients of (rows, weight, bias) for the kernels to fill; of no elements where not needed."""
-
-    def __init__(self, rows: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]):
-        self.dtype = weight.dtype
-        self.rows = torch.zeros_like(rows) if needs[0] else rows.new_empty(0)
-        self.weight = torch.zeros_like(weight) if needs[1] else weight.new_empty(0)
-        self.bias = weight.new_zeros(weight.shape[0] if needs[2] else 0, dtype=torch.float32)
-
-    def addresses(self) -> _cpu.Gradients:
-        return _cpu.Gradients(rows=_address(self.rows), weight=_address(self.weight), bias=_address(self.bias))
-
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.rows, self.weight, self.bias.to(self.dtype)
+    return tuple(found)
 
 
 def rows_backward(
@@ -113,20 +92,21 @@ def rows_backward(
     grad_lse: Tensor,  # (R,)
     grad_target: Tensor | None,  # (R,)
     needs: tuple[bool, bool, bool],
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head, bias = _head(weight, bias)
-    gradients = _Gradients(rows, weight, needs)
+    head, bias = head_of(weight, bias, transform)
+    gradients = Gradients(rows, weight, needs)
     grad_lse = grad_lse.float().contiguous()
     grad_target = None if grad_target is None else grad_target.float().contiguous()
     _cpu.rows_backward(
         head,
-        rows=_address(rows),
+        rows=address(rows),
         n_rows=rows.shape[0],
-        target=_address(target),
-        maximum=_address(maximum),
-        log_total=_address(log_total),
-        grad_lse=_address(grad_lse),
-        grad_target=_address(grad_target),
+        target=address(target),
+        maximum=address(maximum),
+        log_total=address(log_total),
+        grad_lse=address(grad_lse),
+        grad_target=address(grad_target),
         gradients=gradients.addresses(),
     )
     return gradients.results()
@@ -172,45 +152,37 @@ def _blocks_with_gradients(
     scale: Tensor,  # ()
     filter_eps: float,
     needs: tuple[bool, bool, bool, bool],
+    transform: Transform = IDENTITY,
+    loss_weights: Tensor | None = None,  # (3, N) float32, 0 where a token is not valid
 ) -> tuple[Tensor, ...]:
     n, k, _ = latent.shape
-    head, bias = _head(weight, bias)
-    gradients = _Gradients(latent, weight, (needs[0], needs[2], needs[3]))
-    maximum, log_total, target_logit = _statistics(latent, n, k)
+    head, bias = head_of(weight, bias, transform)
+    gradients = Gradients(latent, weight, (needs[0], needs[2], needs[3]))
+    maximum, log_total, target_logit = empty_statistics(latent, n, k)
     nll = maximum.new_empty(n)
     grad_prior = maximum.new_empty((n, k) if needs[1] else (0,))
     log_prior = torch.log_softmax(prior_logits, -1, dtype=torch.float32)
     _cpu.nll_with_gradients(
         head,
-        latent=_address(latent),
-        log_prior=_address(log_prior),
-        target=_address(target),
-        valid=_address(valid),
+        latent=address(latent),
+        log_prior=address(log_prior),
+        target=address(target),
+        valid=address(valid),
         n_tokens=n,
         n_experts=k,
         tokens_of_block=max(_tokens_of_block(n, k, weight), 1) if n else 1,
         scale=scale.item(),
+        loss_weights=address(loss_weights),
         filter_eps=filter_eps,
-        nll=_address(nll),
-        maximum=_address(maximum),
-        log_total=_address(log_total),
-        target_logit=_address(target_logit),
-        grad_prior=_address(grad_prior),
+        nll=address(nll),
+        maximum=address(maximum),
+        log_total=address(log_total),
+        target_logit=address(target_logit),
+        grad_prior=address(grad_prior),
         gradients=gradients.addresses(),
     )
     grad_latent, grad_weight, grad_bias = gradients.results()
     return nll, maximum, log_total, target_logit, grad_latent, grad_prior.to(prior_logits.dtype), grad_weight, grad_bias
-
-
-def _mixture(latent: Tensor, log_prior: Tensor, maximum: Tensor, log_total: Tensor) -> _cpu.Mixture:
-    return _cpu.Mixture(
-        latent=_address(latent),
-        log_prior=_address(log_prior),
-        maximum=_address(maximum),
-        log_total=_address(log_total),
-        n_tokens=latent.shape[0],
-        n_experts=latent.shape[1],
-    )
 
 
 def nll(*inputs):
@@ -229,63 +201,11 @@ def normalisers(*inputs):
     return from_rows.normalisers(row_statistics, *inputs)
 
 
-def log_prob(
-    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
-) -> Tensor:
-    head, bias = _head(weight, bias)
-    result = maximum.new_empty(latent.shape[0], weight.shape[0])
-    _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), log_prob=_address(result), best=0)
-    # the kernels' exponentials take NaN for a small number
-    undefined = (log_prior + maximum + log_total).isnan().any(1)
-    return result.masked_fill_(undefined[:, None], torch.nan) if undefined.any() else result
-
-
-def predict(
-    latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, maximum: Tensor, log_total: Tensor
-) -> Tensor:
-    head, bias = _head(weight, bias)
-    result = torch.empty(latent.shape[0], dtype=torch.int64, device=latent.device)
-    _cpu.mixture(head, _mixture(latent, log_prior, maximum, log_total), log_prob=0, best=_address(result))
-    return result
-
-
-def log_prob_backward(
-    grad: Tensor,  # (N, V)
-    latent: Tensor,  # (N, K, D)
-    log_prior: Tensor,  # (N, K)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    maximum: Tensor,  # (N, K)
-    log_total: Tensor,  # (N, K)
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head, bias = _head(weight, bias)
-    gradients = _Gradients(latent, weight, (needs[0], needs[2], needs[3]))
-    grad_prior = torch.zeros_like(maximum) if needs[1] else maximum.new_empty(0)
-    grad = grad.float().contiguous()
-    _cpu.mixture_backward(
-        head,
-        _mixture(latent, log_prior, maximum, log_total),
-        grad=_address(grad),
-        grad_prior=_address(grad_prior),
-        gradients=gradients.addresses(),
-    )
-    grad_latent, grad_weight, grad_bias = gradients.results()
-    return grad_latent, grad_prior, grad_weight, grad_bias
-
-
 def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
     """Inverts each row's cumulative distribution: one uniform number a row, not one for each class."""
-    head, bias = _head(weight, bias)
+    head, bias = head_of(weight, bias, transform)
     generator = from_rows.generator_of(seed, "classes")
     uniform = torch.rand(rows.shape[0], dtype=torch.float64, generator=generator, device=rows.device)
     result = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
-    _cpu.sample(
-        head,
-        rows=_address(rows),
-        n_rows=rows.shape[0],
-        inverse_temperature=1 / transform.temperature,
-        uniform=_address(uniform),
-        sample=_address(result),
-    )
+    _cpu.sample(head, rows=address(rows), n_rows=rows.shape[0], uniform=address(uniform), sample=address(result))
     return result

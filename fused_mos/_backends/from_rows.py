@@ -5,6 +5,7 @@ writes its own.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from .reference import accumulation_dtype, log_softmax_prior, mix_target
 from .row_filter import backward_of_kept, kept_rows
 from .tracing import has_memory
+from .transform import IDENTITY, Transform
 
 
 def nll(
@@ -22,12 +24,13 @@ def nll(
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
     ignore_index: int,
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, k, d = latent.shape
     valid, target = _valid_target(target, ignore_index)
     row_target = target.repeat_interleave(k)
     maximum, log_total, target_logit = (
-        statistic.view(n, k) for statistic in row_statistics(latent.view(n * k, d), weight, bias, row_target)
+        statistic.view(n, k) for statistic in row_statistics(latent.view(n * k, d), weight, bias, row_target, transform)
     )
     losses, _ = mix_target(log_softmax_prior(prior_logits).to(maximum.dtype), maximum, log_total, target_logit)
     return torch.where(valid, losses, 0), maximum, log_total, target_logit
@@ -47,6 +50,7 @@ def nll_backward(
     ignore_index: int,
     filter_eps: float,
     needs: Sequence[bool],
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dl = g r (exp(l − L) − 1[v = y]), da = g (π − r)."""
     n, k, d = latent.shape
@@ -64,12 +68,48 @@ def nll_backward(
     row_weight = row_weight.view(-1)
     rows, row_target = latent.view(n * k, d), target.repeat_interleave(k)
     per_row = row_target, maximum.view(-1), log_total.view(-1), row_weight, row_weight
-    kept = kept_rows(responsibility.view(-1), row_weight, filter_eps)
+    kept, of_rows = (
+        kept_rows(responsibility.view(-1), row_weight, filter_eps),
+        partial(rows_backward, transform=transform),
+    )
     if kept is None:
-        grad_rows, *others = rows_backward(rows, weight, bias, *per_row, product_needs)
+        grad_rows, *others = of_rows(rows, weight, bias, *per_row, product_needs)
     else:
-        grad_rows, *others = backward_of_kept(rows_backward, kept, rows, weight, bias, per_row, product_needs)
+        grad_rows, *others = backward_of_kept(of_rows, kept, rows, weight, bias, per_row, product_needs)
     grad_weight, grad_bias = others
+    return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
+
+
+def nll_and_lse_backward(
+    rows_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    grad_lse: Tensor,  # (N, K)
+    grad: Tensor,  # (N,)
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
+    target_logit: Tensor,  # (N, K)
+    ignore_index: int,
+    needs: Sequence[bool],
+    transform: Transform,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dl = (g r + g_L) exp(l − L) − g r 1[v = y], da = g (π − r)."""
+    (n, k, d), valid = latent.shape, target != ignore_index
+    log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
+    _, responsibility = mix_target(log_prior, maximum, log_total, target_logit)
+    grad = torch.where(valid, grad.to(maximum.dtype), 0)[:, None]
+    # an ignored token weighs nothing even where its statistics are not finite
+    of_target = torch.where(grad != 0, grad * responsibility, 0)
+    grad_prior = (log_prior.exp() * grad - of_target).to(prior_logits.dtype) if needs[1] else prior_logits.new_empty(0)
+    per_row = maximum.view(-1), log_total.view(-1), (of_target + grad_lse).view(-1), of_target.view(-1)
+    rows, row_target = latent.view(n * k, d), torch.where(valid, target, -1).repeat_interleave(k)
+    product_needs = (needs[0], needs[2], needs[3])
+    grad_rows, grad_weight, grad_bias = rows_backward(
+        rows, weight, bias, row_target, *per_row, product_needs, transform=transform
+    )
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
 
@@ -84,21 +124,58 @@ def nll_with_gradients(
     filter_eps: float,
     mean: bool,
     needs: Sequence[bool],
+    transform: Transform = IDENTITY,
+    loss_weights: Tensor | None = None,  # (3, N)
 ) -> tuple[Tensor, ...]:
     """Args:
-    blocks_with_gradients: (latent, prior_logits, weight, bias, target, valid, scale, filter_eps, needs) -> nll (N,),
-        statistics (N, K), and the gradients of scale·nll[valid].sum().
+    blocks_with_gradients: (latent, prior_logits, weight, bias, target, valid, scale, filter_eps, needs, transform,
+        loss_weights) -> nll (N,), statistics (N, K), and the gradients of scale·nll[valid].sum(), or with loss weights
+        those of `weighted`'s sum.
     """
     valid, target = _valid_target(target, ignore_index)
     one = torch.ones((), dtype=accumulation_dtype(latent.dtype), device=latent.device)
     count = valid.sum().to(one.dtype) if mean else one
     # as in F.cross_entropy, a mean over nothing is NaN and its gradients are 0
     scale = 1 / count.clamp_min(1)
-    losses, *rest = blocks_with_gradients(
-        latent, prior_logits, weight, bias, target, valid, scale, filter_eps, tuple(needs)
+    losses, maximum, log_total, *rest = blocks_with_gradients(
+        latent, prior_logits, weight, bias, target, valid, scale, filter_eps, tuple(needs), transform, loss_weights
     )
     losses = torch.where(valid, losses, 0)
-    return losses.sum() * (1 / count), one, losses, *rest
+    if loss_weights is None:
+        loss = losses.sum() * (1 / count)
+    else:
+        loss = weighted(losses, maximum + log_total, log_softmax_prior(prior_logits), loss_weights).sum()
+    return loss, one, losses, maximum, log_total, *rest
+
+
+def weighted(
+    nll: Tensor,  # (N,)
+    lse: Tensor,  # (N, K)
+    log_prior: Tensor,  # (N, K)
+    loss_weights: Tensor,  # (3, N): c, λ and ζ
+) -> Tensor:  # (N,)
+    """c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k²; a term of weight 0 is 0 whatever else it is of."""
+    prior = log_prior.exp().to(lse.dtype)
+    terms = nll, (prior * lse).sum(1), (prior * lse.square()).sum(1)
+    zero = nll.new_zeros(())
+    return sum((torch.where(w != 0, w * term, 0) for w, term in zip(loss_weights, terms)), zero)
+
+
+def gradients_of_weighted(
+    loss_weights: Tensor,  # (3, N)
+    prior: Tensor,  # (N, K): π
+    lse: Tensor,  # (N, K)
+    responsibility: Tensor,  # (N, K)
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, K) each
+    """The parts of `weighted`'s gradient: dl = A exp(l − L) − B 1[v = y] with A = c r + π (λ + 2ζL) and B = c r; and
+    da = c (π − r) + π (f − Σ_k π f) with f = λL + ζL²."""
+    c, linear, square = loss_weights[..., None]
+    of_target = torch.where(c != 0, c * responsibility, 0)
+    counted = (linear != 0) | (square != 0)
+    of_lse = of_target + torch.where(counted, prior * (linear + 2 * square * lse), 0)
+    f = torch.where(counted, linear * lse + square * lse.square(), 0)
+    grad_prior = c * prior - of_target + prior * (f - (prior * f).sum(1, keepdim=True))
+    return of_lse, of_target, grad_prior
 
 
 def scaled(gradients: Sequence[Tensor], factor: Tensor, divisor: Tensor, backend: str) -> Sequence[Tensor]:
@@ -118,9 +195,10 @@ def normalisers(
     prior_logits: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, k, d = latent.shape
-    maximum, log_total, _ = row_statistics(latent.view(n * k, d), weight, bias, None)
+    maximum, log_total, _ = row_statistics(latent.view(n * k, d), weight, bias, None, transform)
     return log_softmax_prior(prior_logits).to(maximum.dtype), maximum.view(n, k), log_total.view(n, k)
 
 

@@ -7,6 +7,8 @@ unfused head: K distributions of V words for every token.
 import torch
 from torch import Tensor
 
+from .transform import IDENTITY, Transform
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums over the vocabulary and log-probabilities are float32 for 16-bit inputs, else the input's dtype."""
@@ -17,13 +19,22 @@ def logits(
     latent: Tensor,  # (N, K, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
+    transform: Transform = IDENTITY,
 ) -> Tensor:  # (N, K, V)
-    return torch.nn.functional.linear(latent, weight, bias).to(accumulation_dtype(latent.dtype))
+    return transformed(torch.nn.functional.linear(latent, weight, bias).to(accumulation_dtype(latent.dtype)), transform)
 
 
-def logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def transformed(logits: Tensor, transform: Transform) -> Tensor:
+    """c·tanh(l/c) / T."""
+    softcap, temperature = transform
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits if temperature == 1 else logits / temperature
+
+
+def logsumexp(latent: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform = IDENTITY) -> Tensor:
     """L[n,k] = log Σ_v exp l[n,k,v], (N, K)."""
-    return torch.logsumexp(logits(latent, weight, bias), dim=-1)
+    return torch.logsumexp(logits(latent, weight, bias, transform), dim=-1)
 
 
 def log_prob(
@@ -31,17 +42,26 @@ def log_prob(
     prior_logits: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    eps: float = 0.0,
+    transform: Transform = IDENTITY,
 ) -> Tensor:  # (N, V)
-    """log Σ_k π_k softmax_v(l_k), paper eq. of section 2.3.
-
-    `eps` is for parity with the paper's published code, which takes log(p + 1e-8) and so adds
-    V·1e-8 of probability; 0 is exact.
-    """
-    log_softmax = torch.log_softmax(logits(latent, weight, bias), dim=-1)
+    """log Σ_k π_k softmax_v(l_k), paper eq. of section 2.3. (The published code adds 1e-8 to each probability.)"""
+    log_softmax = torch.log_softmax(logits(latent, weight, bias, transform), dim=-1)
     log_prior = log_softmax_prior(prior_logits).to(log_softmax.dtype)
-    result = torch.logsumexp(log_prior[..., None] + log_softmax, dim=1)
-    return torch.log(result.exp() + eps) if eps else result
+    return torch.logsumexp(log_prior[..., None] + log_softmax, dim=1)
+
+
+def expert_log_prob(
+    latent: Tensor,  # (N, K, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    index: Tensor,  # (N, M) int64, classes
+    transform: Transform = IDENTITY,
+) -> tuple[Tensor, Tensor]:  # (N, K, M), (N, K)
+    """Each expert's log-probabilities l − L of some classes, and its log-normaliser L."""
+    all_logits = logits(latent, weight, bias, transform)
+    lse = torch.logsumexp(all_logits, dim=-1)
+    of_all_experts = index[:, None].expand(-1, latent.shape[1], -1)
+    return torch.log_softmax(all_logits, dim=-1).gather(2, of_all_experts), lse
 
 
 def nll(
@@ -51,11 +71,20 @@ def nll(
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,) int64
     ignore_index: int = -100,
-    eps: float = 0.0,
-) -> Tensor:  # (N,)
-    """−log p(target), 0 where the target is `ignore_index`."""
-    log_p = log_prob(latent, prior_logits, weight, bias, eps)
-    return torch.nn.functional.nll_loss(log_p, target, ignore_index=ignore_index, reduction="none")
+    transform: Transform = IDENTITY,
+) -> tuple[Tensor, Tensor]:  # (N,), (N, K)
+    """−log p(target), 0 where the target is `ignore_index`, and the log-normalisers L."""
+    valid = target != ignore_index
+    index = torch.where(valid, target, 0)[:, None]
+    log_likelihood, lse = expert_log_prob(latent, weight, bias, index, transform)
+    joint = log_softmax_prior(prior_logits).to(lse.dtype) + log_likelihood.squeeze(2)
+    return torch.where(valid, -mixed(joint), 0), lse
+
+
+def mixed(joint: Tensor) -> Tensor:  # (N, K, …) -> (N, …)
+    """LSE_k of log π + log p_k, whose gradient is 0, not NaN, where every expert has probability 0."""
+    impossible = (joint == -torch.inf).all(1)
+    return torch.where(impossible, -torch.inf, torch.logsumexp(torch.where(impossible[:, None], 0, joint), dim=1))
 
 
 def sample(
@@ -63,11 +92,11 @@ def sample(
     prior_logits: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    temperature: float = 1.0,
+    transform: Transform = IDENTITY,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (N,) int64
-    """One class per token from Σ_k π_k softmax(l_k / temperature); −1 where no class can be drawn."""
-    softmax = torch.softmax(logits(latent, weight, bias) / temperature, dim=-1)
+    """One class per token from Σ_k π_k softmax(l_k); −1 where no class can be drawn."""
+    softmax = torch.softmax(logits(latent, weight, bias, transform), dim=-1)
     prior = log_softmax_prior(prior_logits).exp().to(softmax.dtype)
     mixture = (prior[..., None] * softmax).sum(dim=1)
     if mixture.shape[0] == 0:  # torch.multinomial refuses an empty batch

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from .products import cdiv, product, spans
 from .row_filter import kept_rows
+from .tiled import row_entropy  # noqa: F401  (in plain torch here, too, as the next ones)
+from .tiled_mixture import mixture_sum, mixture_sum_backward  # noqa: F401
 from .tracing import assume_constant_result
+from .transform import IDENTITY, Transform
 from .triton_kernels import configurations, exponentials
 from .triton_kernels import finish as finish_kernels
 from .triton_kernels import loss as loss_kernels
@@ -28,7 +31,7 @@ from .triton_kernels.exponentials import Exponentials
 from .triton_kernels.finish import Gradients, Loss, Sizes
 from .triton_kernels.forward import choose_rows, log_prob, nll, normalisers, predict, row_statistics, sample  # noqa: F401
 from .triton_kernels.launch import INTERPRETED, choose_tile, launch
-from .triton_kernels.loss import RowFactors, Targets
+from .triton_kernels.loss import RowFactors, Targets, WeightedLosses
 from .triton_kernels.operands import (
     add_times_embedding,
     aligned,
@@ -45,7 +48,7 @@ from .triton_kernels.operands import (
     scaled_rows,
 )
 from .triton_kernels.persistent import persistent_exponentials_kernel
-from .triton_kernels.tiles import Logits
+from .triton_kernels.tiles import Logits, Scales, scales
 from .triton_kernels.workspace import workspace_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,13 +146,20 @@ def nll_with_gradients(
     filter_eps: float,
     mean: bool,
     needs: Sequence[bool],
+    transform: Transform = IDENTITY,
+    loss_weights: Tensor | None = None,  # (3, N)
 ) -> tuple[Tensor, ...]:
-    """The gradients of Σ nll, of a mean, too: three products instead of four. See triton_kernels/exponentials.py."""
-    loss, divisor = empty_float32(latent), empty_float32(latent)
+    """The gradients of the losses' sum, of a mean, too: three products instead of four. See
+    triton_kernels/exponentials.py.
+
+    With weights, dl = A p − B 1[v = target] is off by up to 2⁻²⁰ |B| p where A and B nearly cancel (loss.py)."""
+    loss, divisor, weighted = empty_float32(latent), empty_float32(latent), None
+    if loss_weights is not None:
+        weighted = WeightedLosses(*loss_weights.unbind(), empty_float32(latent, len(target)))  # type: ignore[call-arg]
     if not any(needs):
-        losses, *known = nll(latent, prior_logits, weight, bias, target, ignore_index)
+        losses, *known = nll(latent, prior_logits, weight, bias, target, ignore_index, transform, weighted)
         empty = [tensor.new_empty(0) for tensor in (latent, prior_logits, weight, weight)]
-        result = Loss(losses, target, loss, divisor, ignore_index)
+        result = Loss(losses if weighted is None else weighted.losses_ptr, target, loss, divisor, ignore_index)
         finish(None, weight[:0], weight[:0, 0], False, weight.shape[1], loss=result, mean=mean)
         return loss, divisor, losses, *known, *empty
     (n, k, d), n_classes = latent.shape, weight.shape[0]
@@ -172,14 +182,15 @@ def nll_with_gradients(
     for r in spans(n * k, height):
         t = slice(r.start // k, r.stop // k)
         a = all_exponentials[: r.stop - r.start]
-        logits = Logits(z[r], e, bias, a.shape[0], n_classes)
+        logits = Logits(z[r], e, bias, a.shape[0], n_classes, *scales(transform))
         rows_ = z.new_empty(a.shape[0], width) if needs_sums else None
         written = _exponentials(logits, target[t], reference[r], a, target_logit[r], k)
         parts = RowFactors(responsibility[r], factor[r], rows_, grad_prior[t] if needs[1] else None)
         targets = Targets(prior_logits[t], target[t], ignore_index)
-        _mix(logits, written, targets, reference[r], losses[t], log_total[r], parts, d, with_columns)
+        of_block = None if weighted is None else WeightedLosses(*(part[t] for part in weighted))
+        _mix(logits, written, targets, reference[r], losses[t], log_total[r], parts, of_block, d, with_columns)
         block, f_block = a[:, :padded], factor[r]
-        survivors = kept_rows(responsibility[r], responsibility[r], filter_eps)
+        survivors = None if weighted is not None else kept_rows(responsibility[r], responsibility[r], filter_eps)
         if survivors is not None:
             kept = move_up(a, survivors)
             block, f_block = block[: kept.numel()], f_block[kept]
@@ -198,7 +209,7 @@ def nll_with_gradients(
             summed = column_sums(block, f_block)[:n_classes]
             bias_sums = summed if bias_sums is None else bias_sums.add_(summed)
     grad_bias = grad_bias if bias_sums is None else bias_sums.to(weight.dtype)
-    result = Loss(losses, target, loss, divisor, ignore_index)
+    result = Loss(losses if weighted is None else weighted.losses_ptr, target, loss, divisor, ignore_index)
     finished = weight[:0] if in_place else grad_weight
     finish(sums, finished, grad_bias, with_columns, d, loss=result, mean=mean)
     statistics = (statistic.view(n, k) for statistic in (reference, log_total, target_logit))
@@ -214,13 +225,15 @@ def _mix(
     losses: Tensor,  # (N,) out
     log_total: Tensor,  # (R,) out
     factors: RowFactors,  # out
+    weighted: WeightedLosses | None,  # out
     d: int,
     with_columns: bool,
 ) -> None:
     n, k = targets.prior_logits_ptr.shape
     width = 0 if factors.rows_ptr is None else factors.rows_ptr.shape[1]
     mix = mixture_constants(k, width)
-    arguments = logits.z_ptr, reference, written, targets, losses, log_total, factors
+    scales_ = Scales(logits.inverse_softcap, logits.scale)
+    arguments = logits.z_ptr, reference, written, targets, losses, log_total, factors, scales_, weighted
     sizes = n, logits.n_classes, written.tile_total_ptr.shape[0]
     constants: dict[str, Any] = {"STRIDE": logits.z_ptr.shape[1], "D": d, "WIDTH": width, "COLUMNS": 2 * with_columns}
     launch(loss_kernels.mix_kernel, (cdiv(n, mix.tokens),), *arguments, *sizes, **constants, MIX=mix)
@@ -230,11 +243,11 @@ def _exponentials(
     logits: Logits,  # of R rows, aligned
     target: Tensor,  # (R / n_experts,)
     reference: Tensor,  # (R,) out
-    a: Tensor,  # (R, ≥ V) out: exp(l − reference), 0 at the target and beyond the last class
+    a: Tensor,  # (R, ≥ V) out: exp(l − reference)·d, 0 at the target and beyond the last class
     target_logit: Tensor,  # (R,) out
     n_experts: int,
 ) -> Exponentials:
-    z, e, _, n, _ = logits
+    z, e, n = logits.z_ptr, logits.e_ptr, logits.n_rows
     tile, constants = choose_tile("gradient", z, n, e)
     constants |= {"D": e.shape[1]}
     rows_of_grid = cdiv(n, tile.rows)

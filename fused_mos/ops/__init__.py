@@ -5,6 +5,8 @@ takes an address: the ops can also be called as `torch.ops.fused_mos.…`. Diffe
 
     fused_mos::nll                 per-token NLL; its backward recomputes the logits (4 products)
     fused_mos::nll_with_gradients  the same and the gradient of its sum, formed in the forward pass (3 products)
+    fused_mos::expert_log_prob     l − L of given classes, (N, K, M), and L, (N, K)
+    fused_mos::likelihood_and_sum  log p of a class and a sum over all log p, (N,) each
     fused_mos::logsumexp           log Σ_v exp l, (N, K)
     fused_mos::log_prob            log-probabilities of all classes, (N, V)
 
@@ -14,21 +16,17 @@ refused: the `reference` backend, which is plain torch, has it.
 
 from .. import _flops
 from .autograd import refuse_double_backward
-from .distribution import (
-    log_prob,
-    log_prob_backward,
-    logsumexp,
-    logsumexp_backward,
-    mixture_log_prob,
-    normalisers,
-    predict,
-    row_statistics,
-    sample,
-    topk,
-)
+from .distribution import log_prob, log_prob_backward, mixture_log_prob, normalisers, predict, sample, topk
+from .experts import expert_log_prob, expert_log_prob_backward, logsumexp, logsumexp_backward, row_statistics
 from .losses import nll, nll_backward, nll_with_gradients, scaled
+from .sums import likelihood_and_sum, mixture_sum, mixture_sum_backward
 
 __all__ = [
+    "likelihood_and_sum",
+    "mixture_sum",
+    "mixture_sum_backward",
+    "expert_log_prob",
+    "expert_log_prob_backward",
     "log_prob",
     "log_prob_backward",
     "logsumexp",

@@ -1,11 +1,32 @@
 """What the ops share: results without values, for fake kernels, and gradients."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from .._backends.reference import accumulation_dtype
+
+
+def fake_of(op: CustomOpDef) -> Callable[[Callable], Callable]:
+    """Registers an op's fake kernel, which torch takes as soon as any of the tensors is on the meta device. It refuses
+    others beside them, since its results would be memory that nobody has written."""
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def checked(*arguments: Any, **named: Any) -> Any:
+            flat = (t for a in (*arguments, *named.values()) for t in (a if isinstance(a, list | tuple) else [a]))
+            kinds = {t.device.type for t in flat if isinstance(t, Tensor)}
+            if "meta" in kinds and len(kinds) > 1:
+                raise ValueError(f"tensors must be on one device, got {', '.join(sorted(kinds))}")
+            return function(*arguments, **named)
+
+        return op.register_fake(checked)
+
+    return register
 
 
 def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

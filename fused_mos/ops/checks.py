@@ -4,6 +4,7 @@
 write is memory of others.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from .. import _backends
 from .._backends.reference import accumulation_dtype
-from .._inputs import check_shapes, check_target_shape
+from .._backends.transform import Transform
+from .._inputs import check_shapes, check_target_shape, check_temperature
 
 
 def operands(
@@ -34,10 +36,42 @@ def operands(
     return tuple(t if t is None else t.contiguous() for t in (latent, prior_logits, weight, bias))  # type: ignore[return-value]
 
 
+def given_normalisers(
+    latent: Tensor,
+    log_prior: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    maximum: Tensor,
+    log_total: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """As `operands`, with what else `Kernels.log_prob` takes."""
+    latent, _, weight, bias = operands(latent, None, weight, bias, backend)
+    statistics = {"log_prior": log_prior, "maximum": maximum, "log_total": log_total}
+    log_prior, maximum, log_total = numbers(latent, latent.shape[:2], **statistics)
+    return latent, log_prior, weight, bias, maximum, log_total
+
+
+def transform(softcap: float, temperature: float = 1.0) -> Transform:
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    return Transform(softcap, check_temperature(temperature))
+
+
 def targets(target: Tensor, latent: Tensor) -> Tensor:  # (N,) int64
     check_target_shape(target, latent)
     check_memory("target", target)
     return target.contiguous()
+
+
+def indices(index: Tensor, latent: Tensor) -> Tensor:  # (N, M) int64
+    if index.dtype != torch.int64 or index.dim() != 2 or index.shape[0] != latent.shape[0]:
+        wanted = f"(N, M) of torch.int64 with N = {latent.shape[0]}"
+        raise ValueError(f"index must be {wanted}, got {tuple(index.shape)} of {index.dtype}")
+    if index.device != latent.device:
+        raise ValueError(f"index is on {index.device} but latent is on {latent.device}")
+    check_memory("index", index)
+    return index.contiguous()
 
 
 def numbers(like: Tensor, shape: tuple[int, ...], **tensors: Tensor) -> list[Tensor]:

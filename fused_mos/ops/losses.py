@@ -10,7 +10,7 @@ from .. import _backends
 from .._backends import from_rows
 from .._backends.tracing import is_batched
 from . import checks
-from .autograd import as_gradients, empty_gradients, empty_statistics, refuse_double_backward
+from .autograd import as_gradients, empty_gradients, empty_statistics, fake_of, refuse_double_backward
 
 # ------------------------------------------------------------------------------------------------------------------ nll
 
@@ -25,16 +25,28 @@ def nll(
     ignore_index: int,
     filter_eps: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll (N,), and for the backward pass maximum, log_total and target_logit, (N, K) each."""
+    softcap: float = 0.0,
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """nll (N,), for the backward pass maximum, log_total and target_logit, (N, K) each, and where asked for their
+    sum lse, which is differentiable, too."""
     inputs = checks.operands(latent, prior_logits, weight, bias, backend)
-    return _backends.kernels(backend).nll(*inputs, checks.targets(target, latent), ignore_index)
+    transform = checks.transform(softcap)
+    losses, maximum, log_total, target_logit = _backends.kernels(backend).nll(
+        *inputs, checks.targets(target, latent), ignore_index, transform
+    )
+    return losses, maximum, log_total, target_logit, _lse(maximum, log_total, with_lse)
 
 
-@nll.register_fake
-def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, backend):
+def _lse(maximum: Tensor, log_total: Tensor, wanted: bool) -> Tensor:
+    return maximum + log_total if wanted else maximum.new_empty(0)
+
+
+@fake_of(nll)
+def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, backend, softcap=0.0, with_lse=False):
     statistics = empty_statistics(latent, 3)
-    return statistics[0].new_empty(latent.shape[0]), *statistics
+    lse = torch.empty_like(statistics[0]) if with_lse else statistics[0].new_empty(0)
+    return statistics[0].new_empty(latent.shape[0]), *statistics, lse
 
 
 @custom_op("fused_mos::nll_backward", mutates_args=())
@@ -52,23 +64,23 @@ def nll_backward(
     filter_eps: float,
     needs: Sequence[bool],
     backend: str,
+    softcap: float = 0.0,
+    grad_lse: Tensor | None = None,  # (N, K)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of (latent, prior_logits, weight, bias): dl = g r (exp(l − L) − 1[v = y]), da = g (π − r)."""
+    """The gradients of (latent, prior_logits, weight, bias): dl = (g r + g_L) exp(l − L) − g r 1[v = y],
+    da = g (π − r). With a gradient of the lse no row is filtered."""
     inputs = checks.operands(latent, prior_logits, weight, bias, backend)
     (grad,) = checks.numbers(latent, latent.shape[:1], grad=grad)
     statistics = {"maximum": maximum, "log_total": log_total, "target_logit": target_logit}
-    return _backends.kernels(backend).nll_backward(
-        grad,
-        *inputs,
-        checks.targets(target, latent),
-        *checks.numbers(latent, latent.shape[:2], **statistics),
-        ignore_index,
-        filter_eps,
-        checks.needed(needs, 4, bias),
-    )
+    known = grad, *inputs, checks.targets(target, latent), *checks.numbers(latent, latent.shape[:2], **statistics)
+    needs, transform, kernels = checks.needed(needs, 4, bias), checks.transform(softcap), _backends.kernels(backend)
+    if grad_lse is None:
+        return kernels.nll_backward(*known, ignore_index, filter_eps, needs, transform)
+    (grad_lse,) = checks.numbers(latent, latent.shape[:2], grad_lse=grad_lse)
+    return from_rows.nll_and_lse_backward(kernels.rows_backward, grad_lse, *known, ignore_index, needs, transform)
 
 
-@nll_backward.register_fake
+@fake_of(nll_backward)
 def _(
     grad,
     latent,
@@ -83,24 +95,41 @@ def _(
     filter_eps,
     needs,
     backend,
+    softcap=0.0,
+    grad_lse=None,
 ):
     return empty_gradients((latent, prior_logits, weight, bias), needs)
 
 
 def _nll_setup(ctx, inputs, output):
-    latent, prior_logits, weight, bias, target, ignore_index, filter_eps, backend = inputs
-    statistics = output[1:]
-    ctx.mark_non_differentiable(*statistics)
+    latent, prior_logits, weight, bias, target, ignore_index, filter_eps, backend, softcap, with_lse = inputs
+    statistics = output[1:4]
+    ctx.mark_non_differentiable(*statistics, *(() if with_lse else output[4:]))
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(latent, prior_logits, weight, bias, target, *statistics)
-    ctx.options = ignore_index, filter_eps, backend
+    ctx.options = ignore_index, filter_eps, backend, softcap
 
 
-def _nll_backward(ctx, grad, *_):
+def _nll_backward(ctx, grad, *others):
     refuse_double_backward()
-    ignore_index, filter_eps, backend = ctx.options
     needs = list(ctx.needs_input_grad[:4])
-    gradients = nll_backward(grad.contiguous(), *ctx.saved_tensors, ignore_index, filter_eps, needs, backend)
-    return *as_gradients(gradients, needs), None, None, None, None
+    return *_recomputed(ctx.options, ctx.saved_tensors, grad, others[-1], needs), *(None,) * 6
+
+
+def _recomputed(
+    options: tuple[int, float, str, float],
+    saved: Sequence[Tensor],  # the inputs and statistics
+    grad: Tensor | None,  # (N,) of nll
+    grad_lse: Tensor | None,  # (N, K)
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    ignore_index, filter_eps, backend, softcap = options
+    if grad is None and grad_lse is None:
+        return (None,) * 4
+    grad = saved[5].new_zeros(saved[0].shape[0]) if grad is None else grad.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    gradients = nll_backward(grad, *saved, ignore_index, filter_eps, needs, backend, softcap, grad_lse)
+    return as_gradients(gradients, needs)
 
 
 nll.register_autograd(_nll_backward, setup_context=_nll_setup)
@@ -121,33 +150,61 @@ def nll_with_gradients(
     mean: bool,
     needs: Sequence[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss (), which is nll's sum or, over the valid targets, its mean; a divisor (); nll (N,); maximum, log_total
-    and target_logit (N, K); and for the inputs that `needs` names the gradients of divisor·loss.
+    softcap: float = 0.0,
+    with_lse: bool = False,
+    loss_weights: Tensor | None = None,  # (3, N)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss (), which is nll's sum, over the valid targets its mean or, with loss weights, what `Kernels` says; a
+    divisor (); nll (N,); maximum, log_total and target_logit (N, K); for the inputs that `needs` names the gradients of
+    divisor·loss; and where asked for lse (N, K).
 
-    Backward through the loss only scales them. Backward through `nll` is possible too and recomputes.
+    Backward through the loss only scales them. Backward through `nll` and `lse` is possible too and recomputes.
     """
     inputs, target = checks.operands(latent, prior_logits, weight, bias, backend), checks.targets(target, latent)
-    needs = checks.needed(needs, 4, bias)
-    return _backends.kernels(backend).nll_with_gradients(*inputs, target, ignore_index, filter_eps, mean, needs)
+    needs, transform = checks.needed(needs, 4, bias), checks.transform(softcap)
+    if loss_weights is not None:
+        (loss_weights,) = checks.numbers(latent, (3, latent.shape[0]), loss_weights=loss_weights)
+        loss_weights = torch.where(target != ignore_index, loss_weights, 0)
+        if mean:
+            raise ValueError("mean must be False with loss_weights, got True")
+    results = _backends.kernels(backend).nll_with_gradients(
+        *inputs, target, ignore_index, filter_eps, mean, needs, transform, loss_weights
+    )
+    return *results, _lse(*results[3:5], with_lse)
 
 
-@nll_with_gradients.register_fake
-def _(latent, prior_logits, weight, bias, target, ignore_index, filter_eps, mean, needs, backend):
+@fake_of(nll_with_gradients)
+def _(
+    latent,
+    prior_logits,
+    weight,
+    bias,
+    target,
+    ignore_index,
+    filter_eps,
+    mean,
+    needs,
+    backend,
+    softcap=0.0,
+    with_lse=False,
+    loss_weights=None,
+):
     statistics = empty_statistics(latent, 3)
     losses = statistics[0].new_empty(latent.shape[0])
     loss, divisor = losses.new_empty(()), losses.new_empty(())
-    return loss, divisor, losses, *statistics, *empty_gradients((latent, prior_logits, weight, bias), needs)
+    gradients = empty_gradients((latent, prior_logits, weight, bias), needs)
+    lse = torch.empty_like(statistics[0]) if with_lse else losses.new_empty(0)
+    return loss, divisor, losses, *statistics, *gradients, lse
 
 
 def _nll_with_gradients_setup(ctx, inputs, output):
-    latent, prior_logits, weight, bias, target, ignore_index, filter_eps, mean, needs, backend = inputs
-    _, divisor, _, *rest = output
-    ctx.mark_non_differentiable(divisor, *rest)
+    latent, prior_logits, weight, bias, target, ignore_index, filter_eps, _, _, backend, softcap, with_lse, _ = inputs
+    _, divisor, _, *rest, lse = output
+    ctx.mark_non_differentiable(divisor, *rest, *(() if with_lse else (lse,)))
     ctx.set_materialize_grads(False)  # an unused output must not cost a recomputing backward pass
     statistics, gradients = rest[:3], rest[3:]
     ctx.save_for_backward(latent, prior_logits, weight, bias, target, *statistics, divisor, *gradients)
-    ctx.options = ignore_index, filter_eps, backend
+    ctx.options = ignore_index, filter_eps, backend, softcap
 
 
 @custom_op("fused_mos::scaled", mutates_args=())
@@ -168,14 +225,14 @@ def scaled(
     return _backends.kernels(backend).scaled([gradient.contiguous() for gradient in gradients], factor, divisor)
 
 
-@scaled.register_fake
+@fake_of(scaled)
 def _(gradients, factor, divisor, backend):
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
-def _nll_with_gradients_backward(ctx, grad_loss, _, grad_nll, *__):
+def _nll_with_gradients_backward(ctx, grad_loss, _, grad_nll, *others):
     refuse_double_backward()
-    ignore_index, filter_eps, backend = ctx.options
+    backend, grad_lse = ctx.options[2], others[-1]
     needs = list(ctx.needs_input_grad[:4])
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes what is asked for, and refuses to do so twice
     inputs, divisor, gradients = saved[:8], saved[8], saved[9:]
@@ -187,15 +244,14 @@ def _nll_with_gradients_backward(ctx, grad_loss, _, grad_nll, *__):
         # in plain torch it may return what it gets, which an op may not
         multiplied = scaled if _backends.has_own_small_kernels(backend) and not batched else from_rows.scaled
         result = as_gradients(multiplied(gradients, grad_loss, divisor, backend), needs)
-    if grad_nll is not None:
-        recomputed = nll_backward(grad_nll.contiguous(), *inputs, ignore_index, filter_eps, needs, backend)
-        recomputed = as_gradients(recomputed, needs)
+    if grad_nll is not None or grad_lse is not None:
+        recomputed = _recomputed(ctx.options, inputs, grad_nll, grad_lse, needs)
         result = (
             recomputed
             if grad_loss is None
             else tuple(a + b if need else None for a, b, need in zip(result, recomputed, needs))
         )
-    return *result, None, None, None, None, None, None
+    return *result, *(None,) * 9
 
 
 nll_with_gradients.register_autograd(_nll_with_gradients_backward, setup_context=_nll_with_gradients_setup)

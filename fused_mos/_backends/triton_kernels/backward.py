@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ..products import cdiv, product, spans
 from ..row_filter import backward_of_kept, kept_rows
+from ..transform import IDENTITY, Transform
 from . import finish as finish_kernels
 from . import gradients, workspace
 from . import loss as loss_kernels
@@ -32,7 +34,7 @@ from .operands import (
     with_column,
 )
 from .persistent import persistent_gradient_kernel
-from .tiles import LogitGradients, Logits
+from .tiles import LogitGradients, Logits, scales
 
 MAX_ROWS = 32_768
 """Rows of dl held at once when it is recomputed: more would leave too few classes for efficient products."""
@@ -115,7 +117,7 @@ def finish(
     width = 0 if sums is None else sums.shape[1]
     constants = {"SUMS": width, "D": d, "MEAN": mean, "ROWS": 16, "FEATURES": min(triton.next_power_of_2(d), 256)}
     grid = (n_blocks + (loss is not None),)
-    n_tokens = 0 if loss is None else loss.nll_ptr.shape[0]
+    n_tokens = 0 if loss is None else loss.losses_ptr.shape[0]
     launch(finish_kernels.finish_kernel, grid, finished, loss, n_classes, n_blocks, n_tokens, **constants)
 
 
@@ -129,16 +131,19 @@ def rows_backward(
     grad_lse: Tensor,  # (R,)
     grad_target: Tensor | None,  # (R,)
     needs: tuple[bool, bool, bool],
+    transform: Transform = IDENTITY,
     n_experts: int = 1,  # rows that share a target, which then is (R / n_experts,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, e = aligned(rows_), aligned_weight(weight)
     grad_target = grad_lse if grad_target is None else grad_target
-    (scaled_lse, scaled_target), unscale = in_range(rows_.dtype, grad_lse.float(), grad_target.float())
+    (scaled_lse, scaled_target), unscale = in_range(
+        rows_.dtype, 1 / transform.temperature, grad_lse.float(), grad_target.float()
+    )
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         tile, constants = choose_tile("gradient", z, dl.shape[0], e)
         grid = cdiv(dl.shape[0], tile.rows), cdiv(dl.shape[1], tile.classes)
-        logits = Logits(z[r], e, bias, dl.shape[0], weight.shape[0])
+        logits = Logits(z[r], e, bias, dl.shape[0], weight.shape[0], *scales(transform))
         block_target = None if target is None else target[r.start // n_experts : r.stop // n_experts]
         statistics, weights = Statistics(maximum[r], log_total[r], None), RowGradients(scaled_lse[r], scaled_target[r])
         out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
@@ -166,6 +171,7 @@ def nll_backward(
     ignore_index: int,
     filter_eps: float,
     needs: Sequence[bool],
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, k, d = latent.shape
     row_weight, responsibility = empty_float32(latent, n * k), empty_float32(latent, n * k)
@@ -179,10 +185,11 @@ def nll_backward(
     rows_, per_row = latent.view(n * k, d), (maximum.view(-1), log_total.view(-1), row_weight, row_weight)
     kept = kept_rows(responsibility, row_weight, filter_eps)
     if kept is None:
-        grad_rows, *others = rows_backward(rows_, weight, bias, target, *per_row, product_needs, k)
+        grad_rows, *others = rows_backward(rows_, weight, bias, target, *per_row, product_needs, transform, n_experts=k)
     else:
         all_parts = (target.repeat_interleave(k), *per_row)
-        grad_rows, *others = backward_of_kept(rows_backward, kept, rows_, weight, bias, all_parts, product_needs)
+        of_rows = partial(rows_backward, transform=transform)
+        grad_rows, *others = backward_of_kept(of_rows, kept, rows_, weight, bias, all_parts, product_needs)
     grad_weight, grad_bias = others
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
@@ -199,22 +206,23 @@ def log_prob_backward(
     maximum: Tensor,  # (N, K)
     log_total: Tensor,  # (N, K)
     needs: tuple[bool, bool, bool, bool],
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two sweeps of two products, the first for s = Σ_v G q, and the two products with dl."""
     (n, k, d), n_classes = latent.shape, weight.shape[0]
     z, e = aligned(latent.view(n * k, d)), aligned_weight(weight)
     grad = grad.float().contiguous()
     experts = Mixture(log_prior, maximum, log_total)
-    s = _sums_of_weighted_posteriors(grad, Logits(z, e, bias, n, n_classes), experts)
+    s = _sums_of_weighted_posteriors(grad, Logits(z, e, bias, n, n_classes, *scales(transform)), experts)
     product_needs = (needs[0], needs[2], needs[3])
-    (scaled_grad, scaled_s), unscale = in_range(latent.dtype, grad, s)
+    (scaled_grad, scaled_s), unscale = in_range(latent.dtype, 1 / transform.temperature, grad, s)
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
         t = slice(r.start // k, r.stop // k)
         n_tokens = t.stop - t.start
         tile, constants = choose_tile("mixture-gradient", z, n_tokens, e)
         grid = cdiv(n_tokens, tile.rows), cdiv(dl.shape[1], tile.classes)
-        logits = Logits(z[r], e, bias, n_tokens, n_classes)
+        logits = Logits(z[r], e, bias, n_tokens, n_classes, *scales(transform))
         experts = Mixture(log_prior[t], maximum[t], log_total[t])
         out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
         constants |= {"K": k, "D": z.shape[1], "SECOND_SWEEP": True}

@@ -3,10 +3,10 @@
 L and the row weights w of dl = w·(exp(l − L) − 1[v = target]) are not known when the logits are. So a block of tokens
 keeps a, with the target's entry −Σ of the others, relative to a reference: the row's largest logit among the first
 tile's classes, which any format with float32's range can take for the maximum. Then dl = f·a with one factor
-f = w·exp(reference − L) for each row.
+f = w·exp(reference − L) for each row. Where logits are transformed, a is multiplied by the derivative d of that.
 
     reference_kernel       the references
-    exponentials_kernel    a, 0 at the target, and Σ a for each tile
+    exponentials_kernel    a, 0 at the target, and the sum of each tile's exponentials
     recheck_kernel         the same once more for rows whose reference turns out too small: it normally returns at once
 
 Exponents are 2's: log2(e)·l − reference2, one fused multiply-add, where reference2 is log2(e)·reference as it is
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LOG2E, LOWEST, logits_tile, row_targets
+from .tiles import LOG2E, LOWEST, logits_tile, row_targets, times_derivative
 
 LOWEST_REFERENCE = tl.constexpr(LOWEST.value / 2)
 """A reference that is finite also where it is multiplied by log2(e)."""
@@ -33,10 +33,10 @@ MARGIN = tl.constexpr(86.0)
 
 
 class Exponentials(NamedTuple):
-    """What the forward pass keeps of a block of tokens: a = exp(l − reference), and its sums."""
+    """What the forward pass keeps of a block of tokens: a = exp(l − reference)·d, and sums of the exponentials."""
 
     a_ptr: Tensor  # (R, n_columns): 0 at the target, until mix_kernel writes it, and beyond the last class
-    tile_total_ptr: Tensor  # (tiles, R): Σ a
+    tile_total_ptr: Tensor  # (tiles, R): Σ exp(l − reference), but for the target's
     target_logit_ptr: Tensor  # (R,): NaN where the target is no class
     n_columns: int  # the classes, rounded up so that stores are 16 bytes wide
 
@@ -71,7 +71,7 @@ def kept_exponentials(
     TILE: tl.constexpr,
     ANY_REFERENCE: tl.constexpr,  # or one of up to LARGEST_REFERENCE alone: rows of others have infinite sums
 ):
-    """a of one tile, (ROWS, CLASSES); writes its rows' sums, and the target logits that it has."""
+    """a of one tile, (ROWS, CLASSES); writes its rows' sums of exponentials, and the target logits that it has."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     row = first_row + tl.arange(0, ROWS)
@@ -93,7 +93,7 @@ def kept_exponentials(
     a = tl.exp2(exponent)
     partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
     tl.store(out.tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
-    return a.to(out.a_ptr.dtype.element_ty)
+    return times_derivative(a, tile, logits).to(out.a_ptr.dtype.element_ty)
 
 
 @triton.jit

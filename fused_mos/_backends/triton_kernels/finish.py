@@ -27,9 +27,9 @@ class Finished(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Each token's NLL, and the sum or mean that is to be made of them."""
+    """Each token's loss, and the sum or mean that is to be made of them."""
 
-    nll_ptr: Tensor  # (N,)
+    losses_ptr: Tensor  # (N,)
     target_ptr: Tensor  # (N,) int64
     loss_ptr: Tensor  # () out
     divisor_ptr: Tensor  # () out: the number of targets that count, or 1 of a sum
@@ -128,7 +128,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Write dE and db from their sums; the last program writes Σ nll, or its mean over the targets that count."""
+    """Write dE and db from their sums; the last program writes Σ losses, or their mean over the targets that count."""
     block = tl.program_id(0)
     if block < n_blocks:
         if sums.sums_ptr is not None:
@@ -139,7 +139,7 @@ def finish_kernel(
         count = tl.zeros((1024,), tl.int32)
         for first in range(0, n_tokens, 1024):
             mask = first + token < n_tokens
-            total += tl.load(loss.nll_ptr + first + token, mask=mask, other=0.0)
+            total += tl.load(loss.losses_ptr + first + token, mask=mask, other=0.0)
             target = tl.load(loss.target_ptr + first + token, mask=mask, other=0)
             count += (mask & (target != loss.ignore_index)).to(tl.int32)
         if MEAN:

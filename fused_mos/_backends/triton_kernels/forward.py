@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from ..products import cdiv
-from ..transform import Transform
+from ..transform import IDENTITY, Transform
 from . import loss as loss_kernels
 from . import mixture, rows
 from .configurations import Tile
 from .launch import architecture_of, choose_tile, launch
-from .loss import Splits, Statistics, Targets
+from .loss import Splits, Statistics, Targets, WeightedLosses
 from .mixture import Mixture
 from .operands import aligned, aligned_weight, empty_float32, mixture_constants
-from .tiles import Logits
+from .tiles import Logits, scales
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 """Programs to aim at when the vocabulary is split because rows are few."""
@@ -36,9 +36,10 @@ def row_statistics(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     target: Tensor | None,  # (R,)
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor]:  # maximum, log_total and target_logit, (R,) each
     n = rows_.shape[0]
-    logits = Logits(aligned(rows_), aligned_weight(weight), bias, n, weight.shape[0])
+    logits = Logits(aligned(rows_), aligned_weight(weight), bias, n, weight.shape[0], *scales(transform))
     statistics = Statistics(*(empty_float32(rows_, n) for _ in range(3)))
     combine(split_statistics(logits, target, 1), statistics, n, 1)
     return statistics.maximum_ptr, statistics.log_total_ptr, statistics.target_logit_ptr  # type: ignore[return-value]
@@ -69,11 +70,12 @@ def combine(
     targets: Targets | None = None,
     log_prior: Tensor | None = None,  # (N, K) out
     nll: Tensor | None = None,  # (N,) out
+    weighted: WeightedLosses | None = None,  # out
 ) -> None:
     """Writes the statistics of whole rows, and what is asked for of the mixture."""
     mix = mixture_constants(n_experts)
     grid = (cdiv(n_tokens, mix.tokens),)
-    arguments = splits, statistics, targets, log_prior, nll, n_tokens, splits.total_ptr.shape[0]
+    arguments = splits, statistics, targets, log_prior, nll, weighted, n_tokens, splits.total_ptr.shape[0]
     launch(loss_kernels.combine_kernel, grid, *arguments, MIX=mix)
 
 
@@ -82,9 +84,11 @@ def normalisers(
     prior_logits: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
+    transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor]:  # log π, maximum and log_total, (N, K) each
     n, k, d = latent.shape
-    logits = Logits(aligned(latent.view(n * k, d)), aligned_weight(weight), bias, n * k, weight.shape[0])
+    z, e = aligned(latent.view(n * k, d)), aligned_weight(weight)
+    logits = Logits(z, e, bias, n * k, weight.shape[0], *scales(transform))
     log_prior, maximum, log_total = (empty_float32(latent, n, k) for _ in range(3))
     targets = Targets(prior_logits, None, 0)
     combine(split_statistics(logits, None, k), Statistics(maximum, log_total, None), n, k, targets, log_prior)
@@ -98,12 +102,15 @@ def nll(
     bias: Tensor | None,  # (V,)
     target: Tensor,  # (N,)
     ignore_index: int,
+    transform: Transform = IDENTITY,
+    weighted: WeightedLosses | None = None,  # out
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (N,), and (N, K) each
     n, k, d = latent.shape
-    logits = Logits(aligned(latent.view(n * k, d)), aligned_weight(weight), bias, n * k, weight.shape[0])
+    z, e = aligned(latent.view(n * k, d)), aligned_weight(weight)
+    logits = Logits(z, e, bias, n * k, weight.shape[0], *scales(transform))
     losses, statistics = empty_float32(latent, n), Statistics(*(empty_float32(latent, n, k) for _ in range(3)))
     targets = Targets(prior_logits, target, ignore_index)
-    combine(split_statistics(logits, target, k), statistics, n, k, targets, None, losses)
+    combine(split_statistics(logits, target, k), statistics, n, k, targets, None, losses, weighted)
     return losses, *statistics  # type: ignore[return-value]
 
 
@@ -131,12 +138,12 @@ def sample(
     """Gumbel-max, with random numbers that depend on the seed, the row and the class alone."""
     rows_, weight = aligned(rows_), aligned_weight(weight)
     n, d = rows_.shape
-    logits = Logits(rows_, weight, bias, n, weight.shape[0])
+    logits = Logits(rows_, weight, bias, n, weight.shape[0], *scales(transform))
     tile, constants = choose_tile("sample", rows_, n, weight)
     n_splits, tiles_of_split = splits_of_vocabulary(max(n, 1), logits.n_classes, tile, rows_.device)
     best, index = empty_float32(rows_, n_splits, n), seed.new_empty(n_splits, n)
     grid = cdiv(n, tile.rows), n_splits
-    arguments = logits, seed, best, index, 1 / transform.temperature, tiles_of_split
+    arguments = logits, seed, best, index, tiles_of_split
     launch(rows.sample_kernel, grid, *arguments, D=d, **constants)
     return _first_of_best(best, index)
 
@@ -165,9 +172,11 @@ def log_prob(
     bias: Tensor | None,  # (V,)
     maximum: Tensor,  # (N, K)
     log_total: Tensor,  # (N, K)
+    transform: Transform = IDENTITY,
 ) -> Tensor:  # (N, V)
     n, k, d = latent.shape
-    logits = Logits(aligned(latent.view(-1, d)), aligned_weight(weight), bias, n, weight.shape[0])
+    z, e = aligned(latent.view(n * k, d)), aligned_weight(weight)
+    logits = Logits(z, e, bias, n, weight.shape[0], *scales(transform))
     tile, constants = _mixture_tile(logits, k)
     experts = Mixture(log_prior, maximum, log_total)
     result = empty_float32(latent, n, logits.n_classes)
@@ -185,11 +194,13 @@ def predict(
     bias: Tensor | None,  # (V,)
     maximum: Tensor,  # (N, K)
     log_total: Tensor,  # (N, K)
+    transform: Transform = IDENTITY,
 ) -> Tensor:  # (N,)
     n, k, d = latent.shape
     if n == 0:
         return torch.empty(0, dtype=torch.int64, device=latent.device)
-    logits = Logits(aligned(latent.view(-1, d)), aligned_weight(weight), bias, n, weight.shape[0])
+    z, e = aligned(latent.view(n * k, d)), aligned_weight(weight)
+    logits = Logits(z, e, bias, n, weight.shape[0], *scales(transform))
     experts = Mixture(log_prior, maximum, log_total)
     tile, constants = _mixture_tile(logits, k)
     splits, tiles_of_split = splits_of_vocabulary(n, logits.n_classes, tile, latent.device)

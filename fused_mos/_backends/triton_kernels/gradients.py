@@ -1,6 +1,6 @@
 """Kernels for the gradient of the NLL where the logits are computed once more: dl = w·(exp(l − L) − 1[v = target]) with
-known L and row weights w. A span of the vocabulary's dl is written in the operands' dtype, and two matrix products turn
-it into dz and dE.
+known L and row weights w, times the transform's derivative. A span of the vocabulary's dl is written in the operands'
+dtype, and two matrix products turn it into dz and dE.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LOG2E, logits_tile, row_targets
+from .tiles import LOG2E, logits_tile, row_targets, times_derivative
 
 
 class RowGradients(NamedTuple):
@@ -30,7 +30,7 @@ def gradient_kernel(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """dl = grad_lse·exp(l − L) − grad_target·1[v = target]."""
+    """dl = grad_lse·exp(l − L) − grad_target·1[v = target], times the transform's derivative."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     first_row = tl.program_id(0) * ROWS
@@ -76,7 +76,7 @@ def logit_gradients(
         if tl.max(target, 0) >= 0:
             grad_target = tl.load(weights.grad_target_ptr + row, mask=mask, other=0.0)
             dl = tl.where(column[None, :] == target[:, None], dl - grad_target[:, None], dl)
-    return dl
+    return times_derivative(dl, tile, logits)
 
 
 @triton.jit

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .exponentials import LARGEST_REFERENCE
 from .finish import scale_rows
-from .tiles import LOG2E, LOWEST
+from .tiles import LOG2E, LOWEST, times_derivative
 
 LN2 = tl.constexpr(0.6931471805599453)
+SMALLEST_WEIGHT = tl.constexpr(2.0**-20)
 
 
 class MixtureConstants(NamedTuple):
@@ -57,8 +58,17 @@ class Targets(NamedTuple):
     ignore_index: int
 
 
+class WeightedLosses(NamedTuple):
+    """Each token's loss where that is not its NLL alone: c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k²."""
+
+    of_nll_ptr: Tensor  # (N,): c
+    of_lse_ptr: Tensor  # (N,): λ
+    of_squared_lse_ptr: Tensor  # (N,): ζ
+    losses_ptr: Tensor  # (N,) out
+
+
 class RowFactors(NamedTuple):
-    """Each row's part in the gradient of Σ nll."""
+    """Each row's part in the gradient of the sum of losses, Σ nll unless they are weighted."""
 
     responsibility_ptr: Tensor  # (R,), 0 where the target is ignored
     factor_ptr: Tensor  # (R,)
@@ -100,6 +110,33 @@ def valid_targets(targets, token, n_tokens):
     return target, (token < n_tokens) & (target != targets.ignore_index)
 
 
+@triton.jit
+def weighted_losses(
+    weighted,  # WeightedLosses, out
+    token,  # (tokens,)
+    mask,  # (tokens, experts)
+    n_tokens,
+    valid,  # (tokens,)
+    nll,  # (tokens,)
+    log_prior,  # (tokens, experts)
+    log_sum_exp,  # (tokens, experts): L
+):
+    """Write each token's loss. Returns its c, (tokens, 1), and the gradients of Σ_k π_k f_k with f = λ L + ζ L²: of the
+    prior's logits, π (f − Σ_k π_k f_k), and of L, π (λ + 2 ζ L), (tokens, experts)."""
+    there = token < n_tokens
+    c = tl.where(valid, tl.load(weighted.of_nll_ptr + token, mask=there, other=0.0), 0.0)
+    of_lse = tl.load(weighted.of_lse_ptr + token, mask=there, other=0.0)[:, None]
+    of_squared_lse = tl.load(weighted.of_squared_lse_ptr + token, mask=there, other=0.0)[:, None]
+    # what weighs nothing adds nothing, also where it is not finite
+    weighs = mask & valid[:, None] & ((of_lse != 0) | (of_squared_lse != 0))
+    prior = tl.where(weighs, tl.exp(log_prior), 0.0)
+    log_sum_exp = tl.where(prior != 0, log_sum_exp, 0.0)
+    of_expert = prior * (log_sum_exp * (of_lse + of_squared_lse * log_sum_exp))
+    of_token = tl.sum(of_expert, 1)
+    tl.store(weighted.losses_ptr + token, tl.where(c != 0, c * nll, 0.0) + of_token, mask=there)
+    return c[:, None], of_expert - prior * of_token[:, None], prior * (of_lse + 2 * of_squared_lse * log_sum_exp)
+
+
 @triton.jit(do_not_specialize=["n_tokens", "n_splits"])
 def combine_kernel(
     splits,  # Splits
@@ -107,6 +144,7 @@ def combine_kernel(
     targets,  # Targets, or None for statistics alone
     log_prior_ptr,  # (N, K) out, or None
     nll_ptr,  # (N,) out, or None
+    weighted,  # WeightedLosses, out, or None
     n_tokens,
     n_splits,
     MIX: tl.constexpr,
@@ -144,10 +182,14 @@ def combine_kernel(
         if nll_ptr is not None:
             log_likelihood = target_logit - tl.reshape(maximum, (MIX.tokens, MIX.experts))
             log_likelihood -= tl.reshape(log_total, (MIX.tokens, MIX.experts))
-            joint = log_prior_of(targets.prior_logits_ptr, row, mask) + log_likelihood
+            log_prior = log_prior_of(targets.prior_logits_ptr, row, mask)
+            joint = log_prior + log_likelihood
             mixture, _ = mixed(tl.where(mask, joint, float("-inf")))
             _, valid = valid_targets(targets, token, n_tokens)
             tl.store(nll_ptr + token, tl.where(valid, -mixture, 0.0), mask=token < n_tokens)
+            if weighted is not None:
+                log_sum_exp = tl.reshape(maximum + log_total, (MIX.tokens, MIX.experts))
+                weighted_losses(weighted, token, mask, n_tokens, valid, -mixture, log_prior, log_sum_exp)
             target_logit = tl.where(valid[:, None], target_logit, 0.0)
         tl.store(statistics.target_logit_ptr + row, target_logit, mask=mask)  # once: two layouts would race
 
@@ -161,6 +203,8 @@ def mix_kernel(
     nll_ptr,  # (N,) out
     log_total_ptr,  # (R,) out: relative to the reference
     out,  # RowFactors
+    scales,  # Scales, of the targets' logits
+    weighted,  # WeightedLosses, out, or None
     n_tokens,
     n_classes,
     n_tiles,
@@ -180,7 +224,7 @@ def mix_kernel(
         there = (first + part < n_tiles)[:, None] & there_row[None, :]
         index = (first + part)[:, None].to(tl.int64) * n_rows + flat[None, :]
         sums += tl.sum(tl.load(exponentials.tile_total_ptr + index, mask=there, other=0.0), 0)
-    others = tl.reshape(sums, (MIX.tokens, MIX.experts))  # Σ a, but for the target's
+    others = tl.reshape(sums, (MIX.tokens, MIX.experts))  # exponentials, but for the target's
     reference = tl.load(reference_ptr + row, mask=mask, other=0.0)
     target, valid = valid_targets(targets, token, n_tokens)
     target_logit = tl.load(exponentials.target_logit_ptr + row, mask=mask, other=0.0)
@@ -200,14 +244,35 @@ def mix_kernel(
     tl.store(nll_ptr + token, tl.where(valid, -log_likelihood, 0.0), mask=token < n_tokens)
     responsibility = tl.where(valid[:, None], responsibility, 0.0)
     tl.store(out.responsibility_ptr + row, responsibility, mask=mask)
-    factor = tl.where(responsibility != 0, responsibility / total, 0.0)
+    if weighted is not None:
+        # dl = A p − B 1[v = target], with B = c r and A = B + C, of which the target's entry is f·(total·C/A − others)
+        log_sum_exp = reference + (log_total2 - lost) * LN2
+        c, grad_prior, other_weight = weighted_losses(
+            weighted, token, mask, n_tokens, valid, -log_likelihood, log_prior, log_sum_exp
+        )
+        target_weight = tl.where(c != 0, c * responsibility, 0.0)
+        row_weight = target_weight + other_weight
+        # an A that nearly cancels is off by up to 2⁻²⁰ B, so that C/A is a number for 16 bits
+        least = tl.abs(target_weight) * SMALLEST_WEIGHT
+        clipped = tl.where(row_weight < 0, -least, least)
+        row_weight = tl.where(tl.abs(row_weight) < least, clipped, row_weight)
+        factor = tl.where(row_weight != 0, row_weight / total, 0.0)
+    else:
+        factor = tl.where(responsibility != 0, responsibility / total, 0.0)
     tl.store(out.factor_ptr + row, factor, mask=mask)
     if out.grad_prior_ptr is not None:
-        grad_prior = tl.where(valid[:, None], tl.exp(log_prior) - responsibility, 0.0)
+        if weighted is not None:
+            grad_prior += tl.where(c != 0, c * tl.exp(log_prior), 0.0) - target_weight
+        else:
+            grad_prior = tl.where(valid[:, None], tl.exp(log_prior) - responsibility, 0.0)
         tl.store(out.grad_prior_ptr + row, grad_prior.to(out.grad_prior_ptr.dtype.element_ty), mask=mask)
-    entry = exponentials.a_ptr + row.to(tl.int64) * exponentials.n_columns + target[:, None]
+    place = exponentials.a_ptr + row.to(tl.int64) * exponentials.n_columns + target[:, None]
     is_class = (target >= 0) & (target < n_classes)
-    tl.store(entry, (-others).to(exponentials.a_ptr.dtype.element_ty), mask=mask & is_class[:, None])
+    entry = -others
+    if weighted is not None:
+        entry += tl.where(other_weight != 0, total * (other_weight / row_weight), 0.0)
+    entry = times_derivative(entry, target_logit, scales).to(exponentials.a_ptr.dtype.element_ty)
+    tl.store(place, entry, mask=mask & is_class[:, None])
     if out.rows_ptr is not None:
         flat_factor = tl.reshape(factor, (MIX.tokens * MIX.experts,))
         scale_rows(

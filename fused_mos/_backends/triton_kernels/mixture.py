@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .loss import LN2
-from .tiles import LOG2E, LOWEST, logits_tile
+from .tiles import LOG2E, LOWEST, logits_tile, times_derivative
 
 TINY = tl.constexpr(1e-30)
 """Below it a sum is made again: exp2 flushes terms below 2⁻¹²⁶, of which a hundred are then less than its rounding."""
@@ -37,13 +37,14 @@ def joint_tile(
     TILE: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """l − maximum of one expert, (TOKENS, CLASSES), and its log total and log π, (TOKENS,)."""
+    """l − maximum of one expert, (TOKENS, CLASSES), and its maximum, log total and log π, (TOKENS,)."""
     token = tl.minimum(first_token + tl.arange(0, TILE.rows), logits.n_rows - 1)
     tile = logits_tile(logits, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=RESIDENT)
     statistic = token * K + expert
     # the maximum first, since the sum of the others with a large one would be rounded
-    below = tile - tl.load(mixture.maximum_ptr + statistic)[:, None]
-    return below, tl.load(mixture.log_total_ptr + statistic), tl.load(mixture.log_prior_ptr + statistic)
+    maximum = tl.load(mixture.maximum_ptr + statistic)
+    below = tile - maximum[:, None]
+    return below, maximum, tl.load(mixture.log_total_ptr + statistic), tl.load(mixture.log_prior_ptr + statistic)
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def prob_tile(
     CLASSES: tl.constexpr = TILE.classes
     total = tl.zeros((TOKENS, CLASSES), tl.float32)
     for expert in range(0, K):
-        below, log_total, log_prior = joint_tile(
+        below, _, log_total, log_prior = joint_tile(
             logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=TILE.resident
         )
         total += tl.exp2(tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None]))
@@ -97,7 +98,7 @@ def small_log2_prob_tile(
     peak = tl.full((TOKENS, CLASSES), LOWEST, tl.float32)
     total = tl.zeros((TOKENS, CLASSES), tl.float32)
     for expert in range(0, K):
-        below, log_total, log_prior = joint_tile(
+        below, _, log_total, log_prior = joint_tile(
             logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
         )
         joint2 = tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None])
@@ -213,7 +214,8 @@ def mixture_gradient_kernel(
     SECOND_SWEEP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """s = Σ_v G q in the first sweep, dl = G q − s·exp(l − L) in the second, where q = exp(log π + l − L − log p)."""
+    """s = Σ_v G q in the first sweep, in the second dl = G q − s·exp(l − L), times the transform's derivative; where
+    q = exp(log π + l − L − log p)."""
     TOKENS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     n_tokens = logits.n_rows
@@ -233,7 +235,7 @@ def mixture_gradient_kernel(
     log2_p = tl.where(log2_p > float("-inf"), log2_p, float("inf"))
     row_stride = K * gradients.stride
     for expert in range(0, K):
-        below, log_total, log_prior = joint_tile(
+        below, maximum, log_total, log_prior = joint_tile(
             logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
         )
         # the exponents that p was summed of: of one expert, q is then 1 but for log2's own rounding
@@ -244,6 +246,7 @@ def mixture_gradient_kernel(
         if SECOND_SWEEP:
             s = tl.load(s_ptr + statistic, mask=mask, other=0.0)
             dl = weighted - s[:, None] * tl.exp2(tl.fma(below, LOG2E, -(log_total * LOG2E)[:, None]))
+            dl = times_derivative(dl, below + maximum[:, None], logits)
             row = (tl.cast(first_token, tl.int64) * K + expert) * gradients.stride
             out = gradients.dl_ptr + row + first_column + (token[:, None] * row_stride + column[None, :])
             tl.store(out, dl.to(gradients.dl_ptr.dtype.element_ty), mask=written)  # 0 beyond the last class

@@ -152,13 +152,13 @@ def mixture_constants(n_experts: int, width: int = 16) -> MixtureConstants:
     return MixtureConstants(n_experts, tokens, experts, max(1024 // rows, 1), features)
 
 
-def in_range(dtype: torch.dtype, *weights: Tensor) -> tuple[list[Tensor], Tensor | None]:
+def in_range(dtype: torch.dtype, steepest: float, *weights: Tensor) -> tuple[list[Tensor], Tensor | None]:
     """The weights of dl, and the factor () that results then need, or None. float16 has a small range, of which the
-    weights of a mean would lose most: there the largest becomes 2¹⁴."""
+    weights of a mean would lose most: there the largest becomes 2¹⁴, times the steepest derivative of a transform."""
     if dtype != torch.float16 or weights[0].numel() == 0:
         return list(weights), None
     largest = torch.stack([weight.abs().amax() for weight in weights]).amax()
-    unscale = torch.where((largest > 0) & largest.isfinite(), largest, 1) * 2.0**-14
+    unscale = torch.where((largest > 0) & largest.isfinite(), largest, 1) * (2.0**-14 * steepest)
     return [weight / unscale for weight in weights], unscale
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .exponentials import kept_exponentials
 from .gradients import logit_gradients
-from .tiles import class_bias, rounded_to_tf32
+from .tiles import class_bias, rounded_to_tf32, transformed
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def described_logits_tile(
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """z·Eᵀ + b of (ROWS, CLASSES), as `tiles.logits_tile`."""
+    """The logits of (ROWS, CLASSES), as `tiles.logits_tile`."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     FEATURES: tl.constexpr = TILE.features
@@ -35,7 +35,7 @@ def described_logits_tile(
         if TILE.rounds:
             e = rounded_to_tf32(e)
         tile = tl.dot(z, e.T, tile, input_precision=TILE.precision)
-    return tile + class_bias(logits, first_class, TILE=TILE)[None, :]
+    return transformed(tile + class_bias(logits, first_class, TILE=TILE)[None, :], logits, first_class, TILE=TILE)
 
 
 @triton.jit

@@ -22,9 +22,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton as backend
 from ..resources import Resources, kernel_resources
+from ..transform import IDENTITY, Transform
 from . import sass, workspace
 from .configurations import ARCHITECTURES, Architecture, Tile
 from .launch import Call, overridden
+from .loss import WeightedLosses
 from .operands import move_rows
 from .sass import Sass, programs_per_multiprocessor
 from .shapes import DTYPES, ODD_SHAPES, SHAPES
@@ -47,6 +49,13 @@ WITH_WIDE_PRODUCTS = ("statistics_kernel", "reference_kernel", *WRITERS)
 LARGE_WORKSPACE = int(workspace.WORKSPACE_SHARE * 192 * 2**30)
 """That of a large GPU, where exponentials are kept of shapes whose gradients are else recomputed."""
 
+CAPPED = Transform(softcap=30.0)
+CAPPED_SHAPES = ("ptb", "lm1b")
+"""Shapes whose kernels are also compiled with a soft cap, for bfloat16: narrow and wide rows, many of them."""
+
+CAPPED_SPILL = 128
+"""Bytes that a thread of theirs may spill, once for each tile: the derivative needs a logit beside its gradient."""
+
 MOST_SLOTS = 8.0
 """Instructions of training's exponentials for each of them: as many as the unit that makes it takes cycles."""
 
@@ -68,6 +77,7 @@ class Compiled:
     sass: Sass | None = None
     programs: int = 0  # that a multiprocessor holds
     written: int = 0  # bytes of a tile of exponentials or of dl that a thread writes
+    capped: bool = False  # logits with a soft cap
     error: str = ""  # of a compiler that gave up; the numbers are then 0
 
     def faults(self, architecture: str) -> list[str]:
@@ -75,7 +85,7 @@ class Compiled:
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
-        if self.stack or self.local:
+        if self.stack > (CAPPED_SPILL if self.capped else 0) or self.local:
             found.append(f"spills (stack {self.stack}, local {self.local})")
         limit = ARCHITECTURES[architecture].shared_memory
         if self.shared > limit:
@@ -104,7 +114,12 @@ class Compiled:
         if self.kernel in WRITERS and machine.scaled_exponentials:
             found.append(f"keeps denormal results of {machine.scaled_exponentials} exponentials")
         slots = machine.slots_per_exponential
-        if self.kernel == "exponentials_kernel" and self.key.startswith("many 16-bit") and slots > MOST_SLOTS:
+        if (
+            self.kernel == "exponentials_kernel"
+            and not self.capped
+            and self.key.startswith("many 16-bit")
+            and slots > MOST_SLOTS
+        ):
             found.append(f"issues {slots} instructions for an exponential")
         if (
             architecture == "sm_90"
@@ -119,7 +134,7 @@ class Compiled:
 
 
 def operations(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str, transform: Transform = IDENTITY
 ) -> dict[str, Callable[[], object]]:
     """All that the backend does at (N, K, D, V), by name, on random tensors."""
     n, k, d, v = shape
@@ -136,34 +151,52 @@ def operations(
     statistics, row_statistic = (log_total, log_total, log_total), log_total.view(-1)
     mixture = latent, prior_logits, weight, bias, log_total, log_total
     needs = (True,) * 4
+    rows_ = latent.view(n * k, d)
     found = {
-        "statistics": lambda: backend.nll(*inputs, target, -100),
-        "statistics without targets": lambda: backend.row_statistics(latent.view(n * k, d), weight, bias, None),
-        "normalisers": lambda: backend.normalisers(*inputs),
-        "loss": lambda: backend.nll_with_gradients(*inputs, target, -100, 0.0, True, (False,) * 4),
-        "gradient, recomputed": lambda: backend.nll_backward(grad, *inputs, target, *statistics, -100, 0.0, needs),
-        "gradient of normalisers": lambda: backend.rows_backward(
-            latent.view(n * k, d), weight, bias, None, *(row_statistic,) * 3, None, needs[:3]
+        "statistics": lambda: backend.nll(*inputs, target, -100, transform),
+        "statistics without targets": lambda: backend.row_statistics(rows_, weight, bias, None, transform),
+        "normalisers": lambda: backend.normalisers(*inputs, transform),
+        "loss": lambda: backend.nll_with_gradients(*inputs, target, -100, 0.0, True, (False,) * 4, transform),
+        "gradient, recomputed": lambda: backend.nll_backward(
+            grad, *inputs, target, *statistics, -100, 0.0, needs, transform
         ),
-        "log_prob": lambda: backend.log_prob(*mixture),
-        "predict": lambda: backend.predict(*mixture),
-        "log_prob backward": lambda: backend.log_prob_backward(torch.randn(n, v, device=device), *mixture, needs),
-        "sample": lambda: backend.sample(backend.choose_rows(latent, prior_logits, seed), weight, bias, 1.5, seed),
+        "gradient of normalisers": lambda: backend.rows_backward(
+            rows_, weight, bias, None, *(row_statistic,) * 3, None, needs[:3], transform
+        ),
+        "log_prob": lambda: backend.log_prob(*mixture, transform),
+        "predict": lambda: backend.predict(*mixture, transform),
+        "log_prob backward": lambda: backend.log_prob_backward(
+            torch.randn(n, v, device=device), *mixture, needs, transform
+        ),
+        "sample": lambda: backend.sample(
+            backend.choose_rows(latent, prior_logits, seed), weight, bias, transform, seed
+        ),
     }
     if backend.gradient_in_forward_pays(n, k, weight, bias):
+        loss_weights = torch.rand(3, n, device=device)
         found["gradient, in the forward pass"] = lambda: backend.nll_with_gradients(
-            *inputs, target, -100, 0.0, True, needs
+            *inputs, target, -100, 0.0, True, needs, transform
+        )
+        found["weighted losses"] = lambda: backend.nll_with_gradients(
+            *inputs, target, -100, 0.0, False, (False,) * 4, transform, loss_weights
+        )
+        found["gradient of weighted losses"] = lambda: backend.nll_with_gradients(
+            *inputs, target, -100, 0.0, False, needs, transform, loss_weights
         )
         found["backward pass"] = lambda: backend.scaled(inputs, one, one)
     return found
 
 
 def recorded_calls(
-    architecture: Architecture, shape: tuple[int, int, int, int], dtype: torch.dtype, tiles: dict[str, Tile]
+    architecture: Architecture,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    tiles: dict[str, Tile],
+    transform: Transform = IDENTITY,
 ) -> list[Call]:
     """What the backend would launch at (N, K, D, V) for all of its functions."""
     with overridden(architecture, tiles, record=True) as calls:
-        for operation in operations(shape, dtype, "meta").values():
+        for operation in operations(shape, dtype, "meta", transform).values():
             operation()
         # which rows survive a filter is known of real tensors alone
         n, k, _, v = shape
@@ -259,6 +292,10 @@ def _tile(call: Call) -> tuple[int, ...]:
     return rows, classes, features, call.warps, call.stages
 
 
+def is_capped(call: Call) -> bool:
+    return any(getattr(argument, "inverse_softcap", None) is not None for argument in call.arguments)
+
+
 def _written(call: Call, dtype: str) -> int:
     """Bytes of a thread's part of the tile that a kernel writes as exponentials or as dl; 0 for the others."""
     if call.kernel.__name__ not in WRITERS and not call.constants.get("SECOND_SWEEP"):
@@ -289,6 +326,7 @@ def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Comp
         machine,
         programs_per_multiprocessor(architecture, call.warps, resources.registers, shared),
         _written(call, dtype),
+        is_capped(call),
     )
 
 
@@ -321,10 +359,15 @@ def distinct_calls(
     for dtype_name, n_bytes in itertools.product(dtypes, (workspace.WORKSPACE_BYTES, LARGE_WORKSPACE)):
         with float32_products(dtype_name) as dtype, _workspace(n_bytes):
             for shape in shapes:
-                for call in recorded_calls(ARCHITECTURES[architecture], (SHAPES | ODD_SHAPES)[shape], dtype, {}):
+                sizes, capped = (SHAPES | ODD_SHAPES)[shape], dtype_name == "bfloat16" and shape in CAPPED_SHAPES
+                calls = recorded_calls(ARCHITECTURES[architecture], sizes, dtype, {})
+                if capped:
+                    calls += recorded_calls(ARCHITECTURES[architecture], sizes, dtype, {}, CAPPED)
+                for call in calls:
                     sweep = call.constants.get("SECOND_SWEEP")  # which writes dl where the first writes sums
                     tile = call.kernel.__name__, call.key, call.warps, call.stages, sweep
-                    same = *tile, "" if brief else variant(call)
+                    kind = is_capped(call), any(isinstance(argument, WeightedLosses) for argument in call.arguments)
+                    same = *tile, *kind, "" if brief else variant(call)
                     names = found.setdefault(same, (call, []))[1]
                     if shape not in names:
                         names.append(shape)

@@ -72,12 +72,11 @@ def sample_kernel(
     seed_ptr,  # (1,) int64
     best_ptr,  # (splits, R) out
     index_ptr,  # (splits, R) int64 out
-    inverse_temperature,
     tiles_of_split,
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Gumbel-max: argmax_v (l / temperature − log e) with e exponentially distributed, drawn by its place (row, v)."""
+    """Gumbel-max: argmax_v (l − log e) with e exponentially distributed, drawn by its place (row, v)."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     n_rows = logits.n_rows
@@ -95,7 +94,7 @@ def sample_kernel(
         counter_of_class = (first_class + column)[None, :] + tl.zeros((ROWS, CLASSES), tl.int32)
         counter_of_row = row[:, None] + tl.zeros((ROWS, CLASSES), tl.int32)
         bits, _, _, _ = tl.philox(seed, counter_of_class, counter_of_row, 0, 0)
-        value = tile * inverse_temperature + gumbel(bits)
+        value = tile + gumbel(bits)
         tile_best, tile_index_of_best = tl.max(value, 1, return_indices=True)
         better = tile_best > best
         best = tl.where(better, tile_best, best)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..transform import Transform
+
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """Where running maxima start: finite, so that a logit of −inf gives exp(−inf), never inf − inf."""
@@ -31,14 +33,29 @@ class TileConstants(NamedTuple):
     rounds: bool = False  # e to TF32, since it is not rounded in memory
 
 
+class Scales(NamedTuple):
+    """A `Transform` as kernels take it: l′ = scale·tanh(inverse_softcap·l), or without a soft cap scale·l."""
+
+    inverse_softcap: float | None  # 1 / c; None without a cap
+    scale: float | None  # c / T, or without a cap 1 / T; None for 1
+
+
+def scales(transform: Transform) -> Scales:
+    if transform.softcap:
+        return Scales(1 / transform.softcap, transform.softcap / transform.temperature)
+    return Scales(None, None if transform.temperature == 1 else 1 / transform.temperature)
+
+
 class Logits(NamedTuple):
-    """The operands of l = z·Eᵀ + b."""
+    """The operands of l = z·Eᵀ + b and of its transform, which kernels call l, too."""
 
     z_ptr: Tensor  # (n_rows, K, D), K being 1 for single rows
     e_ptr: Tensor  # (n_classes, D)
     bias_ptr: Tensor | None  # (n_classes,)
     n_rows: int
     n_classes: int
+    inverse_softcap: float | None = None  # as in `Scales`
+    scale: float | None = None
 
 
 class LogitGradients(NamedTuple):
@@ -61,7 +78,7 @@ def logits_tile(
     TILE: tl.constexpr,  # TileConstants
     RESIDENT: tl.constexpr,  # TILE.resident, or False where the caller keeps no operand from tile to tile
 ):
-    """z·Eᵀ + b of (rows, classes) of TILE, float32; −inf in the columns beyond the last class."""
+    """The logits of (rows, classes) of TILE, float32; −inf in the columns beyond the last class."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     FEATURES: tl.constexpr = TILE.features
@@ -83,7 +100,53 @@ def logits_tile(
             tile = add_product(z_tile, e_tile, feature, tile, D - d, TILE=TILE, MASKED=D % FEATURES != 0)
             z_tile += FEATURES
             e_tile += FEATURES
-    return tile + class_bias(logits, first_class, TILE=TILE)[None, :]
+    return transformed(tile + class_bias(logits, first_class, TILE=TILE)[None, :], logits, first_class, TILE=TILE)
+
+
+@triton.jit
+def transformed(
+    tile,  # (ROWS, CLASSES): z·Eᵀ + b, −inf beyond the last class
+    logits,  # Logits
+    first_class,
+    TILE: tl.constexpr,
+):
+    """The logits that softmaxes are of; −inf beyond the last class also where a soft cap would make −c/T of it."""
+    if logits.inverse_softcap is not None:
+        beyond = tl.arange(0, TILE.classes) >= logits.n_classes - first_class
+        tile = tl.fma(tanh(tile * logits.inverse_softcap), logits.scale, tl.where(beyond, float("-inf"), 0.0)[None, :])
+    elif logits.scale is not None:
+        tile = tile * logits.scale
+    return tile
+
+
+@triton.jit
+def times_derivative(
+    gradient,
+    logit,  # transformed, of the same shape
+    scales,  # Scales, or Logits
+):
+    """The gradient of z·Eᵀ + b from that of the transformed logit, or from a multiple of that."""
+    if scales.inverse_softcap is not None:
+        # of the value, which is at hand: (1 − tanh²) / T; 0, not −inf, beyond the last class
+        slope = tl.fma(logit * logit, -(scales.inverse_softcap / scales.scale), scales.inverse_softcap * scales.scale)
+        gradient = gradient * tl.maximum(slope, 0.0)
+    elif scales.scale is not None:
+        gradient = gradient * scales.scale
+    return gradient
+
+
+@triton.jit
+def tanh(x):
+    """Within about two units in the last place. (Triton's own tanh is libdevice's, which it cannot interpret.)"""
+    square = x * x
+    # near 0 the exponential's difference to 1 would lose digits: an odd polynomial, of all of degree 9 that with the
+    # least relative error below 0.55, 4e-8
+    polynomial = tl.fma(square, 0.01643758, -0.05267181)
+    polynomial = tl.fma(square, polynomial, 0.13320725)
+    polynomial = tl.fma(square, polynomial, -0.33332947)
+    near = tl.fma(x * square, polynomial, x)
+    far = 1 - 2 / (tl.exp2(tl.abs(x) * (2 * LOG2E)) + 1)
+    return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit

@@ -1,0 +1,168 @@
+"""K = 1 for everybody: torch's linear_cross_entropy, over the kernels of the mixture."""
+
+import torch
+from torch import Tensor, nn
+
+from ._inputs import check_backend, check_reduction, check_softcap
+from ._local import LOCAL
+from ._plain import read_decoder
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: object = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of a linear layer's logits, which are never stored: F.cross_entropy(F.linear(input, linear_weight,
+    linear_bias), target, …), with the signature of torch.nn.functional.linear_cross_entropy (torch 2.13) and four
+    keywords more.
+
+    Args:
+        input: (…, D).
+        linear_weight: (V, D).
+        target: (…) int64 classes; or their probabilities (…, V), which torch's own function takes over (torch ≥ 2.13).
+        linear_bias: (V,) or None.
+        weight: (V,), the classes' weights, as in F.cross_entropy.
+        reduction: "mean", "sum" or "none".
+        ignore_index: None for −100.
+        label_smoothing: in [0, 1].
+        options: what torch's function calls so, for its own implementation alone: ignored here but for targets that are
+            probabilities.
+        softcap, z_loss, backend: as in `mos_nll_loss`.
+        return_lse: return the logits' log-sum-exp, too.
+
+    Returns:
+        () for "mean" and "sum", (…) for "none", in nats. With `return_lse` (loss, lse), lse (…) float32 for 16-bit
+        inputs, differentiable.
+
+    Targets are compared with the input at the same position: for the labels of the same sequence (cut cross-entropy's
+    `shift`) pass input[..., :-1, :] and target[..., 1:], of which contiguous copies are made.
+
+    Cost: 3 products with the gradients of a mean or sum, label smoothing included; 4 of "none" (see `mos_nll_loss`).
+
+    Raises:
+        TypeError, ValueError, IndexError: as `mos_nll_loss`.
+    """
+    if not isinstance(input, Tensor) or input.dim() == 0:
+        raise TypeError(f"input must be a Tensor (…, D), got {input if isinstance(input, Tensor) else type(input)}")
+    if isinstance(target, Tensor) and target.is_floating_point():
+        return _of_probabilities(
+            input,
+            linear_weight,
+            target,
+            softcap or z_loss or return_lse,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+    if isinstance(target, Tensor) and target.shape != input.shape[:-1]:
+        raise ValueError(f"target must have input's leading shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
+    check_reduction(reduction)
+    latent = input.reshape(-1, 1, input.shape[-1])
+    nll, loss, lse = LOCAL.nll_and_loss(
+        latent,
+        latent.new_zeros(latent.shape[:2]),
+        linear_weight,
+        target.reshape(-1) if isinstance(target, Tensor) else target,
+        linear_bias,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        backend=backend,
+        softcap=softcap,
+        class_weight=weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        return_lse=return_lse,
+    )
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    return loss if lse is None else (loss, lse.view(target.shape))
+
+
+def _of_probabilities(input: Tensor, linear_weight: Tensor, target: Tensor, extended: object, **arguments) -> Tensor:
+    if extended:
+        raise ValueError("softcap, z_loss and return_lse are for targets that are classes, got probabilities")
+    its_own = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if its_own is None:
+        raise TypeError(f"target must be int64 classes, got {target.dtype}; probabilities need torch 2.13 or newer")
+    return its_own(input, linear_weight, target, **arguments)
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """torch.nn.LinearCrossEntropyLoss (torch 2.13) over `linear_cross_entropy`: a linear layer and its cross-entropy.
+
+    Args:
+        in_features: D.
+        num_classes: V.
+        bias: whether the linear layer has a bias.
+        weight: (V,), the classes' weights, as in nn.CrossEntropyLoss; a buffer.
+        device, dtype: of the layer's parameters.
+        reduction, ignore_index, label_smoothing, options, softcap, z_loss, backend: as in `linear_cross_entropy`.
+
+    Its state_dict is that of torch's module. Called with input (…, D) and target (…) it returns the loss.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device=None,
+        dtype=None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: object = None,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        check_reduction(reduction)
+        check_softcap(softcap)
+        check_backend(backend)
+        self.in_features, self.num_classes = in_features, num_classes
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
+        self.options, self.softcap, self.z_loss, self.backend = options, softcap, z_loss, backend
+
+    def reset_parameters(self) -> None:
+        self.linear.reset_parameters()
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        linear_weight, linear_bias = read_decoder(self.linear)
+        return linear_cross_entropy(  # type: ignore[return-value]
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, backend={self.backend!r}"

@@ -1,0 +1,206 @@
+"""All classes in this process: by the fused ops, or for the backend "reference" by plain torch."""
+
+import torch
+from torch import Tensor
+
+from . import _backends, ops
+from ._backends import IDENTITY, Sum, Transform, reference
+from ._backends.from_rows import weighted
+from ._backends.reference import log_softmax_prior
+from ._inputs import Operands
+from ._losses import NLL, reduced
+from ._vocabulary import Normalisers, TopK, Vocabulary, WithSum
+
+
+class AllClasses(Vocabulary):
+    """What both have in common."""
+
+    def of_backend(self, operands: Operands) -> Vocabulary:
+        return REFERENCE if operands.backend == "reference" else LOCAL
+
+    def count_classes(self, operands: Operands) -> int:
+        return operands.weight.shape[0]
+
+    def sum_of_logits(self, operands: Operands, class_weight: Tensor | None) -> Tensor | None:
+        """z·(Eᵀw) + b·w, which takes no product with E."""
+        latent, _, weight, bias, _, softcap = operands
+        if latent.shape[1] > 1 or softcap:
+            return None
+        dtype = reference.accumulation_dtype(latent.dtype)
+        rows = weight.sum(0, dtype=dtype) if class_weight is None else weight.to(dtype).t() @ class_weight
+        sums = latent[:, 0].to(dtype) @ rows
+        if bias is None:
+            return sums
+        return sums + (bias.sum(dtype=dtype) if class_weight is None else bias.to(dtype) @ class_weight)
+
+    def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
+        possible = probability.sum(1, keepdim=True) > 0
+        chosen = torch.multinomial(torch.where(possible, probability, 1), 1, generator=generator)
+        return torch.where(possible, chosen, -1).squeeze(1)
+
+
+class LocalVocabulary(AllClasses):
+    def loss(
+        self,
+        operands: Operands,
+        target: Tensor,
+        ignore_index: int,
+        reduction: str,
+        filter_eps: float,
+        loss_weights: Tensor | None,
+        with_lse: bool,
+    ) -> NLL:
+        """When the loss is one number, all tokens have known weights in it, so the gradient can be formed in the
+        forward pass, one product cheaper; gradients that arrive through `nll` or `lse` are then recomputed.
+        """
+        inputs, backend, softcap = operands.tensors, operands.backend, operands.softcap
+        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+        n, n_experts, _ = operands.latent.shape
+        if torch.compiler.is_exporting():
+            in_one_op = False  # a choice by N would bound the N of the exported program
+        elif any(needs):
+            in_one_op = _backends.kernels(backend).gradient_in_forward_pays(n, n_experts, *inputs[2:])
+        else:
+            in_one_op = _backends.has_own_small_kernels(backend)
+        if reduction != "none" and in_one_op:
+            mean = reduction == "mean"
+            options = ignore_index, filter_eps, mean, needs, backend, softcap, with_lse, loss_weights
+            results = ops.nll_with_gradients(*inputs, target, *options)
+            return NLL(results[2], results[0], results[-1] if with_lse else None)
+        lse_too = with_lse or loss_weights is not None
+        results = ops.nll(*inputs, target, ignore_index, filter_eps, backend, softcap, lse_too)
+        return reduced_loss(results[0], results[-1], operands, target, ignore_index, reduction, loss_weights, with_lse)
+
+    def experts(self, operands: Operands, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        latent, _, weight, bias, backend, softcap = operands
+        return ops.expert_log_prob(latent, weight, bias, index, backend, softcap, temperature)[:2]
+
+    def with_sum(
+        self,
+        operands: Operands,
+        target: Tensor,
+        kind: str,
+        class_weight: Tensor | None = None,
+        mixture_temperature: float = 1.0,
+        temperature: float = 1.0,
+    ) -> WithSum:
+        of_sum = kind, class_weight, mixture_temperature
+        options = operands.backend, operands.softcap, temperature
+        return WithSum(*ops.likelihood_and_sum(*operands.tensors, target, *of_sum, *options)[:4])
+
+    def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:
+        latent, prior_logits, weight, bias = operands.tensors
+        if decoder := self._decoder(operands, temperature, *operands.tensors):
+            log_p = decoder.log_prob(latent, log_softmax_prior(prior_logits).float(), weight, bias)
+            if log_p is not None:
+                return log_p
+        return ops.log_prob(*operands.tensors, operands.backend, operands.softcap, temperature)[0]
+
+    def normalisers(self, operands: Operands, temperature: float = 1.0) -> Normalisers:
+        return Normalisers(*ops.normalisers(*operands.tensors, operands.backend, operands.softcap, temperature))
+
+    def best(self, operands: Operands) -> Tensor:
+        return ops.predict(*self._given_normalisers(operands), operands.backend, operands.softcap)
+
+    def candidates(self, operands: Operands, k: int, temperature: float = 1.0) -> TopK:
+        latent, prior_logits, weight, bias = operands.tensors
+        if decoder := self._decoder(operands, temperature, latent):
+            top = decoder.topk(latent, log_softmax_prior(prior_logits).float(), weight, bias, k)
+            if top is not None:
+                return TopK(*top)
+        given = self._given_normalisers(operands, temperature)
+        return TopK(*ops.topk(*given, k, operands.backend, operands.softcap, temperature))
+
+    @staticmethod
+    def _decoder(operands: Operands, temperature: float, *inputs: Tensor | None):
+        """None where the logits are transformed, which it cannot."""
+        if Transform(operands.softcap, temperature) != IDENTITY:
+            return None
+        return _backends.decoder(operands.backend, *inputs)
+
+    def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
+        seed = new_seed(generator, operands.latent.device)
+        return ops.sample(*operands.tensors, temperature, seed, operands.backend, operands.softcap)
+
+
+class ReferenceVocabulary(AllClasses):
+    """Plain torch that materialises all distributions, and is differentiable in every way."""
+
+    def loss(
+        self,
+        operands: Operands,
+        target: Tensor,
+        ignore_index: int,
+        reduction: str,
+        filter_eps: float,
+        loss_weights: Tensor | None,
+        with_lse: bool,
+    ) -> NLL:
+        nll, lse = reference.nll(*operands.tensors, target, ignore_index, Transform(operands.softcap))
+        return reduced_loss(nll, lse, operands, target, ignore_index, reduction, loss_weights, with_lse)
+
+    def experts(self, operands: Operands, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        latent, _, weight, bias, _, softcap = operands
+        return reference.expert_log_prob(latent, weight, bias, index.clamp_min(0), Transform(softcap, temperature))
+
+    def with_sum(
+        self,
+        operands: Operands,
+        target: Tensor,
+        kind: str,
+        class_weight: Tensor | None = None,
+        mixture_temperature: float = 1.0,
+        temperature: float = 1.0,
+    ) -> WithSum:
+        log_p = self.distribution(operands, temperature)
+        if kind == "tempered":
+            value = torch.logsumexp(log_p / mixture_temperature, 1)
+        else:
+            value = Sum(kind, class_weight).terms(log_p, slice(None))[0].sum(1)
+        log_likelihood, lse = self.experts(operands, target[:, None], temperature)
+        joint = log_softmax_prior(operands.prior_logits).to(lse.dtype) + log_likelihood.squeeze(2)
+        return WithSum(reference.mixed(joint), lse, value, log_p.argmax(1))
+
+    def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:
+        return reference.log_prob(*operands.tensors, Transform(operands.softcap, temperature))
+
+    def normalisers(self, operands: Operands, temperature: float = 1.0) -> Normalisers:
+        latent, prior_logits, weight, bias, _, softcap = operands
+        lse = reference.logsumexp(latent, weight, bias, Transform(softcap, temperature))
+        return Normalisers(log_softmax_prior(prior_logits).to(lse.dtype), lse, torch.zeros_like(lse))
+
+    def best(self, operands: Operands) -> Tensor:
+        return self.distribution(operands).argmax(-1)
+
+    def candidates(self, operands: Operands, k: int, temperature: float = 1.0) -> TopK:
+        return TopK(*self.distribution(operands, temperature).topk(k))
+
+    def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
+        return reference.sample(*operands.tensors, Transform(operands.softcap, temperature), generator)
+
+
+def reduced_loss(
+    nll: Tensor,  # (N,)
+    lse: Tensor,  # (N, K)
+    operands: Operands,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    loss_weights: Tensor | None,
+    with_lse: bool,
+) -> NLL:
+    """The loss of tokens whose NLL is 0 where they are ignored."""
+    if loss_weights is None:
+        loss = reduced(nll, (target != ignore_index).sum(), reduction)
+    else:
+        loss = weighted(nll, lse, log_softmax_prior(operands.prior_logits), loss_weights).sum()
+    return NLL(nll, loss, lse if with_lse else None)
+
+
+def new_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """The seed (1,) of an op's samples: a generator itself cannot be an op's argument."""
+    return torch.randint(2**62, (1,), generator=generator, device=device)
+
+
+LOCAL = LocalVocabulary()
+REFERENCE = ReferenceVocabulary()

@@ -1,0 +1,146 @@
+"""What a loss is made of beside the NLL: weights of classes and tokens, label smoothing, a z-loss, external components
+and soft targets. Formulas over what a vocabulary computes; `functional.mos_nll_loss` documents them for users.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._backends.from_rows import weighted
+from ._backends.reference import accumulation_dtype, log_softmax_prior, mixed
+from ._inputs import Operands
+
+if TYPE_CHECKING:
+    from ._vocabulary import Vocabulary
+
+NONE = -1
+"""Stands for an ignored class: one that none has."""
+
+
+class NLL(NamedTuple):
+    nll: Tensor  # (N,)
+    loss: Tensor  # () or (N,)
+    lse: Tensor | None = None  # (N, K), where asked for
+
+
+class Terms(NamedTuple):
+    """What a loss has beside the NLL. Of one token with target y, u its weight, w the classes' and ε the smoothing:
+
+    u ((1 − ε) w[y] nll + ε/V Σ_v w[v] (−log p_v) + z Σ_k π_k L_k²)
+    """
+
+    class_weight: Tensor | None = None  # (V,): w
+    token_weight: Tensor | None = None  # (N,): u
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    extra_log_prob: Tensor | None = None  # (N, K′) of the targets
+
+    @property
+    def n_external(self) -> int:
+        return 0 if self.extra_log_prob is None else self.extra_log_prob.shape[1]
+
+    def are_plain(self) -> bool:
+        tensors = self.class_weight, self.token_weight, self.extra_log_prob
+        return all(tensor is None for tensor in tensors) and not (self.label_smoothing or self.z_loss)
+
+
+def reduced(per_token: Tensor, divisor: Tensor, reduction: str) -> Tensor:
+    """() or (N,), of losses that are 0 where a token is ignored."""
+    if reduction == "none":
+        return per_token
+    return per_token.sum() if reduction == "sum" else per_token.sum() / divisor
+
+
+def loss(
+    vocabulary: "Vocabulary",
+    operands: Operands,
+    target: Tensor,  # (N,)
+    ignore_index: int,
+    reduction: str,
+    filter_eps: float,
+    terms: Terms,
+    with_lse: bool,
+) -> NLL:
+    """The loss with its terms. A mean divides by Σ u w[y] over the targets that count, as F.cross_entropy's does."""
+    if terms.are_plain():
+        return vocabulary.loss(operands, target, ignore_index, reduction, filter_eps, None, with_lse)
+    n_classes, dtype = vocabulary.count_classes(operands), accumulation_dtype(operands.latent.dtype)
+    valid = target != ignore_index
+    of_token = valid.to(dtype) if terms.token_weight is None else torch.where(valid, terms.token_weight.to(dtype), 0)
+    weight = None if terms.class_weight is None else terms.class_weight.to(dtype)
+    of_target = of_token if weight is None else of_token * weight[torch.where(valid, target, 0).clamp(0, n_classes - 1)]
+    smoothed = of_token * (terms.label_smoothing / n_classes)
+    of_nll = (1 - terms.label_smoothing) * of_target
+    weights = torch.stack([of_nll, torch.zeros_like(of_nll), of_token * terms.z_loss])
+    divisor = of_target.sum() if reduction == "mean" else torch.ones_like(of_target.sum())
+    divided = torch.where(divisor != 0, divisor, 1)
+    per_token = None
+    linear = vocabulary.sum_of_logits(operands, weight) if terms.label_smoothing else None
+    if linear is not None:  # Σ w (L − l)
+        weights[1] = smoothed * (n_classes if weight is None else weight.sum())
+        per_token = torch.where(smoothed != 0, -smoothed * linear, 0)
+    if terms.label_smoothing and linear is None:
+        found = vocabulary.with_sum(operands, torch.where(valid, target, NONE), "classes", weight)
+        nll, lse = torch.where(valid, -found.log_likelihood, 0), found.lse
+        per_token = torch.where(smoothed != 0, -smoothed * found.sum, 0)
+    elif terms.extra_log_prob is not None:
+        nll, lse = _with_external(vocabulary, operands, target, ignore_index, terms.extra_log_prob)
+    elif reduction == "none":
+        nll, _, lse = vocabulary.loss(operands, target, ignore_index, "none", filter_eps, None, True)
+    else:
+        nll, total, lse = vocabulary.loss(
+            operands, target, ignore_index, "sum", filter_eps, weights / divided, with_lse
+        )
+        if per_token is not None:
+            total = total + per_token.sum() / divided
+        # as in F.cross_entropy, a mean over nothing is NaN and its gradients are 0
+        return NLL(nll, torch.where(divisor != 0, total, torch.nan), lse if with_lse else None)
+    log_prior = log_softmax_prior(operands.prior_logits)[:, : lse.shape[1]]
+    losses = weighted(nll, lse, log_prior, weights)
+    losses = losses if per_token is None else losses + per_token
+    return NLL(nll, reduced(losses, divisor, reduction), lse if with_lse else None)
+
+
+def _with_external(
+    vocabulary: "Vocabulary", operands: Operands, target: Tensor, ignore_index: int, extra_log_prob: Tensor
+) -> tuple[Tensor, Tensor]:  # (N,), (N, K)
+    """The NLL of a mixture some of whose components are elsewhere: they join it once the ranks' sums are known."""
+    valid = target != ignore_index
+    log_likelihood, lse = vocabulary.experts(operands, torch.where(valid, target, NONE)[:, None])
+    components = torch.cat([log_likelihood.squeeze(2), extra_log_prob.to(lse.dtype)], 1)
+    joint = log_softmax_prior(operands.prior_logits).to(lse.dtype) + torch.where(valid[:, None], components, 0)
+    return torch.where(valid, -mixed(joint), 0), lse
+
+
+def soft_loss(
+    vocabulary: "Vocabulary",
+    operands: Operands,
+    index: Tensor,  # (N, M)
+    target_prob: Tensor,  # (N, M)
+    ignore_index: int,
+    reduction: str,
+    terms: Terms,
+    with_lse: bool,
+) -> NLL:
+    """−Σ_m q_m log p(index_m) in the place of the NLL; a mean divides by Σ u over the tokens that have a class."""
+    log_p, lse = at_classes(vocabulary, operands, index, ignore_index)
+    probability = torch.where(index != ignore_index, target_prob.to(log_p.dtype), 0)
+    nll = -torch.where(probability != 0, probability * log_p, 0).sum(1)
+    of_token = (index != ignore_index).any(1).to(log_p.dtype)
+    if terms.token_weight is not None:
+        of_token = torch.where(of_token != 0, terms.token_weight.to(log_p.dtype), 0)
+    weights = torch.stack([of_token, torch.zeros_like(of_token), of_token * terms.z_loss])
+    losses = weighted(nll, lse, log_softmax_prior(operands.prior_logits), weights)
+    return NLL(nll, reduced(losses, of_token.sum(), reduction), lse if with_lse else None)
+
+
+def at_classes(
+    vocabulary: "Vocabulary", operands: Operands, index: Tensor, ignore_index: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log p of each token's classes (N, M), 0 where ignored, and the experts' L, (N, K)."""
+    counts = index != ignore_index
+    log_likelihood, lse = vocabulary.experts(operands, torch.where(counts, index, NONE), temperature)
+    log_prior = log_softmax_prior(operands.prior_logits).to(lse.dtype)
+    joint = log_prior[..., None] + torch.where(counts[:, None], log_likelihood, 0)
+    return torch.where(counts, mixed(joint), 0), lse
