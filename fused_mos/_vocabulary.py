@@ -378,8 +378,9 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:  # (N, C) -> (N, C)
     if top_p == 1:
         return probability
     ordered, order = probability.sort(1, descending=True)
-    before = ordered.cumsum(1) - ordered
-    return torch.zeros_like(probability).scatter_(1, order, torch.where(before < top_p, ordered, 0))
+    kept = ordered.cumsum(1) - ordered < top_p
+    kept[:, 0] = True  # also where float32 has no number as small as top_p
+    return torch.zeros_like(probability).scatter_(1, order, torch.where(kept, ordered, 0))
 
 
 def _check_external(extra_log_prob: Tensor | None, latent: Tensor) -> int:

@@ -25,18 +25,8 @@ def next_word(
     """
     if not top_k and top_p >= 1:
         return model.head.sample(features, temperature=temperature, generator=generator)
-    if top_k:
-        log_p, words = model.head.topk(features, min(top_k, model.encoder.num_embeddings))
-    else:
-        log_p, words = model.head.log_prob(features).sort(-1, descending=True)
-    probability = torch.softmax(log_p / temperature, -1)
-    if top_p < 1:
-        before = probability.cumsum(-1) - probability  # of the words that are more probable
-        kept = before < top_p
-        kept[..., 0] = True  # also where float32 has no number as small as top_p
-        probability = torch.where(kept, probability, 0)
-    drawn = torch.multinomial(probability, 1, generator=generator)
-    return words.gather(-1, drawn).squeeze(-1)
+    most = min(top_k, model.head.n_classes) or None
+    return model.head.sample(features, generator=generator, mixture_temperature=temperature, top_k=most, top_p=top_p)
 
 
 @torch.no_grad()
