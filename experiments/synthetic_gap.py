@@ -48,7 +48,7 @@ class Config:
 
 
 def gap(
-    language: SyntheticLanguage, head: fused_mos.module.Head, context_features: int, steps: int, name: str
+    language: SyntheticLanguage, head: fused_mos.head.Head, context_features: int, steps: int, name: str
 ) -> dict[str, float]:
     """Train the head; return its nats per word above the entropy, its parameters and the time."""
     context = torch.nn.Parameter(torch.randn(language.n_words, context_features))

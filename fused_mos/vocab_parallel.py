@@ -24,7 +24,7 @@ from ._losses import NLL
 from ._plain import addition
 from ._sharded import ELSEWHERE, IGNORED, RanksSum, ShardedExperts, ShardedNLL, ShardedSum, combined_statistics
 from ._vocabulary import Normalisers, TopK, Vocabulary, WithSum
-from .module import Head
+from .head import Head
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

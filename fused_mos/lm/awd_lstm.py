@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dropout import check_probability, embedding_dropout, locked_dropout
-from ..module import Head, MoC, MoS, Softmax
+from ..head import Head
+from ..module import MoC, MoS, Softmax
 from .lstm import WeightDropLSTM
 
 Hidden = list[tuple[Tensor, Tensor]]

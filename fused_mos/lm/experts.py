@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import functional as F
 from .._plain import read_decoder
-from ..module import Head, MoC, MoS
+from ..head import Head
+from ..module import MoC, MoS
 
 
 class ExpertShares(NamedTuple):

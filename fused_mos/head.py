@@ -1,0 +1,323 @@
+"""The base of the heads: a decoder, a mixture over it, and what is computed of both.
+
+The convention is that of torch.nn.AdaptiveLogSoftmaxWithLoss.
+"""
+
+import warnings
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._inputs import check_backend, check_reduction, check_softcap, is_autocast
+from ._local import LOCAL
+from ._plain import read_decoder
+from ._vocabulary import Score, TopK, Vocabulary
+
+
+class HeadOutput(NamedTuple):
+    """`output`: log-likelihood of each target, 0 where ignored; `loss`: its negative, reduced."""
+
+    output: Tensor
+    loss: Tensor
+
+
+class Head(nn.Module):
+    """The base of all heads: a decoder, and a mixture over it given by `mixture(input)`."""
+
+    vocabulary: Vocabulary = LOCAL
+    """Computes with the mixture; `vocab_parallel.parallelize` puts a VocabShard in its place."""
+
+    def __init__(
+        self,
+        latent_features: int,
+        n_classes: int,
+        bias: bool,
+        weight: nn.Parameter | None,
+        backend: str,
+        device,
+        dtype,
+        softcap: float | None,
+    ):
+        super().__init__()
+        latent_features = positive_int("latent_features", latent_features)
+        n_classes = positive_int("n_classes", n_classes)
+        if weight is not None:
+            _check_weight(weight, n_classes, latent_features)
+            if (
+                dtype not in (None, weight.dtype)
+                or device is not None
+                and torch.device(device).type != weight.device.type
+            ):
+                raise ValueError(
+                    f"device and dtype must be those of weight, {weight.device} and {weight.dtype}, or None, got "
+                    f"{device} and {dtype}"
+                )
+        check_backend(backend)
+        check_softcap(softcap)
+        self.n_classes = n_classes
+        self.n_external = 0
+        self.softcap = softcap
+        self.backend = backend
+        self.tied = False
+        in_place = "meta" if weight is not None else device  # there never is a second (V, D)
+        self.decoder = nn.Linear(latent_features, n_classes, bias, device=in_place, dtype=dtype)
+        if weight is not None:
+            self.tie(weight)
+            if bias:
+                self.decoder.bias = nn.Parameter(weight.new_empty(n_classes))
+
+    def tie(self, weight: nn.Parameter) -> None:
+        """Makes an embedding's Parameter (V, D) the decoder's weight, as the argument `weight` does at first; again
+        where the two have become different parameters."""
+        _check_weight(weight, self.decoder.out_features, self.decoder.in_features)
+        self.decoder.weight = weight
+        self.tied = True
+
+    def _apply(self, fn, recurse=True):
+        before = self.decoder._parameters.get("weight") if self.tied else None
+        super()._apply(fn, recurse)
+        # .to(device) puts other data into the same Parameter; to_empty cannot
+        if before is not None and self.decoder._parameters.get("weight") is not before:
+            self._lose_tie("to_empty")
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *arguments):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+        if self.tied and local_metadata.get("assign_to_params_buffers") and f"{prefix}decoder.weight" in state_dict:
+            self._lose_tie("load_state_dict(assign=True)")
+
+    def _lose_tie(self, cause: str) -> None:
+        self.tied = False
+        warnings.warn(
+            f"{cause} makes two parameters of a tied weight, so the decoder has one of its own now; to share the "
+            "embedding's again, call head.tie(embedding.weight)",
+            stacklevel=3,
+        )
+
+    def reset_parameters(self) -> None:
+        """The paper's initialisation: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
+        A tied weight belongs to its embedding and is left alone."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module is not self.decoder:
+                module.reset_parameters()
+        if not self.tied:
+            nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
+        if self.decoder.bias is not None:
+            nn.init.zeros_(self.decoder.bias)
+
+    def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(…, in_features) -> latent (…, K, D), prior_logits (…, K + n_external)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        grad_filter_eps: float = 0.0,
+        class_weight: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        target_prob: Tensor | None = None,
+        extra_log_prob: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> "HeadOutput | tuple[HeadOutput, Tensor]":
+        """Log-likelihood and loss of `target` given `input`.
+
+        Args:
+            input: (…, in_features). The order of the leading axes matters to `MoS.latent_dropout` alone, for which time
+            comes first. target: (…) int64 classes, or `ignore_index`; (…, M) with `target_prob`, of that shape, too.
+            token_weight: (…). extra_log_prob: (…, n_external), of a head that has external components, and only there.
+            The others: see `functional.mos_nll_loss`.
+
+        Returns:
+            output: (…) log-likelihoods in nats, differentiable. loss: () or, for reduction="none", (…). With
+            `return_lse` ((output, loss), lse): the experts' log-normalisers (…, K), differentiable.
+        """
+        leading = self._check_external(extra_log_prob, input)
+        latent, prior_logits, weight, bias = self._operands(input)
+        shaped = (leading, _check_leading("target", target, leading, 1 if target_prob is not None else 0))
+        if target_prob is not None:
+            _check_leading("target_prob", target_prob, leading, 1)
+        if token_weight is not None:
+            _check_leading("token_weight", token_weight, leading, 0)
+        check_reduction(reduction)
+        n = latent.shape[0]
+        nll, loss, lse = self.vocabulary.nll_and_loss(
+            latent,
+            prior_logits,
+            weight,
+            target.reshape(n, *shaped[1]),
+            bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            backend=self.backend,
+            grad_filter_eps=grad_filter_eps,
+            softcap=self.softcap,
+            class_weight=class_weight,
+            token_weight=None if token_weight is None else token_weight.reshape(n),
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            target_prob=None if target_prob is None else target_prob.reshape(n, target_prob.shape[-1]),
+            extra_log_prob=None if extra_log_prob is None else extra_log_prob.reshape(n, self.n_external),
+            return_lse=return_lse,
+        )
+        result = HeadOutput(-nll.view(leading), loss.view(leading) if reduction == "none" else loss)
+        return result if lse is None else (result, lse.view(*leading, -1))
+
+    def log_prob(self, input: Tensor) -> Tensor:
+        """Log-probabilities of all classes: (…, in_features) -> (…, n_classes)."""
+        self._refuse_external("log_prob")
+        log_prob = self.vocabulary.mos_log_prob(*self._operands(input), softcap=self.softcap, backend=self.backend)
+        return log_prob.view(*input.shape[:-1], self.n_classes)
+
+    def predict(self, input: Tensor) -> Tensor:
+        """The most probable class: (…, in_features) -> (…) int64."""
+        self._refuse_external("predict")
+        index = self.vocabulary.mos_predict(*self._operands(input), softcap=self.softcap, backend=self.backend)
+        return index.view(input.shape[:-1])
+
+    def topk(self, input: Tensor, k: int) -> TopK:
+        """The k most probable classes, most probable first: (…, in_features) -> values (…, k), log-probabilities, and
+        indices (…, k) int64."""
+        self._refuse_external("topk")
+        options = {"softcap": self.softcap, "backend": self.backend}
+        values, indices = self.vocabulary.mos_topk(*self._operands(input), k=k, **options)
+        return TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
+
+    def sample(
+        self,
+        input: Tensor,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        *,
+        mixture_temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Tensor:
+        """One class per position: (…, in_features) -> (…) int64; `temperature` divides each expert's logits,
+        `mixture_temperature` the mixture's (`functional.mos_sample`): for the most probable class take `predict`."""
+        self._refuse_external("sample")
+        index = self.vocabulary.mos_sample(
+            *self._operands(input),
+            temperature=temperature,
+            mixture_temperature=mixture_temperature,
+            top_k=top_k,
+            top_p=top_p,
+            softcap=self.softcap,
+            generator=generator,
+            backend=self.backend,
+        )
+        return index.view(input.shape[:-1])
+
+    def log_prob_at(
+        self,
+        input: Tensor,
+        index: Tensor,
+        *,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        mixture_temperature: float = 1.0,
+    ) -> Tensor:
+        """Log-probabilities of given classes: (…, in_features), (…) or (…, M) int64 -> the shape of `index`; see
+        `functional.mos_log_prob_at`."""
+        self._refuse_external("log_prob_at")
+        latent, prior_logits, weight, bias = self._operands(input)
+        several = isinstance(index, Tensor) and index.dim() == input.dim()
+        columns = _check_leading("index", index, input.shape[:-1], several)
+        log_prob = self.vocabulary.mos_log_prob_at(
+            latent,
+            prior_logits,
+            weight,
+            index.reshape(latent.shape[0], *columns),
+            bias,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            mixture_temperature=mixture_temperature,
+            softcap=self.softcap,
+            backend=self.backend,
+        )
+        return log_prob.view(index.shape)
+
+    def score(self, input: Tensor, target: Tensor, *, ignore_index: int = -100) -> Score:
+        """(…, in_features), (…) -> the target's log_prob, the distribution's entropy and is_top1, (…) each; see
+        `functional.mos_score`."""
+        self._refuse_external("score")
+        latent, prior_logits, weight, bias = self._operands(input)
+        _check_leading("target", target, input.shape[:-1], 0)
+        options = {"ignore_index": ignore_index, "softcap": self.softcap, "backend": self.backend}
+        score = self.vocabulary.mos_score(latent, prior_logits, weight, target.reshape(-1), bias, **options)
+        return Score(*(part.view(target.shape) for part in score))
+
+    def _check_external(self, extra_log_prob: Tensor | None, input: Tensor) -> torch.Size:
+        """Returns the leading shape."""
+        leading = input.shape[:-1] if isinstance(input, Tensor) else torch.Size()
+        if (extra_log_prob is not None) != (self.n_external > 0):
+            given = "None" if extra_log_prob is None else "one"
+            raise ValueError(f"extra_log_prob must be given where n_external > 0, got {given}, and {self.n_external}")
+        if extra_log_prob is not None and tuple(extra_log_prob.shape) != (*leading, self.n_external):
+            expected, got = (*leading, self.n_external), tuple(extra_log_prob.shape)
+            raise ValueError(f"extra_log_prob must be (…, n_external) = {expected}, got {got}")
+        return leading
+
+    def _refuse_external(self, method: str) -> None:
+        if self.n_external:
+            raise RuntimeError(
+                f"{method} needs the probabilities of all classes, but {self.n_external} of this head's components are "
+                "external, of which the targets' alone are known"
+            )
+
+    def _operands(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """latent (N, K, D), prior_logits (N, K), and the decoder's weight and bias."""
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(f"input must be (…, in_features = {self.in_features}), got {tuple(input.shape)}")
+        weight, bias = read_decoder(self.decoder)
+        if input.dtype != weight.dtype and not is_autocast(input.device.type):
+            raise TypeError(f"input must have the parameters' dtype {weight.dtype}, got {input.dtype}")
+        if input.device != weight.device:
+            raise ValueError(f"input is on {input.device} but the parameters are on {weight.device}")
+        latent, prior_logits = self.mixture(input)
+        return latent.reshape(-1, *latent.shape[-2:]), prior_logits.reshape(-1, prior_logits.shape[-1]), weight, bias
+
+    def extra_repr(self) -> str:
+        softcap = "" if self.softcap is None else f", softcap={self.softcap:g}"
+        return f"backend={self.backend!r}{softcap}" + (", tied" if self.tied else "")
+
+
+def _check_leading(name: str, tensor: Tensor, leading: torch.Size, more: int) -> torch.Size:
+    """Returns the shape behind the leading one, of `more` dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(leading) + more or tensor.shape[: len(leading)] != leading:
+        behind = " and one dimension more" if more else ""
+        raise ValueError(f"{name} must have input's leading shape {tuple(leading)}{behind}, got {tuple(tensor.shape)}")
+    return tensor.shape[len(leading) :]
+
+
+def positive_int(name: str, value: int) -> int:
+    """A Python integer, which torch.compile needs, also from one of NumPy."""
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def check_parameter(weight: nn.Parameter) -> nn.Parameter:
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"weight must be a Parameter, such as embedding.weight, got {type(weight).__name__}")
+    return weight
+
+
+def _check_weight(weight: nn.Parameter, n_classes: int, latent_features: int) -> None:
+    if tuple(check_parameter(weight).shape) != (n_classes, latent_features):
+        raise ValueError(
+            f"weight must be (n_classes, latent_features) = {(n_classes, latent_features)}, got {tuple(weight.shape)}"
+        )
