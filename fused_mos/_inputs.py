@@ -44,8 +44,12 @@ class Operands(NamedTuple):
         """The same as the fused backends take them (see `contiguous`)."""
         if self.backend == "reference":
             return self
-        latent, prior_logits, weight, bias, *rest = self
-        return Operands(contiguous(latent), contiguous(prior_logits), contiguous(weight), contiguous(bias), *rest)
+        return self._replace(
+            latent=contiguous(self.latent),
+            prior_logits=contiguous(self.prior_logits),
+            weight=contiguous(self.weight),
+            bias=contiguous(self.bias),
+        )
 
 
 @contextlib.contextmanager

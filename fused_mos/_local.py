@@ -112,11 +112,11 @@ class LocalVocabulary(AllClasses):
         return TopK(*ops.topk(*given, k, operands.backend, operands.softcap, temperature))
 
     @staticmethod
-    def _decoder(operands: Operands, temperature: float, *inputs: Tensor | None):
+    def _decoder(operands: Operands, temperature: float, latent: Tensor, *others: Tensor | None):
         """None where the logits are transformed, which it cannot."""
         if Transform(operands.softcap, temperature) != IDENTITY:
             return None
-        return _backends.decoder(operands.backend, *inputs)
+        return _backends.decoder(operands.backend, latent, *others)
 
     def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
         seed = new_seed(generator, operands.latent.device)

@@ -87,15 +87,14 @@ def loss(
     elif terms.extra_log_prob is not None:
         nll, lse = _with_external(vocabulary, operands, target, ignore_index, terms.extra_log_prob)
     elif reduction == "none":
-        nll, _, lse = vocabulary.loss(operands, target, ignore_index, "none", filter_eps, None, True)
+        found_nll = vocabulary.loss(operands, target, ignore_index, "none", filter_eps, None, True)
+        assert found_nll.lse is not None
+        nll, lse = found_nll.nll, found_nll.lse
     else:
-        nll, total, lse = vocabulary.loss(
-            operands, target, ignore_index, "sum", filter_eps, weights / divided, with_lse
-        )
-        if per_token is not None:
-            total = total + per_token.sum() / divided
+        result = vocabulary.loss(operands, target, ignore_index, "sum", filter_eps, weights / divided, with_lse)
+        total = result.loss if per_token is None else result.loss + per_token.sum() / divided
         # as in F.cross_entropy, a mean over nothing is NaN and its gradients are 0
-        return NLL(nll, torch.where(divisor != 0, total, torch.nan), lse if with_lse else None)
+        return result._replace(loss=torch.where(divisor != 0, total, torch.nan))
     log_prior = log_softmax_prior(operands.prior_logits)[:, : lse.shape[1]]
     losses = weighted(nll, lse, log_prior, weights)
     losses = losses if per_token is None else losses + per_token

@@ -186,8 +186,9 @@ class Head(nn.Module):
         """The k most probable classes, most probable first: (…, in_features) -> values (…, k), log-probabilities, and
         indices (…, k) int64."""
         self._refuse_external("topk")
-        options = {"softcap": self.softcap, "backend": self.backend}
-        values, indices = self.vocabulary.mos_topk(*self._operands(input), k=k, **options)
+        values, indices = self.vocabulary.mos_topk(
+            *self._operands(input), k=k, softcap=self.softcap, backend=self.backend
+        )
         return TopK(values.view(*input.shape[:-1], k), indices.view(*input.shape[:-1], k))
 
     def sample(
@@ -250,8 +251,16 @@ class Head(nn.Module):
         self._refuse_external("score")
         latent, prior_logits, weight, bias = self._operands(input)
         _check_leading("target", target, input.shape[:-1], 0)
-        options = {"ignore_index": ignore_index, "softcap": self.softcap, "backend": self.backend}
-        score = self.vocabulary.mos_score(latent, prior_logits, weight, target.reshape(-1), bias, **options)
+        score = self.vocabulary.mos_score(
+            latent,
+            prior_logits,
+            weight,
+            target.reshape(-1),
+            bias,
+            ignore_index=ignore_index,
+            softcap=self.softcap,
+            backend=self.backend,
+        )
         return Score(*(part.view(target.shape) for part in score))
 
     def _check_external(self, extra_log_prob: Tensor | None, input: Tensor) -> torch.Size:

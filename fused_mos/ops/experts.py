@@ -176,7 +176,7 @@ def expert_log_prob_backward(
     if n_each == 1:
         is_class = inside(index, weight).expand(n, k)
         of_rows, of_target = index[:, 0].repeat_interleave(k), torch.where(is_class, -grad[..., 0], 0).view(-1)
-    operands = latent.view(n * k, d), weight, bias
+    operands: tuple[Tensor | None, ...] = latent.view(n * k, d), weight, bias
     if n_each > 1:  # the two parts of a gradient nearly cancel where a model has learnt: 16 bits are too few for each
         operands = tuple(tensor if tensor is None else tensor.to(grad.dtype) for tensor in operands)
     grad_rows, grad_weight, grad_bias = _backends.kernels(backend).rows_backward(
@@ -185,8 +185,8 @@ def expert_log_prob_backward(
     gradients = grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_weight, grad_bias
     if n_each == 1:
         return gradients
-    add_gathered_gradients(grad, logits, latent, weight, index, gradients, needs, transform)
-    return tuple(gradient.to(latent.dtype) for gradient in gradients)  # type: ignore[return-value]
+    add_gathered_gradients(grad, logits, latent, weight, index, gradients, needs[:3], transform)  # type: ignore[arg-type]
+    return tuple(gradient.to(latent.dtype) for gradient in gradients)
 
 
 @fake_of(expert_log_prob_backward)

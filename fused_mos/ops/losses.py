@@ -1,6 +1,7 @@
 """The loss: each token's NLL, and the same with the gradient of its sum."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,12 +73,14 @@ def nll_backward(
     inputs = checks.operands(latent, prior_logits, weight, bias, backend)
     (grad,) = checks.numbers(latent, latent.shape[:1], grad=grad)
     statistics = {"maximum": maximum, "log_total": log_total, "target_logit": target_logit}
-    known = grad, *inputs, checks.targets(target, latent), *checks.numbers(latent, latent.shape[:2], **statistics)
+    known: tuple[Any, ...] = grad, *inputs, checks.targets(target, latent)
+    known += tuple(checks.numbers(latent, latent.shape[:2], **statistics))
     needs, transform, kernels = checks.needed(needs, 4, bias), checks.transform(softcap), _backends.kernels(backend)
     if grad_lse is None:
         return kernels.nll_backward(*known, ignore_index, filter_eps, needs, transform)
     (grad_lse,) = checks.numbers(latent, latent.shape[:2], grad_lse=grad_lse)
-    return from_rows.nll_and_lse_backward(kernels.rows_backward, grad_lse, *known, ignore_index, needs, transform)
+    options = ignore_index, needs, transform
+    return from_rows.nll_and_lse_backward(kernels.rows_backward, grad_lse, *known, *options)  # type: ignore[call-arg]
 
 
 @fake_of(nll_backward)
@@ -170,7 +173,7 @@ def nll_with_gradients(
     results = _backends.kernels(backend).nll_with_gradients(
         *inputs, target, ignore_index, filter_eps, mean, needs, transform, loss_weights
     )
-    return *results, _lse(*results[3:5], with_lse)
+    return *results, _lse(results[3], results[4], with_lse)
 
 
 @fake_of(nll_with_gradients)
