@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._backends.from_rows import weighted
 from ._backends.reference import accumulation_dtype, log_softmax_prior, mixed
-from ._inputs import Operands
+from ._inputs import Operands, check_constant, check_numbers
 
 if TYPE_CHECKING:
     from ._vocabulary import Vocabulary
@@ -143,3 +143,37 @@ def at_classes(
     log_prior = log_softmax_prior(operands.prior_logits).to(lse.dtype)
     joint = log_prior[..., None] + torch.where(counts[:, None], log_likelihood, 0)
     return torch.where(counts, mixed(joint), 0), lse
+
+
+def check_external(extra_log_prob: Tensor | None, latent: Tensor) -> int:
+    """Returns K′."""
+    if extra_log_prob is None:
+        return 0
+    if not isinstance(extra_log_prob, Tensor):
+        raise TypeError(f"extra_log_prob must be a Tensor, got {type(extra_log_prob).__name__}")
+    if extra_log_prob.dim() != 2 or extra_log_prob.shape[1] == 0:
+        raise ValueError(f"extra_log_prob must be (N, K′) with K′ ≥ 1, got {tuple(extra_log_prob.shape)}")
+    return extra_log_prob.shape[1]
+
+
+def check_terms(terms: Terms, latent: Tensor, n_classes: int, soft: bool) -> None:
+    n = latent.shape[0]
+    if not 0 <= terms.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {terms.label_smoothing}")
+    if not 0 <= terms.z_loss < float("inf"):
+        raise ValueError(f"z_loss must be at least 0 and finite, got {terms.z_loss}")
+    if terms.class_weight is not None:
+        check_numbers("class_weight", terms.class_weight, (n_classes,), "(V,)", latent)
+        check_constant("class_weight", terms.class_weight)
+    if terms.token_weight is not None:
+        check_numbers("token_weight", terms.token_weight, (n,), "(N,)", latent)
+        check_constant("token_weight", terms.token_weight)
+    if terms.extra_log_prob is not None:
+        check_numbers("extra_log_prob", terms.extra_log_prob, (n, terms.n_external), "(N, K′)", latent)
+    clashes = {"class_weight": terms.class_weight is not None, "label_smoothing": terms.label_smoothing > 0}
+    for name, given in clashes.items():
+        if given and soft:
+            raise ValueError(f"{name} is for targets that are classes; with target_prob, put it into the probabilities")
+    if terms.extra_log_prob is not None and (soft or terms.label_smoothing):
+        other = "target_prob" if soft else "label_smoothing"
+        raise ValueError(f"{other} needs more than the targets' probabilities, which extra_log_prob does not tell")

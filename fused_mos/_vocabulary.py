@@ -102,11 +102,11 @@ class Vocabulary(ABC):
         """
         check_reduction(reduction)
         terms = Terms(class_weight, token_weight, label_smoothing, z_loss, extra_log_prob)
-        n_external = _check_external(extra_log_prob, latent)
+        n_external = _losses.check_external(extra_log_prob, latent)
         with prepared(latent, prior_logits, weight, bias, backend, softcap, n_external) as operands:
             n_classes, computing = self.count_classes(operands), self.of_backend(operands)
             check_filter_eps(grad_filter_eps)
-            _check_terms(terms, operands.latent, n_classes, soft=target_prob is not None)
+            _losses.check_terms(terms, operands.latent, n_classes, soft=target_prob is not None)
             if target_prob is not None:
                 ignore_index = check_index(target, operands.latent, n_classes, ignore_index, "target")
                 check_numbers("target_prob", target_prob, tuple(target.shape), "(N, M) as target", operands.latent)
@@ -381,37 +381,3 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:  # (N, C) -> (N, C)
     kept = ordered.cumsum(1) - ordered < top_p
     kept[:, 0] = True  # also where float32 has no number as small as top_p
     return torch.zeros_like(probability).scatter_(1, order, torch.where(kept, ordered, 0))
-
-
-def _check_external(extra_log_prob: Tensor | None, latent: Tensor) -> int:
-    """Returns K′."""
-    if extra_log_prob is None:
-        return 0
-    if not isinstance(extra_log_prob, Tensor):
-        raise TypeError(f"extra_log_prob must be a Tensor, got {type(extra_log_prob).__name__}")
-    if extra_log_prob.dim() != 2 or extra_log_prob.shape[1] == 0:
-        raise ValueError(f"extra_log_prob must be (N, K′) with K′ ≥ 1, got {tuple(extra_log_prob.shape)}")
-    return extra_log_prob.shape[1]
-
-
-def _check_terms(terms: Terms, latent: Tensor, n_classes: int, soft: bool) -> None:
-    n = latent.shape[0]
-    if not 0 <= terms.label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {terms.label_smoothing}")
-    if not 0 <= terms.z_loss < float("inf"):
-        raise ValueError(f"z_loss must be at least 0 and finite, got {terms.z_loss}")
-    if terms.class_weight is not None:
-        check_numbers("class_weight", terms.class_weight, (n_classes,), "(V,)", latent)
-        check_constant("class_weight", terms.class_weight)
-    if terms.token_weight is not None:
-        check_numbers("token_weight", terms.token_weight, (n,), "(N,)", latent)
-        check_constant("token_weight", terms.token_weight)
-    if terms.extra_log_prob is not None:
-        check_numbers("extra_log_prob", terms.extra_log_prob, (n, terms.n_external), "(N, K′)", latent)
-    clashes = {"class_weight": terms.class_weight is not None, "label_smoothing": terms.label_smoothing > 0}
-    for name, given in clashes.items():
-        if given and soft:
-            raise ValueError(f"{name} is for targets that are classes; with target_prob, put it into the probabilities")
-    if terms.extra_log_prob is not None and (soft or terms.label_smoothing):
-        other = "target_prob" if soft else "label_smoothing"
-        raise ValueError(f"{other} needs more than the targets' probabilities, which extra_log_prob does not tell")

@@ -141,7 +141,7 @@ class Head(nn.Module):
         """
         leading = self._check_external(extra_log_prob, input)
         latent, prior_logits, weight, bias = self._operands(input)
-        shaped = (leading, _check_leading("target", target, leading, 1 if target_prob is not None else 0))
+        n_targets = _check_leading("target", target, leading, 0 if target_prob is None else 1)
         if target_prob is not None:
             _check_leading("target_prob", target_prob, leading, 1)
         if token_weight is not None:
@@ -152,7 +152,7 @@ class Head(nn.Module):
             latent,
             prior_logits,
             weight,
-            target.reshape(n, *shaped[1]),
+            target.reshape(n, *n_targets),
             bias,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -168,7 +168,7 @@ class Head(nn.Module):
             return_lse=return_lse,
         )
         result = HeadOutput(-nll.view(leading), loss.view(leading) if reduction == "none" else loss)
-        return result if lse is None else (result, lse.view(*leading, -1))
+        return result if lse is None else (result, lse.view(*leading, lse.shape[1]))
 
     def log_prob(self, input: Tensor) -> Tensor:
         """Log-probabilities of all classes: (…, in_features) -> (…, n_classes)."""

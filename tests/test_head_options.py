@@ -73,3 +73,9 @@ def test_shapes_of_options_are_named(name):
             head(h, target[..., None], target_prob=torch.ones(4, 3))
         else:
             head(h, target, token_weight=torch.ones(12))
+
+
+def test_no_tokens():
+    head = MoS(6, 50, 3)
+    (output, loss), lse = head(torch.randn(0, 2, 6), torch.zeros(0, 2, dtype=torch.int64), return_lse=True)
+    assert output.shape == (0, 2) and lse.shape == (0, 2, 3) and loss.isnan()
