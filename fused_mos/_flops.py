@@ -65,8 +65,9 @@ def _sample(latent, prior_logits, weight, *_, out_shape=None):
     return _product((n, d), weight)  # of one expert for each token
 
 
-def _likelihood_and_sum(latent, prior_logits, weight, *_, out_shape=None):
-    return 2 * _product(latent, weight)
+def _likelihood_and_sum(latent, prior_logits, weight, bias, target, kind, *_, out_shape=None):
+    sweeps = 1 if kind == "entropy" and latent[1] == 1 else 2
+    return sweeps * _product(latent, weight)
 
 
 def _mixture_sum_backward(grad, grad_target, grad_lse, latent, prior_logits, weight, *others, out_shape=None):

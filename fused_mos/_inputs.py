@@ -5,10 +5,9 @@ CPU tensors alone, and none while a graph is traced: elsewhere they would stall 
 """
 
 import contextlib
-import math
 import sys
 from collections.abc import Iterator
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -35,6 +34,15 @@ class Operands(NamedTuple):
 
     def of_tokens(self, tokens: slice) -> "Operands":
         return self._replace(latent=self.latent[tokens], prior_logits=self.prior_logits[tokens])
+
+    def without_ignored(self, counts: Tensor) -> "Operands":  # (N,) bool
+        """With zeros for tokens that do not count: what is infinite there would be NaN in a product with 0."""
+        if values_can_be_read(counts) and counts.all():
+            return self
+        latent, prior_logits = torch.where(counts[:, None, None], self.latent, 0), self.prior_logits
+        if prior_logits is not None:
+            prior_logits = torch.where(counts[:, None], prior_logits, 0)
+        return self._replace(latent=latent, prior_logits=prior_logits)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -190,9 +198,15 @@ def check_softcap(softcap: float | None) -> float:
     """Returns it as the ops take it: 0.0 for None."""
     if softcap is None:
         return 0.0
-    if not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    check_number("softcap", softcap)
+    if not 1e-6 <= softcap <= 1e6:  # within which float32 has what is made of it
+        raise ValueError(f"softcap must be between 1e-6 and 1e6, or None, got {softcap}")
     return float(softcap)
+
+
+def check_number(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> int:
@@ -283,10 +297,11 @@ COLDEST = 1e-30
 """A temperature whose inverse times a logit of 10⁸ is within float32; colder ones draw the best class, too."""
 
 
-def check_temperature(temperature: float) -> float:
+def check_temperature(temperature: float, name: str = "temperature") -> float:
     """Returns the temperature to compute with, which is COLDEST at least."""
+    check_number(name, temperature)
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature} (predict, or topk with k = 1, is greedy)")
+        raise ValueError(f"{name} must be positive, got {temperature} (predict, or topk with k = 1, is greedy)")
     return max(temperature, COLDEST)
 
 

@@ -1,10 +1,15 @@
 """K = 1 for everybody: torch's linear_cross_entropy, over the kernels of the mixture."""
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from ._inputs import check_backend, check_reduction, check_softcap
 from ._local import LOCAL
+from ._losses import check_terms_of_loss
 from ._plain import read_decoder
 
 
@@ -26,7 +31,7 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of a linear layer's logits, which are never stored: F.cross_entropy(F.linear(input, linear_weight,
     linear_bias), target, …), with the signature of torch.nn.functional.linear_cross_entropy (torch 2.13) and four
-    keywords more.
+    keywords more. What differs: a weight has two dimensions, targets are int64, the loss of 16-bit inputs is float32.
 
     Args:
         input: (…, D).
@@ -39,12 +44,11 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
         options: what torch's function calls so, for its own implementation alone: ignored here but for targets that are
             probabilities.
-        softcap, z_loss, backend: as in `mos_nll_loss`.
+        softcap, z_loss, backend: as in `mos_nll_loss`; not for targets that are probabilities.
         return_lse: return the logits' log-sum-exp, too.
 
     Returns:
-        () for "mean" and "sum", (…) for "none", in nats. With `return_lse` (loss, lse), lse (…) float32 for 16-bit
-        inputs, differentiable.
+        () for "mean" and "sum", (…) for "none", in nats. With `return_lse` (loss, lse), lse (…), differentiable.
 
     Targets are compared with the input at the same position: for the labels of the same sequence (cut cross-entropy's
     `shift`) pass input[..., :-1, :] and target[..., 1:], of which contiguous copies are made.
@@ -61,7 +65,7 @@ def linear_cross_entropy(
             input,
             linear_weight,
             target,
-            softcap or z_loss or return_lse,
+            softcap is not None or z_loss or return_lse or backend != "auto",
             linear_bias=linear_bias,
             weight=weight,
             reduction=reduction,
@@ -73,28 +77,46 @@ def linear_cross_entropy(
         raise ValueError(f"target must have input's leading shape {tuple(input.shape[:-1])}, got {tuple(target.shape)}")
     check_reduction(reduction)
     latent = input.reshape(-1, 1, input.shape[-1])
-    nll, loss, lse = LOCAL.nll_and_loss(
-        latent,
-        latent.new_zeros(latent.shape[:2]),
-        linear_weight,
-        target.reshape(-1) if isinstance(target, Tensor) else target,
-        linear_bias,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        reduction=reduction,
-        backend=backend,
-        softcap=softcap,
-        class_weight=weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        return_lse=return_lse,
-    )
+    with _own_names():
+        _, loss, lse = LOCAL.nll_and_loss(
+            latent,
+            latent.new_zeros(latent.shape[:2]),
+            linear_weight,
+            target.reshape(-1) if isinstance(target, Tensor) else target,
+            linear_bias,
+            ignore_index=-100 if ignore_index is None else ignore_index,
+            reduction=reduction,
+            backend=backend,
+            softcap=softcap,
+            class_weight=weight,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            return_lse=return_lse,
+        )
     loss = loss.view(target.shape) if reduction == "none" else loss
     return loss if lse is None else (loss, lse.view(target.shape))
 
 
+OWN_NAMES = {"latent": "input", "weight": "linear_weight", "bias": "linear_bias", "class_weight": "weight"}
+"""What the mixture's arguments are called here."""
+
+
+@contextlib.contextmanager
+def _own_names() -> Iterator[None]:
+    """Errors name the arguments of `linear_cross_entropy`."""
+    if torch.compiler.is_compiling():  # which traces no such thing, and reports an error in its own way
+        yield
+        return
+    try:
+        yield
+    except (TypeError, ValueError, IndexError) as error:
+        message = re.sub(r"\b(latent|class_weight|weight|bias)\b", lambda name: OWN_NAMES[name[0]], str(error))
+        raise type(error)(message) from None
+
+
 def _of_probabilities(input: Tensor, linear_weight: Tensor, target: Tensor, extended: object, **arguments) -> Tensor:
     if extended:
-        raise ValueError("softcap, z_loss and return_lse are for targets that are classes, got probabilities")
+        raise ValueError("softcap, z_loss, return_lse and backend are for targets that are classes, got probabilities")
     its_own = getattr(torch.nn.functional, "linear_cross_entropy", None)
     if its_own is None:
         raise TypeError(f"target must be int64 classes, got {target.dtype}; probabilities need torch 2.13 or newer")
@@ -103,6 +125,7 @@ def _of_probabilities(input: Tensor, linear_weight: Tensor, target: Tensor, exte
 
 class LinearCrossEntropyLoss(nn.Module):
     """torch.nn.LinearCrossEntropyLoss (torch 2.13) over `linear_cross_entropy`: a linear layer and its cross-entropy.
+    Losses of several dimensions (`out_features`) are torch's alone.
 
     Args:
         in_features: D.
@@ -138,6 +161,9 @@ class LinearCrossEntropyLoss(nn.Module):
         check_reduction(reduction)
         check_softcap(softcap)
         check_backend(backend)
+        check_terms_of_loss(label_smoothing, z_loss)
+        if weight is not None and weight.shape != (num_classes,):
+            raise ValueError(f"weight must be (num_classes,) = {(num_classes,)}, got {tuple(weight.shape)}")
         self.in_features, self.num_classes = in_features, num_classes
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
@@ -165,4 +191,8 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, backend={self.backend!r}"
+        softcap = "" if self.softcap is None else f", softcap={self.softcap:g}"
+        return (
+            f"reduction={self.reduction!r}, label_smoothing={self.label_smoothing:g}, z_loss={self.z_loss:g}{softcap}, "
+            f"backend={self.backend!r}"
+        )

@@ -10,6 +10,7 @@ from ._backends.reference import log_softmax_prior
 from ._inputs import Operands
 from ._losses import NLL, reduced
 from ._vocabulary import Normalisers, TopK, Vocabulary, WithSum
+from .ops.sums import at_top
 
 
 class AllClasses(Vocabulary):
@@ -31,7 +32,9 @@ class AllClasses(Vocabulary):
         sums = latent[:, 0].to(dtype) @ rows
         if bias is None:
             return sums
-        return sums + (bias.sum(dtype=dtype) if class_weight is None else bias.to(dtype) @ class_weight)
+        if class_weight is None:
+            return sums + bias.sum(dtype=dtype)
+        return sums + torch.where(class_weight != 0, bias.to(dtype), 0) @ class_weight
 
     def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
         possible = probability.sum(1, keepdim=True) > 0
@@ -159,7 +162,8 @@ class ReferenceVocabulary(AllClasses):
             value = Sum(kind, class_weight).terms(log_p, slice(None))[0].sum(1)
         log_likelihood, lse = self.experts(operands, target[:, None], temperature)
         joint = log_softmax_prior(operands.prior_logits).to(lse.dtype) + log_likelihood.squeeze(2)
-        return WithSum(reference.mixed(joint), lse, value, log_p.argmax(1))
+        of_target = log_p.gather(1, target.clamp_min(0)[:, None])[:, 0]
+        return WithSum(reference.mixed(joint), lse, value, at_top(of_target, log_p.amax(1)))
 
     def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:
         return reference.log_prob(*operands.tensors, Transform(operands.softcap, temperature))

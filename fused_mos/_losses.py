@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._backends.from_rows import weighted
 from ._backends.reference import accumulation_dtype, log_softmax_prior, mixed
-from ._inputs import Operands, check_constant, check_numbers
+from ._inputs import Operands, check_constant, check_number, check_numbers
 
 if TYPE_CHECKING:
     from ._vocabulary import Vocabulary
@@ -67,6 +67,8 @@ def loss(
         return vocabulary.loss(operands, target, ignore_index, reduction, filter_eps, None, with_lse)
     n_classes, dtype = vocabulary.count_classes(operands), accumulation_dtype(operands.latent.dtype)
     valid = target != ignore_index
+    if not with_lse:  # which is told of ignored tokens, too
+        operands = operands.without_ignored(valid)
     of_token = valid.to(dtype) if terms.token_weight is None else torch.where(valid, terms.token_weight.to(dtype), 0)
     weight = None if terms.class_weight is None else terms.class_weight.to(dtype)
     of_target = of_token if weight is None else of_token * weight[torch.where(valid, target, 0).clamp(0, n_classes - 1)]
@@ -123,6 +125,8 @@ def soft_loss(
     with_lse: bool,
 ) -> NLL:
     """−Σ_m q_m log p(index_m) in the place of the NLL; a mean divides by Σ u over the tokens that have a class."""
+    if not with_lse:
+        operands = operands.without_ignored((index != ignore_index).any(1))
     log_p, lse = at_classes(vocabulary, operands, index, ignore_index)
     probability = torch.where(index != ignore_index, target_prob.to(log_p.dtype), 0)
     nll = -torch.where(probability != 0, probability * log_p, 0).sum(1)
@@ -158,10 +162,7 @@ def check_external(extra_log_prob: Tensor | None, latent: Tensor) -> int:
 
 def check_terms(terms: Terms, latent: Tensor, n_classes: int, soft: bool) -> None:
     n = latent.shape[0]
-    if not 0 <= terms.label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {terms.label_smoothing}")
-    if not 0 <= terms.z_loss < float("inf"):
-        raise ValueError(f"z_loss must be at least 0 and finite, got {terms.z_loss}")
+    check_terms_of_loss(terms.label_smoothing, terms.z_loss)
     if terms.class_weight is not None:
         check_numbers("class_weight", terms.class_weight, (n_classes,), "(V,)", latent)
         check_constant("class_weight", terms.class_weight)
@@ -177,3 +178,12 @@ def check_terms(terms: Terms, latent: Tensor, n_classes: int, soft: bool) -> Non
     if terms.extra_log_prob is not None and (soft or terms.label_smoothing):
         other = "target_prob" if soft else "label_smoothing"
         raise ValueError(f"{other} needs more than the targets' probabilities, which extra_log_prob does not tell")
+
+
+def check_terms_of_loss(label_smoothing: float, z_loss: float) -> None:
+    check_number("label_smoothing", label_smoothing)
+    check_number("z_loss", z_loss)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")

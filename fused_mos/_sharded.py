@@ -7,7 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
+from ._backends import Sum
 from ._backends.reference import log_softmax_prior, mix_target
+from .ops.sums import at_top
 
 IGNORED, ELSEWHERE = -100, -1
 """Targets as a shard sees them: none, and one that is a class of another rank. (0 … are its own classes.)"""
@@ -89,8 +91,7 @@ class ShardedExperts(torch.autograd.Function):
 
 
 class ShardedSum(torch.autograd.Function):
-    """`ops.likelihood_and_sum` over all ranks' classes; `target` counts this rank's. Of the most probable class it
-    returns this rank's, and its log p."""
+    """`ops.likelihood_and_sum` over all ranks' classes; `target` counts this rank's."""
 
     @staticmethod
     def forward(ctx, latent, prior_logits, weight, bias, target, group, of_sum, options) -> tuple[Tensor, ...]:
@@ -99,7 +100,7 @@ class ShardedSum(torch.autograd.Function):
         log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
         nll, _ = mix_target(log_prior, *statistics)
         given = latent, log_prior, weight, bias, maximum, log_total
-        value, s, best, log_p = ops.mixture_sum(*given, *of_sum, *options)
+        value, s, _, log_p = ops.mixture_sum(*given, *of_sum, *options)
         if of_sum[0] == "tempered":
             peak = value.clone()
             dist.all_reduce(peak, dist.ReduceOp.MAX, group)
@@ -112,10 +113,13 @@ class ShardedSum(torch.autograd.Function):
         s, total = sums[:, :-1].contiguous(), sums[:, -1].contiguous()
         if of_sum[0] == "tempered":
             s, total = s / total[:, None], peak + total.log()
+        s = Sum(of_sum[0]).completed(s, log_prior)
         ctx.save_for_backward(latent, prior_logits, weight, bias, target, *statistics, s, total, of_sum[1])
-        ctx.mark_non_differentiable(best, log_p)
+        dist.all_reduce(log_p, dist.ReduceOp.MAX, group)
+        is_top1 = at_top(-nll, log_p)
+        ctx.mark_non_differentiable(is_top1)
         ctx.group, ctx.of_sum, ctx.options = group, of_sum, options
-        return -nll, maximum + log_total, total, best, log_p
+        return -nll, maximum + log_total, total, is_top1
 
     @staticmethod
     def backward(ctx, grad_likelihood: Tensor, grad_lse: Tensor, grad_value: Tensor, *_):

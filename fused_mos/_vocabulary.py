@@ -49,16 +49,16 @@ class Normalisers(NamedTuple):
 
 
 class WithSum(NamedTuple):
-    """What `likelihood_and_sum` knows of each token; all but `best` are differentiable."""
+    """What `likelihood_and_sum` knows of each token; all but `is_top1` are differentiable."""
 
     log_likelihood: Tensor  # (N,), of the target
     lse: Tensor  # (N, K)
     sum: Tensor  # (N,)
-    best: Tensor  # (N,) int64, the most probable class
+    is_top1: Tensor  # (N,) bool, whether no class is more probable than the target
 
 
 class Score(NamedTuple):
-    """(N,) each: log p of the target; the entropy of the distribution, in nats; whether the target is its best."""
+    """(N,) each: log p of the target; the entropy of the distribution, in nats; whether no class is more probable."""
 
     log_prob: Tensor
     entropy: Tensor
@@ -66,7 +66,7 @@ class Score(NamedTuple):
 
 
 BLOCK_BYTES = 32 * 2**20
-"""Bytes of the log-probabilities of all classes that are held at once, for a block of tokens."""
+"""Bytes of the log-probabilities of all classes, and of what sorts them, that are held at once."""
 
 
 class Vocabulary(ABC):
@@ -154,10 +154,11 @@ class Vocabulary(ABC):
         """Log-probabilities of given classes, (N,) or (N, M) as `index`."""
         with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
             n_classes, computing = self.count_classes(operands), self.of_backend(operands)
-            temperature, mixture_temperature = check_temperature(temperature), check_temperature(mixture_temperature)
+            temperature = check_temperature(temperature)
+            mixture_temperature = check_temperature(mixture_temperature, "mixture_temperature")
             columns = index[:, None] if isinstance(index, Tensor) and index.dim() == 1 else index
             ignore_index = check_index(columns, operands.latent, n_classes, ignore_index)
-            operands = operands.contiguous()
+            operands = operands.contiguous().without_ignored((columns != ignore_index).any(1))
             log_p, _ = _losses.at_classes(computing, operands, columns, ignore_index, temperature)
             if mixture_temperature != 1:
                 nobody = columns.new_full(columns.shape[:1], _losses.NONE)
@@ -182,11 +183,10 @@ class Vocabulary(ABC):
             ignore_index = check_target(target, operands.latent, self.count_classes(operands), ignore_index)
             valid = target != ignore_index
             safe = torch.where(valid, target, _losses.NONE)
-            found = self.of_backend(operands).with_sum(operands.contiguous(), safe, "entropy")
+            counted = operands.contiguous().without_ignored(valid)
+            found = self.of_backend(operands).with_sum(counted, safe, "entropy")
             return Score(
-                torch.where(valid, found.log_likelihood, 0),
-                torch.where(valid, found.sum, 0),
-                valid & (found.best == target),
+                torch.where(valid, found.log_likelihood, 0), torch.where(valid, found.sum, 0), valid & found.is_top1
             )
 
     def mos_log_prob(
@@ -257,7 +257,8 @@ class Vocabulary(ABC):
         that is restricted or has a temperature of its own."""
         with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
             n_classes, computing = self.count_classes(operands), self.of_backend(operands)
-            temperature, mixture_temperature = check_temperature(temperature), check_temperature(mixture_temperature)
+            temperature = check_temperature(temperature)
+            mixture_temperature = check_temperature(mixture_temperature, "mixture_temperature")
             if top_k is not None:
                 check_k("top_k", top_k, n_classes)
             if top_p is not None and not 0 < top_p <= 1:
@@ -283,7 +284,7 @@ class Vocabulary(ABC):
         """Of the mixture's own distribution, for a block of tokens at a time; −1 where no class can be drawn."""
         n, n_classes = operands.latent.shape[0], self.count_classes(operands)
         drawn = torch.empty(n, dtype=torch.int64, device=operands.latent.device)
-        for t in spans(n, max(BLOCK_BYTES // (4 * (top_k or n_classes)), 1)):
+        for t in spans(n, max(BLOCK_BYTES // (32 * (top_k or n_classes)), 1)):  # with what sorts them
             block = operands.of_tokens(t)
             if top_k is None:
                 values, classes = self.distribution(block, temperature), None

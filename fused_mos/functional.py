@@ -87,7 +87,7 @@ def mos_nll_loss(
         grad_filter_eps: in the backward pass, drop the (token, expert) pairs whose responsibility
             r = p(expert | target) is below this value: a token loses at most K·eps of its unit of gradient
             weight. 0 drops only what is exactly 0. The gradient of `prior_logits` stays exact, the
-            loss always is. `reference` ignores it, and so does a loss with any of the options below.
+            loss always is. `reference` ignores it, and so does a loss with any of the weights and terms below.
         softcap: see the module.
         class_weight: (V,), as `weight` of F.cross_entropy. No gradient.
         token_weight: (N,), of any sign. No gradient.
@@ -104,7 +104,8 @@ def mos_nll_loss(
         () for "mean" and "sum", (N,) for "none", in nats. With `return_lse` (loss, lse): lse is (N, K), differentiable.
 
     Cost: a mean or a sum takes 3 products with its gradients, whatever the weights and the z-loss; where few rows or
-    little memory make it dearer, and with the reduction "none", `extra_log_prob` or `target_prob`, it is 4. A gradient
+    little memory make it dearer, in an exported program or a sharded vocabulary, and with the reduction "none",
+    `extra_log_prob` or `target_prob`, it is 4. A gradient
     through lse, beside that of a mean, takes 3 more: of what `z_loss` does not do, `mos_expert_log_prob` makes it 4 in
     all. Label smoothing of K > 1 experts, or with a soft cap, takes 5 products; that of a single softmax none beside
     the 3.
@@ -215,10 +216,11 @@ def mos_score(
     Args and errors as in `mos_nll_loss`.
 
     Returns:
-        log_prob (N,), log p[y] in nats; entropy (N,), −Σ_v p_v log p_v in nats; is_top1 (N,) bool, whether
-        `mos_predict` returns y. 0, 0 and False where the target is ignored. The first two are differentiable.
+        log_prob (N,), log p[y] in nats; entropy (N,), −Σ_v p_v log p_v in nats; is_top1 (N,) bool, whether no class is
+        more probable than y: of classes that tie but for rounding, of which `mos_predict` returns one, each is. 0, 0
+        and False where the target is ignored. The first two are differentiable.
 
-    Cost: 2 products, and 3 for the gradients of both. No (N, V) tensor is made.
+    Cost: 2 products, of a single softmax 1, and 3 for the gradients of both. No (N, V) tensor is made.
     """
     return LOCAL.mos_score(
         latent, prior_logits, weight, target, bias, ignore_index=ignore_index, softcap=softcap, backend=backend

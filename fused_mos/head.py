@@ -28,6 +28,8 @@ class Head(nn.Module):
 
     vocabulary: Vocabulary = LOCAL
     """Computes with the mixture; `vocab_parallel.parallelize` puts a VocabShard in its place."""
+    softcap: float | None = None  # here, too, for heads that an earlier version has pickled
+    n_external: int = 0
 
     def __init__(
         self,
@@ -41,8 +43,8 @@ class Head(nn.Module):
         softcap: float | None,
     ):
         super().__init__()
-        latent_features = positive_int("latent_features", latent_features)
-        n_classes = positive_int("n_classes", n_classes)
+        latent_features = check_int("latent_features", latent_features)
+        n_classes = check_int("n_classes", n_classes)
         if weight is not None:
             _check_weight(weight, n_classes, latent_features)
             if (
@@ -57,7 +59,6 @@ class Head(nn.Module):
         check_backend(backend)
         check_softcap(softcap)
         self.n_classes = n_classes
-        self.n_external = 0
         self.softcap = softcap
         self.backend = backend
         self.tied = False
@@ -267,8 +268,9 @@ class Head(nn.Module):
         """Returns the leading shape."""
         leading = input.shape[:-1] if isinstance(input, Tensor) else torch.Size()
         if (extra_log_prob is not None) != (self.n_external > 0):
-            given = "None" if extra_log_prob is None else "one"
-            raise ValueError(f"extra_log_prob must be given where n_external > 0, got {given}, and {self.n_external}")
+            if self.n_external:
+                raise ValueError(f"extra_log_prob must be given, since n_external = {self.n_external}, got None")
+            raise ValueError("extra_log_prob is for a head with external components, and n_external = 0")
         if extra_log_prob is not None and tuple(extra_log_prob.shape) != (*leading, self.n_external):
             expected, got = (*leading, self.n_external), tuple(extra_log_prob.shape)
             raise ValueError(f"extra_log_prob must be (…, n_external) = {expected}, got {got}")
@@ -310,12 +312,12 @@ def _check_leading(name: str, tensor: Tensor, leading: torch.Size, more: int) ->
     return tensor.shape[len(leading) :]
 
 
-def positive_int(name: str, value: int) -> int:
+def check_int(name: str, value: int, least: int = 1) -> int:
     """A Python integer, which torch.compile needs, also from one of NumPy."""
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
 
 

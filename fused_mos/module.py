@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .dropout import LockedDropout, check_probability
-from .head import Head, check_parameter, positive_int
+from .head import Head, check_int, check_parameter
 
 
 class Softmax(Head):
@@ -37,7 +37,7 @@ class Softmax(Head):
         dtype=None,
         softcap: float | None = None,
     ):
-        in_features = positive_int("in_features", in_features)
+        in_features = check_int("in_features", in_features)
         super().__init__(in_features, n_classes, bias, weight, backend, device, dtype, softcap)
         self.in_features = in_features
         self.reset_parameters()
@@ -87,17 +87,17 @@ class MoS(Head):
         softcap: float | None = None,
         n_external: int = 0,
     ):
-        in_features = positive_int("in_features", in_features)
-        n_experts = positive_int("n_experts", n_experts)
+        in_features = check_int("in_features", in_features)
+        n_experts = check_int("n_experts", n_experts)
         check_probability("latent_dropout", latent_dropout)
         if latent_features is None:
             latent_features = in_features if weight is None else check_parameter(weight).shape[-1]
         super().__init__(latent_features, n_classes, bias, weight, backend, device, dtype, softcap)
+        self.n_external = check_int("n_external", n_external, least=0)
         if n_external:
-            self._check_components(positive_int("n_external", n_external))
+            self._check_components(n_external)
         self.in_features = in_features
         self.n_experts = n_experts
-        self.n_external = int(n_external)
         device, dtype = self.decoder.weight.device, self.decoder.weight.dtype
         self.prior = nn.Linear(in_features, n_experts + self.n_external, bias=False, device=device, dtype=dtype)
         projections = nn.Linear(in_features, n_experts * latent_features, device=device, dtype=dtype)

@@ -161,10 +161,9 @@ class VocabShard(Vocabulary):
         of_sum = kind, own_weight, mixture_temperature
         options = operands.backend, operands.softcap, temperature
         inputs = *operands.tensors, self._own(target)
-        log_likelihood, lse, value, best, log_p = ShardedSum.apply(*inputs, self.group, of_sum, options)
-        best_of_ranks = torch.stack(self._gathered(log_p)).argmax(0, keepdim=True)
-        best = torch.stack(self._gathered(best + self.start)).gather(0, best_of_ranks)[0]
-        return WithSum(log_likelihood, lse, value, best)
+        log_likelihood, lse, value, is_top1 = ShardedSum.apply(*inputs, self.group, of_sum, options)
+        is_none = (target < 0) | (target >= self.n_classes)  # as without shards
+        return WithSum(torch.where(is_none, torch.nan, log_likelihood), lse, value, is_top1)
 
     @torch.no_grad()
     def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:

@@ -44,7 +44,7 @@ def main(editable: bool) -> None:
     expected = step(head, "reference")  # starts the threads of torch's pool, and those of autograd where it has some
     before = n_threads()
     error = (step(head, "cpu") - expected).abs().max().item()
-    assert error < 1e-5 * expected.abs().max().item(), f"gradients differ by {error}"
+    assert error < 1e-4 * expected.abs().max().item(), f"gradients differ by {error}"
 
     # with two runtimes their threads compete for the cores, and small operations slow down a hundredfold
     runtimes = openmp_runtimes()

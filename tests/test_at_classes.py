@@ -86,15 +86,18 @@ def test_rows_are_gathered_in_blocks(backend, monkeypatch):
 
 
 def test_duplicates_add_up_in_one_order(backend):
-    """Equal calls give equal bits, whatever torch's setting for determinism is."""
+    """Equal calls give equal bits, whatever torch's setting for determinism is, with several threads, too."""
     torch.use_deterministic_algorithms(False)
-    case = problem(64, 2, 16, 7).to(torch.float32)
-    index = torch.randint(0, 7, (64, 9))
+    case = problem(300, 2, 32, 7).to(torch.float32)
+    index = torch.randint(0, 7, (300, 50))
     gradients = []
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
     for _ in range(2):
         p = case.to(torch.float32)
         F.mos_log_prob_at(p.latent, p.prior_logits, p.weight, index, p.bias, backend=backend).sum().backward()
         gradients.append(p.gradients())
+    torch.set_num_threads(n_threads)
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
@@ -137,6 +140,34 @@ def test_the_best_class_of_a_score(backend):
     assert torch.equal(top1, (target == best) & (torch.arange(40) != 7))
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("backend", ["reference", "tiled", CPU, TRITON])
+def test_classes_that_tie_are_all_best(k, backend):
+    """Also the one that is predicted, of logits that a cap makes equal but for rounding."""
+    case = problem(3, k, 8, 40, ignored=False).to(torch.float32, ())
+    given = torch.zeros_like(case.latent), case.prior_logits, case.weight
+    assert F.mos_score(*given, torch.tensor([0, 3, 39]), backend=backend).is_top1.all()
+    case = problem(60, k, 8, 40, scale=60, ignored=False).to(torch.float32, ())
+    best = F.mos_predict(*case.inputs(), softcap=1.0, backend=backend)
+    given = case.latent, case.prior_logits, case.weight, best, case.bias
+    assert F.mos_score(*given, softcap=1.0, backend=backend).is_top1.all()
+
+
+@pytest.mark.parametrize("call", ["score", "log_prob_at", "several"])
+def test_what_is_infinite_in_ignored_tokens_stays_there(call, backend):
+    case = problem(9, 3, 8, 40).to(torch.float32)
+    case.latent.data[4], case.prior_logits.data[4] = torch.inf, torch.inf  # the ignored token
+    given = case.latent, case.prior_logits, case.weight
+    if call == "score":
+        result = sum(part.sum() for part in F.mos_score(*given, case.target, case.bias, backend=backend)[:2])
+    else:
+        index = case.target if call == "log_prob_at" else case.target[:, None].expand(-1, 4)
+        result = F.mos_log_prob_at(*given, index, case.bias, backend=backend).sum()
+    result.backward()
+    assert result.isfinite() and all(gradient.isfinite().all() for gradient in case.gradients().values())
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", CPU, TRITON])
 def test_a_masked_class_has_no_entropy(backend):
     """0·log 0 is 0, and has no gradient."""
     case = problem(5, 2, 8, 40, ignored=False).to(torch.float32)
@@ -286,11 +317,19 @@ def test_a_cold_mixture_draws_its_best_class(backend):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("top_k", 0), ("top_k", 41), ("top_k", 2.0), ("top_p", 0.0), ("top_p", 1.1), ("mixture_temperature", 0.0)],
+    [
+        ("top_k", 0),
+        ("top_k", 41),
+        ("top_k", 2.0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("mixture_temperature", 0.0),
+        ("temperature", None),
+    ],
 )
 def test_bad_limits_are_named(name, value):
     case = problem(5, 3, 8, 40).to(torch.float32, ())
-    with pytest.raises((ValueError, TypeError), match=name if name != "mixture_temperature" else "temperature"):
+    with pytest.raises((ValueError, TypeError), match=f"^{name}"):
         F.mos_sample(*case.inputs(), **{name: value})
 
 

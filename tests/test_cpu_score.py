@@ -9,7 +9,7 @@ from problem import Problem, problem
 from test_cpu_transform import DTYPES, SHAPES, check, kept_by_gradients, log_prob_of, logits, named, weights_like
 from torch import Tensor
 
-from fused_mos._backends import Transform, cpu
+from fused_mos._backends import Transform, cpu, cpu_mixture
 from fused_mos._backends.log_prob_gradient import LogProbGradient
 
 TRANSFORMS = [Transform(), Transform(0.0, 0.7), Transform(2.0, 1.7)]
@@ -46,7 +46,7 @@ def given(case: Problem, transform: Transform) -> tuple:
 
 
 def ours_of_score(case: Problem, transform: Transform) -> dict[str, Tensor]:
-    return {"mean log_prob": cpu.score(*given(case, transform), transform)[1]}
+    return {"mean log_prob": cpu_mixture.score(*given(case, transform), transform)[1]}
 
 
 def gradient_of(case: Problem, parts: tuple[str, ...]) -> LogProbGradient:
@@ -144,14 +144,14 @@ def test_masked_classes_count_for_nothing(instruction_set, workspace):
     for ours, expected in ((ours_of_rows, expected_of_rows), (ours_of_score, expected_of_score)):
         for result, oracle in zip(ours(masked, Transform()).values(), expected(only, Transform()).values()):
             assert torch.allclose(result.double(), oracle, rtol=0, atol=1e-5)
-    best, _ = cpu.score(*given(masked, Transform()), Transform())
+    best, _ = cpu_mixture.score(*given(masked, Transform()), Transform())
     assert torch.equal(best, allowed.nonzero().squeeze(1)[log_prob_of(only, Transform()).argmax(1)])
 
 
 def test_the_best_class_is_that_of_predict(instruction_set, workspace):
     single = problem(70, 3, 13, 507, scale=3.0).to(torch.float32, ())
     for transform in TRANSFORMS:
-        best, _ = cpu.score(*given(single, transform), transform)
+        best, _ = cpu_mixture.score(*given(single, transform), transform)
         assert torch.equal(best, cpu.predict(*given(single, transform), transform))
 
 

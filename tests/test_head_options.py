@@ -56,7 +56,7 @@ def test_external_components_of_a_head():
         head(h, target, extra_log_prob=extra[..., :1])
     with pytest.raises(ValueError, match="n_external"):
         MoC(6, 50, n_external=1)
-    for bad in (-1, 1.5):
+    for bad in (-1, 1.5, 0.0, None):
         with pytest.raises((ValueError, TypeError), match="n_external"):
             MoS(6, 50, n_external=bad)
 
@@ -73,6 +73,14 @@ def test_shapes_of_options_are_named(name):
             head(h, target[..., None], target_prob=torch.ones(4, 3))
         else:
             head(h, target, token_weight=torch.ones(12))
+
+
+def test_heads_that_an_earlier_version_pickled():
+    """They have no soft cap, and no external components."""
+    for head in (MoS(6, 50, 3), Softmax(6, 50)):
+        for name in ("softcap", "n_external"):
+            head.__dict__.pop(name, None)
+        assert head(torch.randn(4, 6), torch.arange(4)).loss.isfinite() and "backend" in repr(head)
 
 
 def test_no_tokens():

@@ -100,8 +100,9 @@ def test_probabilities_are_torch_s_own():
     ours = F.linear_cross_entropy(x.view(-1, 9), weight, probability.view(-1, 70), linear_bias=bias)
     its = TF.linear_cross_entropy(x.view(-1, 9), weight, probability.view(-1, 70), linear_bias=bias)
     assert torch.equal(ours, its)
-    with pytest.raises(ValueError, match="softcap"):
-        F.linear_cross_entropy(x, weight, probability, softcap=2.0)
+    for option in ({"softcap": 2.0}, {"backend": "tiled"}, {"return_lse": True}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            F.linear_cross_entropy(x, weight, probability, **option)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -118,7 +119,10 @@ def test_the_module(bias):
         its = torch.nn.LinearCrossEntropyLoss(9, 70, bias=bias, weight=torch.rand(70), label_smoothing=0.1)
         module.load_state_dict(its.state_dict())
         assert torch.allclose(module(x, target), its(x.view(-1, 9), target.view(-1)), rtol=0, atol=1e-6)
-    assert "backend" in repr(module)
+    assert "label_smoothing=0.1" in repr(module)
+    for wrong in ({"weight": torch.rand(3)}, {"label_smoothing": 3.0}, {"softcap": -1.0}, {"reduction": "max"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            fused_mos.LinearCrossEntropyLoss(9, 70, **wrong)
 
 
 def test_bad_input_is_named():
@@ -126,10 +130,11 @@ def test_bad_input_is_named():
     for arguments, name in (
         ({"target": target[:3]}, "target"),
         ({"target": target.int()}, "target"),
-        ({"target": target.fill_(70)}, "target"),
-        ({"linear_weight": weight[:, :8]}, "weight"),
-        ({"linear_bias": bias[:5]}, "bias"),
-        ({"weight": torch.ones(5)}, "weight"),
+        ({"target": target.clone().fill_(70)}, "target"),
+        ({"linear_weight": weight[:, :8]}, "^linear_weight.*input"),
+        ({"linear_bias": bias[:5]}, "^linear_bias"),
+        ({"weight": torch.ones(5)}, "^weight"),
+        ({"input": torch.full_like(x, torch.nan)}, "^input"),
         ({"reduction": "max"}, "reduction"),
         ({"softcap": -1.0}, "softcap"),
         ({"input": 3.0}, "input"),

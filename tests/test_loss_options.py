@@ -120,6 +120,23 @@ def test_all_ignored(names, backend):
     assert all((gradient == 0).all() for gradient in case.gradients().values())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("names", [*OPTIONS.values(), ("soft",), ("external",)], ids=str)
+def test_what_is_infinite_in_ignored_tokens_stays_there(names, reduction, backend):
+    """As in the plain loss."""
+    case = problem(9, 3, 8, 40).to(torch.float32)
+    case.latent.data[4] = torch.inf  # the ignored token
+    if names == ("soft",):
+        target, options = case.target[:, None].expand(-1, 3), {"target_prob": torch.ones(9, 3)}
+    else:
+        target, options = case.target, {"extra_log_prob": torch.zeros(9, 1)} if names == ("external",) else None
+        options = options or options_of(names, 9, 40, torch.float32)
+    prior = case.prior_logits if names != ("external",) else torch.cat([case.prior_logits, torch.zeros(9, 1)], 1)
+    given = case.latent, prior, case.weight, target, case.bias
+    F.mos_nll_loss(*given, reduction=reduction, backend=backend, **options).sum().backward()
+    assert all(gradient.isfinite().all() for gradient in case.gradients().values())
+
+
 def test_the_gradient_of_a_loss_through_its_likelihoods_and_its_normalisers(backend):
     """All three outputs at once, of which the last two recompute."""
     dtype, tolerance = EXACT[backend]
@@ -253,9 +270,9 @@ def test_external_components_that_know_nothing_change_nothing(backend):
 
 
 BAD = {
-    "softcap": (0.0, -1.0, float("nan"), float("inf")),
-    "label_smoothing": (-0.1, 1.5, float("nan")),
-    "z_loss": (-1.0, float("nan"), float("inf")),
+    "softcap": (0.0, -1.0, float("nan"), float("inf"), 1e-50, 1e300, "3"),
+    "label_smoothing": (-0.1, 1.5, float("nan"), None),
+    "z_loss": (-1.0, float("nan"), float("inf"), None),
     "class_weight": (torch.ones(39), torch.ones(40, dtype=torch.int64), torch.full((40,), torch.nan), "none"),
     "token_weight": (torch.ones(5), torch.ones(9, 1), torch.ones(9, requires_grad=True)),
     "extra_log_prob": (torch.ones(9), torch.ones(9, 0), torch.ones(8, 1), 3.0),

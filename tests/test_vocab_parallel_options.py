@@ -21,21 +21,26 @@ def problem(dtype=torch.float64):
     return *(t.to(dtype).requires_grad_() for t in tensors), target
 
 
-def check(shard, compute) -> None:
-    """`compute(functions, latent, prior, weight, bias, target)` -> tensors, with all gradients of their sum."""
-    latent, prior, weight, bias, target = problem()
+def check(shard, compute, dtype=torch.float64, masked: int = 0) -> None:
+    """`compute(functions, latent, prior, weight, bias, target)` -> tensors, with all gradients of their sum. The last
+    `masked` classes have a bias of −inf."""
+    latent, prior, weight, bias, target = problem(dtype)
+    if masked:
+        bias.data[-masked:] = -torch.inf
+        target[target >= V - masked] = 0
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5}[dtype]
     expected = compute(functional, latent, prior, weight, bias, target)
     whole = torch.autograd.grad(_total(expected), (latent, prior, weight, bias), allow_unused=True)
     own = [shard.rows(t.detach()).clone().requires_grad_() for t in (weight, bias)]
     found = compute(shard, latent, prior, *own, target)
     for ours, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-11, equal_nan=True)
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=tolerance, equal_nan=True)
     gradients = torch.autograd.grad(_total(found), (latent, prior, *own), allow_unused=True)
     wanted = whole[0], whole[1], shard.rows(whole[2]), shard.rows(whole[3])
     for ours, of_whole in zip(gradients, wanted):
         assert (ours is None) == (of_whole is None)
         if ours is not None:
-            torch.testing.assert_close(ours, of_whole, rtol=0, atol=1e-11)
+            torch.testing.assert_close(ours, of_whole, rtol=0, atol=tolerance)
 
 
 def _total(tensors) -> torch.Tensor:
@@ -91,9 +96,29 @@ def given_classes_and_scores():
                 ),
             )
     for softcap in (None, 3.0):
-        check(shard, lambda functions, z, a, e, b, y, cap=softcap: functions.mos_score(z, a, e, y, b, softcap=cap))
+
+        def score(functions, z, a, e, b, y, cap=softcap):
+            return functions.mos_score(z, a, e, y, b, softcap=cap)
+
+        def score_of_one(functions, z, a, e, b, y, cap=softcap):
+            return functions.mos_score(z[:, :1], a[:, :1], e, y, b, softcap=cap)
+
+        for dtype in (torch.float64, torch.float32):  # the portable and the native kernels
+            check(shard, score, dtype)
+            check(shard, score_of_one, dtype)
         check(
             shard, lambda functions, z, a, e, b, y, cap=softcap: functions.mos_expert_log_prob(z, e, y, b, softcap=cap)
+        )
+    # a rank that has masked classes alone
+    for dtype in (torch.float64, torch.float32):
+        check(
+            shard,
+            lambda functions, z, a, e, b, y: (
+                functions.mos_log_prob_at(z, a, e, y, b, mixture_temperature=0.6),
+                functions.mos_score(z, a, e, y, b).entropy,
+            ),
+            dtype,
+            masked=V // 2 + 1,
         )
     # that of the best class is somewhere on each rank
     latent, prior, weight, bias, _ = problem()

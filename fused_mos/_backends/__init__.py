@@ -125,8 +125,8 @@ class Kernels(Protocol):
     def mixture_sum(
         self, sum_: Sum, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY
     ):
-        """A sum over the classes (N,), s[n,k] = Σ_v q ∂sum/∂log p_v with q = π exp(l − L) / p, (N, K), the most
-        probable class and its log p, (N,) each; in one product."""
+        """A sum over the classes of `weight`, all or a part, (N,); what they add to s (see `Sum`) with
+        q = π exp(l − L) / p, (N, K); the most probable class and its log p, (N,) each. In one product."""
 
     def mixture_sum_backward(
         self,

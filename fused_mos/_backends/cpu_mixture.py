@@ -99,11 +99,10 @@ def mixture_sum(
         return tiled_mixture.mixture_sum(sum_, *given)
     best, mean_log_prob = score(*given)
     prior = log_prior.exp()
-    value = torch.where(prior != 0, -prior * mean_log_prob, 0).sum(1)
-    s = torch.where(prior != 0, -prior * (mean_log_prob + 1), 0)
+    s = torch.where(prior != 0, -prior * mean_log_prob, 0)
     of_best = gathered_logits(latent, weight, bias, best[:, None], transform).squeeze(2)
     log_p = torch.logsumexp(log_prior + ((of_best - maximum) - log_total), 1)
-    return value, s, best, log_p
+    return s.sum(1), s, best, log_p
 
 
 def mixture_sum_backward(

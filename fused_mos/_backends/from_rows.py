@@ -51,8 +51,9 @@ def nll_backward(
     filter_eps: float,
     needs: Sequence[bool],
     transform: Transform = IDENTITY,
+    grad_lse: Tensor | None = None,  # (N, K)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dl = g r (exp(l − L) − 1[v = y]), da = g (π − r)."""
+    """dl = (g r + g_L) exp(l − L) − g r 1[v = y], da = g (π − r). With a gradient of the lse nothing is filtered."""
     n, k, d = latent.shape
     valid, target = _valid_target(target, ignore_index)
     log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
@@ -67,49 +68,18 @@ def nll_backward(
         return latent.new_empty(0), grad_prior, latent.new_empty(0), latent.new_empty(0)
     row_weight = row_weight.view(-1)
     rows, row_target = latent.view(n * k, d), target.repeat_interleave(k)
-    per_row = row_target, maximum.view(-1), log_total.view(-1), row_weight, row_weight
-    kept, of_rows = (
-        kept_rows(responsibility.view(-1), row_weight, filter_eps),
-        partial(rows_backward, transform=transform),
-    )
+    if grad_lse is None:
+        of_lse, kept = row_weight, kept_rows(responsibility.view(-1), row_weight, filter_eps)
+    else:
+        of_lse = row_weight + grad_lse.view(-1)
+        kept = kept_rows(torch.ones_like(of_lse), of_lse.abs() + row_weight.abs(), 0)
+    per_row = row_target, maximum.view(-1), log_total.view(-1), of_lse, row_weight
+    of_rows = partial(rows_backward, transform=transform)
     if kept is None:
         grad_rows, *others = of_rows(rows, weight, bias, *per_row, product_needs)
     else:
         grad_rows, *others = backward_of_kept(of_rows, kept, rows, weight, bias, per_row, product_needs)
     grad_weight, grad_bias = others
-    return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
-
-
-def nll_and_lse_backward(
-    rows_backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    grad_lse: Tensor,  # (N, K)
-    grad: Tensor,  # (N,)
-    latent: Tensor,  # (N, K, D)
-    prior_logits: Tensor,  # (N, K)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    target: Tensor,  # (N,)
-    maximum: Tensor,  # (N, K)
-    log_total: Tensor,  # (N, K)
-    target_logit: Tensor,  # (N, K)
-    ignore_index: int,
-    needs: Sequence[bool],
-    transform: Transform,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dl = (g r + g_L) exp(l − L) − g r 1[v = y], da = g (π − r)."""
-    (n, k, d), valid = latent.shape, target != ignore_index
-    log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
-    _, responsibility = mix_target(log_prior, maximum, log_total, target_logit)
-    grad = torch.where(valid, grad.to(maximum.dtype), 0)[:, None]
-    # an ignored token weighs nothing even where its statistics are not finite
-    of_target = torch.where(grad != 0, grad * responsibility, 0)
-    grad_prior = (log_prior.exp() * grad - of_target).to(prior_logits.dtype) if needs[1] else prior_logits.new_empty(0)
-    per_row = maximum.view(-1), log_total.view(-1), (of_target + grad_lse).view(-1), of_target.view(-1)
-    rows, row_target = latent.view(n * k, d), torch.where(valid, target, -1).repeat_interleave(k)
-    product_needs = (needs[0], needs[2], needs[3])
-    grad_rows, grad_weight, grad_bias = rows_backward(
-        rows, weight, bias, row_target, *per_row, product_needs, transform=transform
-    )
     return grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_prior, grad_weight, grad_bias
 
 

@@ -1,7 +1,8 @@
 """Logits of a few classes of each token, and their gradients: rows of the embedding are gathered for a block of tokens
 at a time, so that no (N, M, D) tensor exists.
 
-Duplicates add up in a fixed order: torch sorts the rows where index_put_ accumulates on a GPU.
+Duplicates add up in a fixed order, whatever the number of threads: on a GPU torch sorts the rows where index_put_
+accumulates, on a CPU the backward pass of an embedding shares its rows out.
 """
 
 import torch
@@ -65,6 +66,14 @@ def add_gathered_gradients(
         if needs[0]:
             grad_latent[t] += grad[t] @ weight[rows[t]].to(grad.dtype)
         if needs[1]:
-            grad_weight.index_put_((rows[t],), grad[t].transpose(1, 2) @ latent[t].to(grad.dtype), accumulate=True)
+            _add_rows(grad_weight, rows[t], grad[t].transpose(1, 2) @ latent[t].to(grad.dtype))
         if needs[2]:
-            grad_bias.index_put_((rows[t],), grad[t].sum(1), accumulate=True)
+            _add_rows(grad_bias[:, None], rows[t], grad[t].sum(1)[..., None])
+
+
+def _add_rows(result: Tensor, rows: Tensor, values: Tensor) -> None:  # (V, D), (n, M), (n, M, D)
+    """result[rows] += values."""
+    if result.device.type == "cpu":
+        result += torch.ops.aten.embedding_dense_backward(values.contiguous(), rows, result.shape[0], -1, False)
+    else:
+        result.index_put_((rows,), values, accumulate=True)

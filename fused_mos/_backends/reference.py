@@ -47,7 +47,7 @@ def log_prob(
     """log Σ_k π_k softmax_v(l_k), paper eq. of section 2.3. (The published code adds 1e-8 to each probability.)"""
     log_softmax = torch.log_softmax(logits(latent, weight, bias, transform), dim=-1)
     log_prior = log_softmax_prior(prior_logits).to(log_softmax.dtype)
-    return torch.logsumexp(log_prior[..., None] + log_softmax, dim=1)
+    return mixed(log_prior[..., None] + log_softmax)
 
 
 def expert_log_prob(

@@ -12,6 +12,9 @@ class Sum(NamedTuple):
     "classes"   Σ_v w_v log p_v, with w = 1 where there are no class weights
     "entropy"   −Σ_v p_v log p_v
     "tempered"  log Σ_v exp(log p_v / temperature)
+
+    Its backward pass takes s[n,k] = Σ_v q ∂sum/∂log p_v. Of an entropy that is −Σ_v q p (log p + 1), of which a part of
+    the vocabulary sums −Σ_v q p log p alone: the rest is −π over all classes, which `completed` adds.
     """
 
     kind: str
@@ -20,24 +23,26 @@ class Sum(NamedTuple):
     value: Tensor | None = None  # (N,): what it is, for the derivative of "tempered"
 
     def terms(self, log_p: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  # (n, columns) each
-        """The terms of a sum and their derivatives by log p, for some of the classes; not of "tempered"."""
+        """The terms of a sum and what weighs q in s, for some of the classes; not of "tempered"."""
         if self.kind == "entropy":
-            p = log_p.exp()
-            return torch.where(p > 0, -p * log_p, 0), self._entropy_derivative(p, log_p)
+            finite = torch.where(log_p > -torch.inf, log_p, 0)  # 0·log 0 is 0, and so is its gradient
+            terms = torch.where(log_p > -torch.inf, -finite.exp() * finite, 0)
+            return terms, terms
         if self.class_weight is None:
             return log_p, torch.ones_like(log_p)
         weight = self.class_weight[columns].expand_as(log_p)
-        return torch.where(weight != 0, weight * log_p, 0), weight
+        return torch.where(weight != 0, weight, 0) * torch.where(weight != 0, log_p, 0), weight
+
+    def completed(self, s: Tensor, log_prior: Tensor) -> Tensor:  # (N, K), (N, K)
+        """s over all classes, of what their parts have summed."""
+        return s - log_prior.exp() if self.kind == "entropy" else s
 
     def derivative(self, log_p: Tensor, columns: slice, tokens: slice) -> Tensor:  # (n, columns)
         """A fresh tensor."""
         if self.kind == "entropy":
-            return self._entropy_derivative(log_p.exp(), log_p)
+            p = log_p.exp()
+            return torch.where(p > 0, -p * (log_p + 1), 0)
         if self.kind == "classes":
             return torch.zeros_like(log_p) + (1 if self.class_weight is None else self.class_weight[columns])
         assert self.value is not None
         return torch.exp(log_p / self.temperature - self.value[tokens, None]) / self.temperature
-
-    @staticmethod
-    def _entropy_derivative(p: Tensor, log_p: Tensor) -> Tensor:
-        return torch.where(p > 0, -p * (log_p + 1), 0)

@@ -172,7 +172,9 @@ def _blocks_with_gradients(
         else:
             parts = loss_weights[:, t], log_prior[t].exp(), maximum[t] + log_total[t], responsibility
             of_lse, of_target, gradient = gradients_of_weighted(*parts)
-            of_lse, of_target, kept = of_lse.view(-1, 1), of_target.view(-1, 1), None
+            of_lse, of_target = of_lse.view(-1, 1), of_target.view(-1, 1)
+            row_weight = (of_lse.abs() + of_target.abs()).view(-1)
+            kept = kept_rows(torch.ones_like(row_weight), row_weight, 0)
         if needs[1]:
             grad_prior[t] = gradient
         tile.mul_(of_lse / total).scatter_add_(1, local, torch.where(inside, -of_target, 0))

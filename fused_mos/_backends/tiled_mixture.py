@@ -183,11 +183,11 @@ def mixture_sum(
             s[t] = s[t] * rescale[:, None] + tile.posterior.mul_(terms[:, None]).sum(-1)
             peak[t] = new_peak
         else:
-            terms, derivative = sum_.terms(tile.log_p, tile.columns)
+            terms, of_posterior = sum_.terms(tile.log_p, tile.columns)
             value[t] += terms.sum(1)
-            s[t] += tile.posterior.mul_(derivative[:, None]).sum(-1)
-    if sum_.kind == "tempered":
-        s = s / (value * sum_.temperature)[:, None]
+            s[t] += tile.posterior.mul_(of_posterior[:, None]).sum(-1)
+    if sum_.kind == "tempered":  # of a part of the vocabulary it may be log 0
+        s = torch.where(value[:, None] != 0, s / (value * sum_.temperature)[:, None], 0)
         value = peak + value.log()
     return value, s, best.index, best.value
 

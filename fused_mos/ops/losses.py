@@ -79,8 +79,8 @@ def nll_backward(
     if grad_lse is None:
         return kernels.nll_backward(*known, ignore_index, filter_eps, needs, transform)
     (grad_lse,) = checks.numbers(latent, latent.shape[:2], grad_lse=grad_lse)
-    options = ignore_index, needs, transform
-    return from_rows.nll_and_lse_backward(kernels.rows_backward, grad_lse, *known, *options)  # type: ignore[call-arg]
+    options = ignore_index, 0.0, needs, transform, grad_lse
+    return from_rows.nll_backward(kernels.rows_backward, *known, *options)  # type: ignore[call-arg]
 
 
 @fake_of(nll_backward)

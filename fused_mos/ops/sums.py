@@ -29,7 +29,7 @@ def _sum(
         (class_weight,) = checks.numbers(latent, weight.shape[:1], class_weight=class_weight)
     if value is not None:
         (value,) = checks.numbers(latent, latent.shape[:1], value=value)
-    return Sum(kind, class_weight, checks.check_temperature(mixture_temperature), value)
+    return Sum(kind, class_weight, checks.check_temperature(mixture_temperature, "mixture_temperature"), value)
 
 
 @custom_op("fused_mos::mixture_sum", mutates_args=())
@@ -47,8 +47,8 @@ def mixture_sum(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum over the classes in `weight`, (N,); s (N, K) for its backward pass; and the most probable of these
-    classes, (N,) int64, and its log p, (N,). Not differentiable."""
+    """The sum over the classes in `weight`, (N,); what they add to s (N, K); and the most probable of them, (N,) int64,
+    and its log p, (N,). Not differentiable."""
     given = checks.given_normalisers(latent, log_prior, weight, bias, maximum, log_total, backend)
     sum_ = _sum(latent, weight, kind, class_weight, mixture_temperature)
     return _backends.kernels(backend).mixture_sum(sum_, *given, checks.transform(softcap, temperature))
@@ -86,7 +86,7 @@ def mixture_sum_backward(
     maximum: Tensor,  # (N, K)
     log_total: Tensor,  # (N, K)
     target_logit: Tensor,  # (N, K)
-    s: Tensor,  # (N, K), of `mixture_sum` over all classes
+    s: Tensor,  # (N, K), completed, over all classes
     value: Tensor,  # (N,), of `mixture_sum` over all classes
     kind: str,
     class_weight: Tensor | None,  # (V,)
@@ -167,8 +167,8 @@ def likelihood_and_sum(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The target's log p (N,), NaN where it is no class; lse (N, K); the sum (N,); and the most probable class (N,)
-    int64. The first three are differentiable, and the rest is for the backward pass."""
+    """The target's log p (N,), NaN where it is no class; lse (N, K); the sum (N,); and whether no class is more
+    probable than the target, (N,) bool. The first three are differentiable; the rest is for the backward pass."""
     inputs, target = checks.operands(latent, prior_logits, weight, bias, backend), checks.targets(target, latent)
     transform, kernels = checks.transform(softcap, temperature), _backends.kernels(backend)
     (n, k, d), log_prior = latent.shape, log_softmax_prior(prior_logits)
@@ -176,16 +176,22 @@ def likelihood_and_sum(
     if k == 1 and kind == "entropy":  # which the normaliser's product tells, and whether the target is the best
         *statistics, value = kernels.row_entropy(rows, *inputs[2:], of_rows, transform)
         maximum, log_total, target_logit = (statistic[:, None] for statistic in statistics)
-        best = torch.where(statistics[2] == statistics[0], target, -1)
-        likelihood = ((target_logit - maximum) - log_total).squeeze(1)
-        return likelihood, maximum + log_total, value, best, maximum, log_total, target_logit, (value - 1)[:, None]
+        likelihood, is_top1 = ((target_logit - maximum) - log_total).squeeze(1), at_top(statistics[2], statistics[0])
+        return likelihood, maximum + log_total, value, is_top1, maximum, log_total, target_logit, (value - 1)[:, None]
     statistics = kernels.row_statistics(rows, *inputs[2:], of_rows, transform)
     maximum, log_total, target_logit = (statistic.view(n, k) for statistic in statistics)
     log_prior = log_prior.to(maximum.dtype)
     nll, _ = mix_target(log_prior, maximum, log_total, target_logit)
     sum_ = _sum(latent, weight, kind, class_weight, mixture_temperature)
-    value, s, best, _ = kernels.mixture_sum(sum_, inputs[0], log_prior, *inputs[2:], maximum, log_total, transform)
-    return -nll, maximum + log_total, value, best, maximum, log_total, target_logit, s
+    given = inputs[0], log_prior, *inputs[2:], maximum, log_total, transform
+    value, s, best, log_p = kernels.mixture_sum(sum_, *given)
+    is_top1 = (best == target) | at_top(-nll, log_p)
+    return -nll, maximum + log_total, value, is_top1, maximum, log_total, target_logit, sum_.completed(s, log_prior)
+
+
+def at_top(value: Tensor, largest: Tensor) -> Tensor:
+    """Whether a value is the largest, or differs from it by roundings alone."""
+    return largest - value <= 4 * torch.finfo(value.dtype).eps * largest.abs().clamp_min(1)
 
 
 @fake_of(likelihood_and_sum)
@@ -204,7 +210,7 @@ def _(
 ):
     lse, *others = empty_statistics(latent, 5)
     likelihood, value = lse.new_empty(latent.shape[0]), lse.new_empty(latent.shape[0])
-    return likelihood, lse, value, torch.empty_like(target), *others
+    return likelihood, lse, value, torch.empty_like(target, dtype=torch.bool), *others
 
 
 def _setup(ctx, inputs, output):
@@ -218,7 +224,6 @@ def _backward(ctx, grad_likelihood, grad_lse, grad_value, *_):
     refuse_double_backward()
     *saved, class_weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    # of a target that is no class the log-probability is NaN, and takes no gradient
     grads = (grad.contiguous() for grad in (grad_value, grad_likelihood, grad_lse))
     gradients = mixture_sum_backward(*grads, *saved, ctx.kind, class_weight, ctx.temperature, needs, *ctx.options)
     return *as_gradients(gradients, needs), *(None,) * 7

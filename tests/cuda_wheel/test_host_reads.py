@@ -101,11 +101,11 @@ def test_gradients_in_the_forward_pass(mean, backend, shape, dtype):
         options = (-100, 0.0, mean, needs, backend)
         outputs = ops.nll_with_gradients._init_fn(*inputs, *options)
         context = SimpleNamespace(
-            options=(-100, 0.0, backend),
+            options=(-100, 0.0, backend, 0.0),
             needs_input_grad=needs,
-            saved_tensors=(*inputs, *outputs[3:6], outputs[1], *outputs[6:]),
+            saved_tensors=(*inputs, *outputs[3:6], outputs[1], *outputs[6:10]),
         )
-        ops.losses._nll_with_gradients_backward(context, torch.ones_like(outputs[0]), None, None)
+        ops.losses._nll_with_gradients_backward(context, torch.ones_like(outputs[0]), *[None] * 10)
 
     assert audited(backend, step) == []
 
@@ -116,7 +116,7 @@ def test_gradients_in_the_forward_pass(mean, backend, shape, dtype):
 def test_gradients_that_are_recomputed(backend, shape, dtype):
     def step():
         inputs = inputs_of(shape, dtype)
-        losses, *statistics = ops.nll._init_fn(*inputs, -100, 0.0, backend)
+        losses, *statistics, _ = ops.nll._init_fn(*inputs, -100, 0.0, backend)
         ops.nll_backward._init_fn(losses, *inputs, *statistics, -100, 0.0, [True] * 4, backend)
 
     assert audited(backend, step) == []
