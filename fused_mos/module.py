@@ -6,6 +6,7 @@ All three put a fused log-likelihood where a model would have `Linear(in_feature
 import torch
 from torch import Tensor, nn
 
+from ._latents import LowRank, clear, make_latents
 from .dropout import LockedDropout, check_probability
 from .head import Head, check_int, check_parameter
 
@@ -47,7 +48,7 @@ class Softmax(Head):
 
 
 class MoS(Head):
-    """Mixture of Softmaxes: p = Σ_k π_k softmax(W tanh(W_k h + c_k) + b) (Yang et al. 2018, section 2.3).
+    """Mixture of Softmaxes: p = Σ_k π_k softmax(W z_k + b), z_k = tanh(W_k h + c_k) (Yang et al. 2018, section 2.3).
 
     Args:
         in_features: size H of the context vector h.
@@ -63,10 +64,16 @@ class MoS(Head):
         softcap: c > 0, for each expert's logits c·tanh(l/c); None for none.
         n_external: K′ components from elsewhere (a cache, a pointer, an n-gram model) that the prior mixes with the
             experts; `forward` is given their `extra_log_prob`, and what needs all classes refuses. Not for MoC.
+        latent: "tanh", the paper's; "linear", z_k = W_k h + c_k; or "residual", z_k = h + U_k h with U_k = 0 to begin
+            with, which needs latent_features = in_features.
+        latent_norm: divide each W_k h + c_k by its root mean square (an RMSNorm without a weight), which keeps tanh
+            from saturating under Adam. Not for "residual".
+        rank: r, for W_k or U_k as a product A_k B_k of (D, r) and (r, H); at most min(H, D). None for whole matrices.
 
     Raises ValueError, TypeError: an argument that is not as above.
 
-    The submodules `prior`, `latent.0` and `decoder` are named as in the paper's published code.
+    The submodules `prior`, `latent.0` and `decoder` are named as in the paper's published code; with a rank, `latent.0`
+    has `down` (K·r, H) and `up` (K, D, r) for `weight`.
 
     >>> head = MoS(in_features=512, n_classes=10_000, n_experts=15, latent_features=280)
     >>> output, loss = head(hidden, target)   # (T, B, 512), (T, B) -> (T, B), ()
@@ -86,6 +93,9 @@ class MoS(Head):
         dtype=None,
         softcap: float | None = None,
         n_external: int = 0,
+        latent: str = "tanh",
+        latent_norm: bool = False,
+        rank: int | None = None,
     ):
         in_features = check_int("in_features", in_features)
         n_experts = check_int("n_experts", n_experts)
@@ -100,10 +110,29 @@ class MoS(Head):
         self.n_experts = n_experts
         device, dtype = self.decoder.weight.device, self.decoder.weight.dtype
         self.prior = nn.Linear(in_features, n_experts + self.n_external, bias=False, device=device, dtype=dtype)
-        projections = nn.Linear(in_features, n_experts * latent_features, device=device, dtype=dtype)
-        self.latent = nn.Sequential(projections, nn.Tanh())
+        self.latent_kind, self.latent_norm = latent, latent_norm
+        self.rank = None if rank is None else positive_int("rank", rank)
+        sizes = in_features, n_experts, self.decoder.in_features
+        self.latent = make_latents(latent, *sizes, latent_norm, self.rank, device, dtype)
         self.latent_dropout = LockedDropout(latent_dropout)
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The paper's initialisation: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
+
+        Residual latents begin as h itself, U_k = 0 (A_k where there is a rank), which makes the head a softmax. Their
+        prior has weights N(0, 1/in_features), and so logits of standard deviation 1 where h has a root mean square of
+        1: experts that are equal part by their shares of the tokens alone.
+
+        A tied weight belongs to its embedding and is left alone. These scales suit SGD and Adam; what Adam cannot do
+        in few steps is to learn the bias, which `init_bias` sets.
+        """
+        super().reset_parameters()
+        if isinstance(self.latent[0], LowRank):
+            self.latent[0].reset_parameters()
+        if self.latent_kind == "residual":
+            clear(self.latent)
+            nn.init.normal_(self.prior.weight, std=self.in_features**-0.5)
 
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
         latent = self.latent_dropout(self.latent(input))
@@ -115,7 +144,10 @@ class MoS(Head):
 
     def extra_repr(self) -> str:
         external = f", n_external={self.n_external}" if self.n_external else ""
-        return f"n_experts={self.n_experts}{external}, {super().extra_repr()}"
+        latent = f", latent={self.latent_kind!r}" if self.latent_kind != "tanh" else ""
+        norm = ", latent_norm=True" if self.latent_norm else ""
+        rank = f", rank={self.rank}" if self.rank else ""
+        return f"n_experts={self.n_experts}{external}{latent}{norm}{rank}, {super().extra_repr()}"
 
 
 class MoC(MoS):

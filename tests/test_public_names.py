@@ -41,7 +41,8 @@ SHARD = {
 }
 MIXTURE = (
     "(in_features, n_classes, n_experts=10, latent_features=None, bias=True, latent_dropout=0.0, weight=None, "
-    "backend='auto', device=None, dtype=None, softcap=None, n_external=0)"
+    "backend='auto', device=None, dtype=None, softcap=None, n_external=0, latent='tanh', "
+    "latent_norm=False, rank=None)"
 )
 HEADS = {
     "MoC": MIXTURE,

@@ -1,0 +1,114 @@
+"""The experts' latent vectors: maps of the context h (…, H) to z_1 … z_K, side by side (…, K·D).
+
+    tanh       z_k = tanh(norm(W_k h + c_k))
+    linear     z_k = norm(W_k h + c_k)
+    residual   z_k = h + U_k h
+
+The norm is optional. Where a rank is given, W_k and U_k are products A_k B_k of an "up" (D, rank) and a "down" matrix
+(rank, H). Every parameter has the experts in its first dimension, expert by expert.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("tanh", "linear", "residual")
+
+
+def make_latents(
+    kind: str, in_features: int, n_experts: int, latent_features: int, norm: bool, rank: int | None, device, dtype
+) -> nn.Sequential:
+    """The module, whose first part holds all parameters.
+
+    Raises ValueError for a combination that cannot be.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"latent must be one of {', '.join(KINDS)}, got {kind!r}")
+    residual = kind == "residual"
+    if residual and latent_features != in_features:
+        raise ValueError(
+            "latent='residual' adds to the input, so latent_features must be in_features, got "
+            f"{latent_features} and {in_features}"
+        )
+    if residual and norm:
+        raise ValueError(
+            "latent_norm must be False for latent='residual', whose vectors keep the scale of the input, got True"
+        )
+    if rank is not None and rank > min(in_features, latent_features):
+        raise ValueError(
+            f"rank must be at most min(in_features, latent_features) = {min(in_features, latent_features)}, got {rank}"
+        )
+    options = {"bias": not residual, "device": device, "dtype": dtype}
+    maps: nn.Linear | LowRank
+    if rank is None:
+        maps = nn.Linear(in_features, n_experts * latent_features, **options)
+    else:
+        maps = LowRank(in_features, n_experts, latent_features, rank, **options)
+    if residual:
+        return Residual(maps)
+    return nn.Sequential(maps, *[ExpertNorm(latent_features)] * norm, *[nn.Tanh()] * (kind == "tanh"))
+
+
+class LowRank(nn.Module):
+    """h (…, H) -> A_k B_k h + c_k of all experts (…, K·D): one product for B, one batched over experts for A."""
+
+    def __init__(self, in_features: int, n_experts: int, latent_features: int, rank: int, bias: bool, device, dtype):
+        super().__init__()
+        options = {"device": device, "dtype": dtype}
+        self.down = nn.Parameter(torch.empty(n_experts * rank, in_features, **options))  # B
+        self.up = nn.Parameter(torch.empty(n_experts, latent_features, rank, **options))  # A
+        self.bias = nn.Parameter(torch.empty(n_experts * latent_features, **options)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """B_k and c_k as in nn.Linear; A_k so that A_k B_k has the variance that nn.Linear gives a matrix."""
+        (_, in_features), rank = self.down.shape, self.up.shape[2]
+        nn.init.uniform_(self.down, -(in_features**-0.5), in_features**-0.5)
+        nn.init.uniform_(self.up, -((3 / rank) ** 0.5), (3 / rank) ** 0.5)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -(in_features**-0.5), in_features**-0.5)
+
+    def forward(self, h: Tensor) -> Tensor:
+        n_experts, _, rank = self.up.shape
+        inner = nn.functional.linear(h, self.down).view(*h.shape[:-1], n_experts, rank)
+        latent = torch.einsum("...kr,kdr->...kd", inner, self.up).flatten(-2)
+        return latent if self.bias is None else latent + self.bias
+
+    def extra_repr(self) -> str:
+        n_experts, latent_features, rank = self.up.shape
+        sizes = f"in_features={self.down.shape[1]}, n_experts={n_experts}, latent_features={latent_features}"
+        return f"{sizes}, rank={rank}, bias={self.bias is not None}"
+
+
+class ExpertNorm(nn.RMSNorm):
+    """RMSNorm of each expert's vector by itself. It has no weight: a learnt gain could drive tanh into saturation
+    again, which is what the norm prevents, and the decoder scales the vectors anyway."""
+
+    def __init__(self, latent_features: int):
+        super().__init__(latent_features, eps=1e-6, elementwise_affine=False)  # by default 0.008 in bfloat16
+
+    def forward(self, latent: Tensor) -> Tensor:  # (…, K·D)
+        (latent_features,) = self.normalized_shape
+        experts = latent.view(*latent.shape[:-1], latent.shape[-1] // latent_features, latent_features)
+        return super().forward(experts).view(latent.shape)
+
+
+class Residual(nn.Sequential):
+    """h -> h + U_k h of all experts (…, K·D); its one part computes U_k h."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        moved = super().forward(h)
+        n_experts = moved.shape[-1] // h.shape[-1]
+        return (h.unsqueeze(-2) + moved.view(*h.shape[:-1], n_experts, h.shape[-1])).flatten(-2)
+
+
+def maps_of(latents: nn.Sequential) -> nn.Linear | LowRank:
+    """W_k and c_k, or U_k, of all experts."""
+    return cast(nn.Linear | LowRank, latents[0])
+
+
+def clear(latents: nn.Sequential) -> None:
+    """Makes every expert's matrix 0: A_k where it is a product, whose gradient B_k then passes on."""
+    maps = maps_of(latents)
+    nn.init.zeros_(maps.up if isinstance(maps, LowRank) else maps.weight)
