@@ -22,6 +22,9 @@ class AllClasses(Vocabulary):
     def count_classes(self, operands: Operands) -> int:
         return operands.weight.shape[0]
 
+    def rows(self, whole: Tensor) -> Tensor:
+        return whole
+
     def sum_of_logits(self, operands: Operands, class_weight: Tensor | None) -> Tensor | None:
         """z·(Eᵀw) + b·w, which takes no product with E."""
         latent, _, weight, bias, _, softcap = operands

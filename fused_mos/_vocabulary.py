@@ -355,6 +355,10 @@ class Vocabulary(ABC):
         """The prior, and the experts' normalisers over all classes."""
 
     @abstractmethod
+    def rows(self, whole: Tensor) -> Tensor:
+        """(V, …) -> those of this process."""
+
+    @abstractmethod
     def best(self, operands: Operands) -> Tensor:
         """The most probable of all classes, (N,) int64."""
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._initial import smoothed, warn_of_large
 from ._inputs import check_backend, check_reduction, check_softcap, is_autocast
 from ._local import LOCAL
 from ._plain import read_decoder
@@ -65,7 +66,8 @@ class Head(nn.Module):
         in_place = "meta" if weight is not None else device  # there never is a second (V, D)
         self.decoder = nn.Linear(latent_features, n_classes, bias, device=in_place, dtype=dtype)
         if weight is not None:
-            self.tie(weight)
+            self._share(weight)
+            warn_of_large(weight, stacklevel=4)  # at the constructor's caller
             if bias:
                 self.decoder.bias = nn.Parameter(weight.new_empty(n_classes))
 
@@ -73,6 +75,10 @@ class Head(nn.Module):
         """Makes an embedding's Parameter (V, D) the decoder's weight, as the argument `weight` does at first; again
         where the two have become different parameters."""
         _check_weight(weight, self.decoder.out_features, self.decoder.in_features)
+        self._share(weight)
+        warn_of_large(weight, stacklevel=3)
+
+    def _share(self, weight: nn.Parameter) -> None:
         self.decoder.weight = weight
         self.tied = True
 
@@ -107,6 +113,33 @@ class Head(nn.Module):
             nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         if self.decoder.bias is not None:
             nn.init.zeros_(self.decoder.bias)
+
+    @torch.no_grad()
+    def init_bias(self, counts: Tensor) -> None:
+        """Sets the decoder's bias, in place, to the logarithms of the classes' frequencies in training text. Call it
+        before training: Adam, whose steps have one size, takes thousands to reach the bias of rare words, and until
+        then latent vectors are driven to make up for it.
+
+        Args:
+            counts: (V,) integers or floats, how often each class is a target. Frequencies are
+            (count + 1) / (total + V), so that a class that does not occur has one, too. They are the probabilities
+            that a head has for latent vectors of 0 (with a softcap nearly, which caps them like all logits).
+
+        The rows of a head that `vocab_parallel` has sharded are taken from the counts of all classes.
+
+        Raises ValueError, TypeError for other counts, a head without a bias, and one whose bias was trained.
+        """
+        _, bias = read_decoder(self.decoder)
+        if not isinstance(bias, nn.Parameter):
+            raise ValueError(f"init_bias needs a head whose decoder has a bias of its own (bias=True), got {bias}")
+        frequencies = smoothed(counts, self.n_classes)
+        least, largest = bias.aminmax()
+        if least != largest:
+            raise ValueError(
+                "init_bias is for a bias that has not been trained, whose numbers are equal, but the decoder's go from "
+                f"{least:.4g} to {largest:.4g}; reset_parameters makes a new one"
+            )
+        bias.copy_(self.vocabulary.rows(frequencies).log())
 
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """(…, in_features) -> latent (…, K, D), prior_logits (…, K + n_external)."""

@@ -120,8 +120,14 @@ def test_defaults():
     assert module.n_experts == 10 and module.decoder.in_features == 16 and module.decoder.bias is not None
 
 
+def small_embedding(**options) -> nn.Embedding:
+    embedding = nn.Embedding(V, D, **options)
+    nn.init.uniform_(embedding.weight, -0.1, 0.1)
+    return embedding
+
+
 def test_tied_weight_is_the_embedding():
-    embedding = nn.Embedding(V, D)
+    embedding = small_embedding()
     before = embedding.weight.detach().clone()
     module = fused_mos.MoS(H, V, K, weight=embedding.weight)
     assert module.decoder.weight is embedding.weight and torch.equal(embedding.weight, before)
@@ -133,12 +139,12 @@ def test_tied_weight_is_the_embedding():
 
 def test_a_tied_head_is_what_its_weight_is():
     for head in (fused_mos.MoS, fused_mos.MoC):
-        module = head(H, V, K, weight=nn.Embedding(V, D, dtype=torch.bfloat16).weight)
+        module = head(H, V, K, weight=small_embedding(dtype=torch.bfloat16).weight)
         assert all(p.dtype == torch.bfloat16 for p in module.parameters())
         module(torch.randn(3, H).bfloat16(), torch.tensor([1, 2, 3])).loss.backward()
         module = head(H, V, K, weight=nn.Embedding(V, D, device="meta").weight)
         assert all(p.device.type == "meta" for p in module.parameters())
-    module = fused_mos.Softmax(D, V, weight=nn.Embedding(V, D, dtype=torch.float64).weight, device="cpu")
+    module = fused_mos.Softmax(D, V, weight=small_embedding(dtype=torch.float64).weight, device="cpu")
     assert all(p.dtype == torch.float64 for p in module.parameters())
     for wrong in ({"dtype": torch.bfloat16}, {"device": "meta"}):
         with pytest.raises(
@@ -150,7 +156,7 @@ def test_a_tied_head_is_what_its_weight_is():
 class TiedModel(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding = nn.Embedding(V, D)
+        self.embedding = small_embedding()
         self.head = fused_mos.MoS(H, V, K, weight=self.embedding.weight)
 
 
@@ -159,7 +165,7 @@ def broken_by_to_empty(model):
         model = TiedModel()
     model.to_empty(device="cpu")
     for parameter in model.parameters():
-        nn.init.constant_(parameter, 1e30)  # as uninitialised memory may be
+        nn.init.constant_(parameter, 2.0**99)  # as uninitialised memory may be
     return model
 
 

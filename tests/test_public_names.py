@@ -52,6 +52,7 @@ HEADS = {
 }
 METHODS = {
     "forward": "(self, input, target, *, ignore_index=-100, reduction='mean', grad_filter_eps=0.0, " + OPTIONS + ")",
+    "init_bias": "(self, counts)",
     "log_prob": "(self, input)",
     "log_prob_at": "(self, input, index, *, ignore_index=-100, temperature=1.0, mixture_temperature=1.0)",
     "mixture": "(self, input)",
