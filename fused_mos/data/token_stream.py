@@ -20,6 +20,9 @@ from .corpus import CorpusError, Vocabulary
 from .lm1b import BOS
 from .manifest import read_manifest
 
+COUNTED_AT_ONCE = 1 << 22
+"""Tokens of which numpy makes a copy in 8 bytes each."""
+
 
 @dataclass(frozen=True)
 class TokenFile:
@@ -83,6 +86,16 @@ class PreparedCorpus:
         with bar(desc="check shards", unit="bytes", total=n_bytes, leave=False, disable=rank > 0) as shown:
             for file in files:
                 file.check(shown.update)
+
+    def count_targets(self, rank: int = 0, n_ranks: int = 1) -> Tensor:
+        """How often each word is to be predicted in the training shards that are this rank's to count, (V,) int64."""
+        counts = np.zeros(len(self.vocabulary), dtype=np.int64)
+        for file in self.train[rank::n_ranks]:
+            text = file.open()
+            for start in range(0, len(text), COUNTED_AT_ONCE):
+                counts += np.bincount(text[start : start + COUNTED_AT_ONCE], minlength=len(counts))
+        counts[self.bos] = 0
+        return torch.from_numpy(counts)
 
 
 @dataclass

@@ -110,6 +110,9 @@ class RunConfig:
     resume: Path | None = setting(None, may_change=True)
     """Go on with the run in this folder: short for the command that began it."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    init_bias: bool = False
+    """Start the head's bias at the logarithms of the words' frequencies in the training text, instead of 0: Adam takes
+    thousands of steps to learn it. Acts at the start of a run that begins with a new model."""
     seed: int = setting(0, SEED)
     """Seed."""
     device: str = setting("auto", may_change=True)

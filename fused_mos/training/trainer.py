@@ -101,6 +101,8 @@ class Trainer:
             check_vocabulary(self.corpus, config.start / "vocabulary.txt")
             load_parameters(self.model, start.tensors, start.path)
             self.optimizer.start_averaging()
+        elif config.init_bias:
+            self.model.head.init_bias(torch.bincount(self.corpus.train, minlength=len(self.corpus.vocabulary)))
         if lock is None:
             lock = run_folder.claim(self.folder, is_of_run)
             if has_begun(self.folder):

@@ -82,6 +82,12 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
+    def add_up(self, counts: Tensor) -> Tensor:
+        """The sum of a tensor of the host over all ranks, on the device."""
+        total = counts.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
     def agree(self, error: Exception | None) -> None:
         """Raises on every rank if there is an error on any: this rank's own, or one that says that another rank has
         it."""

@@ -90,6 +90,8 @@ class LM1BTrainer:
             self._restore(self.resumed)
         elif config.resume:
             raise CheckpointError(f"there is no checkpoint in {self.checkpoints}")
+        elif config.init_bias and not config.evaluate:
+            self.model.head.init_bias(ranks.add_up(self.corpus.count_targets(ranks.rank, ranks.n_ranks)))
         self.stopwatch = meter.Stopwatch(self.progress, self.device)
         self.distributed: DistributedDataParallel | None = None
         if ranks.n_data > 1:  # only now: it makes the parameters of all ranks the same
