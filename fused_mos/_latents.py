@@ -112,3 +112,27 @@ def clear(latents: nn.Sequential) -> None:
     """Makes every expert's matrix 0: A_k where it is a product, whose gradient B_k then passes on."""
     maps = maps_of(latents)
     nn.init.zeros_(maps.up if isinstance(maps, LowRank) else maps.weight)
+
+
+@torch.no_grad()
+def perturb(latents: nn.Sequential, latent_features: int, noise: float) -> None:
+    """Adds to each expert's matrix a random one that takes h to a vector of about `noise` times its length."""
+    maps = maps_of(latents)
+    if isinstance(maps, LowRank):
+        # |B_k h|² is about rank · (mean square of B_k) · |h|²
+        lengths = (latent_features * maps.up.shape[2] * maps.down.square().mean()).sqrt()
+        maps.up.add_(torch.randn_like(maps.up) * (noise / lengths))
+    else:
+        maps.weight.add_(torch.randn_like(maps.weight), alpha=noise / latent_features**0.5)
+
+
+@torch.no_grad()
+def repeat_experts(module: nn.Module, times: int) -> None:
+    """Makes 1 … K, 1 … K, … of the experts of a module whose parameters have them in their first dimension."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                repeated = parameter.repeat(times, *[1] * (parameter.dim() - 1))
+                part._parameters[name] = nn.Parameter(repeated, parameter.requires_grad)
+        if isinstance(part, nn.Linear):
+            part.out_features *= times

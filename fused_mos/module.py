@@ -3,12 +3,20 @@
 All three put a fused log-likelihood where a model would have `Linear(in_features, n_classes)` and cross-entropy.
 """
 
+import copy
+import math
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._latents import LowRank, clear, make_latents
+from ._latents import LowRank, clear, make_latents, perturb, repeat_experts
+from ._plain import addition
 from .dropout import LockedDropout, check_probability
 from .head import Head, check_int, check_parameter
+
+Mixture = TypeVar("Mixture", bound="MoS")
 
 
 class Softmax(Head):
@@ -117,6 +125,93 @@ class MoS(Head):
         self.latent_dropout = LockedDropout(latent_dropout)
         self.reset_parameters()
 
+    @classmethod
+    def from_linear(
+        cls: type[Mixture],
+        linear: nn.Linear,
+        n_experts: int,
+        *,
+        rank: int | None = None,
+        noise: float = 0.0,
+        input_rms: float = 1.0,
+        backend: str = "auto",
+        softcap: float | None = None,
+    ) -> Mixture:
+        """A mixture in the place of a trained softmax layer, with the same log-probabilities: experts with residual
+        latents, U_k = 0, over the layer's own decoder.
+
+        The decoder's weight and bias are the Parameters of `linear`, so ties survive. (The head is not `tied` itself:
+        `head.tie(embedding.weight)` tells it that another module initialises the weight.)
+
+        Experts that are equal and have equal shares would get equal gradients and never part. Any shares leave the
+        log-probabilities as they are, so it is the prior that is random: weights N(0, 1 / in_features), logits of
+        standard deviation 1 for hidden states of root mean square `input_rms`.
+
+        Args:
+            linear: a plain nn.Linear (H, V).
+            n_experts: K.
+            rank: r of U_k = A_k B_k, with A_k = 0 and B_k random; by default U_k are whole matrices (H, H).
+            noise: |U_k h| ÷ |h| to begin with, which costs log-likelihood. (In bfloat16 h + U_k h is h where this is
+            below 0.002.)
+            input_rms: of the hidden states, such as hidden.square().mean().sqrt(): 1 behind a norm without gains.
+            backend, softcap: as in the constructor.
+
+        Raises TypeError, ValueError.
+        """
+        _check_linear(linear)
+        _check_scales(noise, input_rms)
+        weight, bias = linear.weight, linear.bias
+        # one number that stands for (V, H): there never is a second decoder
+        place = nn.Parameter(weight.new_zeros(()).expand_as(weight), requires_grad=False)
+        head = cls(
+            linear.in_features,
+            linear.out_features,
+            n_experts,
+            bias=bias is not None,
+            weight=place,
+            backend=backend,
+            softcap=softcap,
+            latent="residual",
+            rank=rank,
+        )
+        head.decoder.weight, head.decoder.bias, head.tied = weight, bias, False
+        with torch.no_grad():
+            head.prior.weight.div_(input_rms)
+        if noise:
+            perturb(head.latent, head.decoder.in_features, noise)
+        return head.train(linear.training)
+
+    def grow(self: Mixture, m: int, *, noise: float = 0.0, input_rms: float = 1.0) -> Mixture:
+        """A new head of m·K experts, m copies of each, over the same decoder, with the same log-probabilities (but for
+        dropout, of which each expert has its own). This head stays as it is. Make a new optimizer for the new one.
+
+        Copies share their expert's part of the mixture, in shares that depend on the token, else they would never
+        part: copy j has the prior logit l_k(h) + v_j·h, of which the sum over copies is the same multiple of
+        exp(l_k(h)) for all k. v_j is N(0, 1 / in_features) and makes logits of standard deviation 1.
+
+        Args:
+            m: copies of each expert; those of a copy stand together: 1 … K, 1 … K, …
+            noise: the length of the random vectors added to each copy's W_k h or U_k h, ÷ |h|; it costs log-likelihood.
+            input_rms: the root mean square of the hidden states, as in `from_linear`.
+
+        Raises TypeError, ValueError; ValueError, too, for a head with external components, whose share would change.
+        """
+        m = positive_int("m", m)
+        _check_scales(noise, input_rms)
+        if self.n_external:
+            raise ValueError(f"grow needs a head with n_external = 0, got {self.n_external}")
+        head = copy.deepcopy(self, {id(parameter): parameter for parameter in self.decoder.parameters()})
+        for module in (head.prior, head.latent):
+            repeat_experts(module, m)
+        head.n_experts = m * self.n_experts
+        if m > 1:
+            shares = torch.randn_like(self.prior.weight[:1].expand(m, -1)) / (input_rms * self.in_features**0.5)
+            with torch.no_grad():
+                head.prior.weight.add_(shares.repeat_interleave(self.n_experts, 0))
+        if noise:
+            perturb(head.latent, head.decoder.in_features, noise)
+        return head
+
     def reset_parameters(self) -> None:
         """The paper's initialisation: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
 
@@ -148,6 +243,23 @@ class MoS(Head):
         norm = ", latent_norm=True" if self.latent_norm else ""
         rank = f", rank={self.rank}" if self.rank else ""
         return f"n_experts={self.n_experts}{external}{latent}{norm}{rank}, {super().extra_repr()}"
+
+
+def _check_linear(linear: nn.Linear) -> None:
+    if more := addition(linear, nn.Linear):
+        raise TypeError(f"linear must be a plain nn.Linear, but it {more}")
+    weight = linear.weight
+    if not isinstance(weight, nn.Parameter) or is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
+        kind = f"{type(weight.data).__name__} of {weight.dtype}"
+        kind += "" if isinstance(weight, nn.Parameter) else ", of a parametrization"
+        raise TypeError(f"linear must have a floating-point Parameter as its weight, got a {kind}")
+
+
+def _check_scales(noise: float, input_rms: float) -> None:
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be at least 0 and finite, got {noise}")
+    if not 0 < input_rms < math.inf:
+        raise ValueError(f"input_rms must be positive and finite, got {input_rms}")
 
 
 class MoC(MoS):
