@@ -149,7 +149,7 @@ def lm1b_full() -> LM1BConfig:
 
 def lm1b_tiny() -> LM1BConfig:
     """Minutes on a CPU, for a few shards and vocabularies of some 10,000 words. The paper's SGD: with Adam, at 0.0007
-    to 0.005, MoS of this size stays for long at the perplexity of the words' frequencies."""
+    to 0.005, MoS of this size needs init_bias, or stays for long at the perplexity of the words' frequencies."""
     model = replace(NO_DROPOUT, n_experts=3, embedding_size=96, hidden_sizes=(192, 128))
     return LM1BConfig(
         recipe="lm1b-tiny",
