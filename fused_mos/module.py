@@ -119,7 +119,7 @@ class MoS(Head):
         device, dtype = self.decoder.weight.device, self.decoder.weight.dtype
         self.prior = nn.Linear(in_features, n_experts + self.n_external, bias=False, device=device, dtype=dtype)
         self.latent_kind, self.latent_norm = latent, latent_norm
-        self.rank = None if rank is None else positive_int("rank", rank)
+        self.rank = None if rank is None else check_int("rank", rank)
         sizes = in_features, n_experts, self.decoder.in_features
         self.latent = make_latents(latent, *sizes, latent_norm, self.rank, device, dtype)
         self.latent_dropout = LockedDropout(latent_dropout)
@@ -196,7 +196,7 @@ class MoS(Head):
 
         Raises TypeError, ValueError; ValueError, too, for a head with external components, whose share would change.
         """
-        m = positive_int("m", m)
+        m = check_int("m", m)
         _check_scales(noise, input_rms)
         if self.n_external:
             raise ValueError(f"grow needs a head with n_external = 0, got {self.n_external}")

@@ -285,7 +285,7 @@ def test_a_layer_with_more_to_it():
         ({"noise": float("nan")}, "noise must be at least 0 and finite, got nan"),
         ({"input_rms": 0.0}, "input_rms must be positive and finite, got 0.0"),
         ({"backend": "fast"}, "backend must be one of"),
-        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"softcap": 0.0}, "softcap must be between"),
     ],
 )
 def test_wrong_numbers(options, message):
