@@ -1,0 +1,1 @@
+"""Mixtures of softmaxes in Hugging Face models."""
