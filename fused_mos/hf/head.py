@@ -1,0 +1,122 @@
+"""The module that stands where lm_head stood."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..head import HeadOutput, check_int
+from .loss import LossRequest
+from .provisional import ResidualMoS
+
+
+@dataclasses.dataclass
+class HeadOptions:
+    """What the configuration of a model keeps of its head, under `mos`."""
+
+    n_experts: int
+    rank: int | None = None
+    """Of the experts' changes to the hidden state; None for full."""
+    scale: float = 1.0
+    """What the logits are multiplied by, as Cohere and Granite do after lm_head."""
+    softcap: float | None = None
+    """As Gemma 2 has after lm_head."""
+
+    def __post_init__(self):
+        self.n_experts = check_int("n_experts", self.n_experts)
+        if self.rank is not None:
+            self.rank = check_int("rank", self.rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class LMHead(ResidualMoS):
+    """A mixture in the place of an lm_head: hidden states (…, D) -> logits (…, V), or the loss that the model asks for.
+
+    The logits are log p + Σ_k π_k L_k, with the experts' log-normalisers L_k: those that the softmax had where all
+    experts are equal. Softmax, and so most of what is done with logits, does not see the difference to log p; a
+    repetition penalty, which looks at their signs, does.
+    """
+
+    scale = 1.0
+    request: LossRequest | None = None
+    """What the model's forward pass, while it runs, asks for."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        # Empty, and saved. A class that expects an nn.Linear here stops at its size and does not load a random one;
+        # Mamba reads its dtype.
+        weight = self.decoder.weight
+        self.register_buffer("weight", torch.empty(0, device=weight.device, dtype=weight.dtype))
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.decoder.bias
+
+    def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        latent, prior_logits = super().mixture(input)
+        return latent if self.scale == 1 else latent * self.scale, prior_logits
+
+    def forward(self, input: Tensor, target: Tensor | None = None, **options):
+        if target is not None:
+            return super().forward(input, target, **options)
+        if self.request is not None and not self.request.answered:
+            return self._answer(self.request, input)
+        return self.logits(input)
+
+    def _answer(self, request: LossRequest, input: Tensor) -> Tensor:
+        """The loss is what the module returns, since hooks of FSDP2 and accelerate see outputs alone."""
+        request.answered = True
+        result = super().forward(
+            input,
+            request.target(input),
+            ignore_index=request.ignore_index,
+            reduction=request.reduction,
+            label_smoothing=request.label_smoothing,
+        )
+        assert isinstance(result, HeadOutput)  # and no lse
+        return request.reduced(result.loss)
+
+    def logits(self, input: Tensor) -> Tensor:
+        """log p + Σ_k π_k L_k: (…, in_features) -> (…, n_classes)."""
+        latent, prior_logits, weight, bias = self._operands(input)
+        options: dict[str, Any] = {"softcap": self.softcap, "backend": self.backend}
+        log_prob = functional.mos_log_prob(latent, prior_logits, weight, bias, **options)
+        lse = functional.mos_logsumexp(latent, weight, bias, **options)
+        level = (prior_logits.to(lse.dtype).softmax(-1) * lse).sum(-1, keepdim=True)
+        return (log_prob + level).view(*input.shape[:-1], -1)
+
+    def own_parameters(self) -> dict[nn.Module, list[nn.Parameter]]:
+        """Those that a mixture has beside the decoder's, by the module that holds them."""
+        modules = [module for module in self.modules() if module is not self.decoder]
+        return {module: list(module.parameters(recurse=False)) for module in modules}
+
+
+def upcycle(linear: nn.Linear, options: HeadOptions, noise: float, backend: str) -> LMHead:
+    """A head that goes on from a trained lm_head, whose Parameters it shares."""
+    head = LMHead.from_linear(linear, options.n_experts, rank=options.rank, noise=noise)
+    return _with(head, options, backend)
+
+
+def build(linear: nn.Linear, options: HeadOptions) -> LMHead:
+    """A head of the shape of `upcycle`'s, to load weights into."""
+    weight = linear.weight
+    head = LMHead(
+        linear.in_features,
+        linear.out_features,
+        options.n_experts,
+        bias=linear.bias is not None,
+        latent="residual",
+        rank=options.rank,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    return _with(head, options, "auto")
+
+
+def _with(head: LMHead, options: HeadOptions, backend: str) -> LMHead:
+    head.scale, head.softcap, head.backend = options.scale, options.softcap, backend
+    return head

@@ -1,0 +1,48 @@
+"""What a forward pass asks the head for in the place of logits: the loss of its labels."""
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass
+class LossRequest:
+    """The loss that transformers' ForCausalLMLoss computes of logits, with label smoothing besides.
+
+    `answered` once the head gave it: what the model then takes for logits is the loss.
+    """
+
+    labels: Tensor  # (B, T)
+    shifted: bool
+    n_items: Tensor | int | None
+    """What the sum is divided by, of all micro-batches; None for a mean."""
+    ignore_index: int
+    label_smoothing: float
+    answered: bool = False
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any], label_smoothing: float) -> "LossRequest":
+        """That of a model's keyword arguments, "labels" among them."""
+        shifted = arguments.get("shift_labels")
+        return cls(
+            labels=arguments["labels"] if shifted is None else shifted,
+            shifted=shifted is not None,
+            n_items=arguments.get("num_items_in_batch"),
+            ignore_index=arguments.get("ignore_index", -100),
+            label_smoothing=label_smoothing,
+        )
+
+    @property
+    def reduction(self) -> str:
+        return "mean" if self.n_items is None else "sum"
+
+    def target(self, hidden: Tensor) -> Tensor:
+        """The class that follows each position, (B, T)."""
+        labels = self.labels.to(hidden.device)
+        return labels if self.shifted else nn.functional.pad(labels, (0, 1), value=self.ignore_index)[..., 1:]
+
+    def reduced(self, loss: Tensor) -> Tensor:
+        if self.n_items is None:
+            return loss
+        return loss / (self.n_items.to(loss.device) if isinstance(self.n_items, Tensor) else self.n_items)

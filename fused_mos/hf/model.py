@@ -1,0 +1,126 @@
+"""What the class of a base model gets besides: the head in its place, and a forward that gives labels to the head."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from .head import HeadOptions, LMHead, build
+from .loss import LossRequest
+
+
+def _already_a_loss(logits: Tensor, *_, **__) -> Tensor:
+    """In the place of the model's loss function, once the head has returned the loss for logits."""
+    return logits
+
+
+if TYPE_CHECKING:
+    Base = PreTrainedModel
+else:
+    Base = object
+
+
+class ModelWithMoS(Base):
+    """Comes before the base model's class in the order of method resolution.
+
+    The head is put in its place in `post_init`, before transformers ties, initialises and loads weights, so all of that
+    finds it there. As for transformers' own functions, the output embeddings are the head's decoder: resizing the
+    vocabulary, for example, resizes that.
+    """
+
+    lm_head_name: str
+    """The attribute that has the head, which peft may have wrapped."""
+    label_smoothing = 0.0
+    """Of the loss in training, as in torch's CrossEntropyLoss. Trainer's label_smoothing_factor does the same over
+    logits of all tokens."""
+
+    def heads(self) -> list[LMHead]:
+        """The head, or its original and its trained copies where peft's modules_to_save has it, in this order."""
+        found = getattr(self, self.lm_head_name).modules()
+        return [module for module in found if isinstance(module, LMHead)]
+
+    def post_init(self) -> None:
+        options = HeadOptions(**self.config.mos)
+        setattr(self, self.lm_head_name, build(getattr(self, self.lm_head_name), options))
+        super().post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # by identity: transformers does not call it with a module of foreign code that holds nothing itself
+        for head in self.heads():
+            if module in (own := head.own_parameters()):
+                std = getattr(self.config, "initializer_range", None) or 0.02
+                for parameter in own[module]:
+                    initialization.normal_(parameter, 0.0, std)
+                return
+        super()._init_weights(module)
+
+    # ------------------------------------------------------------------------------------------- output embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        heads = self.heads()
+        return heads[-1].decoder if heads else super().get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if not isinstance(new_embeddings, nn.Linear):
+            raise TypeError(
+                "the output embeddings of a model with a mixture are its decoder and must be an nn.Linear, got "
+                f"{type(new_embeddings).__name__}"
+            )
+        for head in self.heads():
+            head.decoder = new_embeddings
+            head.n_classes = new_embeddings.out_features
+
+    def resize_token_embeddings(self, *arguments, **options):
+        embeddings = super().resize_token_embeddings(*arguments, **options)
+        for head in self.heads():  # transformers 5.0 ties a new weight without calling the setter
+            head.n_classes = head.decoder.out_features = head.decoder.weight.shape[0]
+        return embeddings
+
+    # -------------------------------------------------------------------------------------------------- the loss
+
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        if any(head.request is not None and head.request.answered for head in self.heads()):
+            return _already_a_loss
+        return super().loss_function
+
+    @loss_function.setter
+    def loss_function(self, value: Callable[..., Tensor]) -> None:
+        self._loss_function = value
+
+
+def forward_of(base: Callable) -> Callable:
+    """The forward of a base model whose loss the head computes, where it can, without logits."""
+    names = list(inspect.signature(base).parameters)[1:]
+
+    @functools.wraps(base)  # Trainer and generate read its signature
+    def forward(self, *arguments, skip_logits: bool | None = None, **named):
+        named = dict(zip(names, arguments)) | named
+        if named.get("labels") is None and named.get("shift_labels") is not None:
+            named["labels"] = named["shift_labels"]  # what makes a base model compute a loss
+        if skip_logits is None:
+            skip_logits = self.training
+        if named.get("labels") is None or not skip_logits or self.loss_function is not ForCausalLMLoss:
+            return base(self, **named)
+        heads = self.heads()
+        request = LossRequest.of(named, self.label_smoothing)
+        for head in heads:
+            head.request = request
+        try:
+            return _without_logits(base(self, **named))
+        finally:
+            for head in heads:
+                head.request = None
+
+    return forward
+
+
+def _without_logits(output: Any) -> Any:
+    """The same output without the logits, in whose place there is the loss."""
+    if isinstance(output, tuple):
+        return output[:1] + output[2:]
+    return type(output)(**{name: value for name, value in output.items() if name != "logits"})

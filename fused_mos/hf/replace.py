@@ -1,0 +1,177 @@
+"""replace_head: from a model with an lm_head to the same one with a mixture, in place."""
+
+import contextlib
+import copy
+import gc
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from .._inputs import check_backend
+from .._plain import addition
+from . import after_head
+from .classes import causal_lm_of, classes_of
+from .head import HeadOptions, LMHead, upcycle
+from .model import ModelWithMoS
+
+
+def replace_head(
+    model: PreTrainedModel, n_experts: int, *, rank: int | None = None, noise: float = 0.0, backend: str = "auto"
+) -> PreTrainedModel:
+    """Makes the lm_head of a causal language model a mixture of softmaxes, in place, and returns the model.
+
+    At first it computes what it did: every expert is the softmax of before. The decoder keeps lm_head's Parameters,
+    tied to the embedding or not; `lm_head.latent` and `lm_head.prior` are new. Make optimizers afterwards.
+
+    Args:
+        model: of a class that AutoModelForCausalLM makes, with an nn.Linear for its output embeddings.
+        n_experts: K, the number of softmaxes.
+        rank: of each expert's change to the hidden state; None for full.
+        noise: the length of that change at first, relative to the hidden state's. 0 leaves the loss as it is.
+        backend: one of `fused_mos.backends()`, or "auto".
+
+    From then on `model(..., labels=...)` in training computes the loss without logits, which are None; in evaluation,
+    or with `skip_logits=False`, both. `model.label_smoothing` smoothes the labels in training.
+
+    Raises TypeError or ValueError, and leaves the model as it was, where it cannot be done; the message says why.
+    """
+    _check(model)
+    options = HeadOptions(n_experts, rank)
+    check_backend(backend)
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be at least 0 and finite, got {noise}")
+    linear = model.get_output_embeddings()
+    if rank is not None and rank > linear.in_features:
+        raise ValueError(f"rank must be at most the hidden size {linear.in_features}, got {rank}")
+    base_config: Any = type(model.config)
+    classes = classes_of(base_config)
+    with _evaluating(model):
+        after = after_head.find(model, linear)
+    if linear.bias is not None and after.scale != 1:
+        raise ValueError("lm_head has a bias, and the model scales its logits; a mixture's head cannot take that over")
+    options.scale, options.softcap = after.scale, after.softcap
+    head = upcycle(linear, options, noise, backend)
+    head.train(model.training)
+
+    before = _State(type(model), model.config, linear, model.all_tied_weights_keys)
+    config = copy.deepcopy(model.config)
+    config.__class__ = classes.config
+    config.mos = options.to_dict()
+    attributes = {}
+    try:
+        before.replace(_State(classes.model, config, head, {}), model)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        attributes = after.neutralise(model)
+        _compare_losses(model, head)
+    except BaseException:
+        _State(classes.model, config, head, {}).replace(before, model)
+        for name, value in attributes.items():
+            setattr(model, name, value)
+        raise
+    return model
+
+
+class _State(NamedTuple):
+    """What the replacement changes in a model."""
+
+    kind: type
+    config: object
+    head: nn.Module
+    tied: dict[str, str]
+
+    def replace(self, by: "_State", model: PreTrainedModel) -> None:
+        """Puts another state in the place of this one."""
+        made = self.kind if issubclass(self.kind, ModelWithMoS) else by.kind
+        model.__class__ = by.kind
+        for module in model.modules():
+            if getattr(module, "config", None) is self.config:
+                module.config = by.config  # type: ignore[assignment]
+        setattr(model, made.lm_head_name, by.head)  # type: ignore[attr-defined]
+        model.all_tied_weights_keys = by.tied
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(model: PreTrainedModel) -> None:
+    """Raises TypeError or ValueError for a model whose head cannot be replaced."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a PreTrainedModel of transformers, got {type(model).__name__}; replace the head before "
+            "peft, DDP, FSDP or torch.compile wrap the model"
+        )
+    name = type(model).__name__
+    if isinstance(model, ModelWithMoS):
+        raise ValueError(f"the head of this {name} is a mixture already")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise ValueError(f"this {name} is quantized; replace the head of the model as it was before")
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise ValueError(f"{name} has no lm_head; load the model by AutoModelForCausalLM")
+    if type(linear) is not nn.Linear:
+        raise TypeError(f"the lm_head of {name} must be an nn.Linear, got {type(linear).__name__}")
+    if causal_lm_of(type(model.config)) is not type(model):
+        raise ValueError(
+            f"model must be of the class that AutoModelForCausalLM makes of a {type(model.config).__name__}, "
+            f"{causal_lm_of(type(model.config)).__name__}, got {name}"
+        )
+    if linear.weight.device.type == "meta":
+        raise ValueError(
+            f"the lm_head of this {name} is not in memory: it is offloaded, or its weights were never loaded; load the "
+            "model without a device_map, or with one that keeps lm_head on a device"
+        )
+    if more := addition(linear, nn.Linear):
+        raise ValueError(f"the lm_head of {name} must be a plain nn.Linear, but it {more}; remove that first")
+    if model.loss_function is not ForCausalLMLoss:
+        loss = getattr(model.loss_function, "__name__", model.loss_function)
+        raise ValueError(f"the loss of {name} must be transformers' ForCausalLMLoss, got {loss}")
+    if _has_optimizer(model):
+        raise ValueError(
+            f"an optimizer has parameters of this {name} already and would never train the mixture's; replace the head "
+            "first, and make the optimizer afterwards"
+        )
+
+
+def _has_optimizer(model: nn.Module) -> bool:
+    gc.collect()  # those that nobody has any more, but for their own references
+    ours = {id(parameter) for parameter in model.parameters()}
+    optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)]
+    groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
+    return any(id(parameter) in ours for group in groups for parameter in group["params"])
+
+
+def _compare_losses(model: PreTrainedModel, head: LMHead) -> None:
+    """Raises ValueError unless the fused loss is that of the logits."""
+    tokens, name = after_head.tokens(model), type(model).__name__
+    with _evaluating(model):
+        if not after_head.leaves_logits_alone(model, head):
+            raise ValueError(
+                f"{name} changes its logits after lm_head, although its configuration says that it does not"
+            )
+        unfused = model(tokens, labels=tokens, use_cache=False).loss
+        fused: Tensor | None = None
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):  # a loss for logits, elsewhere than in the loss
+            fused = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss
+    if fused is None or fused.dim() or not torch.allclose(fused.float(), unfused.float(), rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"{name} computes its loss of logits in a way that a mixture's head does not know: by the head it is "
+            f"{fused}, of the logits {unfused}"
+        )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
