@@ -1,4 +1,4 @@
-"""generate in its modes: as the softmax model did, where the head is new, and by the mixture's probabilities, where not."""
+"""generate in its modes: with a new head what the softmax model did, with another by the mixture."""
 
 import pytest
 import torch
