@@ -11,7 +11,7 @@
 `import fused_mos.hf` is what lets the Auto classes load such a folder. docs/huggingface.md says what else there is to
 know. The modules: `head` stands where lm_head stood, `loss` is what a forward pass asks it for, `model` and `config`
 are what the classes of a model and of its configuration get, `classes` makes these, `after_head` deals with what a
-model does to logits, and `replace` puts all of it together.
+model does to logits, `trl` answers TRL's trainers, and `replace` puts all of it together.
 """
 
 from .requirement import check_transformers

@@ -56,6 +56,24 @@ class LMHead(ResidualMoS):
     def bias(self) -> Tensor | None:
         return self.decoder.bias
 
+    def _operands(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if hasattr(self.decoder, "_hf_hook"):
+            self._take_over_from_accelerate()
+        return super()._operands(input)
+
+    def _take_over_from_accelerate(self) -> None:
+        """With a device_map accelerate has a hook on each layer that moves its inputs. This head reads its decoder and
+        gets inputs on the right device by its own hook, so the decoder's is removed, unless its weight is elsewhere."""
+        if self.decoder.weight.device.type == "meta":
+            raise RuntimeError(
+                "the decoder of this head is offloaded, and a mixture reads it without calling it; load the model with "
+                "a device_map that keeps lm_head, and a tied embedding, on a device"
+            )
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(self.decoder)
+        vars(self.decoder).pop("forward", None)  # nn.Linear's own, which accelerate leaves there
+
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
         latent, prior_logits = super().mixture(input)
         return latent if self.scale == 1 else latent * self.scale, prior_logits
@@ -63,13 +81,10 @@ class LMHead(ResidualMoS):
     def forward(self, input: Tensor, target: Tensor | None = None, **options):
         if target is not None:
             return super().forward(input, target, **options)
-        if self.request is not None and not self.request.answered:
-            return self._answer(self.request, input)
-        return self.logits(input)
+        return self.logits(input) if self.request is None else self._answer(self.request, input)
 
     def _answer(self, request: LossRequest, input: Tensor) -> Tensor:
         """The loss is what the module returns, since hooks of FSDP2 and accelerate see outputs alone."""
-        request.answered = True
         result = super().forward(
             input,
             request.target(input),

@@ -8,10 +8,7 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass
 class LossRequest:
-    """The loss that transformers' ForCausalLMLoss computes of logits, with label smoothing besides.
-
-    `answered` once the head gave it: what the model then takes for logits is the loss.
-    """
+    """The loss that transformers' ForCausalLMLoss computes of logits, with label smoothing besides."""
 
     labels: Tensor  # (B, T)
     shifted: bool
@@ -19,7 +16,6 @@ class LossRequest:
     """What the sum is divided by, of all micro-batches; None for a mean."""
     ignore_index: int
     label_smoothing: float
-    answered: bool = False
 
     @classmethod
     def of(cls, arguments: dict[str, Any], label_smoothing: float) -> "LossRequest":

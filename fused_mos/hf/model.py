@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from . import trl
 from .head import HeadOptions, LMHead, build
 from .loss import LossRequest
 
 
 def _already_a_loss(logits: Tensor, *_, **__) -> Tensor:
-    """In the place of the model's loss function, once the head has returned the loss for logits."""
+    """In the place of the model's loss function, while the head returns the loss for logits."""
     return logits
 
 
@@ -58,6 +59,11 @@ class ModelWithMoS(Base):
                 return
         super()._init_weights(module)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and trl.is_fused_head(value):
+            value = trl.by_the_mixture(value)
+        super().__setattr__(name, value)
+
     # ------------------------------------------------------------------------------------------- output embeddings
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -80,18 +86,6 @@ class ModelWithMoS(Base):
             head.n_classes = head.decoder.out_features = head.decoder.weight.shape[0]
         return embeddings
 
-    # -------------------------------------------------------------------------------------------------- the loss
-
-    @property
-    def loss_function(self) -> Callable[..., Tensor]:
-        if any(head.request is not None and head.request.answered for head in self.heads()):
-            return _already_a_loss
-        return super().loss_function
-
-    @loss_function.setter
-    def loss_function(self, value: Callable[..., Tensor]) -> None:
-        self._loss_function = value
-
 
 def forward_of(base: Callable) -> Callable:
     """The forward of a base model whose loss the head computes, where it can, without logits."""
@@ -110,9 +104,11 @@ def forward_of(base: Callable) -> Callable:
         request = LossRequest.of(named, self.label_smoothing)
         for head in heads:
             head.request = request
+        self.loss_function = _already_a_loss
         try:
             return _without_logits(base(self, **named))
         finally:
+            self.loss_function = ForCausalLMLoss
             for head in heads:
                 head.request = None
 

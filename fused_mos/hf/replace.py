@@ -122,8 +122,12 @@ def _check(model: PreTrainedModel) -> None:
         )
     if linear.weight.device.type == "meta":
         raise ValueError(
-            f"the lm_head of this {name} is not in memory: it is offloaded, or its weights were never loaded; load the "
-            "model without a device_map, or with one that keeps lm_head on a device"
+            f"the lm_head of this {name} is not in memory: it is offloaded, or its weights were never loaded"
+        )
+    if hasattr(linear, "_hf_hook"):
+        raise ValueError(
+            f"a device_map spreads this {name} over devices; replace the head of a model that was loaded without one, "
+            "save it, and load that with the device_map"
         )
     if more := addition(linear, nn.Linear):
         raise ValueError(f"the lm_head of {name} must be a plain nn.Linear, but it {more}; remove that first")

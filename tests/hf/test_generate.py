@@ -5,9 +5,8 @@ import torch
 
 pytest.importorskip("transformers", minversion="5")
 
-import tokenizers
-from tiny import V, make, tokens
-from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
+from tiny import V, make, tokenizer, tokens
+from transformers import GenerationConfig, pipeline
 
 from fused_mos.hf import replace_head
 
@@ -90,10 +89,7 @@ def test_samples_follow_the_mixtures_distribution(mixture):
 
 
 def test_a_pipeline(mixture, caplog):
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
-    generator = pipeline("text-generation", model=mixture, tokenizer=tokenizer)
+    generator = pipeline("text-generation", model=mixture, tokenizer=tokenizer())
     (result,) = generator("w5 w6 w7", max_new_tokens=4, do_sample=False)
     assert result["generated_text"].startswith("w5 w6 w7") and result["generated_text"].count("w") == 7
     assert "is not supported" not in caplog.text

@@ -2,6 +2,7 @@
 
 import warnings
 
+import tokenizers
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -69,3 +70,10 @@ def float64_loss(logits, labels, ignore_index: int = -100, **options):
     labels = labels[:, 1:].reshape(-1)
     flat = logits[:, :-1].double().reshape(labels.numel(), -1)
     return torch.nn.functional.cross_entropy(flat, labels, ignore_index=ignore_index, **options)
+
+
+def tokenizer():
+    """Of the words w0, w1, …"""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
