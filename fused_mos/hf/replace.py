@@ -159,7 +159,7 @@ def _compare_losses(model: PreTrainedModel, head: LMHead) -> None:
             )
         unfused = model(tokens, labels=tokens, use_cache=False).loss
         fused: Tensor | None = None
-        with contextlib.suppress(RuntimeError, TypeError, ValueError):  # a loss for logits, elsewhere than in the loss
+        with contextlib.suppress(Exception):  # anything, where a model makes its own loss and takes this one for logits
             fused = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss
     if fused is None or fused.dim() or not torch.allclose(fused.float(), unfused.float(), rtol=1e-3, atol=1e-4):
         raise ValueError(

@@ -1,5 +1,7 @@
 """Many architectures, without code for any of them: replaced, trained for a step, saved and loaded."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -14,8 +16,12 @@ from fused_mos.hf import replace_head
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_an_architecture(name, tmp_path):
     model, x = make(name), tokens()
+    if "self.loss_function(" not in inspect.getsource(inspect.unwrap(model.forward)):  # Mamba in transformers 5.0
+        with pytest.raises(ValueError, match="computes its loss of logits in a way"):
+            replace_head(model, 3)
+        return
     before = model(x, labels=x)
-    replace_head(model, 3)
+    (head,) = replace_head(model, 3).heads()
     after = model(x, labels=x)
     assert after.logits is None and abs(after.loss - before.loss) < 3e-6
     logits = model(x).logits
@@ -23,7 +29,7 @@ def test_an_architecture(name, tmp_path):
 
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     after.loss.backward()
-    assert all(parameter.grad is not None for parameter in model.lm_head.parameters())
+    assert all(parameter.grad is not None for parameter in head.parameters())
     optimizer.step()
     trained = model(x, labels=x).loss
     assert trained < after.loss
@@ -35,7 +41,7 @@ def test_an_architecture(name, tmp_path):
     assert abs(loaded(x, labels=x, skip_logits=True).loss - float64_loss(loaded(x).logits, x)) < 3e-6
     assert loaded.generate(x, max_new_tokens=2, pad_token_id=0, do_sample=False).shape == (2, 11)
     for weight in ("prior.weight", "latent.0.weight", "decoder.weight"):
-        assert torch.equal(loaded.lm_head.get_parameter(weight), model.lm_head.get_parameter(weight))
+        assert torch.equal(loaded.heads()[0].get_parameter(weight), head.get_parameter(weight))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
