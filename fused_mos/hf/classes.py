@@ -22,8 +22,8 @@ PREFIX = "MoS"
 
 
 class Classes(NamedTuple):
-    config: type
-    model: type
+    config: Any
+    model: Any
 
 
 @functools.cache

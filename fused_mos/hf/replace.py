@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .._inputs import check_backend
@@ -40,16 +40,17 @@ def replace_head(
 
     Raises TypeError or ValueError, and leaves the model as it was, where it cannot be done; the message says why.
     """
-    _check(model)
+    linear = _check(model)
     options = HeadOptions(n_experts, rank)
     check_backend(backend)
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be at least 0 and finite, got {noise}")
-    linear = model.get_output_embeddings()
     if rank is not None and rank > linear.in_features:
         raise ValueError(f"rank must be at most the hidden size {linear.in_features}, got {rank}")
     base_config: Any = type(model.config)
     classes = classes_of(base_config)
+    if getattr(model, classes.model.lm_head_name, None) is not linear:
+        raise ValueError(f"the output embeddings of {type(model).__name__} must be an attribute of the model itself")
     with _evaluating(model):
         after = after_head.find(model, linear)
     if linear.bias is not None and after.scale != 1:
@@ -58,20 +59,21 @@ def replace_head(
     head = upcycle(linear, options, noise, backend)
     head.train(model.training)
 
+    name = classes.model.lm_head_name
     before = _State(type(model), model.config, linear, model.all_tied_weights_keys)
     config = copy.deepcopy(model.config)
     config.__class__ = classes.config
     config.mos = options.to_dict()
     attributes = {}
     try:
-        before.replace(_State(classes.model, config, head, {}), model)
+        _put(model, name, _State(classes.model, config, head, {}))
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         attributes = after.neutralise(model)
         _compare_losses(model, head)
     except BaseException:
-        _State(classes.model, config, head, {}).replace(before, model)
-        for name, value in attributes.items():
-            setattr(model, name, value)
+        _put(model, name, before)
+        for attribute, value in attributes.items():
+            setattr(model, attribute, value)
         raise
     return model
 
@@ -80,26 +82,25 @@ class _State(NamedTuple):
     """What the replacement changes in a model."""
 
     kind: type
-    config: object
+    config: PreTrainedConfig
     head: nn.Module
     tied: dict[str, str]
 
-    def replace(self, by: "_State", model: PreTrainedModel) -> None:
-        """Puts another state in the place of this one."""
-        made = self.kind if issubclass(self.kind, ModelWithMoS) else by.kind
-        model.__class__ = by.kind
-        for module in model.modules():
-            if getattr(module, "config", None) is self.config:
-                module.config = by.config  # type: ignore[assignment]
-        setattr(model, made.lm_head_name, by.head)  # type: ignore[attr-defined]
-        model.all_tied_weights_keys = by.tied
+
+def _put(model: PreTrainedModel, name: str, state: _State) -> None:
+    """Gives the model this state, with the head as its attribute `name`."""
+    for module in [module for module in model.modules() if getattr(module, "config", None) is model.config]:
+        module.config = state.config  # type: ignore[assignment]
+    model.__class__ = state.kind
+    setattr(model, name, state.head)
+    model.all_tied_weights_keys = state.tied
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check(model: PreTrainedModel) -> None:
-    """Raises TypeError or ValueError for a model whose head cannot be replaced."""
+def _check(model: PreTrainedModel) -> nn.Linear:
+    """Returns the head. Raises TypeError or ValueError for a model whose head cannot be replaced."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a PreTrainedModel of transformers, got {type(model).__name__}; replace the head before "
@@ -139,6 +140,7 @@ def _check(model: PreTrainedModel) -> None:
             f"an optimizer has parameters of this {name} already and would never train the mixture's; replace the head "
             "first, and make the optimizer afterwards"
         )
+    return linear
 
 
 def _has_optimizer(model: nn.Module) -> bool:

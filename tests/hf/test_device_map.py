@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5")
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 from tiny import make, tokens
 from transformers import AutoModelForCausalLM
@@ -32,6 +32,14 @@ def test_a_head_on_a_device(load):
     assert spread.model.layers[0].mlp.up_proj.weight.device.type == "meta"
     assert torch.equal(spread(x).logits, model(x).logits)
     assert torch.equal(spread(x, labels=x, skip_logits=True).loss, model(x, labels=x, skip_logits=True).loss)
+
+
+def test_a_head_is_not_split(load):
+    """Where it does not fit on a device, all of it goes to the next."""
+    model = load(replace_head(make("llama"), 3), None)
+    room = {"cpu": sum(parameter.nbytes for parameter in model.parameters()) - 100}
+    spread = accelerate.infer_auto_device_map(model, room, no_split_module_classes=list(model._no_split_modules))
+    assert {name: where for name, where in spread.items() if name.startswith("lm_head")} == {"lm_head": "disk"}
 
 
 def test_a_head_on_disk_is_refused(load):

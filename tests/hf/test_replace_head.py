@@ -148,6 +148,13 @@ def test_a_failed_forward_leaves_no_request(model):
     assert model(tokens()).logits.dim() == 3
 
 
+def test_no_plan_spreads_the_head_as_a_linear_layer():
+    """The plans of tensor, pipeline and data parallelism name lm_head in most models."""
+    assert "lm_head" in transformers.LlamaForCausalLM._tp_plan
+    kind = type(replace_head(make("llama"), 2))
+    assert all("lm_head" not in (getattr(kind, plan, None) or {}) for plan in ("_tp_plan", "_pp_plan", "_fsdp_plan"))
+
+
 # ----------------------------------------------------------------------------------------- what comes after the head
 
 
@@ -246,6 +253,9 @@ def test_models_that_cannot_have_it():
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(make("gpt2").config)
     refused(model, ValueError, "not in memory")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=V, is_decoder=True, **sizes)
+    refused(transformers.BertLMHeadModel(config), ValueError, "must be an attribute of the model itself")
     double = transformers.GPT2DoubleHeadsModel(make("gpt2").config)
     refused(double, ValueError, "that AutoModelForCausalLM makes of a GPT2Config, GPT2LMHeadModel, got GPT2DoubleHeads")
 
