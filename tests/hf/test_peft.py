@@ -41,6 +41,7 @@ def test_lora(tmp_path, case):
     assert {
         part for part in ("prior", "latent.0", "decoder") if any(f".{part}." in name for name in trained)
     } == expected
+    assert model.get_base_model().get_output_embeddings().weight.requires_grad == ("decoder" in expected)
     output = model.eval()(input_ids=x, labels=x)
     assert output.logits.dim() == 3 and output.loss < losses[-1]
     model.generate(input_ids=x, max_new_tokens=2, pad_token_id=0)

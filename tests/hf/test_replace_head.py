@@ -182,9 +182,10 @@ def test_what_no_head_can_do_is_refused():
         fused_mos.hf.after_head.find(model.eval(), model.lm_head)
 
 
-def test_a_loss_that_is_not_of_the_loss_function_is_refused(monkeypatch):
+@pytest.mark.parametrize("name", ["gpt2", "cohere"])
+def test_a_loss_that_is_not_of_the_loss_function_is_refused(name, monkeypatch):
     """The model is afterwards what it was."""
-    kind = transformers.GPT2LMHeadModel
+    kind = type(make(name))
     forward = kind.forward
 
     def own_loss(self, input_ids, labels=None, use_cache=None, skip_logits=None):
@@ -195,15 +196,15 @@ def test_a_loss_that_is_not_of_the_loss_function_is_refused(monkeypatch):
 
     monkeypatch.setattr(kind, "forward", own_loss)
     fused_mos.hf.classes.classes_of.cache_clear()
-    model, x = make("gpt2"), tokens()
-    config, state, loss = model.config, model.state_dict(), model(x, labels=x).loss
+    model, x = make(name), tokens()
+    config, state, loss, tied = model.config, model.state_dict(), model(x, labels=x).loss, model.all_tied_weights_keys
     with pytest.raises(ValueError, match="computes its loss of logits in a way"):
         replace_head(model, 2)
     fused_mos.hf.classes.classes_of.cache_clear()
     assert type(model) is kind and type(model.lm_head) is nn.Linear and model.config is config
-    assert model.transformer.config is config and model.state_dict().keys() == state.keys()
+    assert model.base_model.config is config and model.state_dict().keys() == state.keys()
     assert torch.equal(model(x, labels=x).loss, loss) and model.training
-    assert model.all_tied_weights_keys == {"lm_head.weight": "transformer.wte.weight"}
+    assert model.all_tied_weights_keys == tied and tied.keys() == {"lm_head.weight"}
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
