@@ -77,6 +77,18 @@ def probe(model: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tensor]:
     return given[-1].double(), seen.double()
 
 
+@torch.no_grad()
+def input_rms(model: PreTrainedModel, head: nn.Module) -> float:
+    """The root mean square of the hidden states that `head` gets."""
+    squares = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: squares.append(inputs[0].double().square().mean()))
+    try:
+        model(tokens(model), use_cache=False)
+    finally:
+        hook.remove()
+    return squares[-1].sqrt().item() or 1.0
+
+
 def tokens(model: PreTrainedModel) -> Tensor:
     """Some, for a forward pass: (2, 8)."""
     weight = model.get_input_embeddings().weight

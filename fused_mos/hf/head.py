@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..head import HeadOutput, check_int
+from ..module import MoS
 from .loss import LossRequest
-from .provisional import ResidualMoS
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ class HeadOptions:
         return dataclasses.asdict(self)
 
 
-class LMHead(ResidualMoS):
+class LMHead(MoS):
     """A mixture in the place of an lm_head: hidden states (…, D) -> logits (…, V), or the loss that the model asks for.
 
     The logits are log p + Σ_k π_k L_k, with the experts' log-normalisers L_k: those that the softmax had where all
@@ -110,10 +110,20 @@ class LMHead(ResidualMoS):
         return {module: list(module.parameters(recurse=False)) for module in modules}
 
 
-def upcycle(linear: nn.Linear, options: HeadOptions, noise: float, backend: str) -> LMHead:
-    """A head that goes on from a trained lm_head, whose Parameters it shares."""
-    head = LMHead.from_linear(linear, options.n_experts, rank=options.rank, noise=noise)
-    return _with(head, options, backend)
+def upcycle(linear: nn.Linear, options: HeadOptions, noise: float, input_rms: float, backend: str) -> LMHead:
+    """A head that goes on from a trained lm_head, whose Parameters it shares; for hidden states of root mean square
+    `input_rms` at first."""
+    head = LMHead.from_linear(
+        linear,
+        options.n_experts,
+        rank=options.rank,
+        noise=noise,
+        input_rms=input_rms,
+        backend=backend,
+        softcap=options.softcap,
+    )
+    head.scale = options.scale
+    return head
 
 
 def build(linear: nn.Linear, options: HeadOptions) -> LMHead:
@@ -126,12 +136,9 @@ def build(linear: nn.Linear, options: HeadOptions) -> LMHead:
         bias=linear.bias is not None,
         latent="residual",
         rank=options.rank,
+        softcap=options.softcap,
         device=weight.device,
         dtype=weight.dtype,
     )
-    return _with(head, options, "auto")
-
-
-def _with(head: LMHead, options: HeadOptions, backend: str) -> LMHead:
-    head.scale, head.softcap, head.backend = options.scale, options.softcap, backend
+    head.scale = options.scale
     return head

@@ -53,10 +53,11 @@ def replace_head(
         raise ValueError(f"the output embeddings of {type(model).__name__} must be an attribute of the model itself")
     with _evaluating(model):
         after = after_head.find(model, linear)
+        input_rms = after_head.input_rms(model, linear)
     if linear.bias is not None and after.scale != 1:
         raise ValueError("lm_head has a bias, and the model scales its logits; a mixture's head cannot take that over")
     options.scale, options.softcap = after.scale, after.softcap
-    head = upcycle(linear, options, noise, backend)
+    head = upcycle(linear, options, noise, input_rms, backend)
     head.train(model.training)
 
     name = classes.model.lm_head_name

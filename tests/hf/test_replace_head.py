@@ -48,6 +48,17 @@ def test_it_computes_what_the_model_did(name, rank):
     assert abs(after.loss - before.loss) < 3e-6 and abs(model(x, labels=x).loss - before.loss) < 3e-6
 
 
+@pytest.mark.parametrize("name", ["gpt2", "cohere"])
+def test_the_prior_is_of_order_one(name):
+    """On the hidden states of the model, whatever their scale: experts that are equal part by their shares."""
+    model = make(name)
+    with torch.no_grad():
+        (model.transformer.ln_f if name == "gpt2" else model.model.norm).weight.fill_(30)
+    hidden = model.base_model(tokens(8, 9)).last_hidden_state
+    head = replace_head(model, 64).lm_head
+    assert 20 < hidden.square().mean().sqrt() < 40 and 0.8 < head.prior(hidden).std() < 1.25
+
+
 def test_the_decoder_is_the_old_head():
     for name, tied in (("gpt2", True), ("llama", False)):
         model = make(name)
