@@ -66,6 +66,10 @@ def _line(row: dict[str, Any]) -> str:
     name = f"{row['figure']} {row['case']} {row['dtype']} {row['operation']}: {row['contender']}"
     if "failed" in row:
         return f"{name:95} {row['failed']}"
+    if "times the mean loss" in row:
+        median, least, most = row["times the mean loss"]
+        products = f"{row['by products']:.2f} by products"
+        return f"{name:95} {median:5.2f} ({least:.2f}–{most:.2f}) × the mean loss, {products}"
     median, least, most = row["times ours"]
     found = [
         f"{row['ms'][0]:9.2f} ms" if "ms" in row else f"{row['words a second'][0]:,.0f} words/s",

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_mos import functional as F
 
 from .harness import Shape, clear, inputs, interleaved, memory, spread
-from .test_head import DEVICE, N_ROUNDS, SHAPES
+from .test_head import DEVICE, N_ROUNDS, SHAPES, STEP
 
 PLAIN = "mean loss"
 BUDGET = 20.0
@@ -96,6 +96,8 @@ def test_options(benchmark, shape, name):
     benchmark.extra_info |= {
         "figure": "options",
         "case": shape,
+        "operation": STEP,
+        "dtype": "float32",
         "shape": SHAPES[shape],
         "contender": name,
         "times the mean loss": spread(ratios, 3),
