@@ -71,9 +71,9 @@ void mixture(const Head& head, MixtureArguments a, Address log_prob, Address bes
 }
 
 LogProbGradient log_prob_gradient(Address dense, Address token, Address of_class, Address at_target, Address target,
-                                  Address log_term, Address linear_term) {
-  return {at<const float>(dense),    at<const float>(token),    at<const float>(of_class),   at<const float>(at_target),
-          at<const int64_t>(target), at<const float>(log_term), at<const float>(linear_term)};
+                                  Address entropy) {
+  return {at<const float>(dense),     at<const float>(token),    at<const float>(of_class),
+          at<const float>(at_target), at<const int64_t>(target), at<const float>(entropy)};
 }
 
 void mixture_backward(const Head& head, MixtureArguments a, const LogProbGradient& grad, Address mean_gradient,
@@ -107,7 +107,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<LogProbGradient>(m, "LogProbGradient")
       .def(py::init(&log_prob_gradient), by_keyword, "dense"_a = 0, "token"_a = 0, "of_class"_a = 0, "at_target"_a = 0,
-           "target"_a = 0, "log_term"_a = 0, "linear_term"_a = 0);
+           "target"_a = 0, "entropy"_a = 0);
 
   m.def("row_statistics", &row_statistics, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "target"_a,
         "maximum"_a, "log_total"_a, "target_logit"_a, "entropy"_a);
@@ -136,8 +136,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("logarithms", [](Address from, Address to, int64_t n) {
     chosen_kernels().logarithms(at<const float>(from), at<float>(to), n);
   });
-  m.def("tangents", [](Address from, Address to, int64_t n) {
-    chosen_kernels().tangents(at<const float>(from), at<float>(to), n);
+  m.def("hyperbolic_tangents", [](Address from, Address to, int64_t n) {
+    chosen_kernels().hyperbolic_tangents(at<const float>(from), at<float>(to), n);
   });
   m.def(
       "peak_gflops", [](int n_threads, bool bf16) { return chosen_kernels().peak_gflops(n_threads, bf16); }, released);

@@ -211,25 +211,27 @@ def check_number(name: str, value: float) -> None:
 
 def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> int:
     """Returns `ignore_index` as a Python integer, which the ops need, also from one of NumPy."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-    if not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    ignore_index = _check_kinds("target", target, ignore_index)
     check_target_shape(target, latent)
     _check_classes("target", target, n_classes, ignore_index)
-    return int(ignore_index)
+    return ignore_index
 
 
 def check_index(index: Tensor, latent: Tensor, n_classes: int, ignore_index: int, name: str = "index") -> int:
     """As `check_target`, for classes (N, M)."""
-    if not isinstance(index, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(index).__name__}")
-    if not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    ignore_index = _check_kinds(name, index, ignore_index)
     _check_int64(name, index, latent)
     if index.dim() != 2 or index.shape[0] != latent.shape[0]:
         raise ValueError(f"{name} must be (N, M) with latent's N = {latent.shape[0]}, got {tuple(index.shape)}")
     _check_classes(name, index, n_classes, ignore_index)
+    return ignore_index
+
+
+def _check_kinds(name: str, index: Tensor, ignore_index: int) -> int:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(index).__name__}")
+    if not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     return int(ignore_index)
 
 

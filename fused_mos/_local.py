@@ -9,7 +9,7 @@ from ._backends.from_rows import weighted
 from ._backends.reference import log_softmax_prior
 from ._inputs import Operands
 from ._losses import NLL, reduced
-from ._vocabulary import Normalisers, TopK, Vocabulary, WithSum
+from ._vocabulary import Normalisers, TopK, Vocabulary, WithSum, chosen_columns
 from .ops.sums import at_top
 
 
@@ -40,9 +40,7 @@ class AllClasses(Vocabulary):
         return sums + torch.where(class_weight != 0, bias.to(dtype), 0) @ class_weight
 
     def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
-        possible = probability.sum(1, keepdim=True) > 0
-        chosen = torch.multinomial(torch.where(possible, probability, 1), 1, generator=generator)
-        return torch.where(possible, chosen, -1).squeeze(1)
+        return chosen_columns(probability, generator)
 
 
 class LocalVocabulary(AllClasses):

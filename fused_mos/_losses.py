@@ -65,42 +65,57 @@ def loss(
     """The loss with its terms. A mean divides by Σ u w[y] over the targets that count, as F.cross_entropy's does."""
     if terms.are_plain():
         return vocabulary.loss(operands, target, ignore_index, reduction, filter_eps, None, with_lse)
-    n_classes, dtype = vocabulary.count_classes(operands), accumulation_dtype(operands.latent.dtype)
     valid = target != ignore_index
     if not with_lse:  # which is told of ignored tokens, too
         operands = operands.without_ignored(valid)
-    of_token = valid.to(dtype) if terms.token_weight is None else torch.where(valid, terms.token_weight.to(dtype), 0)
-    weight = None if terms.class_weight is None else terms.class_weight.to(dtype)
-    of_target = of_token if weight is None else of_token * weight[torch.where(valid, target, 0).clamp(0, n_classes - 1)]
-    smoothed = of_token * (terms.label_smoothing / n_classes)
-    of_nll = (1 - terms.label_smoothing) * of_target
-    weights = torch.stack([of_nll, torch.zeros_like(of_nll), of_token * terms.z_loss])
-    divisor = of_target.sum() if reduction == "mean" else torch.ones_like(of_target.sum())
-    divided = torch.where(divisor != 0, divisor, 1)
-    per_token = None
-    linear = vocabulary.sum_of_logits(operands, weight) if terms.label_smoothing else None
+    weights, smoothed, divisor = _weights(terms, target, valid, vocabulary.count_classes(operands), operands.latent)
+    if reduction != "mean":
+        divisor = torch.ones_like(divisor)
+    class_weight = None if terms.class_weight is None else terms.class_weight.to(weights.dtype)
+    smoothing = None  # (N,): what joins the weighted terms
+    linear = vocabulary.sum_of_logits(operands, class_weight) if terms.label_smoothing else None
     if linear is not None:  # Σ w (L − l)
-        weights[1] = smoothed * (n_classes if weight is None else weight.sum())
-        per_token = torch.where(smoothed != 0, -smoothed * linear, 0)
+        weights[1] = smoothed * (vocabulary.count_classes(operands) if class_weight is None else class_weight.sum())
+        smoothing = torch.where(smoothed != 0, -smoothed * linear, 0)
     if terms.label_smoothing and linear is None:
-        found = vocabulary.with_sum(operands, torch.where(valid, target, NONE), "classes", weight)
+        found = vocabulary.with_sum(operands, torch.where(valid, target, NONE), "classes", class_weight)
         nll, lse = torch.where(valid, -found.log_likelihood, 0), found.lse
-        per_token = torch.where(smoothed != 0, -smoothed * found.sum, 0)
+        smoothing = torch.where(smoothed != 0, -smoothed * found.sum, 0)
     elif terms.extra_log_prob is not None:
         nll, lse = _with_external(vocabulary, operands, target, ignore_index, terms.extra_log_prob)
     elif reduction == "none":
-        found_nll = vocabulary.loss(operands, target, ignore_index, "none", filter_eps, None, True)
-        assert found_nll.lse is not None
-        nll, lse = found_nll.nll, found_nll.lse
+        each = vocabulary.loss(operands, target, ignore_index, "none", filter_eps, None, True)
+        assert each.lse is not None
+        nll, lse = each.nll, each.lse
     else:
+        divided = torch.where(divisor != 0, divisor, 1)
         result = vocabulary.loss(operands, target, ignore_index, "sum", filter_eps, weights / divided, with_lse)
-        total = result.loss if per_token is None else result.loss + per_token.sum() / divided
+        total = result.loss if smoothing is None else result.loss + smoothing.sum() / divided
         # as in F.cross_entropy, a mean over nothing is NaN and its gradients are 0
         return result._replace(loss=torch.where(divisor != 0, total, torch.nan))
-    log_prior = log_softmax_prior(operands.prior_logits)[:, : lse.shape[1]]
-    losses = weighted(nll, lse, log_prior, weights)
-    losses = losses if per_token is None else losses + per_token
+    losses = weighted(nll, lse, log_softmax_prior(operands.prior_logits)[:, : lse.shape[1]], weights)
+    losses = losses if smoothing is None else losses + smoothing
     return NLL(nll, reduced(losses, divisor, reduction), lse if with_lse else None)
+
+
+def _weights(
+    terms: Terms,
+    target: Tensor,  # (N,)
+    valid: Tensor,  # (N,) bool
+    n_classes: int,
+    latent: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's weights of nll, L and L² (3, N), 0 where it is ignored; u ε/V (N,); and Σ u w[y], which a mean
+    divides by."""
+    dtype = accumulation_dtype(latent.dtype)
+    of_token = valid.to(dtype) if terms.token_weight is None else torch.where(valid, terms.token_weight.to(dtype), 0)
+    of_target = of_token
+    if terms.class_weight is not None:
+        safe = torch.where(valid, target, 0).clamp(0, n_classes - 1)
+        of_target = of_token * terms.class_weight.to(dtype)[safe]
+    of_nll = (1 - terms.label_smoothing) * of_target
+    weights = torch.stack([of_nll, torch.zeros_like(of_nll), of_token * terms.z_loss])
+    return weights, of_token * (terms.label_smoothing / n_classes), of_target.sum()
 
 
 def _with_external(

@@ -9,10 +9,12 @@ from torch import Tensor
 from . import ops
 from ._backends import Sum
 from ._backends.reference import log_softmax_prior, mix_target
+from ._losses import NONE
 from .ops.sums import at_top
 
-IGNORED, ELSEWHERE = -100, -1
-"""Targets as a shard sees them: none, and one that is a class of another rank. (0 … are its own classes.)"""
+IGNORED, ELSEWHERE = -100, NONE
+"""Targets as a shard sees them: none, and one that is no class of its own, but may be one of another rank. (0 … are its
+own classes.)"""
 
 
 def combined_statistics(

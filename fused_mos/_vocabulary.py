@@ -376,6 +376,15 @@ class Vocabulary(ABC):
         """(N, C) -> one of the C columns for each token, (N,) int64, −1 where none has a probability."""
 
 
+def chosen_columns(probability: Tensor, generator: torch.Generator | None) -> Tensor:  # (N, C) -> (N,)
+    """One of the C columns for each token, −1 where none has a probability."""
+    if probability.shape[0] == 0:  # which torch.multinomial refuses
+        return torch.empty(0, dtype=torch.int64, device=probability.device)
+    possible = probability.sum(1, keepdim=True) > 0
+    choice = torch.multinomial(torch.where(possible, probability, 1), 1, generator=generator)
+    return torch.where(possible, choice, -1).squeeze(1)
+
+
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:  # (N, C) -> (N, C)
     """Probabilities of the fewest classes that together have `top_p`, the others' 0; not normalised. Of a row without
     a finite logit, or with NaN, all are 0."""

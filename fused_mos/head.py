@@ -165,8 +165,10 @@ class Head(nn.Module):
 
         Args:
             input: (…, in_features). The order of the leading axes matters to `MoS.latent_dropout` alone, for which time
-            comes first. target: (…) int64 classes, or `ignore_index`; (…, M) with `target_prob`, of that shape, too.
-            token_weight: (…). extra_log_prob: (…, n_external), of a head that has external components, and only there.
+                comes first.
+            target: (…) int64 classes, or `ignore_index`; (…, M) with `target_prob`, of that shape, too.
+            token_weight: (…).
+            extra_log_prob: (…, n_external), of a head that has external components, and only there.
             The others: see `functional.mos_nll_loss`.
 
         Returns:

@@ -23,7 +23,7 @@ from ._local import new_seed, reduced_loss
 from ._losses import NLL
 from ._plain import addition
 from ._sharded import ELSEWHERE, IGNORED, RanksSum, ShardedExperts, ShardedNLL, ShardedSum, combined_statistics
-from ._vocabulary import Normalisers, TopK, Vocabulary, WithSum
+from ._vocabulary import Normalisers, TopK, Vocabulary, WithSum, chosen_columns
 from .head import Head
 
 if TYPE_CHECKING:
@@ -216,11 +216,7 @@ class VocabShard(Vocabulary):
 
     def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
         """The choice of the group's first rank."""
-        if probability.shape[0] == 0:
-            return torch.empty(0, dtype=torch.int64, device=probability.device)
-        possible = probability.sum(1, keepdim=True) > 0
-        choice = torch.multinomial(torch.where(possible, probability, 1), 1, generator=generator)
-        choice = torch.where(possible, choice, -1).squeeze(1)
+        choice = chosen_columns(probability, generator)
         dist.broadcast(choice, group=self.group, group_src=0)
         return choice
 

@@ -77,16 +77,15 @@ struct NllArguments {
   GradientArguments gradients;
 };
 
-// A gradient of log p, either dense or G = token_n of_class_v + at_target_n 1[v = target_n] + (log_term_n log p +
-// linear_term_n) p. What is null is 0; `of_class` has a `token`, and `at_target` a `target`.
+// A gradient of log p, either dense or G = token_n of_class_v + at_target_n 1[v = target_n] −
+// entropy_n p (log p + 1). What is null is 0; `of_class` has a `token`, and `at_target` a `target`.
 struct LogProbGradient {
-  const float* dense;        // (N, V)
-  const float* token;        // (N,)
-  const float* of_class;     // (V,)
-  const float* at_target;    // (N,)
-  const int64_t* target;     // (N,)
-  const float* log_term;     // (N,)
-  const float* linear_term;  // (N,)
+  const float* dense;      // (N, V)
+  const float* token;      // (N,)
+  const float* of_class;   // (V,)
+  const float* at_target;  // (N,)
+  const int64_t* target;   // (N,)
+  const float* entropy;    // (N,): the gradient of the entropy
 };
 
 struct MixtureArguments {
@@ -121,10 +120,10 @@ struct Kernels {
   void (*mixture)(const Head&, const MixtureArguments&);
   void (*mixture_backward)(const Head&, const MixtureArguments&);
   void (*sample)(const Head&, const SampleArguments&);
-  void (*exponentials)(const float*, float*, int64_t);  // exp of numbers ≤ 0, for tests
-  void (*logarithms)(const float*, float*, int64_t);    // log of positive numbers, for tests
-  void (*tangents)(const float*, float*, int64_t);      // tanh, for tests
-  double (*peak_gflops)(int n_threads, bool bf16);      // of a loop of register-only multiply-adds, for benchmarks
+  void (*exponentials)(const float*, float*, int64_t);         // exp of numbers ≤ 0, for tests
+  void (*logarithms)(const float*, float*, int64_t);           // log of positive numbers, for tests
+  void (*hyperbolic_tangents)(const float*, float*, int64_t);  // tanh, for tests
+  double (*peak_gflops)(int n_threads, bool bf16);  // of a loop of register-only multiply-adds, for benchmarks
 };
 
 }  // namespace fused_mos

@@ -15,8 +15,7 @@ class GradientLanes {
     if (g.dense) return;
     for (Index t = 0; t < n_; ++t) {
       if (g.of_class) token_[t] = g.token[first_ + t];
-      if (g.log_term) log_term_[t] = g.log_term[first_ + t];
-      if (g.linear_term) linear_term_[t] = g.linear_term[first_ + t];
+      if (g.entropy) entropy_[t] = g.entropy[first_ + t];
     }
   }
 
@@ -34,17 +33,17 @@ class GradientLanes {
     const Vector of_class = broadcast(g_.of_class ? g_.of_class[v] : 0.0f);
     for (int j = 0; j < NV; ++j) {
       to[j] += load(token_ + j * kLanes) * of_class;
-      if (!g_.log_term && !g_.linear_term) continue;
+      if (!g_.entropy) continue;
       const Vector p = load(mixture + j * kLanes);
       const Vector log_p = log_positive(p);  // finite where p underflows, and nothing times p
-      to[j] += p * (load(log_term_ + j * kLanes) * log_p + load(linear_term_ + j * kLanes));
+      to[j] -= load(entropy_ + j * kLanes) * p * (log_p + 1.0f);
     }
   }
 
  private:
   const LogProbGradient& g_;
   Index n_classes_, first_, n_;
-  float token_[kBlock] = {}, log_term_[kBlock] = {}, linear_term_[kBlock] = {};
+  float token_[kBlock] = {}, entropy_[kBlock] = {};
 };
 
 }  // namespace

@@ -25,7 +25,7 @@ void logarithms(const float* from, float* to, int64_t n) {
   }
 }
 
-void tangents(const float* from, float* to, int64_t n) {
+void hyperbolic_tangents(const float* from, float* to, int64_t n) {
   for (Index i = 0; i < n; i += kLanes) {
     float lanes[kLanes] = {};
     memcpy(lanes, from + i, sizeof(float) * smaller(n - i, kLanes));
@@ -74,8 +74,8 @@ namespace fused_mos::FUSED_MOS_NAMESPACE {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    FUSED_MOS_ISA_NAME, kBf16Products, row_statistics, rows_backward, nll_with_gradients, mixture,
-    mixture_backward,   sample,        exponentials,   logarithms,    tangents,           peak_gflops,
+    FUSED_MOS_ISA_NAME, kBf16Products, row_statistics, rows_backward, nll_with_gradients,  mixture,
+    mixture_backward,   sample,        exponentials,   logarithms,    hyperbolic_tangents, peak_gflops,
 };
 
 }  // namespace fused_mos::FUSED_MOS_NAMESPACE

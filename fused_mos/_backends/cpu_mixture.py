@@ -128,7 +128,7 @@ def mixture_sum_backward(
             sum_, grad, grad_target, target, s, grad_lse, *given, needs, transform
         )
     if sum_.kind == "entropy":
-        log_p_gradient = LogProbGradient(at_target=grad_target, target=target, log_term=-grad, linear_term=-grad)
+        log_p_gradient = LogProbGradient(at_target=grad_target, target=target, entropy=grad)
     else:
         of_class = weight.new_ones(weight.shape[0]) if sum_.class_weight is None else sum_.class_weight
         log_p_gradient = LogProbGradient(grad, of_class, grad_target, target)
