@@ -16,6 +16,33 @@ from torch import Tensor, nn
 KINDS = ("tanh", "linear", "residual")
 
 
+def check_latents(
+    kind: str,
+    in_features: int,
+    latent_features: int,
+    norm: bool,
+    rank: int | None,
+    names: tuple[str, str] = ("in_features", "latent_features"),
+) -> None:
+    """Raises ValueError for a combination that cannot be. `names` are what the caller's user knows the two sizes by."""
+    if kind not in KINDS:
+        raise ValueError(f"latent must be one of {', '.join(KINDS)}, got {kind!r}")
+    name_in, name_latent = names
+    if kind == "residual" and latent_features != in_features:
+        raise ValueError(
+            f"latent='residual' adds to the input, so {name_latent} must be {name_in}, got "
+            f"{latent_features} and {in_features}"
+        )
+    if kind == "residual" and norm:
+        raise ValueError(
+            "latent_norm must be False for latent='residual', whose vectors keep the scale of the input, got True"
+        )
+    if rank is not None and rank > min(in_features, latent_features):
+        raise ValueError(
+            f"rank must be at most min({name_in}, {name_latent}) = {min(in_features, latent_features)}, got {rank}"
+        )
+
+
 def make_latents(
     kind: str, in_features: int, n_experts: int, latent_features: int, norm: bool, rank: int | None, device, dtype
 ) -> nn.Sequential:
@@ -23,22 +50,8 @@ def make_latents(
 
     Raises ValueError for a combination that cannot be.
     """
-    if kind not in KINDS:
-        raise ValueError(f"latent must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_latents(kind, in_features, latent_features, norm, rank)
     residual = kind == "residual"
-    if residual and latent_features != in_features:
-        raise ValueError(
-            "latent='residual' adds to the input, so latent_features must be in_features, got "
-            f"{latent_features} and {in_features}"
-        )
-    if residual and norm:
-        raise ValueError(
-            "latent_norm must be False for latent='residual', whose vectors keep the scale of the input, got True"
-        )
-    if rank is not None and rank > min(in_features, latent_features):
-        raise ValueError(
-            f"rank must be at most min(in_features, latent_features) = {min(in_features, latent_features)}, got {rank}"
-        )
     options = {"bias": not residual, "device": device, "dtype": dtype}
     maps: nn.Linear | LowRank
     if rank is None:

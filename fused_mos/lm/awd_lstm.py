@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .._latents import check_latents
 from ..dropout import check_probability, embedding_dropout, locked_dropout
 from ..head import Head
 from ..module import MoC, MoS, Softmax
@@ -18,6 +19,19 @@ Hidden = list[tuple[Tensor, Tensor]]
 """One (h, c) per layer, each (1, B, width of the layer)."""
 
 HEADS = ("mos", "moc", "softmax")
+
+
+def check_head(
+    head: str, embedding_size: int, hidden_sizes: tuple[int, ...], latent: str, latent_norm: bool, rank: int | None
+) -> None:
+    """Raises ValueError for latent vectors that a model of these sizes cannot have."""
+    if head != "softmax":
+        names = "the last of hidden_sizes", "embedding_size"
+        check_latents(latent, hidden_sizes[-1], embedding_size, latent_norm, rank, names)
+        return
+    for name, value, default in (("latent", latent, "tanh"), ("latent_norm", latent_norm, False), ("rank", rank, None)):
+        if value != default:
+            raise ValueError(f"{name} is for mixtures: it must be {default} where head is softmax, got {value}")
 
 
 class LMOutput(NamedTuple):
@@ -44,6 +58,10 @@ class AWDLSTM(nn.Module):
         tied: whether the decoder shares the embedding's weight.
         backend: of the head, see `fused_mos.backends()`.
         grad_filter_eps: see `functional.mos_nll_loss`.
+        latent, latent_norm, rank: the kind of a mixture's latent vectors, see `fused_mos.MoS`; "residual" needs a last
+            layer as wide as the embedding. "softmax" takes the defaults alone.
+
+    Raises ValueError for an argument that is not as above.
     """
 
     def __init__(
@@ -62,12 +80,16 @@ class AWDLSTM(nn.Module):
         tied: bool = True,
         backend: str = "auto",
         grad_filter_eps: float = 0.0,
+        latent: str = "tanh",
+        latent_norm: bool = False,
+        rank: int | None = None,
     ):
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
         if not hidden_sizes:
             raise ValueError("hidden_sizes must name at least one layer, got none")
+        check_head(head, embedding_size, hidden_sizes, latent, latent_norm, rank)
         self.dropoute = check_probability("dropoute", dropoute)
         self.dropouti = check_probability("dropouti", dropouti)
         self.dropouth = check_probability("dropouth", dropouth)
@@ -88,7 +110,16 @@ class AWDLSTM(nn.Module):
         else:
             mixture = {"mos": MoS, "moc": MoC}[head]
             self.head = mixture(
-                widths[-1], n_words, n_experts, embedding_size, latent_dropout=dropoutl, weight=weight, backend=backend
+                widths[-1],
+                n_words,
+                n_experts,
+                embedding_size,
+                latent_dropout=dropoutl,
+                weight=weight,
+                backend=backend,
+                latent=latent,
+                latent_norm=latent_norm,
+                rank=rank,
             )
         self.register_load_state_dict_pre_hook(_rename_published_keys)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .._backends import NAMES
+from ..lm.awd_lstm import check_head
 from ..lm.dynamic_evaluation import DynamicRule
 from ..runtime import files
 from . import settings
@@ -17,6 +18,7 @@ from .errors import ConfigError
 from .settings import NOT_NEGATIVE, POSITIVE, SEED, SHARE, SIZE, setting
 
 HeadName = Literal["mos", "moc", "softmax"]
+LatentName = Literal["tanh", "linear", "residual"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 MOST_LAYERS = 1000
@@ -36,6 +38,13 @@ class ModelConfig:
     """Size of word embeddings and latent vectors (d, emsize)."""
     hidden_sizes: tuple[int, ...] = (960, 960, 620)
     """Width of each LSTM layer (nhid, nhid, nhidlast)."""
+    latent: LatentName = "tanh"
+    """Latent vectors of a mixture, from the context h: the paper's tanh(W h + c); linear, without tanh; or residual,
+    h + U h with U = 0 at the start, which needs a last LSTM layer as wide as the embedding."""
+    latent_norm: bool = False
+    """Divide each W h + c by its root mean square, which keeps tanh from saturating under Adam. Not for residual."""
+    rank: int | None = setting(None, SIZE)
+    """Rank of each W or U, as a product of two matrices; None: whole matrices."""
     dropoute: float = setting(0.1, SHARE)
     """Dropout of whole words from the embedding (dropoute)."""
     dropouti: float = setting(0.4, SHARE)
@@ -64,6 +73,10 @@ class ModelConfig:
             raise ConfigError(f"hidden_sizes must be at most {MOST_LAYERS} widths, got {len(self.hidden_sizes)}")
         if self.backend not in NAMES:
             raise ConfigError(f"backend must be one of {', '.join(NAMES)}, got {self.backend!r}")
+        try:
+            check_head(self.head, self.embedding_size, self.hidden_sizes, self.latent, self.latent_norm, self.rank)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """AWD-LSTM against a plain restatement of the paper's equations, and the published code's names and sizes."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
 from restated import restated
 from torch import nn
 
+from fused_mos._latents import KINDS
 from fused_mos.lm import AWDLSTM
 from fused_mos.lm.awd_lstm import activation_regularization, temporal_activation_regularization
 from fused_mos.training import RECIPES
+from fused_mos.training.config import LatentName
 
 V, D, K = 23, 6, 3
 NO_DROPOUT = dict.fromkeys(("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop"), 0.0)
@@ -106,3 +109,37 @@ def test_tying():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("head", ["mos", "moc"])
+@pytest.mark.parametrize("options", [{"latent": "linear", "rank": 4}, {"latent_norm": True}, {"latent": "residual"}])
+def test_the_head_gets_its_kind_of_latent_vectors(head, options):
+    widths = (9, D if "residual" in options.values() else 8)
+    model = AWDLSTM(V, D, widths, head, K, **NO_DROPOUT, **options)
+    made = model.head
+    wanted = {"latent": "tanh", "latent_norm": False, "rank": None} | options
+    assert {"latent": made.latent_kind, "latent_norm": made.latent_norm, "rank": made.rank} == wanted
+    tokens, target = torch.randint(0, V, (5, 4)), torch.randint(0, V, (5, 4))
+    model(tokens, target).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "message"),
+    [
+        ("mos", {"rank": 7}, r"rank must be at most min\(the last of hidden_sizes, embedding_size\) = 6, got 7"),
+        ("mos", {"rank": 0}, "rank must be at least 1, got 0"),
+        ("moc", {"latent": "residual"}, "embedding_size must be the last of hidden_sizes, got 6 and 8"),
+        ("mos", {"latent": "relu"}, "latent must be one of tanh, linear, residual, got 'relu'"),
+        ("softmax", {"latent": "linear"}, "latent is for mixtures: it must be tanh where head is softmax, got linear"),
+        ("softmax", {"latent_norm": True}, "latent_norm is for mixtures: it must be False"),
+        ("softmax", {"rank": 2}, "rank is for mixtures: it must be None where head is softmax, got 2"),
+    ],
+)
+def test_latent_vectors_that_cannot_be(head, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(head, **options)
+
+
+def test_the_trainers_know_all_kinds():
+    assert get_args(LatentName) == KINDS

@@ -15,7 +15,7 @@ from fused_mos.runtime import files
 from fused_mos.training import dynamic_evaluation as dynamic_module
 from fused_mos.training import settings
 from fused_mos.training.checkpoint import load_checkpoint, save_checkpoint
-from fused_mos.training.config import MOST_LAYERS, ConfigError, HeadName, Precision, TrainConfig
+from fused_mos.training.config import MOST_LAYERS, ConfigError, HeadName, LatentName, Precision, TrainConfig
 from fused_mos.training.lm1b.config import LM1BConfig
 from fused_mos.training.metrics import plot_learning_curves
 
@@ -42,7 +42,9 @@ def is_of_its_type(names, default, value):
         return value is None or isinstance(value, str)
     if isinstance(default, tuple):
         return isinstance(value, list) and value != [] and all(type(item) is int for item in value)
-    choices = {"head": get_args(HeadName), "precision": get_args(Precision)}
+    if names[-1] == "rank":
+        return value is None or type(value) is int
+    choices = {"head": get_args(HeadName), "precision": get_args(Precision), "latent": get_args(LatentName)}
     choices |= {"optimizer": ("sgd", "adagrad", "adam"), "decay": ("none", "linear", "cosine")}
     if names[-1] in choices:
         return value in choices[names[-1]]

@@ -22,6 +22,17 @@ VALUES = [
     ("--n-experts 2000000000 --embedding-size 2000000000", "there is not enough memory"),
     ("--embedding-size 1000000000000000000", "embedding_size must be in [1, 2**31), got 1000000000000000000"),
     ("--hidden-sizes 3 1000000000000000000000", "hidden_sizes must be one or more widths in [1, 2**31)"),
+    ("--rank 0", "rank must be in [1, 2**31), got 0"),
+    ("--rank 9", "rank must be at most min(the last of hidden_sizes, embedding_size) = 8, got 9"),
+    (
+        "--rank 11 --embedding-size 20",
+        "rank must be at most min(the last of hidden_sizes, embedding_size) = 10, got 11",
+    ),
+    ("--latent residual", "embedding_size must be the last of hidden_sizes, got 8 and 10"),
+    ("--latent residual --embedding-size 10 --latent-norm", "latent_norm must be False for latent='residual'"),
+    ("--head softmax --latent linear", "latent is for mixtures: it must be tanh where head is softmax, got linear"),
+    ("--head softmax --latent-norm", "latent_norm is for mixtures: it must be False where head is softmax, got True"),
+    ("--head softmax --rank 3", "rank is for mixtures: it must be None where head is softmax, got 3"),
     ("--batch-size 1000000000000", "too short for 1000000000000 columns"),
     ("--batch-size 9999999999999999999999", "too short for 9999999999999999999999 columns"),
 ]
