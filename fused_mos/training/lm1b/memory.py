@@ -46,10 +46,12 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     # gates' gradients
     lstm = sum(tokens * (size + 10 * width) for size, width in zip([d, *widths[:-1]], widths)) * item
     vectors_of_token = {"mos": k * d, "moc": (k + 1) * d, "softmax": 0}[model.head]
+    inner_of_token = k * (model.rank or 0)  # between the two matrices of a rank
     vectors = in_head * vectors_of_token
-    head = (
-        vectors * (3 * item + 2 * half) + tokens * widths[-1] * 2 * item
-    )  # before and after tanh, their gradient; 16-bit copies of two
+    # before and after tanh, their gradient; with a norm its input, and in its backward pass two terms more; 16-bit
+    # copies of two
+    of_vectors = vectors * ((6 if model.latent_norm else 3) * item + 2 * half)
+    head = of_vectors + (in_head * inner_of_token + tokens * widths[-1]) * 2 * item
     kept = {
         "parameters": n_parameters * item,
         "gradients": n_parameters * item,
@@ -72,7 +74,7 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     # the last layer's output, and the head's vectors before and after tanh; the rest of a training step is gone then
     evaluated = config.bptt * -(-config.eval_batch_size // n_data)  # tokens of a segment of held-out text
     evaluated_at_once = min(evaluated, config.head_chunk or evaluated)
-    evaluation = (evaluated * widths[-1] + 2 * evaluated_at_once * vectors_of_token) * item
+    evaluation = (evaluated * widths[-1] + evaluated_at_once * (2 * vectors_of_token + inner_of_token)) * item
     if evaluation > sum(step.values()):
         step["evaluation, beyond"] = evaluation - sum(step.values())
     if device_type == "cpu":  # where a GPU's tensors are written, and made, is the host's memory
