@@ -6,8 +6,10 @@ its own, and the base's is beside it.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -28,6 +30,8 @@ class ConfigWithMoS(Base):
     """What the configuration of a base model gets besides."""
 
     mos: dict[str, Any] | None = None
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """TRL reads it of every class that transformers itself does not have."""
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
