@@ -2,9 +2,11 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -36,8 +38,9 @@ class ModelWithMoS(Base):
     lm_head_name: str
     """The attribute that has the head, which peft may have wrapped."""
     label_smoothing = 0.0
-    """Of the loss in training, as in torch's CrossEntropyLoss. Trainer's label_smoothing_factor does the same over
-    logits of all tokens."""
+    """Of the loss in training, as in torch's CrossEntropyLoss. Trainer's label_smoothing_factor does the same, but then
+    Trainer keeps the labels to itself and asks for the logits of all tokens."""
+    _warned_of_logits = False
 
     def heads(self) -> list[LMHead]:
         """The head, or its original and its trained copies where peft's modules_to_save has it, in this order."""
@@ -99,7 +102,10 @@ def forward_of(base: Callable) -> Callable:
         if skip_logits is None:
             skip_logits = self.training
         if named.get("labels") is None or not skip_logits or self.loss_function is not ForCausalLMLoss:
-            return base(self, **named)
+            output = base(self, **named)
+            if named.get("labels") is None and skip_logits and not named.get("logits_to_keep"):
+                _warn_of_logits(self, output[0])
+            return output
         heads = self.heads()
         request = LossRequest.of(named, self.label_smoothing)
         for head in heads:
@@ -113,6 +119,21 @@ def forward_of(base: Callable) -> Callable:
                 head.request = None
 
     return forward
+
+
+def _warn_of_logits(model: ModelWithMoS, logits: Tensor) -> None:
+    """Once a model: logits in training are what fused losses are to avoid, and Trainer asks for them without a word."""
+    if torch.compiler.is_compiling() or model._warned_of_logits or not logits.requires_grad:
+        return
+    model._warned_of_logits = True
+    n_classes = logits.shape[-1]
+    warnings.warn(
+        f"in training and without labels this model makes the logits of all tokens, {logits.numel() // n_classes} × "
+        f"{n_classes} numbers or {logits.nbytes / 1e6:.1f} MB here, and again for their gradient; with labels=... it "
+        "computes its loss without them. Trainer's label_smoothing_factor needs them: set model.label_smoothing in its "
+        "place. skip_logits=False says that they are wanted",
+        stacklevel=5,
+    )
 
 
 def _without_logits(output: Any) -> Any:

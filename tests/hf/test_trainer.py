@@ -1,8 +1,12 @@
 """transformers' Trainer: its loss, resumed runs, and what it does between forward and loss."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")  # Trainer's
@@ -103,15 +107,62 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     assert torch.equal(loaded(TEXT).logits, whole.model.eval()(TEXT).logits)
 
 
+def smoothed(noise, **options):
+    """A model of a large vocabulary, and a function for the loss of TEXT that a Trainer computes in training."""
+    model = replace_head(make("gpt2", vocab_size=2000), 3, noise=noise)
+    model.label_smoothing = options.pop("label_smoothing", 0.0)
+    run = trainer(model, **options)
+    return model, lambda: run.compute_loss(model.train(), {"input_ids": TEXT, "labels": TEXT})
+
+
 def test_label_smoothing_shifts_the_labels(tmp_path):
     """Trainer does it itself, of logits; for a class whose name it does not know it would not shift the labels."""
-    run = trainer(new(noise=0), tmp_path, label_smoothing_factor=0.2)
-    expected = float64_loss(make("gpt2")(TEXT).logits, TEXT, label_smoothing=0.2)
-    assert abs(run.compute_loss(run.model.train(), {"input_ids": TEXT, "labels": TEXT}) - expected) < 1e-5
-    model = new(noise=0)
-    model.label_smoothing = 0.2
-    fused = trainer(model, tmp_path).compute_loss(model.train(), {"input_ids": TEXT, "labels": TEXT})
-    assert abs(fused - expected) < 1e-5
+    _, by_trainer = smoothed(0.0, folder=tmp_path, label_smoothing_factor=0.2)
+    _, by_the_head = smoothed(0.0, folder=tmp_path, label_smoothing=0.2)
+    expected = float64_loss(make("gpt2", vocab_size=2000)(TEXT).logits, TEXT, label_smoothing=0.2)
+    assert abs(by_trainer() - expected) < 1e-5
+    assert abs(by_the_head() - expected) < 1e-5
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements of a tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max(self.elements, *made, 0)
+        return result
+
+
+@pytest.mark.parametrize("by", ["head", "trainer"])
+def test_label_smoothing_by_the_head_forms_no_logits(tmp_path, by):
+    options = {"label_smoothing": 0.2} if by == "head" else {"label_smoothing_factor": 0.2}
+    model, loss = smoothed(0.3, folder=tmp_path, **options)
+    with warnings.catch_warnings(record=True) as caught, Largest() as largest:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            loss().backward()
+    told = [str(warning.message) for warning in caught if "model.label_smoothing" in str(warning.message)]
+    n_tokens = TEXT.numel() - len(TEXT)  # shifted
+    assert (largest.elements < n_tokens * 2000) == (by == "head")
+    assert len(told) == (by == "trainer")
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.lm_head.parameters())
+
+
+def test_the_warning_of_logits_is_for_training_without_labels(tmp_path):
+    model = new()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(TEXT, labels=TEXT).loss.backward()
+        model(TEXT, skip_logits=False)
+        model(TEXT, logits_to_keep=1)
+        with torch.no_grad():
+            model(TEXT)
+        model.eval()(TEXT)
+    with pytest.warns(UserWarning, match=r"logits of all tokens, 144 × 97 numbers or 0.1 MB"):
+        model.train()(TEXT)
 
 
 def test_evaluation_has_logits_for_metrics(tmp_path):
@@ -121,9 +172,12 @@ def test_evaluation_has_logits_for_metrics(tmp_path):
         seen["shape"] = prediction.predictions.shape
         return {"seen": 1}
 
-    # of GPT-2, softmax or mixture, Trainer divides by the number of all labels, as if they were not shifted
-    model = replace_head(make("llama"), 3, noise=0.3)
-    result = trainer(model, tmp_path, compute_metrics=metrics).evaluate()
+    model = new()
+    run = trainer(model, tmp_path, compute_metrics=metrics)
+    labels = TEXT.clone()
+    labels[:, 0] = -100  # some Trainers divide by the number of labels before they are shifted
+    run.eval_dataset = [{"input_ids": x, "labels": y} for x, y in zip(TEXT, labels)]
+    result = run.evaluate()
     assert seen["shape"] == (*TEXT.shape, V) and result["eval_seen"] == 1
     assert result["eval_loss"] == pytest.approx(float64_loss(model(TEXT).logits, TEXT).item(), abs=1e-4)
 
