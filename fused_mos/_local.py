@@ -1,5 +1,7 @@
 """All classes in this process: by the fused ops, or for the backend "reference" by plain torch."""
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from .ops.sums import at_top
 class AllClasses(Vocabulary):
     """What both have in common."""
 
-    def of_backend(self, operands: Operands) -> Vocabulary:
+    def of_backend(self, operands: Operands) -> "AllClasses":
         return REFERENCE if operands.backend == "reference" else LOCAL
 
     def count_classes(self, operands: Operands) -> int:
@@ -38,6 +40,10 @@ class AllClasses(Vocabulary):
         if class_weight is None:
             return sums + bias.sum(dtype=dtype)
         return sums + torch.where(class_weight != 0, bias.to(dtype), 0) @ class_weight
+
+    @abstractmethod
+    def distribution_with_lse(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of all classes, (N, V), and the experts' log-normalisers, (N, K)."""
 
     def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
         return chosen_columns(probability, generator)
@@ -93,12 +99,29 @@ class LocalVocabulary(AllClasses):
         return WithSum(*ops.likelihood_and_sum(*operands.tensors, target, *of_sum, *options)[:4])
 
     def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:
+        log_p = self._distribution_of_few_tokens(operands, temperature)
+        if log_p is None:
+            log_p = ops.log_prob(*operands.tensors, operands.backend, operands.softcap, temperature)[0]
+        return log_p
+
+    def distribution_with_lse(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        """log p, (N, V), and the experts' log-normalisers, (N, K), both differentiable: 2 products, and one more where
+        a gradient is wanted, since the normalisers that log p has need not have one."""
+        log_p = self._distribution_of_few_tokens(operands)
+        if log_p is None:
+            log_p, maximum, log_total = ops.log_prob(*operands.tensors, operands.backend, operands.softcap)
+            if not log_p.requires_grad:
+                return log_p, maximum + log_total
+        return log_p, ops.logsumexp(
+            operands.latent, operands.weight, operands.bias, operands.backend, operands.softcap
+        )[0]
+
+    def _distribution_of_few_tokens(self, operands: Operands, temperature: float = 1.0) -> Tensor | None:
+        """In one product, where the backend can."""
         latent, prior_logits, weight, bias = operands.tensors
         if decoder := self._decoder(operands, temperature, *operands.tensors):
-            log_p = decoder.log_prob(latent, log_softmax_prior(prior_logits).float(), weight, bias)
-            if log_p is not None:
-                return log_p
-        return ops.log_prob(*operands.tensors, operands.backend, operands.softcap, temperature)[0]
+            return decoder.log_prob(latent, log_softmax_prior(prior_logits).float(), weight, bias)
+        return None
 
     def normalisers(self, operands: Operands, temperature: float = 1.0) -> Normalisers:
         return Normalisers(*ops.normalisers(*operands.tensors, operands.backend, operands.softcap, temperature))
@@ -168,6 +191,10 @@ class ReferenceVocabulary(AllClasses):
 
     def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:
         return reference.log_prob(*operands.tensors, Transform(operands.softcap, temperature))
+
+    def distribution_with_lse(self, operands: Operands) -> tuple[Tensor, Tensor]:
+        latent, _, weight, bias, _, softcap = operands
+        return self.distribution(operands), reference.logsumexp(latent, weight, bias, Transform(softcap))
 
     def normalisers(self, operands: Operands, temperature: float = 1.0) -> Normalisers:
         latent, prior_logits, weight, bias, _, softcap = operands

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .._inputs import prepared
+from .._local import LOCAL
 from ..head import HeadOutput, check_int
 from ..module import MoS
 from .loss import LossRequest
@@ -96,11 +97,10 @@ class LMHead(MoS):
         return request.reduced(result.loss)
 
     def logits(self, input: Tensor) -> Tensor:
-        """log p + Σ_k π_k L_k: (…, in_features) -> (…, n_classes)."""
+        """log p + Σ_k π_k L_k: (…, in_features) -> (…, n_classes). 2 products, 3 where a gradient is wanted."""
         latent, prior_logits, weight, bias = self._operands(input)
-        options: dict[str, Any] = {"softcap": self.softcap, "backend": self.backend}
-        log_prob = functional.mos_log_prob(latent, prior_logits, weight, bias, **options)
-        lse = functional.mos_logsumexp(latent, weight, bias, **options)
+        with prepared(latent, prior_logits, weight, bias, self.backend, self.softcap) as operands:
+            log_prob, lse = LOCAL.of_backend(operands).distribution_with_lse(operands.contiguous())
         level = (prior_logits.to(lse.dtype).softmax(-1) * lse).sum(-1, keepdim=True)
         return (log_prob + level).view(*input.shape[:-1], -1)
 

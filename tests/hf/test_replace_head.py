@@ -106,6 +106,43 @@ def test_evaluation_keeps_logits(model):
     assert model(x, labels=x, skip_logits=True).logits is None
 
 
+def ops_of_logits(head, hidden):
+    """The logits, and the ops of this package that make them."""
+    called = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == "fused_mos":
+                called.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Ops():
+        return head(hidden), called
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled", "reference"])
+def test_logits_without_gradients_take_one_op(model, backend):
+    """Two products: the normalisers that log p needs are those that are added to it. For few tokens, of which some
+    backends have log p in one product, it is two in all, too."""
+    head = model.lm_head
+    head.backend = backend
+    for n in (1, 200):
+        hidden = torch.randn(n, 32)
+        expected, trained = ops_of_logits(head, hidden)
+        with torch.no_grad():
+            found, evaluated = ops_of_logits(head, hidden)
+        if backend != "reference":
+            assert trained == ["log_prob", "logsumexp"]
+            assert evaluated in (["log_prob"], ["logsumexp"]) and (n == 1 or evaluated == ["log_prob"])
+        latent, prior_logits = head.double().mixture(hidden.double())
+        experts = head.decoder(latent)
+        level = (prior_logits.softmax(-1) * experts.logsumexp(-1)).sum(-1)
+        mixed = (experts.softmax(-1) * prior_logits.softmax(-1).unsqueeze(-1)).sum(1)
+        head.float()
+        for logits in (expected, found):
+            assert (logits - (mixed.log() + level.unsqueeze(-1))).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_shifted_labels_counts_and_what_is_ignored(model, training):
     model.train(training)
