@@ -44,7 +44,7 @@ def in_a_fresh_process(program: str, root: Path) -> str:
     preamble = f"""
 import pickle, sys, torch
 from pathlib import Path
-from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, LlamaModel
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from tiny import tokens
 root = Path({str(root)!r})
@@ -82,13 +82,25 @@ for name in {SAVED}:
 
 
 def test_without_the_import_nothing_loads_a_random_head(folders):
-    """Loud in each case; with leave to run the folder's code, the model loads."""
+    """Loud in each case, as docs/huggingface.md shows; with leave to run the folder's code, the model loads."""
     program = """
-assert "trust_remote_code=True" in error_of(AutoModelForCausalLM.from_pretrained, root / "gpt2")
-for kind, name in ((GPT2LMHeadModel, "gpt2"), (LlamaForCausalLM, "llama")):
-    assert "ignore_mismatched_sizes" in error_of(kind.from_pretrained, root / name), name
+import io, logging
+logging.getLogger("transformers").addHandler(logging.StreamHandler(log := io.StringIO()))
+for kind in (AutoModelForCausalLM, AutoModel):
+    assert "trust_remote_code=True" in error_of(kind.from_pretrained, root / "gpt2")
+def check_concrete_classes():
+    for kind, name in ((GPT2LMHeadModel, "gpt2"), (LlamaForCausalLM, "llama")):
+        log.seek(log.truncate(0))
+        assert "ignore_mismatched_sizes" in error_of(kind.from_pretrained, root / name), name
+        for part in ("model of type", "fused_mos", "lm_head.prior.weight", "UNEXPECTED", "MISMATCH", "torch.Size([0])"):
+            assert part in log.getvalue(), (part, log.getvalue())
+check_concrete_classes()
 assert "fused_mos" not in sys.modules
+assert type(LlamaModel.from_pretrained(root / "llama")) is LlamaModel
+assert type(AutoModel.from_pretrained(root / "llama", trust_remote_code=True)) is LlamaModel
 assert equal(AutoModelForCausalLM.from_pretrained(root / "gpt2", trust_remote_code=True), root / "gpt2")
+assert "fused_mos" in sys.modules
+check_concrete_classes()
 print("done")
 """
     assert "done" in in_a_fresh_process(program, folders)
