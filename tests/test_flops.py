@@ -103,3 +103,11 @@ def test_a_head_is_counted_by_its_name():
         head(torch.randn(N, 4), torch.randint(V, (N,))).loss.backward()
     counts = counter.get_flop_counts()
     assert counts["MoS"] and sum(counts["MoS"].values()) >= 3 * PRODUCT
+
+
+def test_latent_vectors_of_low_rank_are_counted_as_their_two_products():
+    h, width, rank = torch.randn(N, 4), 4, 2
+    whole, products = fused_mos.MoS(width, V, K, D), fused_mos.MoS(width, V, K, D, rank=rank, latent_norm=True)
+    with torch.no_grad():
+        assert counted(lambda: whole.latent(h)) == 2 * N * K * width * D
+        assert counted(lambda: products.latent(h)) == 2 * N * K * rank * (width + D)

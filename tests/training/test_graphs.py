@@ -108,6 +108,7 @@ VARIANTS = {
     "bfloat16": "--precision bfloat16 --lr 1",
     "tiled": "--backend tiled",
     "softmax": "--head softmax",
+    "norm and rank": "--latent-norm --rank 4",
 }
 
 

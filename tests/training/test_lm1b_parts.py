@@ -126,10 +126,13 @@ def test_files_are_checked(prepared, tmp_path, flags, capsys):
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 
-@pytest.mark.parametrize("head", ["mos", "moc", "softmax"])
-def test_a_chunked_head_has_the_same_loss_and_gradients(head):
+@pytest.mark.parametrize(
+    ("head", "latents"), [("mos", {}), ("moc", {}), ("softmax", {}), ("mos", {"latent_norm": True, "rank": 4})]
+)
+def test_a_chunked_head_has_the_same_loss_and_gradients(head, latents):
     torch.manual_seed(0)
-    model = AWDLSTM(50, 8, (12, 10), head, 3, dropoute=0, dropouti=0, dropouth=0, dropout=0, dropoutl=0, wdrop=0)
+    without = dict.fromkeys(("dropoute", "dropouti", "dropouth", "dropout", "dropoutl", "wdrop"), 0.0)
+    model = AWDLSTM(50, 8, (12, 10), head, 3, **without, **latents)
     tokens, hidden = torch.randint(50, (8, 7)), model.initial_hidden(7)
     results = []
     for chunk in (0, 1, 3 * 7, 10_000):
