@@ -62,7 +62,8 @@ class Config:
 
 def main() -> int:
     config = tyro.cli(Config, prog="python -m experiments.adam", description=__doc__)
-    budget = Budget(Corpus(config.data), Store(config.runs), config.steps)
+    about = {"data": config.data.name} | {name: getattr(config, name) for name in ("steps", "d", "n_experts")}
+    budget = Budget(Corpus(config.data), Store(config.runs, about), config.steps)
     n_classes = len(budget.corpus.vocabulary)
     shapes: dict[str, dict[str, Shape]] = {}
     for body in BODIES:
@@ -90,7 +91,6 @@ def main() -> int:
                 if name in AT_EQUAL_TIME:
                     steps = round(config.steps * seconds[body]["MoS, bias"] / seconds[body][name])
                     budget.store.row(f"{body}, {name}, equal time, seed {seed}", lambda train=train, n=steps: train(n))
-    about = {name: getattr(config, name) for name in ("steps", "d", "n_experts")} | {"data": config.data.name}
     about |= {"learning rates": rates, "torch": torch.__version__, "python": platform.python_version()}
     files.write_json(config.out, about | {"date": date.today().isoformat(), "rows": budget.store.rows()})
     return 0

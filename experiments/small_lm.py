@@ -150,15 +150,12 @@ def train(
     learning_rate: float,
     places: torch.Generator,
     name: str,
-    share: tuple[float, float] = (0.0, 1.0),
 ) -> None:
-    """Steps that are the given share of a whole training. Windows are drawn with `places`, dropout with torch's own
-    generator."""
+    """A whole training. Windows are drawn with `places`, dropout with torch's own generator."""
     model.train()
     for step in tqdm(range(steps), desc=name, leave=False, disable=None, mininterval=1):
-        progress = share[0] + (share[1] - share[0]) * (step + 0.5) / steps
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor(progress)
+            group["lr"] = learning_rate * learning_rate_factor((step + 0.5) / steps)
         optimizer.zero_grad()
         loss = model(*_windows(text, places))
         loss.backward()
