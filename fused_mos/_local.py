@@ -9,6 +9,7 @@ from . import _backends, ops
 from ._backends import IDENTITY, Sum, Transform, reference
 from ._backends.from_rows import weighted
 from ._backends.reference import log_softmax_prior
+from ._backends.tracing import is_exporting
 from ._inputs import Operands
 from ._losses import NLL, reduced
 from ._vocabulary import Normalisers, TopK, Vocabulary, WithSum, chosen_columns
@@ -66,7 +67,7 @@ class LocalVocabulary(AllClasses):
         inputs, backend, softcap = operands.tensors, operands.backend, operands.softcap
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
         n, n_experts, _ = operands.latent.shape
-        if torch.compiler.is_exporting():
+        if is_exporting():
             in_one_op = False  # a choice by N would bound the N of the exported program
         elif any(needs):
             in_one_op = _backends.kernels(backend).gradient_in_forward_pays(n, n_experts, *inputs[2:])

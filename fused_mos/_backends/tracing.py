@@ -17,6 +17,12 @@ def assume_constant_result(function: Function) -> Function:
     return function
 
 
+@assume_constant_result
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which torch before 2.13 takes for True in whatever torch.compile traces."""
+    return torch.compiler.is_exporting()
+
+
 def has_memory(tensor: Tensor) -> bool:
     """False while a graph is traced, for a fake tensor and for one in which vmap wraps others: there are no values to
     read, and no address to give."""
