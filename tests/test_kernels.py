@@ -59,13 +59,13 @@ def test_gradients_of_several_blocks_add_up(dtype, monkeypatch):
 
 
 def test_a_large_embedding_takes_its_gradient_directly(monkeypatch):
-    """A language model's softmax without a bias: one block of 4,096 tokens on a GPU of 80 GB leaves no room for float32
+    """A language model's softmax: one block of 4,096 tokens on a GPU of 80 GB leaves no room for float32
     sums of dE (2 GB), and needs none."""
     monkeypatch.setattr(workspace, "WORKSPACE_BYTES", 1_700_000_000)
     weight, bias = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((128_256, 4_096), 128_256))
     assert triton._rows_of_block(4_096, 1, weight, None) == 4_096
     assert triton.gradient_in_forward_pays(4_096, 1, weight, None)
-    assert not triton.gradient_in_forward_pays(4_096, 1, weight, bias)  # which needs columns beside the features
+    assert triton._rows_of_block(4_096, 1, weight, bias) == 4_096  # whose gradient is then a sum of its own
     assert not triton.gradient_in_forward_pays(16_384, 1, weight, None)
 
 

@@ -65,8 +65,8 @@ from fused_mos._backends.triton_kernels.tiles import Logits
 z, a, w = (torch.randn(shape, dtype=torch.bfloat16) for shape in [(96, 3, 16), (96, 3), (200, 16)])
 y = torch.randint(200, (96,))
 rows, exponentials, statistic = z.view(288, 16), torch.empty(288, 208, dtype=z.dtype), torch.empty(288)
-persistent = configurations.Tile(128, 256, 64, 8, 3, persistent=True)
-tiles = {key: persistent for key in configurations.ARCHITECTURES["sm_90"].tiles if "gradient" in key}
+described = configurations.Tile(128, 256, 64, 8, 3, described=True)
+tiles = {key: described for key in configurations.ARCHITECTURES["sm_90"].tiles if "gradient" in key}
 with launch.overridden(configurations.ARCHITECTURES["sm_90"], tiles):
     for repeat in range(3):
         backend.nll(z, a, w, None, y, -100)

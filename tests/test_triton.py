@@ -72,6 +72,16 @@ def test_rows_and_classes_beyond_two_billion_numbers(what):
     assert torch.allclose(dl[-64:].float(), 2 * logits.exp(), rtol=1e-2)
 
 
+def test_a_bias_gradient_beside_large_sums(monkeypatch):
+    """Where float32 sums of dE with its columns would fill the workspace, dE is written as it is, and the bias's
+    gradient is a sum of its own."""
+    case, kept = problem(16, 1, 64, 304, ignored=True), []
+    monkeypatch.setattr(workspace_module, "WORKSPACE_BYTES", 100_000)
+    monkeypatch.setattr(triton, "column_sums", lambda *inputs: kept.append(operands.column_sums(*inputs)) or kept[-1])
+    check_forward_and_gradients(case, lambda p, backend: p.nll(backend=backend), torch.bfloat16, "triton")
+    assert len(kept) == 1
+
+
 def test_log_probabilities_beyond_two_billion_numbers():
     """N·V passes 2³¹: the last tile of (2,880, 793,471) log-probabilities, and its gradient."""
     n, v, d, k = 2_880, 793_471, 16, 2
@@ -85,9 +95,8 @@ def test_log_probabilities_beyond_two_billion_numbers():
     program = (n // 32 - 1, v // 64)
     constants = {"K": k, "D": d, "TILE": TileConstants(32, 64, 16, "ieee", False)}
     inputs = Logits(z, e, None, n, v), mixture.Mixture(log_prior, maximum, log_total)
-    run_program(
-        mixture.log_prob_kernel, program, *inputs, out, **constants, PART=constants["TILE"]._replace(classes=32)
-    )
+    part = constants["TILE"]._replace(classes=32)
+    run_program(mixture.log_prob_kernel, program, None, None, *inputs, out, **constants, PART=part)
     expected = torch.logsumexp(z[tokens] @ e[classes].t() + log_prior[tokens][..., None], 1)
     first = v // 64 * 64  # of the last tile
     assert torch.allclose(out[tokens, first:], expected[:, first - classes.start :], atol=1e-5)
@@ -96,7 +105,8 @@ def test_log_probabilities_beyond_two_billion_numbers():
     out[tokens, first:] = torch.randn(32, v - first)
     s = torch.full((v // 64 + 1, n, k), math.nan)
     span = LogitGradients(None, 0, v, 0)
-    run_program(mixture.mixture_gradient_kernel, program, *inputs, out, s, span, SECOND_SWEEP=False, **constants)
+    arguments = None, None, *inputs, out, s, span
+    run_program(mixture.mixture_gradient_kernel, program, *arguments, SECOND_SWEEP=False, **constants)
     logits = z[tokens] @ e[first:].t()
     posterior = (log_prior[tokens][..., None] + logits - expected[:, None, first - classes.start :]).exp()
     assert torch.allclose(s[v // 64, tokens], (posterior * out[tokens, None, first:]).sum(-1), atol=1e-4)

@@ -27,10 +27,11 @@ from .triton_kernels import configurations, exponentials
 from .triton_kernels import finish as finish_kernels
 from .triton_kernels import loss as loss_kernels
 from .triton_kernels.backward import finish, log_prob_backward, nll_backward, rows_backward  # noqa: F401
+from .triton_kernels.described import persistent_exponentials_kernel
 from .triton_kernels.exponentials import Exponentials
 from .triton_kernels.finish import Gradients, Loss, Sizes
 from .triton_kernels.forward import choose_rows, log_prob, nll, normalisers, predict, row_statistics, sample  # noqa: F401
-from .triton_kernels.launch import INTERPRETED, choose_tile, launch
+from .triton_kernels.launch import INTERPRETED, architecture_of, choose_tile, launch
 from .triton_kernels.loss import RowFactors, Targets, WeightedLosses
 from .triton_kernels.operands import (
     add_times_embedding,
@@ -39,6 +40,7 @@ from .triton_kernels.operands import (
     bytes_of_padded,
     column_sums,
     described,
+    described_result,
     empty_float32,
     has_columns,
     mixture_constants,
@@ -47,7 +49,6 @@ from .triton_kernels.operands import (
     row_length,
     scaled_rows,
 )
-from .triton_kernels.persistent import persistent_exponentials_kernel
 from .triton_kernels.tiles import Logits, Scales, scales
 from .triton_kernels.workspace import workspace_bytes
 
@@ -107,6 +108,13 @@ def _sums_in_place(weight: Tensor, with_columns: bool, one_block: bool) -> bool:
     return unpadded and not with_columns and (weight.dtype == torch.float32 or one_block)
 
 
+def _bias_in_columns(n_rows: int, weight: Tensor) -> bool:
+    """Whether the product that makes dE makes the bias's gradient, too. Not where its sums, which then have a place of
+    their own, would be most of the workspace, and a pass over the exponentials reads less."""
+    sums_are_large = 8 * weight.numel() > workspace_bytes(weight.device) and n_rows < 4 * weight.shape[1]
+    return has_columns(weight) and not sums_are_large
+
+
 def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> int:
     """Rows, of whole tokens, whose exponentials over the whole vocabulary are held at once; 0 where none are."""
     n_classes, n_features = weight.shape
@@ -114,7 +122,7 @@ def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor, bias: Tensor | N
     # and once the sums of dE
     bytes_of_row = (weight.itemsize + 4 / 64) * n_classes + (weight.itemsize + 4) * (n_features + 8)
     n_bytes = workspace_bytes(weight.device) - bytes_of_padded(n_rows, weight)
-    with_columns = bias is not None and has_columns(weight)
+    with_columns = bias is not None and _bias_in_columns(n_rows, weight)
     if _sums_in_place(weight, with_columns, one_block=True) and n_rows * bytes_of_row <= n_bytes:
         return n_rows
     if not _sums_in_place(weight, with_columns, one_block=False):
@@ -170,7 +178,7 @@ def nll_with_gradients(
     grad_prior = torch.empty_like(prior_logits) if needs[1] else prior_logits.new_empty(0)
     grad_weight = weight.new_empty(weight.shape if needs[2] else 0)
     grad_bias = weight.new_empty(n_classes if needs[3] else 0)
-    with_columns = needs[3] and has_columns(z)
+    with_columns = needs[3] and _bias_in_columns(n * k, weight)
     needs_sums = needs[2] or with_columns
     height = _rows_of_block(n * k, k, weight, bias) or k
     padded = padded_classes(n_classes, z)
@@ -256,11 +264,10 @@ def _exponentials(
     out = Exponentials(a, empty_float32(z, n_tiles, n), target_logit, a.shape[1])
     arguments = logits, target, reference, out
     constants |= {"EXPERTS": n_experts}
-    if tile.persistent:
-        tiles, programs = described(z, e, a, tile)
-        launch(
-            persistent_exponentials_kernel, (min(programs, rows_of_grid * n_tiles),), *tiles, *arguments, **constants
-        )
+    if tile.described:
+        tiles = *described(z, e, tile), described_result(a, tile)
+        programs = min(architecture_of(z.device).multiprocessors, rows_of_grid * n_tiles)
+        launch(persistent_exponentials_kernel, (programs,), *tiles, *arguments, **constants)
     else:
         launch(exponentials.exponentials_kernel, (rows_of_grid, n_tiles), *arguments, **constants)
     # fewer rows and more warps, since it holds more in registers

@@ -14,9 +14,10 @@ from ..transform import IDENTITY, Transform
 from . import finish as finish_kernels
 from . import gradients, workspace
 from . import loss as loss_kernels
+from .described import persistent_gradient_kernel
 from .finish import Finished, Loss
 from .gradients import RowGradients
-from .launch import choose_tile, launch
+from .launch import architecture_of, choose_tile, launch
 from .loss import Statistics, Targets
 from .mixture import Mixture, mixture_gradient_kernel
 from .operands import (
@@ -25,6 +26,8 @@ from .operands import (
     aligned_weight,
     bytes_of_padded,
     described,
+    described_experts,
+    described_result,
     empty_float32,
     has_columns,
     in_range,
@@ -33,7 +36,6 @@ from .operands import (
     scaled_rows,
     with_column,
 )
-from .persistent import persistent_gradient_kernel
 from .tiles import LogitGradients, Logits, scales
 
 MAX_ROWS = 32_768
@@ -149,9 +151,10 @@ def rows_backward(
         out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
         constants |= {"D": e.shape[1], "EXPERTS": n_experts}
         arguments = logits, block_target, statistics, weights, out
-        if tile.persistent:
-            tiles, programs = described(logits.z_ptr, e, dl, tile)
-            launch(persistent_gradient_kernel, (min(programs, math.prod(grid)),), *tiles, *arguments, **constants)
+        if tile.described:
+            tiles = *described(logits.z_ptr, e, tile), described_result(dl, tile)
+            programs = min(architecture_of(z.device).multiprocessors, math.prod(grid))
+            launch(persistent_gradient_kernel, (programs,), *tiles, *arguments, **constants)
         else:
             launch(gradients.gradient_kernel, grid, *arguments, **constants)
 
@@ -226,7 +229,8 @@ def log_prob_backward(
         experts = Mixture(log_prior[t], maximum[t], log_total[t])
         out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
         constants |= {"K": k, "D": z.shape[1], "SECOND_SWEEP": True}
-        launch(mixture_gradient_kernel, grid, logits, experts, scaled_grad[t], scaled_s[t], out, **constants)
+        tiles = described_experts(z[r].view(n_tokens, k, -1), e, tile)
+        launch(mixture_gradient_kernel, grid, *tiles, logits, experts, scaled_grad[t], scaled_s[t], out, **constants)
 
     grad_rows, grad_weight, grad_bias = _recomputed_gradients(write_dl, z, e, weight, product_needs, k, unscale)
     grad_prior = s - log_prior.exp() * s.sum(-1, keepdim=True) if needs[1] else s.new_empty(0)
@@ -249,6 +253,7 @@ def _sums_of_weighted_posteriors(
         span = LogitGradients(None, c.start, c.stop - c.start, 0)
         terms = partial[: cdiv(span.n_columns, tile.classes)]
         grid = cdiv(n, tile.rows), terms.shape[0]
-        launch(mixture_gradient_kernel, grid, logits, experts, grad, terms, span, **constants)
+        operands = described_experts(z.view(n, k, -1), logits.e_ptr, tile)
+        launch(mixture_gradient_kernel, grid, *operands, logits, experts, grad, terms, span, **constants)
         s += terms.sum(0)
     return s

@@ -1,9 +1,10 @@
-"""The kernels that write a tile of a or dl for each tile of logits, once more as persistent ones: as many programs as
-multiprocessors, each of which walks through tiles, so that the operands of the next are on their way while the numbers
-of this one are made. Operands and results pass through descriptors, which the tensor memory accelerator (TMA) of an
-H100 and newer GPUs reads and writes by itself.
+"""Kernels whose operands pass through descriptors, which the tensor memory accelerator (TMA) of an H100 and newer GPUs
+reads by itself, beside the plain ones: a configuration chooses (`configurations.Tile.described`). The loops over tiles
+and over features are one, so that the operands of the next tile are on their way while the numbers of this one are
+made.
 
-A configuration chooses them (`configurations.Tile.persistent`). Nobody has measured yet where they are faster.
+Those that write a tile of a or dl for each tile of logits are persistent: as many programs as multiprocessors, each of
+which walks through tiles.
 """
 
 import triton
@@ -11,31 +12,8 @@ import triton.language as tl
 
 from .exponentials import kept_exponentials
 from .gradients import logit_gradients
-from .tiles import class_bias, rounded_to_tf32, transformed
-
-
-@triton.jit
-def described_logits_tile(
-    z_tiles,  # descriptor of (R, D) in (ROWS, FEATURES)
-    e_tiles,  # descriptor of (V, D) in (CLASSES, FEATURES)
-    logits,  # Logits of R rows
-    first_row,
-    first_class,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The logits of (ROWS, CLASSES), as `tiles.logits_tile`."""
-    ROWS: tl.constexpr = TILE.rows
-    CLASSES: tl.constexpr = TILE.classes
-    FEATURES: tl.constexpr = TILE.features
-    tile = tl.zeros((ROWS, CLASSES), tl.float32)
-    for feature in range(0, D, FEATURES):
-        z = z_tiles.load([first_row, feature])
-        e = e_tiles.load([first_class, feature])
-        if TILE.rounds:
-            e = rounded_to_tf32(e)
-        tile = tl.dot(z, e.T, tile, input_precision=TILE.precision)
-    return transformed(tile + class_bias(logits, first_class, TILE=TILE)[None, :], logits, first_class, TILE=TILE)
+from .rows import store_statistics, updated_statistics
+from .tiles import LOWEST, described_logits_tile
 
 
 @triton.jit
@@ -60,7 +38,7 @@ def persistent_exponentials_kernel(
     for tile_index in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=True):
         first_row = (tile_index % row_tiles) * ROWS
         class_tile = tile_index // row_tiles
-        tile = described_logits_tile(z_tiles, e_tiles, logits, first_row, class_tile * CLASSES, D=D, TILE=TILE)
+        tile = described_logits_tile(z_tiles, e_tiles, logits, None, first_row, class_tile * CLASSES, D=D, TILE=TILE)
         row = first_row + tl.arange(0, ROWS)
         reference = tl.load(reference_ptr + row, mask=row < logits.n_rows, other=0.0)
         a = kept_exponentials(
@@ -101,8 +79,41 @@ def persistent_gradient_kernel(
         first_row = (tile_index % row_tiles) * ROWS
         first_column = (tile_index // row_tiles) * CLASSES
         first_class = out.first_class + first_column
-        tile = described_logits_tile(z_tiles, e_tiles, logits, first_row, first_class, D=D, TILE=TILE)
+        tile = described_logits_tile(z_tiles, e_tiles, logits, None, first_row, first_class, D=D, TILE=TILE)
         dl = logit_gradients(
             tile, logits, target_ptr, statistics, weights, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE
         )
         dl_tiles.store([first_row, first_column], dl.to(out.dl_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["tiles_of_split"])
+def described_statistics_kernel(
+    z_tiles,  # descriptor of (R, D) in (ROWS, FEATURES)
+    e_tiles,  # descriptor of (V, D) in (CLASSES, FEATURES)
+    logits,  # Logits of R rows
+    target_ptr,  # (R / EXPERTS,) int64, or None
+    out,  # Splits
+    tiles_of_split,
+    D: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """As `rows.statistics_kernel`."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    n_rows = logits.n_rows
+    first_row = tl.program_id(0) * ROWS
+    split = tl.program_id(1)
+    row = first_row + tl.arange(0, ROWS)
+    maximum = tl.full((ROWS,), LOWEST, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    target_logit = tl.full((ROWS,), float("nan"), tl.float32)
+    first_tile = split * tiles_of_split
+    last = tl.minimum(first_tile + tiles_of_split, tl.cdiv(logits.n_classes, CLASSES))
+    for tile_index in tl.range(first_tile, last, flatten=True):
+        first_class = tile_index * CLASSES
+        tile = described_logits_tile(z_tiles, e_tiles, logits, None, first_row, first_class, D=D, TILE=TILE)
+        maximum, total, target_logit = updated_statistics(
+            tile, logits, target_ptr, maximum, total, target_logit, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE
+        )
+    store_statistics(out, target_ptr, maximum, total, target_logit, split, row, n_rows)

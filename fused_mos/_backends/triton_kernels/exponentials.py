@@ -32,6 +32,10 @@ MARGIN = tl.constexpr(86.0)
 """Powers of 2 by which a row's sum may pass 1: 2⁸⁶ and sums of it are far from float32's and bfloat16's limits."""
 
 
+TOTALS = tl.constexpr(16)
+"""Tiles whose sums of a row are loaded at once: one by one, each would wait for the one before."""
+
+
 class Exponentials(NamedTuple):
     """What the forward pass keeps of a block of tokens: a = exp(l − reference)·d, and sums of the exponentials."""
 
@@ -174,9 +178,11 @@ def recheck_kernel(
     target_logit = tl.load(out.target_logit_ptr + row, mask=mask, other=0.0)
     n_tiles = tl.cdiv(logits.n_classes, CLASSES)
     total = tl.zeros((ROWS,), tl.float32)
-    for tile_index in range(0, n_tiles):
-        partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
-        total += tl.load(out.tile_total_ptr + partial, mask=mask, other=0.0)
+    part = tl.arange(0, TOTALS)
+    for first in range(0, n_tiles, TOTALS):
+        partial = (first + part)[:, None].to(tl.int64) * logits.n_rows + row[None, :]
+        there = (first + part < n_tiles)[:, None] & mask[None, :]
+        total += tl.sum(tl.load(out.tile_total_ptr + partial, mask=there, other=0.0), 0)
     # an infinite sum is beyond, and so is a NaN, which cannot be helped
     beyond = mask & (~(total < tl.exp2(MARGIN)) | ((target_logit - reference) * LOG2E > MARGIN))
     if tl.max(beyond.to(tl.int32), 0) > 0:

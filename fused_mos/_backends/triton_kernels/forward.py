@@ -2,6 +2,8 @@
 log-probabilities and most probable classes.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,11 @@ from ..transform import IDENTITY, Transform
 from . import loss as loss_kernels
 from . import mixture, rows
 from .configurations import Tile
+from .described import described_statistics_kernel
 from .launch import architecture_of, choose_tile, launch
 from .loss import Splits, Statistics, Targets, WeightedLosses
 from .mixture import Mixture
-from .operands import aligned, aligned_weight, empty_float32, mixture_constants
+from .operands import aligned, aligned_weight, described, described_experts, empty_float32, mixture_constants
 from .tiles import Logits, scales
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -22,9 +25,19 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 def splits_of_vocabulary(n_rows: int, n_classes: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """How many splits of the vocabulary occupy the device, and the tiles of each."""
-    tiles = cdiv(n_classes, tile.classes)
-    wanted = cdiv(PROGRAMS_PER_MULTIPROCESSOR * architecture_of(device).multiprocessors, cdiv(n_rows, tile.rows))
-    tiles_of_split = cdiv(tiles, min(wanted, tiles))
+    return _splits(cdiv(n_classes, tile.classes), cdiv(n_rows, tile.rows), architecture_of(device).multiprocessors)
+
+
+@functools.lru_cache(maxsize=1024)
+def _splits(tiles: int, programs_of_split: int, multiprocessors: int) -> tuple[int, int]:
+    """Of about as many programs as wanted, the number after which multiprocessors wait for the last ones the least."""
+    most = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs_of_split), tiles)
+
+    def tiles_in_turn(splits: int) -> int:
+        return cdiv(programs_of_split * splits, multiprocessors) * cdiv(tiles, splits)
+
+    splits = min(range(cdiv(most, 2), most + 1), key=lambda n: (tiles_in_turn(n), -n))
+    tiles_of_split = cdiv(tiles, splits)
     return cdiv(tiles, tiles_of_split), tiles_of_split
 
 
@@ -58,7 +71,11 @@ def split_statistics(
     splits = Splits(maxima, totals, None if target is None else empty_float32(z, n_splits, n))
     grid = cdiv(n, tile.rows), n_splits
     constants |= {"D": z.shape[1], "EXPERTS": n_experts}
-    launch(rows.statistics_kernel, grid, logits, target, splits, tiles_of_split, **constants)
+    arguments = logits, target, splits, tiles_of_split
+    if tile.described:
+        launch(described_statistics_kernel, grid, *described(z, logits.e_ptr, tile), *arguments, **constants)
+    else:
+        launch(rows.statistics_kernel, grid, *arguments, **constants)
     return splits
 
 
@@ -181,9 +198,10 @@ def log_prob(
     experts = Mixture(log_prior, maximum, log_total)
     result = empty_float32(latent, n, logits.n_classes)
     grid = cdiv(n, tile.rows), cdiv(logits.n_classes, tile.classes)
-    part = constants["TILE"]._replace(classes=min(tile.classes, 32), resident=False)
+    part = constants["TILE"]._replace(classes=min(tile.classes, 32), resident=False, described=False)
     constants |= {"K": k, "D": logits.z_ptr.shape[1], "PART": part}
-    launch(mixture.log_prob_kernel, grid, logits, experts, result, **constants)
+    tiles = described_experts(z.view(n, k, -1), e, tile)
+    launch(mixture.log_prob_kernel, grid, *tiles, logits, experts, result, **constants)
     return result
 
 
@@ -207,5 +225,6 @@ def predict(
     best, index = empty_float32(latent, splits, n), torch.empty((splits, n), dtype=torch.int64, device=latent.device)
     grid = cdiv(n, tile.rows), splits
     constants |= {"K": k, "D": logits.z_ptr.shape[1]}
-    launch(mixture.predict_kernel, grid, logits, experts, best, index, tiles_of_split, **constants)
+    tiles = described_experts(z.view(n, k, -1), e, tile)
+    launch(mixture.predict_kernel, grid, *tiles, logits, experts, best, index, tiles_of_split, **constants)
     return _first_of_best(best, index)

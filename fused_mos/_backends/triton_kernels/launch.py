@@ -80,7 +80,7 @@ def choose_tile(family: str, like: Tensor, n_rows: int, e: Tensor) -> tuple[Tile
     # three TF32 products of a number's high and low parts have float32's accuracy, on tensor cores
     dot = "tf32x3" if precision == "ieee" else "tf32"
     rounds = precision == "tf32" and e.nbytes > configurations.LARGEST_ROUNDED
-    constants = TileConstants(tile.rows, tile.classes, tile.features, dot, tile.resident, rounds)
+    constants = TileConstants(tile.rows, tile.classes, tile.features, dot, tile.resident, rounds, tile.described)
     return tile, {"key": key, "warps": tile.warps, "stages": tile.stages, "TILE": constants}
 
 

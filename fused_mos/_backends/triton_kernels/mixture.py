@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .loss import LN2
-from .tiles import LOG2E, LOWEST, logits_tile, times_derivative
+from .tiles import LOG2E, LOWEST, described_logits_tile, logits_tile, times_derivative
 
 TINY = tl.constexpr(1e-30)
 """Below it a sum is made again: exp2 flushes terms below 2⁻¹²⁶, of which a hundred are then less than its rounding."""
@@ -27,6 +27,8 @@ class Mixture(NamedTuple):
 
 @triton.jit
 def joint_tile(
+    z_tiles,  # descriptor of (K, N, D) in (1, TOKENS, FEATURES), or None
+    e_tiles,  # descriptor of (V, D) in (CLASSES, FEATURES), or None
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
     first_token,
@@ -39,7 +41,10 @@ def joint_tile(
 ):
     """l − maximum of one expert, (TOKENS, CLASSES), and its maximum, log total and log π, (TOKENS,)."""
     token = tl.minimum(first_token + tl.arange(0, TILE.rows), logits.n_rows - 1)
-    tile = logits_tile(logits, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=RESIDENT)
+    if z_tiles is not None:
+        tile = described_logits_tile(z_tiles, e_tiles, logits, expert, first_token, first_class, D=D, TILE=TILE)
+    else:
+        tile = logits_tile(logits, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=RESIDENT)
     statistic = token * K + expert
     # the maximum first, since the sum of the others with a large one would be rounded
     maximum = tl.load(mixture.maximum_ptr + statistic)
@@ -49,6 +54,8 @@ def joint_tile(
 
 @triton.jit
 def prob_tile(
+    z_tiles,  # as in joint_tile
+    e_tiles,
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
     first_token,
@@ -61,9 +68,19 @@ def prob_tile(
     TOKENS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     total = tl.zeros((TOKENS, CLASSES), tl.float32)
-    for expert in range(0, K):
+    for expert in tl.range(0, K, flatten=TILE.described):
         below, _, log_total, log_prior = joint_tile(
-            logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=TILE.resident
+            z_tiles,
+            e_tiles,
+            logits,
+            mixture,
+            first_token,
+            first_class,
+            expert,
+            K=K,
+            D=D,
+            TILE=TILE,
+            RESIDENT=TILE.resident,
         )
         total += tl.exp2(tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None]))
     return total
@@ -99,7 +116,7 @@ def small_log2_prob_tile(
     total = tl.zeros((TOKENS, CLASSES), tl.float32)
     for expert in range(0, K):
         below, _, log_total, log_prior = joint_tile(
-            logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
+            None, None, logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
         )
         joint2 = tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None])
         new_peak = tl.maximum(peak, joint2)
@@ -110,6 +127,8 @@ def small_log2_prob_tile(
 
 @triton.jit
 def log2_prob_tile(
+    z_tiles,  # as in joint_tile
+    e_tiles,
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
     first_token,
@@ -119,7 +138,7 @@ def log2_prob_tile(
     TILE: tl.constexpr,
 ):
     """log2 p of (TOKENS, CLASSES); −inf beyond the last class."""
-    total = prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
+    total = prob_tile(z_tiles, e_tiles, logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
     log2_p = tl.log2(total)
     if underflows(total, logits, first_class, TILE=TILE):
         log2_p = small_log2_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
@@ -146,6 +165,8 @@ def store_log_prob(
 
 @triton.jit
 def log_prob_kernel(
+    z_tiles,  # as in joint_tile
+    e_tiles,
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
     log_prob_ptr,  # (N, V) out
@@ -157,7 +178,7 @@ def log_prob_kernel(
     """log p[n,v] = LSE_k(log π + l − L)."""
     first_token = tl.program_id(0) * TILE.rows
     first_class = tl.program_id(1) * TILE.classes
-    total = prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
+    total = prob_tile(z_tiles, e_tiles, logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
     store_log_prob(tl.log2(total) * LN2, logits, log_prob_ptr, first_token, first_class, TILE=TILE)
     if underflows(total, logits, first_class, TILE=TILE):
         # rare: once more, a part of the classes at a time, so that registers are left to the sums above
@@ -170,6 +191,8 @@ def log_prob_kernel(
 
 @triton.jit(do_not_specialize=["tiles_of_split"])
 def predict_kernel(
+    z_tiles,  # as in joint_tile
+    e_tiles,
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
     best_ptr,  # (splits, N) out: the largest probability
@@ -192,7 +215,7 @@ def predict_kernel(
     for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(logits.n_classes, CLASSES))):
         first_class = tile_index * CLASSES
         # the largest is 1/V at least: underflow is far below it
-        prob = prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
+        prob = prob_tile(z_tiles, e_tiles, logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
         tile_best, tile_index_of_best = tl.max(prob, 1, return_indices=True)
         better = tile_best > best
         best = tl.where(better, tile_best, best)
@@ -204,6 +227,8 @@ def predict_kernel(
 
 @triton.jit
 def mixture_gradient_kernel(
+    z_tiles,  # as in joint_tile
+    e_tiles,
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
     grad_ptr,  # (N, V): G
@@ -225,7 +250,7 @@ def mixture_gradient_kernel(
     first_class = gradients.first_class + first_column
     token = tl.arange(0, TOKENS)
     column = tl.arange(0, CLASSES)
-    log2_p = log2_prob_tile(logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
+    log2_p = log2_prob_tile(z_tiles, e_tiles, logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
     written = (first_token + token < n_tokens)[:, None] & (first_column + column < gradients.n_columns)[None, :]
     inside = written & (first_class + column < n_classes)[None, :]
     in_tile = token.to(tl.int64)[:, None] * n_classes + column[None, :]
@@ -234,9 +259,9 @@ def mixture_gradient_kernel(
     # a masked class has log p = −inf under every expert, and takes no gradient
     log2_p = tl.where(log2_p > float("-inf"), log2_p, float("inf"))
     row_stride = K * gradients.stride
-    for expert in range(0, K):
+    for expert in tl.range(0, K, flatten=TILE.described):
         below, maximum, log_total, log_prior = joint_tile(
-            logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
+            z_tiles, e_tiles, logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
         )
         # the exponents that p was summed of: of one expert, q is then 1 but for log2's own rounding
         joint2 = tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None])

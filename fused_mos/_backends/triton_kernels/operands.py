@@ -12,7 +12,7 @@ from ..products import cdiv, product
 from ..tracing import assume_constant_result
 from . import configurations, finish, gradients
 from .configurations import Tile, precision
-from .launch import architecture_of, launch
+from .launch import launch
 from .loss import MixtureConstants
 
 
@@ -69,16 +69,29 @@ def bytes_of_padded(n_rows: int, weight: Tensor) -> int:
 def described(
     z: Tensor,  # (R, D), aligned
     e: Tensor,  # (V, D), aligned
-    out: Tensor,  # (R, columns), rows of a multiple of 16 bytes
     tile: Tile,
-) -> tuple[tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor], int]:
-    """Descriptors for a persistent kernel, and how many programs of it there should be."""
-    tiles = (
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Descriptors of the operands, in tiles."""
+    return (
         TensorDescriptor.from_tensor(z, [tile.rows, tile.features]),
         TensorDescriptor.from_tensor(e, [tile.classes, tile.features]),
-        TensorDescriptor.from_tensor(out, [tile.rows, tile.classes]),
     )
-    return tiles, architecture_of(z.device).multiprocessors
+
+
+def described_experts(
+    latent: Tensor,  # (N, K, D), aligned
+    e: Tensor,  # (V, D), aligned
+    tile: Tile,
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Descriptors of the operands of a mixture, in tiles of one expert; none where the tile has none."""
+    if not tile.described:
+        return None, None
+    z = TensorDescriptor.from_tensor(latent.transpose(0, 1), [1, tile.rows, tile.features])
+    return z, TensorDescriptor.from_tensor(e, [tile.classes, tile.features])
+
+
+def described_result(out: Tensor, tile: Tile) -> TensorDescriptor:  # (R, columns), rows of a multiple of 16 bytes
+    return TensorDescriptor.from_tensor(out, [tile.rows, tile.classes])
 
 
 def add_times_embedding(dl: Tensor, e: Tensor, first_class: int, out: Tensor, accumulate: bool) -> None:
@@ -133,8 +146,9 @@ def scaled_rows(
 def column_sums(a: Tensor, factor: Tensor) -> Tensor:
     """Σ factor·a over rows: (R, C), (R,) -> (C,), float32; a row of factor 0 adds nothing."""
     sums = empty_float32(a, a.shape[1])
-    arguments = a, factor, sums, *a.shape, a.stride(0)
-    launch(finish.column_sums_kernel, (triton.cdiv(a.shape[1], 64),), *arguments, ROWS=64, COLUMNS=64)
+    arguments, columns = (a, factor, sums, *a.shape, a.stride(0)), 128 // a.itemsize
+    grid = (cdiv(a.shape[1], columns),)
+    launch(finish.column_sums_kernel, grid, *arguments, stages=4, ROWS=64, COLUMNS=columns)  # which loads ahead
     return sums
 
 

@@ -44,7 +44,16 @@ INSTRUCTIONS = {
 WRITERS = ("exponentials_kernel", "recheck_kernel", "gradient_kernel")
 """The kernels that training waits for: they write a number for each logit, with one exponential each."""
 
-WITH_WIDE_PRODUCTS = ("statistics_kernel", "reference_kernel", *WRITERS)
+PERSISTENT_WRITERS = ("persistent_exponentials_kernel", "persistent_gradient_kernel")
+"""Those that write by TMA, tile by tile."""
+
+WITH_WIDE_PRODUCTS = (
+    "statistics_kernel",
+    "described_statistics_kernel",
+    "reference_kernel",
+    *WRITERS,
+    *PERSISTENT_WRITERS,
+)
 
 LARGE_WORKSPACE = int(workspace.WORKSPACE_SHARE * 192 * 2**30)
 """That of a large GPU, where exponentials are kept of shapes whose gradients are else recomputed."""
@@ -53,7 +62,7 @@ CAPPED = Transform(softcap=30.0)
 CAPPED_SHAPES = ("ptb", "lm1b")
 """Shapes whose kernels are also compiled with a soft cap, for bfloat16: narrow and wide rows, many of them."""
 
-CAPPED_SPILL = 128
+CAPPED_SPILL = 256
 """Bytes that a thread of theirs may spill, once for each tile: the derivative needs a logit beside its gradient."""
 
 MOST_SLOTS = 8.0
@@ -111,11 +120,11 @@ class Compiled:
                 f"stores {machine.wide_stores * 16} of its tile's {self.written} bytes a thread in 128 bits at a time, "
                 f"others in at most {machine.widest_store}"
             )
-        if self.kernel in WRITERS and machine.scaled_exponentials:
+        if self.kernel in (*WRITERS, *PERSISTENT_WRITERS) and machine.scaled_exponentials:
             found.append(f"keeps denormal results of {machine.scaled_exponentials} exponentials")
         slots = machine.slots_per_exponential
         if (
-            self.kernel == "exponentials_kernel"
+            self.kernel in ("exponentials_kernel", "persistent_exponentials_kernel")
             and not self.capped
             and self.key.startswith("many 16-bit")
             and slots > MOST_SLOTS

@@ -11,6 +11,44 @@ from .loss import Splits  # noqa: F401  (what statistics_kernel writes)
 from .tiles import LOG2E, LOWEST, logits_tile, row_targets
 
 
+@triton.jit
+def updated_statistics(
+    tile,  # (ROWS, CLASSES): logits
+    logits,  # Logits of R rows
+    target_ptr,  # (R / EXPERTS,) int64, or None
+    maximum,  # (ROWS,)
+    total,  # (ROWS,): Σ exp(l − maximum)
+    target_logit,  # (ROWS,)
+    first_row,
+    first_class,
+    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The maximum, Σ exp(l − maximum) and the target's logit of each row, with those of one more tile."""
+    if target_ptr is not None:
+        target = row_targets(target_ptr, logits, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE)
+        # most tiles hold no target of these rows: looking for one in each would cost as much as the exponentials
+        if tl.max(target, 0) >= 0:
+            column = tl.arange(0, TILE.classes)
+            found = tl.sum(tl.where(column[None, :] == target[:, None], tile, 0.0), 1)
+            target_logit = tl.where(target >= 0, found, target_logit)
+    new_maximum = tl.maximum(maximum, tl.max(tile, 1))
+    # the maximum first: in one step with log2(e) its rounding would be the exponents'
+    total = total * tl.exp2((maximum - new_maximum) * LOG2E)
+    total += tl.sum(tl.exp2((tile - new_maximum[:, None]) * LOG2E), 1)
+    return new_maximum, total, target_logit
+
+
+@triton.jit
+def store_statistics(out, target_ptr, maximum, total, target_logit, split, row, n_rows):
+    """Write the statistics of one split to `out`, Splits."""
+    start = tl.cast(split, tl.int64) * n_rows
+    tl.store(out.maximum_ptr + start + row, maximum, mask=row < n_rows)
+    tl.store(out.total_ptr + start + row, total, mask=row < n_rows)
+    if target_ptr is not None:
+        tl.store(out.target_logit_ptr + start + row, target_logit, mask=row < n_rows)
+
+
 @triton.jit(do_not_specialize=["tiles_of_split"])
 def statistics_kernel(
     logits,  # Logits of R rows
@@ -28,7 +66,6 @@ def statistics_kernel(
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
     row = first_row + tl.arange(0, ROWS)
-    column = tl.arange(0, CLASSES)
     maximum = tl.full((ROWS,), LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     target_logit = tl.full((ROWS,), float("nan"), tl.float32)
@@ -36,22 +73,10 @@ def statistics_kernel(
     for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(logits.n_classes, CLASSES))):
         first_class = tile_index * CLASSES
         tile = logits_tile(logits, first_row, first_class, 0, K=1, D=D, TILE=TILE, RESIDENT=TILE.resident)
-        if target_ptr is not None:
-            target = row_targets(target_ptr, logits, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE)
-            # most tiles hold no target of these rows: looking for one in each would cost as much as the exponentials
-            if tl.max(target, 0) >= 0:
-                found = tl.sum(tl.where(column[None, :] == target[:, None], tile, 0.0), 1)
-                target_logit = tl.where(target >= 0, found, target_logit)
-        new_maximum = tl.maximum(maximum, tl.max(tile, 1))
-        # the maximum first: in one step with log2(e) its rounding would be the exponents'
-        total = total * tl.exp2((maximum - new_maximum) * LOG2E)
-        total += tl.sum(tl.exp2((tile - new_maximum[:, None]) * LOG2E), 1)
-        maximum = new_maximum
-    start = tl.cast(split, tl.int64) * n_rows
-    tl.store(out.maximum_ptr + start + row, maximum, mask=row < n_rows)
-    tl.store(out.total_ptr + start + row, total, mask=row < n_rows)
-    if target_ptr is not None:
-        tl.store(out.target_logit_ptr + start + row, target_logit, mask=row < n_rows)
+        maximum, total, target_logit = updated_statistics(
+            tile, logits, target_ptr, maximum, total, target_logit, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE
+        )
+    store_statistics(out, target_ptr, maximum, total, target_logit, split, row, n_rows)
 
 
 @triton.jit

@@ -31,6 +31,9 @@ class TileConstants(NamedTuple):
     precision: str  # of float32 products: "tf32x3", "tf32" or "ieee"; 16-bit operands ignore it
     resident: bool
     rounds: bool = False  # e to TF32, since it is not rounded in memory
+    described: bool = (
+        False  # operands through descriptors: loops over tiles and over features are one, which prefetches
+    )
 
 
 class Scales(NamedTuple):
@@ -100,6 +103,34 @@ def logits_tile(
             tile = add_product(z_tile, e_tile, feature, tile, D - d, TILE=TILE, MASKED=D % FEATURES != 0)
             z_tile += FEATURES
             e_tile += FEATURES
+    return transformed(tile + class_bias(logits, first_class, TILE=TILE)[None, :], logits, first_class, TILE=TILE)
+
+
+@triton.jit
+def described_logits_tile(
+    z_tiles,  # descriptor of (n_rows, D) in (ROWS, FEATURES), or of an expert's rows: (K, n_rows, D) in (1, ROWS, …)
+    e_tiles,  # descriptor of (n_classes, D) in (CLASSES, FEATURES)
+    logits,  # Logits
+    expert,  # None for rows that are of no expert
+    first_row,
+    first_class,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """As `logits_tile`, with operands that pass through descriptors."""
+    ROWS: tl.constexpr = TILE.rows
+    CLASSES: tl.constexpr = TILE.classes
+    FEATURES: tl.constexpr = TILE.features
+    tile = tl.zeros((ROWS, CLASSES), tl.float32)
+    for feature in range(0, D, FEATURES):
+        if expert is None:
+            z = z_tiles.load([first_row, feature])
+        else:
+            z = tl.reshape(z_tiles.load([expert, first_row, feature]), (ROWS, FEATURES))
+        e = e_tiles.load([first_class, feature])
+        if TILE.rounds:
+            e = rounded_to_tf32(e)
+        tile = tl.dot(z, e.T, tile, input_precision=TILE.precision)
     return transformed(tile + class_bias(logits, first_class, TILE=TILE)[None, :], logits, first_class, TILE=TILE)
 
 

@@ -47,9 +47,10 @@ def candidates(family: str, products: str, rows: str, n_features: int, architect
         if streamed <= shared_memory:
             yield Tile(height, classes, features, warps, stages)
         kept = (classes if "mixture" in family else height) * math.ceil(n_features / features) * features * itemsize
-        # results pass through shared memory, too
-        if family == "gradient" and architecture.has_tma and streamed + height * classes * itemsize <= shared_memory:
-            yield Tile(height, classes, features, warps, stages, persistent=True)
+        # its results pass through shared memory, too
+        written = height * classes * itemsize if family == "gradient" else 0
+        if family != "sample" and architecture.has_tma and streamed + written <= shared_memory:
+            yield Tile(height, classes, features, warps, stages, described=True)
         if family != "gradient" and products == "16-bit" and stages == 2 and kept + streamed // 2 <= shared_memory:
             yield Tile(height, classes, features, warps, stages, resident=True)
 
