@@ -215,7 +215,7 @@ def test_a_default_device_of_another_kind_changes_nothing(backend):
     def results():
         loss = head(x, target).loss
         gradients = torch.autograd.grad(loss, list(head.parameters()))
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator(x.device).manual_seed(3)
         return loss, *gradients, head.log_prob(x), head.predict(x), *head.topk(x, 3), head.sample(x, 1.0, generator)
 
     expected = results()
