@@ -377,12 +377,12 @@ class Vocabulary(ABC):
 
 
 def chosen_columns(probability: Tensor, generator: torch.Generator | None) -> Tensor:  # (N, C) -> (N,)
-    """One of the C columns for each token, −1 where none has a probability."""
-    if probability.shape[0] == 0:  # which torch.multinomial refuses
-        return torch.empty(0, dtype=torch.int64, device=probability.device)
-    possible = probability.sum(1, keepdim=True) > 0
-    choice = torch.multinomial(torch.where(possible, probability, 1), 1, generator=generator)
-    return torch.where(possible, choice, -1).squeeze(1)
+    """One of the C columns for each token, −1 where none has a probability. As torch.multinomial, which has the host
+    look at the probabilities' values."""
+    possible = probability.sum(1) > 0
+    times = torch.empty_like(probability).exponential_(generator=generator)
+    choice = torch.where(possible[:, None], probability, 1).div_(times).argmax(1)  # the first to decay
+    return torch.where(possible, choice, -1)
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:  # (N, C) -> (N, C)

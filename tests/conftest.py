@@ -70,6 +70,7 @@ def workspace(request, monkeypatch):
     if request.param == "many tiles":
         if triton:
             monkeypatch.setattr(f"{TRITON_KERNELS}.workspace.WORKSPACE_BYTES", 128 * 1024)
+            monkeypatch.setattr(f"{TRITON_KERNELS}.workspace.WORKSPACE_SHARE", 0)
             monkeypatch.setattr(f"{TRITON_KERNELS}.backward.MAX_ROWS", 64)
             monkeypatch.setattr(triton, "MIN_GRADIENT_ROWS", 1)
             monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(32, 128, 32, 4, 1))

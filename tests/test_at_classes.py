@@ -25,7 +25,7 @@ def backend(request):
 def classes(n: int, v: int, m: int | None) -> torch.Tensor:
     """Some ignored, some twice."""
     generator = torch.Generator().manual_seed(3)
-    index = torch.randint(0, v, (n, m or 1), generator=generator)
+    index = torch.randint(0, v, (n, m or 1), generator=generator, device="cpu").to(torch.get_default_device())
     index[n // 2 :, -1] = index[n // 2 :, 0]
     index[n // 3, 0] = -100
     return index if m else index[:, 0]

@@ -11,7 +11,7 @@ from torch import Tensor
 _cpu = pytest.importorskip("fused_mos._cpu")
 
 from fused_mos._backends import Transform, cpu
-from fused_mos._backends.from_rows import generator_of
+from fused_mos._backends.random_numbers import generator_of
 from fused_mos._backends.reference import accumulation_dtype
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -135,10 +135,12 @@ def _without_a_class(what: str):
 @pytest.mark.parametrize("what", ["prior", "logits"])
 def test_a_token_without_a_class_to_draw_is_named(what, backend):
     inputs = _without_a_class(what)
-    with pytest.raises(
-        ValueError, match="token 1 has no class to draw: its prior or all of its logits are −inf or NaN"
-    ):
-        F.mos_sample(*inputs, backend=backend)
+    if inputs[0].is_cuda:  # whose values are not read back
+        assert (F.mos_sample(*inputs, backend=backend) == -1).tolist() == [False, True, False, False]
+    else:
+        message = "token 1 has no class to draw: its prior or all of its logits are −inf or NaN"
+        with pytest.raises(ValueError, match=message):
+            F.mos_sample(*inputs, backend=backend)
     fine = (tensor[[0, 2, 3]] if i < 2 else tensor for i, tensor in enumerate(inputs))
     assert (F.mos_sample(*fine, backend=backend) >= 0).all()
 

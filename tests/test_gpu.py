@@ -20,7 +20,7 @@ from fused_mos import functional as F
 if not triton:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-pytestmark = pytest.mark.interpreted if triton.INTERPRETED else ()
+pytestmark = [pytest.mark.interpreted] if triton.INTERPRETED else []
 
 from fused_mos._backends.triton_kernels.workspace import workspace_bytes
 

@@ -103,11 +103,12 @@ def test_forward(call, head, x):
     check_replays(step, x)
 
 
-def test_samples_go_on_with_the_default_generator(head, x):
+@pytest.mark.parametrize("limits", [{}, {"top_k": 20, "top_p": 0.9}], ids=["all classes", "some classes"])
+def test_samples_go_on_with_the_default_generator(limits, head, x):
     x = x.detach()
-    graph, result = captured(lambda: head.sample(x))
+    graph, result = captured(lambda: head.sample(x, **limits))
     torch.manual_seed(5)
-    expected = [head.sample(x) for _ in range(3)]
+    expected = [head.sample(x, **limits) for _ in range(3)]
     assert not torch.equal(expected[0], expected[1])
     torch.manual_seed(5)
     for one in expected:

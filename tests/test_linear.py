@@ -24,9 +24,10 @@ def operands(dtype, leading=(4, 5), d=9, v=70):
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        numbers = torch.randn(shape, generator=generator, device="cpu")
+        return numbers.to(torch.get_default_device(), dtype).requires_grad_()
 
-    target = torch.randint(0, v, leading, generator=generator)
+    target = torch.randint(0, v, leading, generator=generator, device="cpu").to(torch.get_default_device())
     if target.numel() > 2:
         target.view(-1)[1] = -100
     return draw(*leading, d), draw(v, d), draw(v), target

@@ -30,8 +30,8 @@ OPTIONS = {
 def options_of(names: tuple[str, ...], n: int, v: int, dtype: torch.dtype) -> dict:
     """Numbers that are exact in bfloat16; a class and a token weigh nothing, and some tokens weigh less than that."""
     generator = torch.Generator().manual_seed(5)
-    class_weight = torch.rand(v, generator=generator).bfloat16().to(dtype)
-    token_weight = torch.randn(n, generator=generator).bfloat16().to(dtype) + 0.5
+    class_weight = torch.rand(v, generator=generator, device="cpu").bfloat16().to(dtype)
+    token_weight = torch.randn(n, generator=generator, device="cpu").bfloat16().to(dtype) + 0.5
     class_weight[0] = 0
     token_weight[: n // 3] = 0
     values = {
@@ -103,7 +103,8 @@ def test_a_single_expert_is_cross_entropy(reduction, weighted, smoothing, backen
     expected = torch.nn.functional.cross_entropy(
         logits, case.target, options.get("class_weight"), reduction=reduction, label_smoothing=smoothing
     )
-    assert torch.allclose(loss, expected, rtol=0, atol=tolerance)
+    # a sum of 23 tokens is of order 100
+    assert torch.allclose(loss, expected, rtol=0, atol=tolerance * (10 if reduction == "sum" else 1))
     inputs = case.latent, case.weight, case.bias
     for ours, wanted in zip(*(torch.autograd.grad(result.sum(), inputs) for result in (loss, expected))):
         assert torch.allclose(ours, wanted, rtol=0, atol=tolerance)
@@ -168,10 +169,11 @@ def test_the_normalisers_are_those_of_logsumexp(backend):
 def soft_targets(n: int, v: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Of five classes each, some ignored and some twice, and a token without any."""
     generator = torch.Generator().manual_seed(3)
-    index = torch.randint(0, v, (n, 5), generator=generator)
+    index = torch.randint(0, v, (n, 5), generator=generator, device="cpu")
     index[:, 1] = index[:, 0]
     index[n // 2, 3:], index[n // 3] = -100, -100
-    return index, torch.rand(n, 5, generator=generator).bfloat16().to(dtype)
+    probability = torch.rand(n, 5, generator=generator, device="cpu").bfloat16().to(dtype)
+    return index.to(torch.get_default_device()), probability.to(torch.get_default_device())
 
 
 @functools.cache
@@ -212,9 +214,9 @@ def test_soft_targets_of_one_class_are_targets(backend):
 def external(n: int, dtype: torch.dtype) -> torch.Tensor:
     """Log-probabilities from two components, of which one often knows nothing."""
     generator = torch.Generator().manual_seed(4)
-    result = torch.rand(n, 2, generator=generator).log().bfloat16().to(dtype)
+    result = torch.rand(n, 2, generator=generator, device="cpu").log().bfloat16().to(dtype)
     result[::2, 1] = -torch.inf
-    return result
+    return result.to(torch.get_default_device())
 
 
 @functools.cache

@@ -27,7 +27,7 @@ class Everything(torch.nn.Module):
         self.linear = fused_mos.LinearCrossEntropyLoss(6, V, backend=backend, label_smoothing=0.1)
 
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        classes = torch.linspace(0, 1, V, dtype=x.dtype)
+        classes = torch.linspace(0, 1, V, dtype=x.dtype, device=x.device)
         tokens = torch.ones_like(x[:, 0])
         index = torch.stack([target, (target + 1) % V], -1)
         result = self.head(x, target, class_weight=classes, token_weight=tokens, z_loss=0.1).loss
@@ -145,7 +145,7 @@ def test_under_autocast(backend):
     head = fused_mos.MoS(6, V, K, D, backend=backend, softcap=3.0)
     x, target = torch.randn(9, 6), torch.randint(0, V, (9,))
     exact = head(x, target, label_smoothing=0.1, z_loss=0.1).loss, head.log_prob_at(x, target), *head.score(x, target)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         cast = (
             head(x, target, label_smoothing=0.1, z_loss=0.1).loss,
             head.log_prob_at(x, target),

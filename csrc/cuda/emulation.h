@@ -4,6 +4,7 @@
 // asynchronous copies arrive as late as they may, what they will overwrite and all shared memory holds NaN before,
 // and a barrier that not all reach is an error.
 #pragma once
+#undef _FORTIFY_SOURCE  // some compilers set it: its longjmp takes a jump to another fiber's stack for an error, and aborts
 #include <setjmp.h>
 #include <ucontext.h>
 

@@ -17,6 +17,7 @@ from . import from_rows
 from .cpu_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict, score  # noqa: F401  (part of `Kernels`)
 from .cpu_operands import Gradients, address, empty_statistics, head_of
 from .from_rows import choose_rows  # noqa: F401  (part of `Kernels`)
+from .random_numbers import generator_of
 from .tracing import assume_constant_result
 from .transform import IDENTITY, Transform
 
@@ -204,7 +205,7 @@ def normalisers(*inputs):
 def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
     """Inverts each row's cumulative distribution: one uniform number a row, not one for each class."""
     head, bias = head_of(weight, bias, transform)
-    generator = from_rows.generator_of(seed, "classes")
+    generator = generator_of(seed, "classes")
     uniform = torch.rand(rows.shape[0], dtype=torch.float64, generator=generator, device=rows.device)
     result = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     _cpu.sample(head, rows=address(rows), n_rows=rows.shape[0], uniform=address(uniform), sample=address(result))

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .random_numbers import Exponentials
 from .reference import accumulation_dtype, log_softmax_prior, mix_target
 from .row_filter import backward_of_kept, kept_rows
 from .tracing import has_memory
@@ -179,16 +180,10 @@ def choose_rows(
 ) -> Tensor:  # (N, D)
     """By Gumbel-max, which unlike torch.multinomial has no device-side assertion; NaN where no expert can be drawn."""
     log_prior = log_softmax_prior(prior_logits)
-    # −log(exponential) is a Gumbel variate; exponential_ draws from (0, inf), so the logarithm is finite
-    noise = torch.empty_like(log_prior).exponential_(generator=generator_of(seed, "experts")).log_()
+    noise = Exponentials(seed, "experts").like(log_prior).log_()  # minus a Gumbel variate
     best, expert = (log_prior - noise).max(1)
     rows = latent[torch.arange(latent.shape[0], device=latent.device), expert]
     return rows.masked_fill_(~best.isfinite()[:, None], torch.nan)
-
-
-def generator_of(seed: Tensor, use: str) -> torch.Generator:
-    """A generator for one of the uses of a seed (1,), on its device; the host waits for that number."""
-    return torch.Generator(seed.device).manual_seed(int(seed) + {"experts": 0, "classes": 1}[use])
 
 
 def _valid_target(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

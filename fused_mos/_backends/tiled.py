@@ -14,6 +14,7 @@ from torch import Tensor
 from . import from_rows
 from .from_rows import choose_rows, gradients_of_weighted  # noqa: F401  (choose_rows is part of `Kernels`)
 from .products import spans
+from .random_numbers import Exponentials
 from .reference import log_softmax_prior, mix_target
 from .row_filter import kept_rows
 from .tiled_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict  # noqa: F401  (the rest of `Kernels`)
@@ -215,17 +216,16 @@ def normalisers(*inputs):
 
 def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
     """Gumbel-max: argmax_v (l − log(−log u)), with the running best over the tiles."""
-    generator = from_rows.generator_of(seed, "classes")
+    exponentials = Exponentials(seed, "classes")
     rows, weight, bias = widened(rows, weight, bias)
-    workspace = Workspace(rows, copies=2)
+    workspace = Workspace(rows, copies=1 + exponentials.n_copies)
     best = rows.new_full((rows.shape[0],), -math.inf, dtype=workspace.accumulation)
     index = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
     for r, c in tiles(workspace, rows.shape[0], weight.shape[0]):
         out = workspace.tile(r.stop - r.start, c.stop - c.start)
         tile, _ = logits_(rows[r], weight[c], None if bias is None else bias[c], out, transform)
-        # −log(exponential) is a Gumbel variate; exponential_ draws from (0, inf), so the logarithm is finite
-        gumbel = torch.empty_like(tile).exponential_(generator=generator).log_()
-        value, column = tile.sub_(gumbel).max(dim=1)
+        noise = exponentials.like(tile, r.start, c.start).log_()  # minus a Gumbel variate
+        value, column = tile.sub_(noise).max(dim=1)
         better = value > best[r]
         index[r] = torch.where(better, column + c.start, index[r])
         best[r] = torch.where(better, value, best[r])
