@@ -88,7 +88,7 @@ class Budget:
 
     def __post_init__(self):
         allow_tf32(self.device, True)
-        self._train = self.corpus.train.to(self.device)
+        self.train_text = self.corpus.train.to(self.device)
 
     def counts(self) -> Tensor:
         return torch.bincount(self.corpus.train, minlength=len(self.corpus.vocabulary))
@@ -123,7 +123,7 @@ class Budget:
 
     def continued(self, model: LanguageModel, optimizer: torch.optim.Optimizer, places: Tensor, rates: list[float]):
         """The steps of a training of this model; on a GPU they are replayed."""
-        arguments = model, optimizer, self._train, places, rates
+        arguments = model, optimizer, self.train_text, places, rates
         return ReplayedSteps(*arguments, CudaRecorder(self.device)) if self.device.type == "cuda" else Steps(*arguments)
 
     def run(self, shape: Shape, with_counts: bool, steps: int, learning_rate: float, seed: int, split: str) -> dict:
@@ -157,3 +157,8 @@ def with_one_size(shapes: dict[str, Shape]) -> dict[str, Shape]:
     """The shapes with as many parameters as the largest, by their widths."""
     most = max(shape.parameters() for shape in shapes.values())
     return {name: shape.with_parameters(most) for name, shape in shapes.items()}
+
+
+def values_of(rows: dict[str, dict[str, Any]], run: str, column: str) -> list[Any]:
+    """A column of a run, such as "lstm, MoS", with all seeds."""
+    return [row[column] for key, row in rows.items() if key.rpartition(", seed ")[0] == run]
