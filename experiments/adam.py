@@ -8,16 +8,13 @@ takes a few minutes and is kept when it ends; after a kill, the same command goe
 """
 
 import dataclasses
-import platform
 import sys
-from datetime import date
 from pathlib import Path
 
-import torch
 import tyro
 
 from fused_mos.data import Corpus
-from fused_mos.runtime import files
+from fused_mos.training.device import device_named
 
 from .equal_budget import Budget, Store, with_one_size
 from .small_lm import Shape
@@ -54,6 +51,12 @@ class Config:
     """Experts of MoC and MoS."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to run. Others that are finished are in the table, too."""
+    bodies: tuple[str, ...] = BODIES
+    """Bodies to run, of lstm and transformer; the same goes for them."""
+    device: str = "auto"
+    """auto, cpu or cuda. auto is a GPU if there is one."""
+    only_speeds: bool = False
+    """Measure the seconds per step and stop: before several processes, one a seed or body, share the machine."""
     runs: Path = Path("runs/adam")
     """Folder of the finished runs."""
     out: Path = Path(__file__).parent / "results" / "adam.json"
@@ -62,38 +65,38 @@ class Config:
 
 def main() -> int:
     config = tyro.cli(Config, prog="python -m experiments.adam", description=__doc__)
-    about = {"data": config.data.name} | {name: getattr(config, name) for name in ("steps", "d", "n_experts")}
-    budget = Budget(Corpus(config.data), Store(config.runs, about), config.steps)
-    n_classes = len(budget.corpus.vocabulary)
-    shapes: dict[str, dict[str, Shape]] = {}
-    for body in BODIES:
-        shapes[body] = with_one_size(
-            {
-                name: Shape(
-                    body, n_classes=n_classes, d=config.d, width=4 * config.d, n_experts=config.n_experts, **how
-                )
-                for name, (how, _) in VARIANTS.items()
-            }
-        )
+    device = device_named(config.device)
+    settings = {"data": config.data.name, "steps": config.steps, "d": config.d, "n_experts": config.n_experts}
+    store = Store(config.runs, settings | {"device": device.type})
+    budget = Budget(Corpus(config.data), store, config.steps, device)
+    shapes = {body: shapes_of(body, config, len(budget.corpus.vocabulary)) for body in config.bodies}
     seconds = {
         body: budget.seconds_per_step(body, {n: shapes[body][n] for n in (*AT_EQUAL_TIME, "MoS, bias")})
-        for body in BODIES
+        for body in config.bodies
     }
-    rates = {body: budget.learning_rate(body, shapes[body]["softmax, bias"]) for body in BODIES}
+    if config.only_speeds:
+        return 0
+    rates = {body: budget.learning_rate(body, shapes[body]["softmax, bias"]) for body in config.bodies}
     for seed in config.seeds:
-        for body in BODIES:
+        for body in config.bodies:
             for name, (_, with_counts) in VARIANTS.items():
 
                 def train(steps: int, body=body, name=name, with_counts=with_counts, seed=seed) -> dict:
                     return budget.run(shapes[body][name], with_counts, steps, rates[body], seed, "test")
 
-                budget.store.row(f"{body}, {name}, seed {seed}", lambda train=train: train(config.steps))
+                store.row(f"{body}, {name}, seed {seed}", lambda train=train: train(config.steps))
                 if name in AT_EQUAL_TIME:
                     steps = round(config.steps * seconds[body]["MoS, bias"] / seconds[body][name])
-                    budget.store.row(f"{body}, {name}, equal time, seed {seed}", lambda train=train, n=steps: train(n))
-    about |= {"learning rates": rates, "torch": torch.__version__, "python": platform.python_version()}
-    files.write_json(config.out, about | {"date": date.today().isoformat(), "rows": budget.store.rows()})
+                    store.row(f"{body}, {name}, equal time, seed {seed}", lambda train=train, n=steps: train(n))
+            store.write(config.out)
+    store.write(config.out)
     return 0
+
+
+def shapes_of(body: str, config: Config, n_classes: int) -> dict[str, Shape]:
+    """Of all variants, with equal parameters."""
+    sizes = {"n_classes": n_classes, "d": config.d, "width": 4 * config.d, "n_experts": config.n_experts}
+    return with_one_size({name: Shape(body, **sizes, **how) for name, (how, _) in VARIANTS.items()})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ All train on windows at random places of a text, forget between windows, and are
 
 import bisect
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +18,14 @@ from tqdm import tqdm
 
 import fused_mos
 from fused_mos.head import Head
+from fused_mos.training.graphs import Recorder
 
 WINDOW = 64
 """Words in a window, T."""
 BATCH = 16
 """Windows in a step, B."""
+GPU_EVALUATION_BATCH = 256
+"""Windows that a GPU evaluates at once."""
 WARMUP = 0.05
 """Share of the steps in which the learning rate rises."""
 
@@ -41,6 +47,7 @@ class Shape:
     latent_norm: bool = False
     dropout: float = 0.1
 
+    @functools.cache  # noqa: B019 - a few hundred shapes
     def parameters(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in LanguageModel(self).parameters())
@@ -122,13 +129,15 @@ class LanguageModel(nn.Module):
         return self.head(self.hidden(words), target).loss
 
 
-def make_optimizer(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """AdamW, with weight decay for matrices alone; the embedding, by far the largest, has none."""
+def make_optimizer(parameters: list[nn.Parameter], learning_rate: float, replayed: bool = False) -> torch.optim.AdamW:
+    """AdamW, with weight decay for matrices alone; the embedding, by far the largest, has none. `replayed` makes it one
+    whose steps a graph can repeat."""
     groups = [
         {"params": [p for p in parameters if _decays(p)], "weight_decay": 0.1},
         {"params": [p for p in parameters if not _decays(p)], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.99))
+    how = {"fused": True, "capturable": True} if replayed else {}
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.99), **how)
 
 
 def _decays(parameter: nn.Parameter) -> bool:
@@ -142,52 +151,134 @@ def learning_rate_factor(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
-def train(
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    text: Tensor,  # (n,)
-    steps: int,
-    learning_rate: float,
-    places: torch.Generator,
-    name: str,
-) -> None:
-    """A whole training. Windows are drawn with `places`, dropout with torch's own generator."""
-    model.train()
-    for step in tqdm(range(steps), desc=name, leave=False, disable=None, mininterval=1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * learning_rate_factor((step + 0.5) / steps)
-        optimizer.zero_grad()
-        loss = model(*_windows(text, places))
+def places_of(text: Tensor, steps: int, generator: torch.Generator) -> Tensor:  # (n,) -> (steps, B, 1)
+    """Where the windows of all steps start."""
+    return torch.randint(0, text.numel() - WINDOW, (steps, BATCH, 1), generator=generator)
+
+
+def learning_rates(largest: float, steps: int) -> list[float]:
+    """Of all steps, from the first to the last."""
+    return [largest * learning_rate_factor((step + 0.5) / steps) for step in range(steps)]
+
+
+class Steps:
+    """A training whose windows and learning rates are all known at its start; dropout draws from torch's own generator.
+
+    Args:
+        places: (steps, B, 1), see `places_of`.
+        rates: the steps' learning rates.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        text: Tensor,  # (n,)
+        places: Tensor,  # (steps, B, 1)
+        rates: list[float],
+    ):
+        self.model, self.optimizer, self.text = model, optimizer, text
+        self.loss = torch.zeros((), device=text.device)
+        self._rest = iter(zip(places, rates))
+        self._window = torch.arange(WINDOW, device=text.device)
+
+    def run(self, count: int, name: str) -> None:
+        """Takes the next `count` steps."""
+        self.model.train()
+        for start, rate in tqdm(islice(self._rest, count), name, count, leave=False, disable=None, mininterval=1):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self._step(start)
+
+    def check(self, name: str) -> None:
+        """Raises SystemExit unless the last loss is finite."""
+        if not self.loss.isfinite():
+            raise SystemExit(f"error: the loss of {name} became {self.loss.item()}; train with smaller learning rates")
+
+    def _step(self, start: Tensor) -> None:  # (B, 1)
+        index = start + self._window
+        self.optimizer.zero_grad()
+        loss = self.model(self.text.take(index), self.text.take(index + 1))
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    if not loss.isfinite():
-        raise SystemExit(f"error: the loss of {name} became {loss.item()}; choose a smaller --learning-rate")
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
 
 
-def _windows(text: Tensor, places: torch.Generator) -> tuple[Tensor, Tensor]:  # (n,) -> (B, T), (B, T)
-    start = torch.randint(0, text.numel() - WINDOW, (BATCH, 1), generator=places)
-    index = start + torch.arange(WINDOW)
-    return text[index], text[index + 1]
+class ReplayedSteps(Steps):
+    """Steps that are recorded once and repeated, on a GPU as a CUDA graph: it finds its window and its learning rate by
+    a counter of its own, and so the host does nothing between two steps. See fused_mos/training/graphs.py.
+
+    Args:
+        optimizer: one of `make_optimizer(..., replayed=True)`.
+        recorder: records a step.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        text: Tensor,  # (n,)
+        places: Tensor,  # (steps, B, 1)
+        rates: list[float],
+        recorder: Recorder,
+    ):
+        super().__init__(model, optimizer, text, places, rates)
+        self._places, self._rates = places.to(text.device), torch.tensor(rates, device=text.device)
+        self._number = torch.zeros(1, dtype=torch.int64, device=text.device)
+        self._rate = torch.zeros((), device=text.device)
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate
+        _fill_state(optimizer)
+        model.train()
+        self._warm_up(recorder)
+        self._replay = recorder.record(self._next)
+
+    def run(self, count: int, name: str) -> None:
+        for _ in range(count):
+            self._replay()
+
+    def _next(self) -> None:
+        self._rate.copy_(self._rates.index_select(0, self._number)[0])
+        self._step(self._places.index_select(0, self._number)[0])
+        self._number += 1
+
+    def _warm_up(self, recorder: Recorder) -> None:
+        """Takes three steps, as a GPU's libraries need them before a step is recorded, and takes them back."""
+        states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        changed = [*self.model.parameters(), *states, self._number, self.loss]
+        before = [tensor.detach().clone() for tensor in changed]
+        devices = [self.text.device] if self.text.is_cuda else []
+        with torch.random.fork_rng(devices), torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            for _ in range(3):
+                with torch.enable_grad():
+                    recorder.run(self._next)
+                for tensor, held in zip(changed, before):
+                    tensor.copy_(held)
 
 
-def step_of(model: LanguageModel, text: Tensor) -> Callable[[], None]:
-    """One step of training, for measuring its time."""
-    optimizer, places = make_optimizer(list(model.parameters()), 1e-4), torch.Generator()
-    return lambda: train(model, optimizer, text, 1, 1e-4, places, "")
+def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes what AdamW makes in its first step: in a graph it would be 0 again in each."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                zeros = {name: torch.zeros_like(p.detach()) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
 
 
 @torch.no_grad()
 def perplexity(model: LanguageModel, text: Tensor) -> float:  # (n,)
     model.eval()
-    total = sum(model(words, target).double() * target.numel() for words, target in _in_a_row(text))
+    batch = GPU_EVALUATION_BATCH if text.is_cuda else BATCH
+    total = sum(model(words, target).double() * target.numel() for words, target in _in_a_row(text, batch))
     return math.exp(total / (text.numel() - 1))
 
 
-def _in_a_row(text: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_a_row(text: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """All words but the first as targets, in batches (B, T) and a shorter rest (1, t)."""
     inner = (text.numel() - 1) // WINDOW * WINDOW
     words, target = text[:inner].view(-1, WINDOW), text[1 : inner + 1].view(-1, WINDOW)
-    yield from zip(words.split(BATCH), target.split(BATCH))
+    yield from zip(words.split(batch), target.split(batch))
     if inner < text.numel() - 1:
         yield text[None, inner:-1], text[None, inner + 1 :]

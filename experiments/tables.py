@@ -1,13 +1,19 @@
 """The documents' tables of quality, from the JSON under results/."""
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import OURS, table
 
+from .adam import AT_EQUAL_TIME, BODIES, VARIANTS
+from .equal_budget import values_of
+from .transformer import RUNS, UPCYCLED, sizes
+
 RESULTS = Path(__file__).parent / "results"
+BODY_NAMES = {"lstm": "LSTM", "transformer": "Transformer"}
 HEAD_NAMES = {"softmax": "softmax", "moc": "MoC", "mos": "MoS", "softmax-wide": "softmax, d = 320"}
 
 
@@ -91,11 +97,40 @@ def published() -> str:
     )
 
 
+def adam() -> str:
+    """Test perplexities under AdamW, at equal steps and, where there is such a run, at equal time."""
+    rows = load("adam.json")["rows"]
+    runs = [
+        name + budget for name in VARIANTS for budget in ("", ", equal time") if not budget or name in AT_EQUAL_TIME
+    ]
+    found = [[name, *(over_seeds(rows, f"{body}, {name}") for body in BODIES)] for name in runs]
+    return table(["test perplexity", *(BODY_NAMES[body] for body in BODIES)], found)
+
+
+def transformer() -> str:
+    """Test perplexities and parameters by d."""
+    rows = load("transformer.json")["rows"]
+    ds = sizes(rows)
+    found = [[run, *(over_seeds(rows, f"d = {d}, {run}") for d in ds)] for run in RUNS]
+    for run in ("MoS", UPCYCLED):
+        counts = [values_of(rows, f"d = {d}, {run}", "parameters") for d in ds]
+        found.append([f"parameters, {run}", *(f"{c[0] / 1e6:.2f} M" if c else "–" for c in counts)])
+    return table(["test perplexity", *(f"d = {d}" for d in ds)], found)
+
+
+def over_seeds(rows: dict[str, dict[str, Any]], run: str) -> str:
+    """Median (minimum–maximum)."""
+    values = values_of(rows, run, "test perplexity")
+    return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})" if values else "–"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "ranks": ranks,
     "synthetic": synthetic,
     "heads": heads,
     "lm1b-heads": lm1b_heads,
     "published": published,
+    "adam": adam,
+    "transformer": transformer,
 }
 """The table that a document's `<!-- table: NAME -->` stands for, by NAME."""

@@ -1,0 +1,230 @@
+"""Train a Transformer on words under each head at equal parameters; write a table and a plot:
+
+    python -m experiments.transformer --data WIKITEXT2 [--ds 64 128 256] [--seeds 0 1 2]
+
+At equal steps, and at equal time: softmax and MoC get as many steps as fit into the time of MoS's, at speeds measured
+once at the start. Have the machine idle then; load on it later changes no result. And a softmax that becomes a MoS by
+`MoS.from_linear` after 80 % of that time. All heads begin with the words' frequencies as their bias.
+
+A run is kept when it ends; after a kill, the same command goes on with the one that was cut. Several processes may
+share the folder of the runs, each with a seed or a size of its own.
+"""
+
+import dataclasses
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import tyro
+from torch import Tensor
+
+import fused_mos
+from fused_mos.data import Corpus
+from fused_mos.runtime import files
+from fused_mos.training.device import device_named
+
+from .equal_budget import Budget, Store, values_of, with_one_size
+from .small_lm import BATCH, WINDOW, LanguageModel, Shape, Steps, learning_rate_factor, make_optimizer, places_of
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HEADS = {"softmax": "softmax", "MoC": "moc", "MoS": "mos"}
+SWITCH = 0.8
+"""Share of the time after which a softmax becomes a mixture."""
+
+UPCYCLED = f"softmax, MoS after {100 * SWITCH:.0f} %"
+EQUAL_STEPS = ("softmax", "MoC", "MoS")
+EQUAL_TIME = ("softmax, equal time", "MoC, equal time", "MoS", UPCYCLED)
+RUNS = tuple(dict.fromkeys(EQUAL_STEPS + EQUAL_TIME))
+"""Of a size and seed, by the budget at which they are compared, and all of them."""
+
+COLOURS = {"softmax": "#000000", "MoC": "#E69F00", "MoS": "#0072B2", UPCYCLED: "#009E73"}
+"""Of Okabe and Ito, which the colour-blind can tell apart."""
+
+
+@dataclasses.dataclass
+class Config:
+    data: Path
+    """Folder with train.txt, valid.txt and test.txt."""
+    steps: int = 1000
+    """Steps of MoS, of 16 windows of 64 words."""
+    ds: tuple[int, ...] = (64, 128, 256)
+    """Sizes to run, of the embedding, of the decoder and of the Transformer. Others that are finished are in the table,
+    too."""
+    n_experts: int = 4
+    """Experts of MoC and MoS."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds to run; the same goes for them."""
+    device: str = "auto"
+    """auto, cpu or cuda. auto is a GPU if there is one."""
+    only_speeds: bool = False
+    """Measure the seconds per step and stop: before several processes share the machine."""
+    runs: Path = Path("runs/transformer")
+    """Folder of the finished runs."""
+    out: Path = Path(__file__).parent / "results" / "transformer.json"
+    """JSON file of all results. The plot is written beside it."""
+
+
+def shapes_of(d: int, n_experts: int, n_classes: int) -> dict[str, Shape]:
+    """The heads' models, with equal parameters."""
+    return with_one_size(
+        {
+            name: Shape("transformer", head, n_classes=n_classes, d=d, width=4 * d, n_experts=n_experts)
+            for name, head in HEADS.items()
+        }
+    )
+
+
+def upcycle(model: LanguageModel, optimizer: torch.optim.Optimizer, n_experts: int, words: Tensor) -> None:
+    """Makes the softmax a mixture with the same loss. The optimizer keeps what it knows, and takes what is new.
+
+    Args:
+        words: (B, T), some text, for the scale of the hidden states.
+    """
+    model.eval()
+    with torch.no_grad():
+        rms = model.hidden(words).square().mean().sqrt().item()
+    model.head = fused_mos.MoS.from_linear(model.head.decoder, n_experts, input_rms=rms)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    new = [p for p in model.parameters() if id(p) not in known]
+    optimizer.add_param_group({"params": new, "weight_decay": optimizer.param_groups[0]["weight_decay"]})
+
+
+@dataclasses.dataclass
+class SoftmaxRun:
+    """A softmax trained for the time of MoS, and what becomes of it as a mixture in the last part of that time."""
+
+    budget: Budget
+    shape: Shape
+    steps: int
+    learning_rate: float
+    seed: int
+    checkpoint: Path
+    """Model and optimizer at the switch."""
+
+    @property
+    def switch(self) -> int:
+        """Steps before it."""
+        return round(SWITCH * self.steps)
+
+    def whole(self) -> dict[str, Any]:
+        training = self._to_switch()
+        training.run(self.steps - self.switch, "softmax")
+        return self.budget.result(training, "softmax", self.steps, "test")
+
+    def upcycled(self, seconds: dict[str, float]) -> dict[str, Any]:
+        """`seconds` are those of a step, of the softmax and of the mixture that it becomes."""
+        steps = max(1, round((self.steps - self.switch) * seconds["softmax"] / seconds["upcycled"]))
+        budget, n = self.budget, self.switch + steps
+        if not self.checkpoint.is_file():
+            self._to_switch()
+        model, optimizer = self._at_switch()
+        torch.manual_seed(self.seed)
+        upcycle(model, optimizer, self.shape.n_experts, budget.train_text[: BATCH * WINDOW].view(BATCH, WINDOW))
+        # the learning rate goes on falling by the share of the time, whose rest has fewer steps now
+        share = self.switch / self.steps
+        progress = [share + (1 - share) * (step + 0.5) / steps for step in range(steps)]
+        rates = [self.learning_rate * learning_rate_factor(p) for p in progress]
+        places = places_of(budget.corpus.train, n, torch.Generator().manual_seed(self.seed))[self.switch :]
+        training = budget.continued(model, optimizer, places, rates)
+        training.run(steps, "upcycled")
+        return {"steps as softmax": self.switch, **budget.result(training, "upcycled", n, "test")}
+
+    def _to_switch(self) -> Steps:
+        training = self.budget.begin(self.shape, True, self.steps, self.learning_rate, self.seed)
+        training.run(self.switch, "softmax")
+        with files.writing(self.checkpoint) as file:
+            torch.save({"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}, file)
+        return training
+
+    def _at_switch(self) -> tuple[LanguageModel, torch.optim.Optimizer]:
+        device = self.budget.device
+        saved = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        model = LanguageModel(self.shape).to(device)
+        model.load_state_dict(saved["model"])
+        optimizer = make_optimizer(list(model.parameters()), self.learning_rate, replayed=device.type == "cuda")
+        optimizer.load_state_dict(saved["optimizer"])
+        return model, optimizer
+
+
+def run_all(budget: Budget, shapes: dict[str, Shape], seconds: dict[str, float], rate: float, group: str, seed: int):
+    """All runs of a size and seed."""
+    store = budget.store
+
+    def key(name: str) -> str:
+        return f"{group}, {name}, seed {seed}"
+
+    for name in EQUAL_STEPS:
+        store.row(key(name), lambda name=name: budget.run(shapes[name], True, budget.steps, rate, seed, "test"))
+    in_time = {name: round(budget.steps * seconds["MoS"] / seconds[name]) for name in ("softmax", "MoC")}
+    store.row(key("MoC, equal time"), lambda: budget.run(shapes["MoC"], True, in_time["MoC"], rate, seed, "test"))
+    checkpoint = store.path(key("softmax, equal time"), ".pt")
+    softmax = SoftmaxRun(budget, shapes["softmax"], in_time["softmax"], rate, seed, checkpoint)
+    store.row(key("softmax, equal time"), softmax.whole)
+    store.row(key(UPCYCLED), lambda: softmax.upcycled(seconds))
+
+
+def sizes(rows: dict[str, dict[str, Any]]) -> list[int]:
+    """All d."""
+    return sorted({int(key.split(",")[0].removeprefix("d = ")) for key in rows})
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Perplexity against d, median and range over seeds, one line a head."""
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, layout="constrained")
+    rows = result["rows"]
+    for panel, title, names in zip(panels, ("equal steps", "equal time"), (EQUAL_STEPS, EQUAL_TIME)):
+        for name in names:
+            found = {d: values_of(rows, f"d = {d}, {name}", "test perplexity") for d in sizes(rows)}
+            found = {d: values for d, values in found.items() if values}
+            if not found:
+                continue
+            label = name.removesuffix(", equal time")
+            panel.plot(
+                list(found), [statistics.median(v) for v in found.values()], "o-", color=COLOURS[label], label=label
+            )
+            ranges = [min(v) for v in found.values()], [max(v) for v in found.values()]
+            panel.fill_between(list(found), *ranges, color=COLOURS[label], alpha=0.2, linewidth=0)
+        panel.set(title=title, xlabel="d", xscale="log")
+        panel.set_xticks(sizes(rows), [str(d) for d in sizes(rows)])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False, fontsize="small")
+    panels[0].set_ylabel("test perplexity")
+    figure.suptitle(f"{result['data']}, {result['steps']} steps of MoS, K = {result['n_experts']}", fontsize="medium")
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
+    plt.close(figure)
+
+
+def main() -> int:
+    config = tyro.cli(Config, prog="python -m experiments.transformer", description=__doc__)
+    device = device_named(config.device)
+    settings = {"data": config.data.name, "steps": config.steps, "n_experts": config.n_experts, "device": device.type}
+    budget = Budget(Corpus(config.data), Store(config.runs, settings), config.steps, device)
+
+    def write() -> None:
+        budget.store.write(config.out, lambda result: plot(result, config.out.with_suffix(".png")))
+
+    shapes = {d: shapes_of(d, config.n_experts, len(budget.corpus.vocabulary)) for d in config.ds}
+    seconds = {}
+    for d in config.ds:
+        upcycled = dataclasses.replace(shapes[d]["softmax"], head="mos", latent="residual")
+        seconds[d] = budget.seconds_per_step(f"d = {d}", shapes[d] | {"upcycled": upcycled})
+    if config.only_speeds:
+        return 0
+    for d in config.ds:
+        rate = budget.learning_rate(f"d = {d}", shapes[d]["softmax"])
+        for seed in config.seeds:
+            run_all(budget, shapes[d], seconds[d], rate, f"d = {d}", seed)
+            write()
+    write()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
