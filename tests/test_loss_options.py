@@ -6,7 +6,7 @@ import functools
 import formulas
 import pytest
 import torch
-from backends import CPU, TRITON
+from backends import CPU, ON_GPU, TRITON
 from problem import EXACT, INPUTS, Problem, check_forward_and_gradients, problem
 
 from fused_mos import functional as F
@@ -125,6 +125,8 @@ def test_all_ignored(names, backend):
 @pytest.mark.parametrize("names", [*OPTIONS.values(), ("soft",), ("external",)], ids=str)
 def test_what_is_infinite_in_ignored_tokens_stays_there(names, reduction, backend):
     """As in the plain loss."""
+    if ON_GPU and names == ("softcap",) and reduction == "none":
+        pytest.skip("no row is dropped, since the host would wait: 0·∞ in dE is NaN, as it is of F.cross_entropy")
     case = problem(9, 3, 8, 40).to(torch.float32)
     case.latent.data[4] = torch.inf  # the ignored token
     if names == ("soft",):

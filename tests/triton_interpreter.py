@@ -2,7 +2,8 @@
 package needs no repair on a GPU.
 
 As of triton 3.6 its `tl.dot` multiplies the bit patterns of bfloat16 operands, and casts from float32 truncate; its
-fused multiply-add rounds twice, and its exp2 keeps denormal results, which a GPU's flushes. It also copies every
+fused multiply-add rounds twice, its exp2 keeps denormal results, which a GPU's flushes, and its maximum of a number
+and NaN is NaN. It also copies every
 argument onto itself after a call, since it expects tensors on a GPU.
 """
 
@@ -69,7 +70,18 @@ def _exp2(self, argument):
     return TensorHandle(result, argument.dtype.scalar)
 
 
+def _larger(self, a, b):
+    """As max.f32: of a number and NaN, the number."""
+    return self.binary_op(a, b, np.fmax)
+
+
+def _smaller(self, a, b):
+    return self.binary_op(a, b, np.fmin)
+
+
 def repair() -> None:
+    InterpreterBuilder.create_maxnumf = _larger
+    InterpreterBuilder.create_minnumf = _smaller
     InterpreterBuilder.cast_impl = _cast
     InterpreterBuilder.create_dot = _dot
     InterpreterBuilder.create_fma = _fma

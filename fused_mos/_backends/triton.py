@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .products import cdiv, product, spans
+from .products import cdiv, spans
 from .row_filter import kept_rows
 from .tiled import row_entropy  # noqa: F401  (in plain torch here, too, as the next ones)
 from .tiled_mixture import mixture_sum, mixture_sum_backward  # noqa: F401
@@ -49,6 +49,7 @@ from .triton_kernels.operands import (
     row_length,
     scaled_rows,
 )
+from .triton_kernels.parts import in_parts, multiplies_in_parts, plane_of, product_of
 from .triton_kernels.tiles import Logits, Scales, scales
 from .triton_kernels.workspace import workspace_bytes
 
@@ -101,10 +102,11 @@ def too_old(gpu: str, capability: tuple[int, int]) -> str | None:
 # ---------------------------------------------------------------------------------------- gradients in the forward pass
 
 
-def _sums_in_place(weight: Tensor, with_columns: bool, one_block: bool) -> bool:
+def _sums_in_place(weight: Tensor, parts: bool, with_columns: bool, one_block: bool) -> bool:
     """Whether dE is summed where it will be: where that has the sums' dtype, or one block's are all, and no padding."""
     n_classes, n_features = weight.shape
-    unpadded = (padded_classes(n_classes, weight), row_length(n_features, weight)) == (n_classes, n_features)
+    dtype = torch.bfloat16 if parts else weight.dtype
+    unpadded = (padded_classes(n_classes, dtype), row_length(n_features, dtype)) == (n_classes, n_features)
     return unpadded and not with_columns and (weight.dtype == torch.float32 or one_block)
 
 
@@ -117,15 +119,18 @@ def _bias_in_columns(n_rows: int, weight: Tensor) -> bool:
 
 def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> int:
     """Rows, of whole tokens, whose exponentials over the whole vocabulary are held at once; 0 where none are."""
-    n_classes, n_features = weight.shape
+    (n_classes, n_features), parts = weight.shape, multiplies_in_parts(n_rows, weight)
+    itemsize = 6 if parts else weight.itemsize
     # beside them a number for each tile of at least 64 classes, the rows with their columns, their gradient's sums;
     # and once the sums of dE
-    bytes_of_row = (weight.itemsize + 4 / 64) * n_classes + (weight.itemsize + 4) * (n_features + 8)
+    bytes_of_row = (itemsize + 4 / 64) * n_classes + (itemsize + (8 if parts else 4)) * (n_features + 8)
     n_bytes = workspace_bytes(weight.device) - bytes_of_padded(n_rows, weight)
+    if parts:
+        n_bytes -= 6 * n_classes * (n_features + 8)
     with_columns = bias is not None and _bias_in_columns(n_rows, weight)
-    if _sums_in_place(weight, with_columns, one_block=True) and n_rows * bytes_of_row <= n_bytes:
+    if _sums_in_place(weight, parts, with_columns, one_block=True) and n_rows * bytes_of_row <= n_bytes:
         return n_rows
-    if not _sums_in_place(weight, with_columns, one_block=False):
+    if not _sums_in_place(weight, parts, with_columns, one_block=False):
         n_bytes -= 4 * n_classes * (n_features + 8)
     held = int(n_bytes / bytes_of_row)
     if held < n_experts:
@@ -181,38 +186,42 @@ def nll_with_gradients(
     with_columns = needs[3] and _bias_in_columns(n * k, weight)
     needs_sums = needs[2] or with_columns
     height = _rows_of_block(n * k, k, weight, bias) or k
-    padded = padded_classes(n_classes, z)
-    in_place = _sums_in_place(weight, with_columns, one_block=n * k <= height)
-    width = row_length(d + 2, z) if with_columns else z.shape[1]
+    parts = multiplies_in_parts(n * k, weight)
+    dtype = torch.bfloat16 if parts else z.dtype
+    padded = padded_classes(n_classes, dtype)
+    in_place = _sums_in_place(weight, parts, with_columns, one_block=n * k <= height)
+    width = row_length(d + 2 if with_columns else d, dtype)
+    multiplied = in_parts(e, width, padded) if parts and needs[0] else e
     sums = grad_weight if in_place else empty_float32(z, padded if needs_sums else 0, width)
     bias_sums = None
-    all_exponentials = z.new_empty(height, math.ceil(padded / 16) * 16)
+    planes = (3,) if parts else ()
+    all_exponentials = z.new_empty(*planes, height, math.ceil(padded / 16) * 16, dtype=dtype)
     for r in spans(n * k, height):
         t = slice(r.start // k, r.stop // k)
-        a = all_exponentials[: r.stop - r.start]
-        logits = Logits(z[r], e, bias, a.shape[0], n_classes, *scales(transform))
-        rows_ = z.new_empty(a.shape[0], width) if needs_sums else None
+        a = all_exponentials[..., : r.stop - r.start, :]
+        logits = Logits(z[r], e, bias, r.stop - r.start, n_classes, *scales(transform))
+        rows_ = z.new_empty(logits.n_rows, width) if needs_sums else None
         written = _exponentials(logits, target[t], reference[r], a, target_logit[r], k)
-        parts = RowFactors(responsibility[r], factor[r], rows_, grad_prior[t] if needs[1] else None)
+        factors = RowFactors(responsibility[r], factor[r], rows_, grad_prior[t] if needs[1] else None)
         targets = Targets(prior_logits[t], target[t], ignore_index)
         of_block = None if weighted is None else WeightedLosses(*(part[t] for part in weighted))
-        _mix(logits, written, targets, reference[r], losses[t], log_total[r], parts, of_block, d, with_columns)
-        block, f_block = a[:, :padded], factor[r]
+        _mix(logits, written, targets, reference[r], losses[t], log_total[r], factors, of_block, d, with_columns)
+        block, f_block = a[..., :padded], factor[r]
         survivors = None if weighted is not None else kept_rows(responsibility[r], responsibility[r], filter_eps)
         if survivors is not None:
             kept = move_up(a, survivors)
-            block, f_block = block[: kept.numel()], f_block[kept]
+            block, f_block = block[..., : kept.numel(), :], f_block[kept]
             rows_ = None if rows_ is None else rows_[kept]
         if needs[0]:
-            gradient = empty_float32(a, block.shape[0], e.shape[1])
-            add_times_embedding(block, e, 0, gradient, accumulate=False)
+            gradient = empty_float32(a, block.shape[-2], multiplied.shape[-1])
+            add_times_embedding(block, multiplied, 0, gradient, accumulate=False)
             if survivors is None:
                 scaled_rows(gradient, f_block, grad_rows[r], d)
             else:
                 grad_rows[r] = 0
                 grad_rows[r][kept] = scaled_rows(gradient, f_block, grad_rows.new_empty(len(kept), d), d)
         if rows_ is not None:
-            product(block.t(), rows_, sums, accumulate=r.start > 0)
+            product_of(block.mT, in_parts(rows_, width) if parts else rows_, sums, accumulate=r.start > 0)
         if needs[3] and not with_columns:
             summed = column_sums(block, f_block)[:n_classes]
             bias_sums = summed if bias_sums is None else bias_sums.add_(summed)
@@ -260,11 +269,11 @@ def _exponentials(
     constants |= {"D": e.shape[1]}
     rows_of_grid = cdiv(n, tile.rows)
     launch(exponentials.reference_kernel, (rows_of_grid,), logits, reference, target_logit, **constants)
-    n_tiles = cdiv(a.shape[1], tile.classes)  # zeros beyond the last class, too
-    out = Exponentials(a, empty_float32(z, n_tiles, n), target_logit, a.shape[1])
+    n_tiles = cdiv(a.shape[-1], tile.classes)  # zeros beyond the last class, too
+    out = Exponentials(a, empty_float32(z, n_tiles, n), target_logit, a.shape[-1], plane_of(a))
     arguments = logits, target, reference, out
     constants |= {"EXPERTS": n_experts}
-    if tile.described:
+    if tile.described and a.dim() == 2:
         tiles = *described(z, e, tile), described_result(a, tile)
         programs = min(architecture_of(z.device).multiprocessors, rows_of_grid * n_tiles)
         launch(persistent_exponentials_kernel, (programs,), *tiles, *arguments, **constants)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..products import cdiv, product, spans
+from ..products import cdiv, spans
 from ..row_filter import backward_of_kept, kept_rows
 from ..transform import IDENTITY, Transform
 from . import finish as finish_kernels
@@ -25,6 +25,7 @@ from .operands import (
     aligned,
     aligned_weight,
     bytes_of_padded,
+    column_sums,
     described,
     described_experts,
     described_result,
@@ -33,9 +34,11 @@ from .operands import (
     in_range,
     mixture_constants,
     padded_classes,
+    row_length,
     scaled_rows,
     with_column,
 )
+from .parts import in_parts, multiplies_in_parts, plane_of, product_of
 from .tiles import LogitGradients, Logits, scales
 
 MAX_ROWS = 32_768
@@ -63,34 +66,38 @@ def _recomputed_gradients(
     needs_rows, needs_weight, needs_bias = needs
     with_columns = needs_bias and has_columns(z)
     operand = with_column(z, d) if with_columns else z
-    grad_rows = empty_float32(z, *(z.shape if needs_rows else (0,)))
+    parts = multiplies_in_parts(n, weight)
+    if parts:
+        width = row_length(d, torch.bfloat16)
+        operand, e = in_parts(z, width), in_parts(e, width, padded_classes(n_classes, torch.bfloat16))
+    grad_rows = empty_float32(z, *((n, e.shape[-1]) if needs_rows else (0,)))
     grad_weight = weight.new_empty(weight.shape if needs_weight else 0)
     grad_bias = weight.new_empty(n_classes if needs_bias else 0)
     height = max(min(n, MAX_ROWS) // group, 1) * group
     n_bytes = workspace.workspace_bytes(z.device) - grad_rows.nbytes - bytes_of_padded(n, weight)
-    n_bytes -= operand.nbytes if with_columns else 0
-    bytes_of_column = height * z.itemsize + 4 * operand.shape[1]  # of dl, and the sums of dE
+    n_bytes -= operand.nbytes if with_columns else operand.nbytes + e.nbytes if parts else 0
+    bytes_of_column = height * (6 if parts else z.itemsize) + 4 * operand.shape[-1]  # of dl, and the sums of dE
     columns = max(n_bytes, workspace.WORKSPACE_BYTES // 4) // bytes_of_column // 128 * 128
-    padded = padded_classes(n_classes, z)
+    padded = padded_classes(n_classes, operand)
     columns = min(max(columns, MIN_COLUMNS), padded)
     # rows of dl hold a multiple of 16 numbers, which is what Triton asks of a stride for 16-byte stores
-    dl = z.new_empty(height, triton.cdiv(columns, 16) * 16)
+    dl = operand.new_empty(*operand.shape[:-2], height, triton.cdiv(columns, 16) * 16)
     rounded_once = n <= height and unscale is None
-    all_sums = z.new_empty((columns, operand.shape[1]), dtype=z.dtype if rounded_once else torch.float32)
+    all_sums = z.new_empty((columns, operand.shape[-1]), dtype=z.dtype if rounded_once else torch.float32)
     for c in spans(padded, columns):
         classes = slice(c.start, min(c.stop, n_classes))
         sums = all_sums[: c.stop - c.start]
         bias_sums = None
         for r in spans(n, height):
-            block = dl[: r.stop - r.start, : triton.cdiv(c.stop - c.start, 16) * 16]
+            block = dl[..., : r.stop - r.start, : triton.cdiv(c.stop - c.start, 16) * 16]
             write_dl(block, r, c)
-            block = block[:, : c.stop - c.start]
+            block = block[..., : c.stop - c.start]
             if needs_rows:
                 add_times_embedding(block, e, c.start, grad_rows[r], accumulate=c.start > 0)
             if needs_weight or with_columns:
-                product(block.t(), operand[r], sums, accumulate=r.start > 0)
+                product_of(block.mT, operand[..., r, :], sums, accumulate=r.start > 0)
             if needs_bias and not with_columns:
-                summed = block.sum(0)
+                summed = column_sums(block, None)
                 bias_sums = summed if bias_sums is None else bias_sums.add_(summed)
         finish(sums, grad_weight[classes], grad_bias[classes], with_columns, d, unscale)
         if bias_sums is not None:
@@ -143,15 +150,16 @@ def rows_backward(
     )
 
     def write_dl(dl: Tensor, r: slice, c: slice) -> None:
-        tile, constants = choose_tile("gradient", z, dl.shape[0], e)
-        grid = cdiv(dl.shape[0], tile.rows), cdiv(dl.shape[1], tile.classes)
-        logits = Logits(z[r], e, bias, dl.shape[0], weight.shape[0], *scales(transform))
+        n_rows, n_columns = dl.shape[-2:]
+        tile, constants = choose_tile("gradient", z, n_rows, e)
+        grid = cdiv(n_rows, tile.rows), cdiv(n_columns, tile.classes)
+        logits = Logits(z[r], e, bias, n_rows, weight.shape[0], *scales(transform))
         block_target = None if target is None else target[r.start // n_experts : r.stop // n_experts]
         statistics, weights = Statistics(maximum[r], log_total[r], None), RowGradients(scaled_lse[r], scaled_target[r])
-        out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
+        out = LogitGradients(dl, c.start, n_columns, dl.stride(-2), plane_of(dl))
         constants |= {"D": e.shape[1], "EXPERTS": n_experts}
         arguments = logits, block_target, statistics, weights, out
-        if tile.described:
+        if tile.described and dl.dim() == 2:
             tiles = *described(logits.z_ptr, e, tile), described_result(dl, tile)
             programs = min(architecture_of(z.device).multiprocessors, math.prod(grid))
             launch(persistent_gradient_kernel, (programs,), *tiles, *arguments, **constants)
@@ -224,12 +232,12 @@ def log_prob_backward(
         t = slice(r.start // k, r.stop // k)
         n_tokens = t.stop - t.start
         tile, constants = choose_tile("mixture-gradient", z, n_tokens, e)
-        grid = cdiv(n_tokens, tile.rows), cdiv(dl.shape[1], tile.classes)
+        grid = cdiv(n_tokens, tile.rows), cdiv(dl.shape[-1], tile.classes)
         logits = Logits(z[r], e, bias, n_tokens, n_classes, *scales(transform))
         experts = Mixture(log_prior[t], maximum[t], log_total[t])
-        out = LogitGradients(dl, c.start, dl.shape[1], dl.stride(0))
+        out = LogitGradients(dl, c.start, dl.shape[-1], dl.stride(-2), plane_of(dl))
         constants |= {"K": k, "D": z.shape[1], "SECOND_SWEEP": True}
-        tiles = described_experts(z[r].view(n_tokens, k, -1), e, tile)
+        tiles = described_experts(z[r].view(n_tokens, k, z.shape[1]), e, tile)
         launch(mixture_gradient_kernel, grid, *tiles, logits, experts, scaled_grad[t], scaled_s[t], out, **constants)
 
     grad_rows, grad_weight, grad_bias = _recomputed_gradients(write_dl, z, e, weight, product_needs, k, unscale)
@@ -253,7 +261,7 @@ def _sums_of_weighted_posteriors(
         span = LogitGradients(None, c.start, c.stop - c.start, 0)
         terms = partial[: cdiv(span.n_columns, tile.classes)]
         grid = cdiv(n, tile.rows), terms.shape[0]
-        operands = described_experts(z.view(n, k, -1), logits.e_ptr, tile)
+        operands = described_experts(z.view(n, k, z.shape[1]), logits.e_ptr, tile)
         launch(mixture_gradient_kernel, grid, *operands, logits, experts, grad, terms, span, **constants)
         s += terms.sum(0)
     return s

@@ -53,7 +53,7 @@ def persistent_exponentials_kernel(
             TILE=TILE,
             ANY_REFERENCE=False,
         )
-        a_tiles.store([first_row, class_tile * CLASSES], a)
+        a_tiles.store([first_row, class_tile * CLASSES], a.to(out.a_ptr.dtype.element_ty))
 
 
 @triton.jit

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .parts import store_parts
 from .tiles import LOG2E, LOWEST, logits_tile, row_targets, times_derivative
 
 LOWEST_REFERENCE = tl.constexpr(LOWEST.value / 2)
@@ -43,6 +44,7 @@ class Exponentials(NamedTuple):
     tile_total_ptr: Tensor  # (tiles, R): Σ exp(l − reference), but for the target's
     target_logit_ptr: Tensor  # (R,): NaN where the target is no class
     n_columns: int  # the classes, rounded up so that stores are 16 bytes wide
+    plane: int | None = None  # of a in parts (parts.py): numbers from one part to the next
 
 
 @triton.jit
@@ -97,7 +99,8 @@ def kept_exponentials(
     a = tl.exp2(exponent)
     partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
     tl.store(out.tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
-    return times_derivative(a, tile, logits).to(out.a_ptr.dtype.element_ty)
+    # of an ignored token, whose factor is 0, a NaN would still be one in dE; others have it in their factor, too
+    return tl.maximum(times_derivative(a, tile, logits), 0.0)
 
 
 @triton.jit
@@ -135,7 +138,7 @@ def exponentials_tile(
     a_row = out.a_ptr + tl.cast(first_row, tl.int64) * out.n_columns + first_class
     a_tile = a_row + (row[:, None] * out.n_columns + column[None, :])
     inside = (first_row + row < logits.n_rows)[:, None] & (first_class + column < out.n_columns)[None, :]
-    tl.store(a_tile, a, mask=inside)
+    store_parts(a_tile, a, out.plane, mask=inside)
 
 
 @triton.jit

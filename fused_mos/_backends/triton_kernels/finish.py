@@ -183,11 +183,12 @@ def write_sums(
 @triton.jit(do_not_specialize=["n_rows"])
 def column_sums_kernel(
     a_ptr,  # (R, stride), of which n_columns
-    factor_ptr,  # (R,)
+    factor_ptr,  # (R,), or None for 1
     sums_ptr,  # (n_columns,) out
     n_rows,
     n_columns,
     stride,
+    plane,  # of a matrix in parts: numbers from one part to the next; or None
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -200,9 +201,14 @@ def column_sums_kernel(
         row = first + tl.arange(0, ROWS)
         mask = (row < n_rows)[:, None] & (column < n_columns)[None, :]
         place = row.to(tl.int64)[:, None] * stride + column[None, :]
-        factor = tl.load(factor_ptr + row, mask=row < n_rows, other=0.0)[:, None]
         a = tl.load(a_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        term = tl.where(factor != 0, a * factor, 0.0) - excess
+        if plane is not None:
+            a += tl.load(a_ptr + plane + place, mask=mask, other=0.0).to(tl.float32)
+            a += tl.load(a_ptr + 2 * plane + place, mask=mask, other=0.0).to(tl.float32)
+        if factor_ptr is not None:
+            factor = tl.load(factor_ptr + row, mask=row < n_rows, other=0.0)[:, None]
+            a = tl.where(factor != 0, a * factor, 0.0)
+        term = a - excess
         new_total = total + term
         excess = (new_total - total) - term
         total = new_total

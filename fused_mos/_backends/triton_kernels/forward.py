@@ -200,7 +200,7 @@ def log_prob(
     grid = cdiv(n, tile.rows), cdiv(logits.n_classes, tile.classes)
     part = constants["TILE"]._replace(classes=min(tile.classes, 32), resident=False, described=False)
     constants |= {"K": k, "D": logits.z_ptr.shape[1], "PART": part}
-    tiles = described_experts(z.view(n, k, -1), e, tile)
+    tiles = described_experts(z.view(n, k, z.shape[1]), e, tile)
     launch(mixture.log_prob_kernel, grid, *tiles, logits, experts, result, **constants)
     return result
 
@@ -225,6 +225,6 @@ def predict(
     best, index = empty_float32(latent, splits, n), torch.empty((splits, n), dtype=torch.int64, device=latent.device)
     grid = cdiv(n, tile.rows), splits
     constants |= {"K": k, "D": logits.z_ptr.shape[1]}
-    tiles = described_experts(z.view(n, k, -1), e, tile)
+    tiles = described_experts(z.view(n, k, z.shape[1]), e, tile)
     launch(mixture.predict_kernel, grid, *tiles, logits, experts, best, index, tiles_of_split, **constants)
     return _first_of_best(best, index)

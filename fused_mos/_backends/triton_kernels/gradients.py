@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .parts import store_parts
 from .tiles import LOG2E, logits_tile, row_targets, times_derivative
 
 
@@ -45,7 +46,7 @@ def gradient_kernel(
     dl_row = out.dl_ptr + tl.cast(first_row, tl.int64) * out.stride + first_column
     dl_tile = dl_row + (row[:, None] * out.stride + column[None, :])
     inside = (first_row + row < logits.n_rows)[:, None] & (first_column + column < out.n_columns)[None, :]
-    tl.store(dl_tile, dl.to(out.dl_ptr.dtype.element_ty), mask=inside)
+    store_parts(dl_tile, dl, out.plane, mask=inside)
 
 
 @triton.jit
@@ -71,6 +72,7 @@ def logit_gradients(
     shift = tl.where(grad_lse != 0, tl.load(statistics.log_total_ptr + row, mask=mask, other=0.0) * LOG2E, float("inf"))
     maximum = tl.load(statistics.maximum_ptr + row, mask=mask, other=0.0)
     dl = tl.exp2((tile - maximum[:, None]) * LOG2E - shift[:, None]) * grad_lse[:, None]
+    dl = tl.where(grad_lse[:, None] != 0, dl, 0.0)
     if target_ptr is not None:
         target = row_targets(target_ptr, logits, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE)
         if tl.max(target, 0) >= 0:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .exponentials import LARGEST_REFERENCE
 from .finish import scale_rows
+from .parts import store_parts
 from .tiles import LOG2E, LOWEST, times_derivative
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -271,8 +272,8 @@ def mix_kernel(
     entry = -others
     if weighted is not None:
         entry += tl.where(other_weight != 0, total * (other_weight / row_weight), 0.0)
-    entry = times_derivative(entry, target_logit, scales).to(exponentials.a_ptr.dtype.element_ty)
-    tl.store(place, entry, mask=mask & is_class[:, None])
+    entry = times_derivative(entry, target_logit, scales)
+    store_parts(place, entry, exponentials.plane, mask=mask & is_class[:, None])
     if out.rows_ptr is not None:
         flat_factor = tl.reshape(factor, (MIX.tokens * MIX.experts,))
         scale_rows(

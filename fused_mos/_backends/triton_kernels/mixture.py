@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .loss import LN2
+from .parts import store_parts
 from .tiles import LOG2E, LOWEST, described_logits_tile, logits_tile, times_derivative
 
 TINY = tl.constexpr(1e-30)
@@ -274,7 +275,7 @@ def mixture_gradient_kernel(
             dl = times_derivative(dl, below + maximum[:, None], logits)
             row = (tl.cast(first_token, tl.int64) * K + expert) * gradients.stride
             out = gradients.dl_ptr + row + first_column + (token[:, None] * row_stride + column[None, :])
-            tl.store(out, dl.to(gradients.dl_ptr.dtype.element_ty), mask=written)  # 0 beyond the last class
+            store_parts(out, dl, gradients.plane, mask=written)  # 0 beyond the last class
         else:
             out = s_ptr + tl.cast(tl.program_id(1), tl.int64) * K * n_tokens + statistic
             tl.store(out, tl.sum(tl.where(inside, weighted, 0.0), 1), mask=mask)

@@ -14,15 +14,16 @@ from . import configurations, finish, gradients
 from .configurations import Tile, precision
 from .launch import launch
 from .loss import MixtureConstants
+from .parts import plane_of, product_of
 
 
-def row_length(width: int, like: Tensor) -> int:
+def row_length(width: int, like: Tensor | torch.dtype) -> int:
     """`width` rounded up so that rows of `like`'s dtype are a multiple of 16 bytes."""
     multiple = 16 // like.itemsize
     return math.ceil(width / multiple) * multiple
 
 
-def padded_classes(n_classes: int, like: Tensor) -> int:
+def padded_classes(n_classes: int, like: Tensor | torch.dtype) -> int:
     """Columns of dl as the products take it: whole 16-byte pieces, without which cuBLAS falls back to kernels of a
     third of the speed."""
     return n_classes if row_length(n_classes, like) == n_classes else math.ceil(n_classes / 64) * 64
@@ -62,7 +63,9 @@ def bytes_of_padded(n_rows: int, weight: Tensor) -> int:
     n_classes, n_features = weight.shape
     width = row_length(n_features, weight)
     is_padded = width != n_features
-    copied = n_rows * (is_padded or _is_tf32(weight.dtype)) + n_classes * (is_padded or is_rounded_ahead(weight))
+    copied = n_rows if is_padded or _is_tf32(weight.dtype) else 0
+    if is_padded or is_rounded_ahead(weight):
+        copied += n_classes
     return copied * width * weight.itemsize
 
 
@@ -96,11 +99,12 @@ def described_result(out: Tensor, tile: Tile) -> TensorDescriptor:  # (R, column
 
 def add_times_embedding(dl: Tensor, e: Tensor, first_class: int, out: Tensor, accumulate: bool) -> None:
     """out += dl·E, or without `accumulate` out = dl·E, for a span of classes; dl (R, ≥ span) is 0 beyond the last one.
-    Classes that are no whole piece are a small product of their own, so that the large one is aligned."""
-    n = min(dl.shape[1], e.shape[0] - first_class)
+    Classes that are no whole piece are a small product of their own, so that the large one is aligned. Both may be in
+    parts, and have whole pieces then."""
+    n = min(dl.shape[-1], e.shape[-2] - first_class)
     whole = n if row_length(n, dl) == n else n // 64 * 64
     if whole:
-        product(dl[:, :whole], e[first_class : first_class + whole], out, accumulate)
+        product_of(dl[..., :whole], e[..., first_class : first_class + whole, :], out, accumulate)
     if whole < n:
         rest = e[first_class + whole : first_class + n]
         filled_up = scaled_rows(rest, None, e.new_empty(64, e.shape[1]), e.shape[1])
@@ -143,11 +147,13 @@ def scaled_rows(
     return result
 
 
-def column_sums(a: Tensor, factor: Tensor) -> Tensor:
-    """Σ factor·a over rows: (R, C), (R,) -> (C,), float32; a row of factor 0 adds nothing."""
-    sums = empty_float32(a, a.shape[1])
-    arguments, columns = (a, factor, sums, *a.shape, a.stride(0)), 128 // a.itemsize
-    grid = (cdiv(a.shape[1], columns),)
+def column_sums(a: Tensor, factor: Tensor | None) -> Tensor:
+    """Σ factor·a over rows: (R, C), which may be in parts, (R,) -> (C,), float32; a row of factor 0 adds nothing, and
+    None is 1."""
+    n_rows, n_columns = a.shape[-2:]
+    sums, columns = empty_float32(a, n_columns), 128 // a.itemsize
+    arguments = a, factor, sums, n_rows, n_columns, a.stride(-2), plane_of(a)
+    grid = (cdiv(n_columns, columns),)
     launch(finish.column_sums_kernel, grid, *arguments, stages=4, ROWS=64, COLUMNS=columns)  # which loads ahead
     return sums
 
@@ -190,10 +196,11 @@ def move_up(a: Tensor, survivors: Tensor) -> Tensor:
 
 
 def move_rows(
-    a: Tensor,  # (R, columns)
+    a: Tensor,  # (R, columns), or a matrix in parts
     source: Tensor,  # (M,) int64
     destination: Tensor,  # (M,) int64
 ) -> None:
     """a[destination] = a[source], where no row is both."""
-    grid = source.numel(), cdiv(a.shape[1], 4096)
-    launch(gradients.move_rows_kernel, grid, a, source, destination, a.shape[1], a.stride(0), COLUMNS=4096)
+    grid = source.numel(), cdiv(a.shape[-1], 4096)
+    for part in a if a.dim() == 3 else [a]:
+        launch(gradients.move_rows_kernel, grid, part, source, destination, a.shape[-1], a.stride(-2), COLUMNS=4096)

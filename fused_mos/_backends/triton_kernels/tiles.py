@@ -68,6 +68,7 @@ class LogitGradients(NamedTuple):
     first_class: int  # of the first column
     n_columns: int
     stride: int
+    plane: int | None = None  # of dl in parts (parts.py): numbers from one part to the next
 
 
 @triton.jit
