@@ -57,6 +57,8 @@ class Config:
     too."""
     n_experts: int = 4
     """Experts of MoC and MoS."""
+    latent: str = "residual"
+    """Latent vectors of MoC and MoS: residual, linear or tanh. experiments.adam compares them."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds to run; the same goes for them."""
     device: str = "auto"
@@ -69,14 +71,11 @@ class Config:
     """JSON file of all results. The plot is written beside it."""
 
 
-def shapes_of(d: int, n_experts: int, n_classes: int) -> dict[str, Shape]:
-    """The heads' models, with equal parameters."""
-    return with_one_size(
-        {
-            name: Shape("transformer", head, n_classes=n_classes, d=d, width=4 * d, n_experts=n_experts)
-            for name, head in HEADS.items()
-        }
-    )
+def shapes_of(d: int, n_classes: int, **options: Any) -> dict[str, Shape]:
+    """The heads' models, with equal parameters. The options are those of the mixtures."""
+    softmax = Shape("transformer", "softmax", n_classes=n_classes, d=d, width=4 * d, n_experts=options["n_experts"])
+    mixtures = {name: dataclasses.replace(softmax, head=HEADS[name], **options) for name in ("MoC", "MoS")}
+    return with_one_size({"softmax": softmax} | mixtures)
 
 
 def upcycle(model: LanguageModel, optimizer: torch.optim.Optimizer, n_experts: int, words: Tensor) -> None:
@@ -204,13 +203,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> int:
     config = tyro.cli(Config, prog="python -m experiments.transformer", description=__doc__)
     device = device_named(config.device)
-    settings = {"data": config.data.name, "steps": config.steps, "n_experts": config.n_experts, "device": device.type}
+    options = {"n_experts": config.n_experts, "latent": config.latent}
+    settings = {"data": config.data.name, "steps": config.steps, **options, "device": device.type}
     budget = Budget(Corpus(config.data), Store(config.runs, settings), config.steps, device)
 
     def write() -> None:
         budget.store.write(config.out, lambda result: plot(result, config.out.with_suffix(".png")))
 
-    shapes = {d: shapes_of(d, config.n_experts, len(budget.corpus.vocabulary)) for d in config.ds}
+    shapes = {d: shapes_of(d, len(budget.corpus.vocabulary), **options) for d in config.ds}
     seconds = {}
     for d in config.ds:
         upcycled = dataclasses.replace(shapes[d]["softmax"], head="mos", latent="residual")

@@ -18,6 +18,7 @@ from fused_mos._backends.triton_kernels import parts
 @pytest.fixture(autouse=True)
 def small_matrices_in_parts(monkeypatch):
     monkeypatch.setattr(parts, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(parts, "LONGEST_SUM", 32)
     torch.set_default_device("cuda" if ON_GPU else None)
     yield
     torch.set_default_device(None)

@@ -32,7 +32,7 @@ def run(corpus_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("d", [32, 64])
 def test_heads_have_equal_parameters(d):
-    shapes = transformer.shapes_of(d, n_experts=4, n_classes=1000)
+    shapes = transformer.shapes_of(d, n_experts=4, n_classes=1000, latent="residual")
     counts = [shape.parameters() for shape in shapes.values()]
     assert shapes["softmax"].width > shapes["MoS"].width == 4 * d
     assert counts[1] == counts[2] == min(counts)
@@ -41,7 +41,7 @@ def test_heads_have_equal_parameters(d):
 
 def test_the_switch_keeps_the_loss_and_what_the_optimizer_knows():
     text = torch.randint(0, 50, (2000,))
-    shape = transformer.shapes_of(16, n_experts=4, n_classes=50)["softmax"]
+    shape = transformer.shapes_of(16, n_experts=4, n_classes=50, latent="residual")["softmax"]
     model = LanguageModel(shape)
     optimizer = make_optimizer(list(model.parameters()), 0.01)
     places = places_of(text, 40, torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..products import cdiv, product
+from ..products import cdiv, product, spans
 from ..tracing import assume_constant_result
 from .configurations import precision
 from .launch import architecture_of, launch
@@ -20,8 +20,12 @@ from .launch import architecture_of, launch
 LEAST_PRODUCTS = 2**32
 """Multiplications of a matrix product from which on parts pay: the others wait for the host."""
 
-TERMS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0))
-"""Parts to be multiplied, the smallest products first."""
+SMALL_TERMS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))
+"""Parts whose products are added first, since they are small beside that of the high ones."""
+
+LONGEST_SUM = 2048
+"""Products of high parts that tensor cores add up: they cut off what a sum cannot hold, always towards 0, so that the
+error of a long sum grows with its length. Shorter ones are added as float32 is, rounded to the nearest."""
 
 
 def multiplies_in_parts(n_rows: int, weight: Tensor) -> bool:
@@ -95,6 +99,8 @@ def product_of(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> N
     if a.dim() == 2:
         product(a, b, out, accumulate)
         return
-    for i, j in TERMS:
+    for i, j in SMALL_TERMS:
         product(a[i], b[j], out, accumulate)
         accumulate = True
+    for s in spans(a.shape[-1], LONGEST_SUM):
+        product(a[0, :, s], b[0, s], out, accumulate=True)
