@@ -33,6 +33,7 @@ def about(gpu: str, tree: Path, commit: str = "") -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
+        "driver": driver(),
         "source": source_digest(tree),
         "commit": commit or git.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
@@ -40,6 +41,15 @@ def about(gpu: str, tree: Path, commit: str = "") -> dict[str, Any]:
         "units": "ms: median, minimum, maximum; gpu ms: time in which kernels run; over mm: gpu ms ÷ mm ms, the "
         "fastest of the step's three products by torch.mm; MiB beside the inputs",
     }
+
+
+def driver() -> str | None:
+    """Version of the GPU's driver, if its tool is there to say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def source_digest(tree: Path) -> str:
