@@ -10,7 +10,8 @@
 
 A table of a document stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is one of experiments/tables.py,
 made from experiments/results/. Or it is one of benchmarks/tables.py and the machine: the name of a file in
-benchmarks/results/machines/, whose plot lies beside it.
+benchmarks/results/machines/, whose plot lies beside it. Or one of benchmarks/gpu_tables.py and the GPU: the name of a
+file in benchmarks/results/, as benchmarks.gpu writes it.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ import tyro
 from experiments.tables import BLOCKS
 from fused_mos.runtime import files
 
+from .gpu_tables import OF_A_GPU, gpus
 from .plots import head_axes
 from .tables import MACHINES, OF_A_MACHINE, OURS
 
@@ -185,17 +187,17 @@ def with_tables(text: str, name: str) -> str:
     """A document with its tables made anew. Raises SystemExit for a NAME that does not exist."""
 
     def made(match: re.Match) -> str:
-        block, *machine = match[1].split()
-        if block not in BLOCKS | OF_A_MACHINE:
-            raise SystemExit(f"error: {name} asks for table {block!r}; there are {', '.join(BLOCKS | OF_A_MACHINE)}")
-        if bool(machine) != (block in OF_A_MACHINE) or machine and machine[0] not in machines():
-            raise SystemExit(
-                f"error: {name} asks for table {match[1]!r}; {', '.join(OF_A_MACHINE)} need one of "
-                f"{', '.join(machines())}, others none"
-            )
-        return (
-            f"<!-- table: {match[1]} -->\n{OF_A_MACHINE[block](*machine) if machine else BLOCKS[block]()}\n<!-- end -->"
-        )
+        block, *of = match[1].split()
+        kinds = (BLOCKS, []), (OF_A_MACHINE, machines()), (OF_A_GPU, gpus())
+        found = [(blocks, known) for blocks, known in kinds if block in blocks]
+        if not found:
+            names = ", ".join(name for blocks, _ in kinds for name in blocks)
+            raise SystemExit(f"error: {name} asks for table {block!r}; there are {names}")
+        ((blocks, known),) = found
+        if bool(of) != bool(known) or of and (len(of) > 1 or of[0] not in known):
+            needed = [f"{', '.join(blocks)} need one of {', '.join(known)}" for blocks, known in kinds if known]
+            raise SystemExit(f"error: {name} asks for table {match[1]!r}; {', '.join(needed)}, others none")
+        return f"<!-- table: {match[1]} -->\n{blocks[block](*of)}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (.*?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
 

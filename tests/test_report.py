@@ -190,7 +190,7 @@ def test_tables_are_spliced_in(monkeypatch):
         report.with_tables(f"<!-- table: times {machine} -->\n<!-- end -->", "x.md")
         == f"<!-- table: times {machine} -->\n| {machine} |\n<!-- end -->"
     )
-    for wrong in ("times", "times abacus", f"some {machine}"):
+    for wrong in ("times", "times abacus", f"some {machine}", f"gpu-steps {machine}", "gpu-steps"):
         with pytest.raises(SystemExit, match=f"x.md asks for table '{wrong}'; .*times need one of .*{machine}"):
             report.with_tables(f"<!-- table: {wrong} -->\n<!-- end -->", "x.md")
 
