@@ -276,6 +276,7 @@ def demo() -> TrainConfig:
     bottleneck binds."""
     return TrainConfig(
         recipe="demo",
+        init_bias=True,  # no worse after ten epochs (three seeds), and ahead from the first one on
         model=ModelConfig(
             n_experts=5,
             embedding_size=32,
