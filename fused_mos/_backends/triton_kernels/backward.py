@@ -75,7 +75,8 @@ def _recomputed_gradients(
     grad_bias = weight.new_empty(n_classes if needs_bias else 0)
     height = max(min(n, MAX_ROWS) // group, 1) * group
     n_bytes = workspace.workspace_bytes(z.device) - grad_rows.nbytes - bytes_of_padded(n, weight)
-    n_bytes -= operand.nbytes if with_columns else operand.nbytes + e.nbytes if parts else 0
+    if with_columns or parts:
+        n_bytes -= operand.nbytes + (e.nbytes if parts else 0)
     bytes_of_column = height * (6 if parts else z.itemsize) + 4 * operand.shape[-1]  # of dl, and the sums of dE
     columns = max(n_bytes, workspace.WORKSPACE_BYTES // 4) // bytes_of_column // 128 * 128
     padded = padded_classes(n_classes, operand)
