@@ -271,7 +271,7 @@ def test_topk(k, workspace, backend, monkeypatch):
 @pytest.mark.parametrize("sampler", ["reference", "tiled", TRITON, *INSTRUCTION_SETS])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sample_follows_the_distribution(sampler, temperature, monkeypatch, workspace):
-    """A chi-square statistic of 20,000 draws of a 150-class mixture (two tiles and more), within 5 standard
+    """A chi-square statistic of thousands of draws of a 150-class mixture (two tiles and more), within 5 standard
     deviations."""
     backend = sampler if sampler in ("reference", "tiled", "triton") else "cpu"
     if backend == "cpu":
@@ -280,7 +280,7 @@ def test_sample_follows_the_distribution(sampler, temperature, monkeypatch, work
         if workspace == "one tile" and not ON_GPU:
             pytest.skip("the same with the tile that is set here")
         monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(1024, 64, 16, 4, 1))
-    draws, v = 20_000, 150
+    draws, v = 5_000 if backend == "triton" and not ON_GPU else 20_000, 150
     case = problem(1, 3, 6, v)
     probability = (
         torch.softmax(case.prior_logits, -1)[..., None]

@@ -127,7 +127,7 @@ def _assert_sound(result, kernels) -> None:
         assert kernel["instructions"]["cp.async"], f"{kernel} has no asynchronous copy"
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", pytest.param("sm_100", marks=pytest.mark.slow)])
 def test_every_configuration_compiles_without_spills(architecture, tmp_path):
     _assert_sound(*_compile(architecture, tmp_path / "kernels.json", "--brief"))
 
