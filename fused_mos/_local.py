@@ -76,10 +76,10 @@ class LocalVocabulary(AllClasses):
         if reduction != "none" and in_one_op:
             mean = reduction == "mean"
             options = ignore_index, filter_eps, mean, needs, backend, softcap, with_lse, loss_weights
-            results = ops.nll_with_gradients(*inputs, target, *options)
+            results = ops.call_nll_with_gradients(*inputs, target, *options)
             return NLL(results[2], results[0], results[-1] if with_lse else None)
         lse_too = with_lse or loss_weights is not None
-        results = ops.nll(*inputs, target, ignore_index, filter_eps, backend, softcap, lse_too)
+        results = ops.call_nll(*inputs, target, ignore_index, filter_eps, backend, softcap, lse_too)
         return reduced_loss(results[0], results[-1], operands, target, ignore_index, reduction, loss_weights, with_lse)
 
     def experts(self, operands: Operands, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

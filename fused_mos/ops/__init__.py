@@ -18,10 +18,12 @@ from .. import _flops
 from .autograd import refuse_double_backward
 from .distribution import log_prob, log_prob_backward, mixture_log_prob, normalisers, predict, sample, topk
 from .experts import expert_log_prob, expert_log_prob_backward, logsumexp, logsumexp_backward, row_statistics
-from .losses import nll, nll_backward, nll_with_gradients, scaled
+from .losses import call_nll, call_nll_with_gradients, nll, nll_backward, nll_with_gradients, scaled
 from .sums import likelihood_and_sum, mixture_sum, mixture_sum_backward
 
 __all__ = [
+    "call_nll",
+    "call_nll_with_gradients",
     "likelihood_and_sum",
     "mixture_sum",
     "mixture_sum_backward",

@@ -12,12 +12,12 @@ from .._backends import from_rows
 from .._backends.tracing import is_batched
 from . import checks
 from .autograd import as_gradients, empty_gradients, empty_statistics, fake_of, refuse_double_backward
+from .direct import direct
 
 # ------------------------------------------------------------------------------------------------------------------ nll
 
 
-@custom_op("fused_mos::nll", mutates_args=())
-def nll(
+def _nll(
     latent: Tensor,  # (N, K, D)
     prior_logits: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
@@ -37,6 +37,9 @@ def nll(
         *inputs, checks.targets(target, latent), ignore_index, transform
     )
     return losses, maximum, log_total, target_logit, _lse(maximum, log_total, with_lse)
+
+
+nll = custom_op("fused_mos::nll", _nll, mutates_args=())
 
 
 def _lse(maximum: Tensor, log_total: Tensor, wanted: bool) -> Tensor:
@@ -136,13 +139,13 @@ def _recomputed(
 
 
 nll.register_autograd(_nll_backward, setup_context=_nll_setup)
+call_nll = direct(nll, _nll, _nll_setup, _nll_backward)
 
 
 # --------------------------------------------------------------------------------------------------- nll_with_gradients
 
 
-@custom_op("fused_mos::nll_with_gradients", mutates_args=())
-def nll_with_gradients(
+def _nll_with_gradients(
     latent: Tensor,  # (N, K, D)
     prior_logits: Tensor,  # (N, K)
     weight: Tensor,  # (V, D)
@@ -174,6 +177,9 @@ def nll_with_gradients(
         *inputs, target, ignore_index, filter_eps, mean, needs, transform, loss_weights
     )
     return *results, _lse(results[3], results[4], with_lse)
+
+
+nll_with_gradients = custom_op("fused_mos::nll_with_gradients", _nll_with_gradients, mutates_args=())
 
 
 @fake_of(nll_with_gradients)
@@ -210,8 +216,7 @@ def _nll_with_gradients_setup(ctx, inputs, output):
     ctx.options = ignore_index, filter_eps, backend, softcap
 
 
-@custom_op("fused_mos::scaled", mutates_args=())
-def scaled(
+def _scaled(
     gradients: Sequence[Tensor],
     factor: Tensor,  # ()
     divisor: Tensor,  # ()
@@ -228,9 +233,15 @@ def scaled(
     return _backends.kernels(backend).scaled([gradient.contiguous() for gradient in gradients], factor, divisor)
 
 
+scaled = custom_op("fused_mos::scaled", _scaled, mutates_args=())
+
+
 @fake_of(scaled)
 def _(gradients, factor, divisor, backend):
     return [torch.empty_like(gradient) for gradient in gradients]
+
+
+call_scaled = direct(scaled, _scaled)
 
 
 def _nll_with_gradients_backward(ctx, grad_loss, _, grad_nll, *others):
@@ -245,7 +256,7 @@ def _nll_with_gradients_backward(ctx, grad_loss, _, grad_nll, *others):
         if batched:
             grad_loss = grad_loss * torch.where(divisor != 0, 1 / divisor, 0)
         # in plain torch it may return what it gets, which an op may not
-        multiplied = scaled if _backends.has_own_small_kernels(backend) and not batched else from_rows.scaled
+        multiplied = call_scaled if _backends.has_own_small_kernels(backend) and not batched else from_rows.scaled
         result = as_gradients(multiplied(gradients, grad_loss, divisor, backend), needs)
     if grad_nll is not None or grad_lse is not None:
         recomputed = _recomputed(ctx.options, inputs, grad_nll, grad_lse, needs)
@@ -258,3 +269,6 @@ def _nll_with_gradients_backward(ctx, grad_loss, _, grad_nll, *others):
 
 
 nll_with_gradients.register_autograd(_nll_with_gradients_backward, setup_context=_nll_with_gradients_setup)
+call_nll_with_gradients = direct(
+    nll_with_gradients, _nll_with_gradients, _nll_with_gradients_setup, _nll_with_gradients_backward
+)
