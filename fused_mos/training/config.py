@@ -131,8 +131,9 @@ class RunConfig:
     device: str = setting("auto", may_change=True)
     """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
     precision: Precision = "float32"
-    """Precision of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in
-    the LSTM on a GPU. Parameters, cell states, losses and evaluation are float32."""
+    """Precision of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head and, on a GPU, in
+    the LSTM where a kernel has its sizes (at most 16 columns), else tf32 there. Parameters, cell states, losses and
+    evaluation are float32."""
     cuda_graphs: bool = setting(True, may_change=True)
     """Record steps as CUDA graphs and replay them: the same losses, less work for the host. Does nothing on a CPU, with
     grad_filter_eps or with several ranks."""

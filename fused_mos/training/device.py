@@ -47,6 +47,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
+def recurrent_products(precision: str) -> torch.dtype | None:
+    """`products` of a run's LSTM layers; see `WeightDropLSTM`."""
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Raises ConfigError where a run's products cannot have this precision on this device."""
     if precision == "tf32" and device.type != "cuda":
