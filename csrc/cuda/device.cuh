@@ -30,6 +30,7 @@ FUSED_MOS_DEVICE bool all_of_warp(bool value) { return __all_sync(0xffffffffu, v
 
 FUSED_MOS_DEVICE float exp(float x) { return __expf(x); }
 FUSED_MOS_DEVICE float log(float x) { return logf(x); }
+FUSED_MOS_DEVICE float reciprocal(float x) { return __fdividef(1, x); }  // 0 from 2^126 on
 FUSED_MOS_DEVICE float log1p(float x) { return log1pf(x); }
 FUSED_MOS_DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

@@ -32,6 +32,8 @@ using std::exp;
 using std::log;
 using std::log1p;
 
+inline float reciprocal(float x) { return 1 / x; }
+
 // A number of fibers that wait for each other.
 struct Barrier {
   int size, arrived = 0, generation = 0;

@@ -19,14 +19,20 @@ namespace {
 constexpr uint32_t ABSENT =
     0xffffffffu;  // two NaNs that no rounding to bfloat16 gives: those of device::rounded are 0x7fff
 
-FUSED_MOS_DEVICE float sigmoid(float x) { return 1 / (1 + device::exp(-x)); }
-FUSED_MOS_DEVICE float hyperbolic_tangent(float x) { return 1 - 2 / (1 + device::exp(2 * x)); }
+FUSED_MOS_DEVICE float sigmoid(float x) { return device::reciprocal(1 + device::exp(-x)); }
+FUSED_MOS_DEVICE float hyperbolic_tangent(float x) { return 1 - 2 * sigmoid(-2 * x); }
 
 // What the lanes of a pair, neighbouring units, write as one word.
 FUSED_MOS_DEVICE void publish(uint16_t* at, float value, bool wanted) {
   const uint32_t own = device::rounded(value), other = device::shuffle_xor(own, 1);
   if (wanted && device::thread() % 2 == 0) device::store_word(at, own | other << 16);
 }
+
+// Neighbouring numbers of shared memory, read at once.
+template <int N>
+struct alignas(4 * N) Vector {
+  float at[N] = {};
+};
 
 // The products of what is exchanged, (B, features), with the block's weights, (8·TILES columns, features). The features
 // are spread over the warps in chunks of 32. Of a chunk lane 4·g + t has features 8·t to 8·t + 7, of rows g and g + 8
@@ -109,19 +115,22 @@ struct Product {
     float* at = sums + (warp * LSTM_ROWS + group) * STRIDE + 2 * (lane % 4);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile, at += 8) {
-      at[0] = c[tile][0], at[1] = c[tile][1];
-      at[8 * STRIDE] = c[tile][2], at[8 * STRIDE + 1] = c[tile][3];
+      *reinterpret_cast<Vector<2>*>(at) = {c[tile][0], c[tile][1]};
+      *reinterpret_cast<Vector<2>*>(at + 8 * STRIDE) = {c[tile][2], c[tile][3]};
     }
   }
 };
 
-// The warps' sums of one row and column.
-template <int COLUMNS>
-FUSED_MOS_DEVICE float total(const float* sums, int row, int column) {
+// The warps' sums of N neighbouring columns of a row.
+template <int COLUMNS, int N>
+FUSED_MOS_DEVICE Vector<N> total(const float* sums, int row, int column) {
   constexpr int STRIDE = SUMS_STRIDE<COLUMNS>;
-  float result = 0;
+  Vector<N> result;
 #pragma unroll
-  for (int warp = 0; warp < LSTM_WARPS; ++warp) result += sums[(warp * LSTM_ROWS + row) * STRIDE + column];
+  for (int warp = 0; warp < LSTM_WARPS; ++warp) {
+    const auto part = *reinterpret_cast<const Vector<N>*>(sums + (warp * LSTM_ROWS + row) * STRIDE + column);
+    for (int i = 0; i < N; ++i) result.at[i] += part.at[i];
+  }
   return result;
 }
 
@@ -182,11 +191,10 @@ FUSED_MOS_DEVICE void lstm_forward(const LstmForward& a, float* shared) {
     device::sync_block();  // one a step is enough: the next step has other sums
     if (!own.warp_takes_part) continue;
     device::wait_for_copies<0>();
-    float gates[4];
-    for (int gate = 0; gate < 4; ++gate)
-      gates[gate] = numbers[gate] + numbers[4 + gate] + total<COLUMNS>(sums, own.row, 4 * own.in_block + gate);
-    const float input = sigmoid(gates[0]), forget = sigmoid(gates[1]), candidate = hyperbolic_tangent(gates[2]),
-                out = sigmoid(gates[3]);
+    auto gates = total<COLUMNS, 4>(sums, own.row, 4 * own.in_block);
+    for (int gate = 0; gate < 4; ++gate) gates.at[gate] += numbers[gate] + numbers[4 + gate];
+    const float input = sigmoid(gates.at[0]), forget = sigmoid(gates.at[1]),
+                candidate = hyperbolic_tangent(gates.at[2]), out = sigmoid(gates.at[3]);
     const float cell = numbers[8] = forget * numbers[8] + input * candidate;
     const float h = own.owns ? out * hyperbolic_tangent(cell) : 0;
     if (step + 1 < a.shape.n_steps) publish_state(step + 1, h);  // first: others wait for it
@@ -213,7 +221,7 @@ FUSED_MOS_DEVICE void lstm_backward(const LstmBackward& a, float* shared) {
     float* sums = shared + (step & 1) * SUMS<BACKWARD_UNITS>;
     product.multiply(sums, a.grad_gates + (step + 1) * a.shape.n_rows * 4 * width, 4 * width);
     device::sync_block();  // one a step is enough: the next step has other sums
-    return own.in_batch ? total<BACKWARD_UNITS>(sums, own.row, own.in_block) : 0.f;
+    return own.in_batch ? total<BACKWARD_UNITS, 1>(sums, own.row, own.in_block).at[0] : 0.f;
   };
   numbers[7] = own.owns && a.grad_last_cell ? a.grad_last_cell[own.at(0)] : 0;
 

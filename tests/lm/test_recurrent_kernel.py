@@ -306,7 +306,7 @@ def test_gpu_layer_takes_it():
         ("device::sync_block();  // one a step is enough: the next step has other sums\n    if", "if"),
         ("shared + step % 2 * SUMS<COLUMNS>", "shared"),
         ("while (!arrived(present))", "while (false)"),
-        ("device::wait_for_copies<0>();\n    float gates[4]", "float gates[4]"),
+        ("device::wait_for_copies<0>();\n    auto gates", "auto gates"),
     ],
 )
 def test_the_emulation_sees_a_wait_too_few(right, wrong, tmp_path):
