@@ -31,8 +31,11 @@ class Config:
 def kernels(module: Path) -> list[dict[str, object]]:
     found = []
     for resources in kernel_resources(module):
-        dtype, row_tiles = re.search(r"decode_kernel.*?\d(B?Float16)ELi(\d+)E", resources.function).groups()
-        name = f"decode, {dtype.lower()}, {8 * int(row_tiles)} rows"
+        if match := re.search(r"decode_kernel.*?\d(B?Float16)ELi(\d+)E", resources.function):
+            name = f"decode, {match[1].lower()}, {8 * int(match[2])} rows"
+        else:
+            direction, units = re.search(r"lstm_(forward|backward)_kernel(?:ILi(\d+)E)?", resources.function).groups()
+            name = f"LSTM, {direction}, {units or 16} units"
         found.append(
             {"kernel": name}
             | {k: v for k, v in dataclasses.asdict(resources).items() if k not in ("function", "shared")}

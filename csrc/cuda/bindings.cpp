@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "decode.h"
+#include "lstm.h"
 
 namespace py = pybind11;
 using namespace fused_mos;
@@ -16,6 +17,10 @@ using Address = std::uintptr_t;
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+void check(int error) {
+  if (error) throw std::runtime_error("CUDA error " + std::to_string(error) + ": " + error_text(error));
 }
 
 struct Decode {
@@ -35,8 +40,7 @@ struct Decode {
 
   void launch(Address workspace, Address stream) {
     arguments.workspace = at<void>(workspace);
-    if (const int error = launch_decode(arguments, plan, at<void>(stream)))
-      throw std::runtime_error("CUDA error " + std::to_string(error) + ": " + error_text(error));
+    check(launch_decode(arguments, plan, at<void>(stream)));
   }
 
   void log_prob(Address log_prior, Address out, Address workspace, Address stream) {
@@ -52,6 +56,39 @@ struct Decode {
     arguments.inverse_temperature = inverse_temperature;
     arguments.seed = at<const int64_t>(seed), arguments.indices = at<int64_t>(indices);
     launch(workspace, stream);
+  }
+};
+
+struct Lstm {
+  LstmShape shape{};
+  LstmPlan plan{};
+
+  Lstm(int n_steps, int n_rows, int width, int n_multiprocessors, int shared_limit) {
+    shape.n_steps = n_steps, shape.n_rows = n_rows, shape.width = width;
+    if (const char* reason = plan_lstm(shape, n_multiprocessors, shared_limit, plan))
+      throw std::invalid_argument(reason);
+  }
+
+  void forward(Address recurrent, Address bias_ih, Address bias_hh, Address h0, Address c0, Address gates,
+               Address states, Address cells, Address output, Address last_cell, Address stream) {
+    LstmForward a{};
+    a.shape = shape;
+    a.recurrent = at<const uint16_t>(recurrent), a.bias_ih = at<const float>(bias_ih),
+    a.bias_hh = at<const float>(bias_hh);
+    a.h0 = at<const float>(h0), a.c0 = at<const float>(c0);
+    a.gates = at<float>(gates), a.states = at<uint16_t>(states), a.cells = at<float>(cells);
+    a.output = at<float>(output), a.last_cell = at<float>(last_cell);
+    check(launch_lstm(a, plan, at<void>(stream)));
+  }
+  void backward(Address recurrent, Address gates, Address cells, Address c0, Address grad_output,
+                Address grad_last_cell, Address grad_gates, Address grad_h0, Address grad_c0, Address stream) {
+    LstmBackward a{};
+    a.shape = shape;
+    a.recurrent = at<const uint16_t>(recurrent);
+    a.gates = at<const float>(gates), a.cells = at<const float>(cells), a.c0 = at<const float>(c0);
+    a.grad_output = at<const float>(grad_output), a.grad_last_cell = at<const float>(grad_last_cell);
+    a.grad_gates = at<uint16_t>(grad_gates), a.grad_h0 = at<float>(grad_h0), a.grad_c0 = at<float>(grad_c0);
+    check(launch_lstm(a, plan, at<void>(stream)));
   }
 };
 
@@ -72,6 +109,14 @@ PYBIND11_MODULE(FUSED_MOS_MODULE, m) {
       .def("log_prob", &Decode::log_prob)
       .def("topk", &Decode::topk)
       .def("sample", &Decode::sample);
+  py::class_<Lstm>(m, "Lstm", py::module_local())
+      .def(py::init<int, int, int, int, int>())
+      .def_property_readonly("forward_units", [](const Lstm& l) { return l.plan.forward_units; })
+      .def_property_readonly("forward_blocks", [](const Lstm& l) { return l.plan.forward_blocks; })
+      .def_property_readonly("backward_blocks", [](const Lstm& l) { return l.plan.backward_blocks; })
+      .def_property_readonly("padded_width", [](const Lstm& l) { return l.shape.padded; })
+      .def("forward", &Lstm::forward)
+      .def("backward", &Lstm::backward);
   m.def("versions", [] {
     int runtime, driver;
     cuda_versions(runtime, driver);

@@ -1,4 +1,4 @@
-// The operations that decode.cuh asks of a GPU; emulation.h has the same for a CPU.
+// The operations that decode.cuh and lstm.cuh ask of a GPU; emulation.h has the same for a CPU.
 #pragma once
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -26,13 +26,31 @@ FUSED_MOS_DEVICE Number shuffle_xor(Number value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+FUSED_MOS_DEVICE bool all_of_warp(bool value) { return __all_sync(0xffffffffu, value); }
+
 FUSED_MOS_DEVICE float exp(float x) { return __expf(x); }
 FUSED_MOS_DEVICE float log(float x) { return logf(x); }
+FUSED_MOS_DEVICE float reciprocal(float x) { return __fdividef(1, x); }  // 0 from 2^126 on
 FUSED_MOS_DEVICE float log1p(float x) { return log1pf(x); }
 FUSED_MOS_DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 FUSED_MOS_DEVICE float as_float(uint16_t bits, BFloat16) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 FUSED_MOS_DEVICE float as_float(uint16_t bits, Float16) { return __half2float(__ushort_as_half(bits)); }
+
+FUSED_MOS_DEVICE uint32_t rounded(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+
+// Words that other blocks read while the kernel runs. They pass the first cache, and of a vector each word by itself is
+// old or new.
+FUSED_MOS_DEVICE void store_word(void* at, uint32_t word) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(at), "r"(word) : "memory");
+}
+FUSED_MOS_DEVICE void load_words(uint32_t (&to)[4], const void* at) {
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(at)
+               : "memory");
+}
+FUSED_MOS_DEVICE void pause() {}  // of a thread that waits for such a word
 
 // c (16 × 8) += a (16 × 16) · b (16 × 8), as mma.sync.m16n8k16 spreads them over a warp: lane 4·g + t has rows g
 // and g + 8 of a and c, and column g of b; of a and b it has the pairs of neighbouring features that begin at 2·t

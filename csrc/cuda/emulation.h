@@ -1,7 +1,7 @@
 // The operations of device.cuh on a CPU: every thread of every block is a fiber, all of them in one thread of the host.
 //
-// It is stricter than a GPU where a mistake could hide there: fibers take turns in a random order between barriers,
-// asynchronous copies arrive as late as they may, what they will overwrite and all shared memory holds NaN before,
+// It is stricter than a GPU where a mistake could hide there: fibers take turns in a random order between barriers, some
+// warps are held back for many turns, asynchronous copies arrive as late as they may, what they will overwrite and all shared memory holds NaN before,
 // and a barrier that not all reach is an error.
 #pragma once
 #undef _FORTIFY_SOURCE  // some compilers set it: its longjmp takes a jump to another fiber's stack for an error, and aborts
@@ -32,6 +32,8 @@ using std::exp;
 using std::log;
 using std::log1p;
 
+inline float reciprocal(float x) { return 1 / x; }
+
 // A number of fibers that wait for each other.
 struct Barrier {
   int size, arrived = 0, generation = 0;
@@ -45,6 +47,7 @@ struct Copy {
 
 struct Warp {
   Barrier barrier{32};
+  bool held_back = false;
   uint32_t exchanged[32][2];                 // of shuffles, twice in turns, so that one barrier is enough
   uint32_t left[2][32][4], right[2][32][2];  // of products, too
 };
@@ -61,7 +64,7 @@ struct Fiber {
   jmp_buf here;
   bool started = false;
   std::unique_ptr<char[]> stack;
-  int thread, block, turn = 0;
+  int thread, block, turn = 0, pauses = 0;
   Block* of_block;
   Warp* warp;
   Barrier* waits_for = nullptr;
@@ -121,6 +124,13 @@ Number shuffle_xor(Number value, int mask) {
   return value;
 }
 
+inline bool all_of_warp(bool value) {
+  const int turn = self->turn++ % 2;
+  self->warp->exchanged[self->thread % 32][turn] = value;
+  sync_warp();
+  return std::all_of(self->warp->exchanged, self->warp->exchanged + 32, [&](auto& of_lane) { return of_lane[turn]; });
+}
+
 inline uint32_t high_product(uint32_t a, uint32_t b) { return uint64_t{a} * b >> 32; }
 
 inline float as_float(uint16_t bits, BFloat16) {
@@ -133,6 +143,27 @@ inline float as_float(uint16_t bits, Float16) {
   _Float16 number;
   std::memcpy(&number, &bits, 2);
   return number;
+}
+
+inline uint32_t rounded(float x) {
+  if (x != x) return 0x7fff;
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline void store_word(void* at, uint32_t word) {
+  if (reinterpret_cast<uintptr_t>(at) % 4) throw std::logic_error("a word is not aligned");
+  std::memcpy(at, &word, 4);
+}
+inline void load_words(uint32_t (&to)[4], const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16) throw std::logic_error("words are not aligned");
+  std::memcpy(to, at, 16);
+}
+inline void pause() {
+  constexpr int MANY = 20'000;  // all others have had as many turns
+  if (++self->pauses > MANY) throw std::logic_error("a thread waits for a word that nobody writes");
+  leave();
 }
 
 template <class T>
@@ -206,7 +237,7 @@ inline void launch(int n_blocks, int n_threads, int shared_bytes, unsigned order
     Fiber& fiber = of_all.fibers[i];
     fiber.thread = i % n_threads, fiber.block = i / n_threads;
     fiber.of_block = &of_block, fiber.warp = &of_block.warps[fiber.thread / 32];
-    fiber.stack = std::make_unique<char[]>(STACK);
+    fiber.stack.reset(new char[STACK]);  // not filled with zeros, which would give it all of its memory
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = STACK;
@@ -216,14 +247,19 @@ inline void launch(int n_blocks, int n_threads, int shared_bytes, unsigned order
   std::vector<int> turns(of_all.fibers.size());
   for (size_t i = 0; i < turns.size(); ++i) turns[i] = static_cast<int>(i);
   std::mt19937 random(order);
-  for (bool moved = true; moved;) {
+  bool moved = true;
+  for (int round = 0; moved; ++round) {
     moved = false;
+    if (round % 16 == 0)
+      for (Block& of_block : of_all.blocks)
+        for (Warp& warp : of_block.warps) warp.held_back = random() % 4 == 0;
     std::shuffle(turns.begin(), turns.end(), random);
     for (const int i : turns) {
       Fiber& fiber = of_all.fibers[i];
       if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.since)) continue;
-      fiber.waits_for = nullptr;
       moved = true;
+      if (fiber.warp->held_back) continue;
+      fiber.waits_for = nullptr;
       go_on(fiber);
     }
   }

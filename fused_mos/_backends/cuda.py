@@ -6,8 +6,8 @@ known. A kernel of one launch does that for 16-bit inputs with N·K ≤ 128 rows
 or the best k of them, or samples.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _cuda  # type: ignore[attr-defined]  # compiled, without stubs
 from . import triton
+from .launching import limits, on, too_new
 from .transform import Transform
 from .triton import (  # noqa: F401  (what this backend shares with that one)
     DTYPES,
@@ -118,17 +119,6 @@ class Decoder:
             function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in (*arguments, workspace)), stream)
 
 
-def _limits(device: torch.device) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _on(device: torch.device) -> Iterator[int]:
-    with torch.cuda.device(device):
-        yield torch.cuda.current_stream().cuda_stream
-
-
 def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
     """As in the Triton backend, by the decode kernel where that can: it knows no soft cap."""
     drawn = None if transform.softcap else DECODER.sample(rows, weight, bias, transform.temperature, seed)
@@ -152,17 +142,5 @@ def unsupported(device: torch.device) -> str | None:
     return triton.unsupported(device) or (_TOO_NEW if torch.cuda.is_available() else None)
 
 
-def too_new(runtime: int, driver: int) -> str | None:
-    """Why a driver cannot run the kernels, of versions as CUDA counts them; None where it can: all of its major
-    version."""
-    if runtime // 1000 <= driver // 1000:
-        return None
-    built, has = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
-    return (
-        f"its kernels were built with CUDA {built} and the driver is for {has}; "
-        "install with an older nvcc (CUDACXX), or a newer driver"
-    )
-
-
-DECODER = Decoder(_cuda, _limits, _on)
+DECODER = Decoder(_cuda, limits, on)
 _TOO_NEW = too_new(*_cuda.versions())  # asked once: a graph that is traced cannot ask

@@ -60,6 +60,7 @@ class AWDLSTM(nn.Module):
         grad_filter_eps: see `functional.mos_nll_loss`.
         latent, latent_norm, rank: the kind of a mixture's latent vectors, see `fused_mos.MoS`; "residual" needs a last
             layer as wide as the embedding. "softmax" takes the defaults alone.
+        products: of the LSTM layers in training, see `WeightDropLSTM`.
 
     Raises ValueError for an argument that is not as above.
     """
@@ -83,6 +84,7 @@ class AWDLSTM(nn.Module):
         latent: str = "tanh",
         latent_norm: bool = False,
         rank: int | None = None,
+        products: torch.dtype | None = None,
     ):
         super().__init__()
         if head not in HEADS:
@@ -100,7 +102,8 @@ class AWDLSTM(nn.Module):
         self.encoder = nn.Embedding(n_words, embedding_size)
         nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
         self.rnns = nn.ModuleList(
-            WeightDropLSTM(size, width, wdrop) for size, width in zip([embedding_size, *widths[:-1]], widths)
+            WeightDropLSTM(size, width, wdrop, products=products)
+            for size, width in zip([embedding_size, *widths[:-1]], widths)
         )
         self.widths = widths
         weight = cast(nn.Parameter, self.encoder.weight) if tied else None  # torch's stubs call it a Tensor

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dropout import check_probability
+from .recurrent_kernel import kernel_for
 
 
 class WeightDropLSTM(nn.Module):
@@ -16,10 +17,25 @@ class WeightDropLSTM(nn.Module):
     scaled by 1/(1 − weight_dropout). Parameters, gate order and initialisation are those of torch.nn.LSTM.
 
     It computes in its parameters' dtype, also under torch.autocast: a cell state in 16 bits would lose what it adds up.
+
+    products: torch.bfloat16 lets training round the operands of matrix products, h among them, on GPUs for which there
+        is a kernel (float32 parameters, at most 16 columns, an even hidden_size up to 1,152). Sums and cell states stay
+        float32. Its gradients cannot be differentiated again. None, or another device or size: torch.lstm.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, weight_dropout: float = 0.0, device=None, dtype=None):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        weight_dropout: float = 0.0,
+        device=None,
+        dtype=None,
+        products: torch.dtype | None = None,
+    ):
         super().__init__()
+        if products not in (None, torch.bfloat16):
+            raise ValueError(f"products must be None or torch.bfloat16, got {products}")
+        self.products = products
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.weight_dropout = check_probability("weight_dropout", weight_dropout)
@@ -44,10 +60,25 @@ class WeightDropLSTM(nn.Module):
         self._check_shapes(x, hidden)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.weight_ih_l0.dtype)
+            if (result := self._by_kernel(x, hidden)) is not None:
+                return result
             weights = [self.weight_ih_l0, self._recurrent(), self.bias_ih_l0, self.bias_hh_l0]
             # nn.LSTM's own kernel, called with a weight that is not a Parameter; train only matters to cuDNN
             output, h, c = torch.lstm(x, hidden, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
         return output, (h, c)
+
+    def _by_kernel(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+        """The forward pass by the kernel for bfloat16 products; None where it is not wanted or not to be had."""
+        if self.products is None or not self.training or torch.compiler.is_compiling():
+            return None
+        kernel, tensors = kernel_for(x.device), (x, *hidden, *self.parameters())
+        if kernel is None or any(t.dtype != torch.float32 or t.device != x.device for t in tensors):
+            return None
+        plan = kernel.plan(x, self.weight_hh_l0)
+        if plan is None:
+            return None
+        recurrent = nn.functional.dropout(self.weight_hh_l0, self.weight_dropout)
+        return kernel(plan, x, hidden, self.weight_ih_l0, recurrent, self.bias_ih_l0, self.bias_hh_l0)
 
     def _check_shapes(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> None:
         """torch.lstm leaves this to nn.LSTM, and reads beyond the end of what is too small."""

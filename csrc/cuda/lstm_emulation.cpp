@@ -1,0 +1,32 @@
+// lstm.cuh on a CPU, for its tests: the launches of lstm.cu, without a device.
+#include "emulation.h"
+// after what it asks for
+#include "lstm.cuh"
+
+namespace fused_mos {
+namespace {
+
+unsigned order(void* stream) { return static_cast<unsigned>(reinterpret_cast<uintptr_t>(stream)); }
+
+}  // namespace
+
+// The stream is the number that seeds the threads' turns.
+int launch_lstm(const LstmForward& a, const LstmPlan& plan, void* stream) {
+  std::memset(a.states, 0xff, int64_t{2} * a.shape.n_steps * a.shape.n_rows * a.shape.padded);
+  device::launch(plan.forward_blocks, LSTM_THREADS, plan.forward_shared_bytes, order(stream), [&](char* shared) {
+    if (plan.forward_units == 8)
+      lstm_forward<8>(a, reinterpret_cast<float*>(shared));
+    else
+      lstm_forward<12>(a, reinterpret_cast<float*>(shared));
+  });
+  return 0;
+}
+
+int launch_lstm(const LstmBackward& a, const LstmPlan& plan, void* stream) {
+  std::memset(a.grad_gates, 0xff, int64_t{8} * a.shape.n_steps * a.shape.n_rows * a.shape.width);
+  device::launch(plan.backward_blocks, LSTM_THREADS, plan.backward_shared_bytes, order(stream),
+                 [&](char* shared) { lstm_backward(a, reinterpret_cast<float*>(shared)); });
+  return 0;
+}
+
+}  // namespace fused_mos

@@ -1,0 +1,31 @@
+"""csrc/cuda's kernels thread by thread on a CPU (csrc/cuda/emulation.h), as a module."""
+
+import importlib.util
+import itertools
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
+SHARED_BYTES = 227 * 1024
+"""What a block may use on an H100."""
+
+_numbers = itertools.count()
+
+
+def emulation(sources: Path, folder: Path) -> ModuleType:
+    """The module of bindings.cpp over the emulated kernels."""
+    name = f"_cuda_emulation_{next(_numbers)}"  # pybind11 gives the module that it has for a name that it has seen
+    path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    flags = "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+    names = "bindings", "plan", "lstm_plan", "decode_emulation", "lstm_emulation"
+    files = [str(sources / f"{name}.cpp") for name in names]
+    subprocess.run(["g++", *flags, f"-DFUSED_MOS_MODULE={name}", *includes, *files, "-o", str(path)], check=True)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
