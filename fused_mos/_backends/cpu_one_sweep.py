@@ -10,7 +10,7 @@ from .cpu_operands import address, empty_statistics, equal_blocks, head_of, padd
 from .reference import log_softmax_prior
 from .transform import IDENTITY, Transform
 
-MIN_ROWS = 96
+MIN_ROWS = 40
 """Rows of a block of tokens below which two sweeps are taken: each block reads all of the weight, so few rows make it
 memory-bound."""
 
