@@ -85,6 +85,13 @@ void mixture_backward(const Head& head, MixtureArguments a, const LogProbGradien
   chosen_kernels().mixture_backward(head, a);
 }
 
+void mixture_in_one_sweep(const Head& head, Address latent, Address log_prior, int64_t n_tokens, int64_t n_experts,
+                          int64_t tokens_of_block, Address maximum, Address log_total, Address log_prob, Address best) {
+  chosen_kernels().mixture_in_one_sweep(
+      head, {at<const void>(latent), at<const float>(log_prior), n_tokens, n_experts, tokens_of_block,
+             at<float>(maximum), at<float>(log_total), at<float>(log_prob), at<int64_t>(best)});
+}
+
 void sample(const Head& head, Address rows, int64_t n_rows, Address uniform, Address result) {
   chosen_kernels().sample(head, {at<const void>(rows), n_rows, at<const double>(uniform), at<int64_t>(result)});
 }
@@ -119,6 +126,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("mixture", &mixture, released, "head"_a, "mixture"_a, by_keyword, "log_prob"_a, "best"_a, "mean_log_prob"_a);
   m.def("mixture_backward", &mixture_backward, released, "head"_a, "mixture"_a, by_keyword, "grad"_a, "mean_gradient"_a,
         "grad_prior"_a, "gradients"_a);
+  m.def("mixture_in_one_sweep", &mixture_in_one_sweep, released, "head"_a, by_keyword, "latent"_a, "log_prior"_a,
+        "n_tokens"_a, "n_experts"_a, "tokens_of_block"_a, "maximum"_a, "log_total"_a, "log_prob"_a, "best"_a);
   m.def("sample", &sample, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "uniform"_a, "sample"_a);
 
   m.def("instruction_set", [] { return chosen_kernels().name; });

@@ -13,6 +13,8 @@ from math import prod
 
 import torch
 
+from ._backends import one_sweep_pays
+
 COUNTER = "torch.utils.flop_counter"
 
 
@@ -75,8 +77,14 @@ def _mixture_sum_backward(grad, grad_target, grad_lse, latent, prior_logits, wei
     return _backward(latent, weight, needs[0], needs[2], needs[3])
 
 
-def _log_prob(latent, prior_logits, weight, *_, out_shape=None):
-    return 2 * _product(latent, weight)  # the normalisers, and then the probabilities
+def _log_prob(latent, prior_logits, weight, bias, backend, *_, out_shape=None):
+    """The normalisers, and then the probabilities, unless the backend has both at once."""
+    sweeps = 1 if one_sweep_pays(backend, *latent[:2], *weight) else 2
+    return sweeps * _product(latent, weight)
+
+
+def _topk(latent, prior_logits, weight, bias, k, backend, *_, out_shape=None):
+    return _log_prob(latent, prior_logits, weight, bias, backend)
 
 
 def _log_prob_backward(grad, latent, prior_logits, weight, *others, out_shape=None):
@@ -100,8 +108,9 @@ FORMULAS = {
     "mixture_log_prob": _nll,
     "mixture_sum": _nll,
     "mixture_sum_backward": _mixture_sum_backward,
-    "predict": _nll,
-    "topk": _nll,
+    "mixture_topk": _nll,
+    "predict": _log_prob,
+    "topk": _topk,
     "sample": _sample,
     "row_statistics": _logsumexp,
 }

@@ -106,8 +106,8 @@ class LocalVocabulary(AllClasses):
         return log_p
 
     def distribution_with_lse(self, operands: Operands) -> tuple[Tensor, Tensor]:
-        """log p, (N, V), and the experts' log-normalisers, (N, K), both differentiable: 2 products, and one more where
-        a gradient is wanted, since the normalisers that log p has need not have one."""
+        """log p, (N, V), and the experts' log-normalisers, (N, K), both differentiable: one product
+        more than `distribution` where a gradient is wanted, since the normalisers that log p has need not have one."""
         log_p = self._distribution_of_few_tokens(operands)
         if log_p is None:
             log_p, maximum, log_total = ops.log_prob(*operands.tensors, operands.backend, operands.softcap)
@@ -128,7 +128,7 @@ class LocalVocabulary(AllClasses):
         return Normalisers(*ops.normalisers(*operands.tensors, operands.backend, operands.softcap, temperature))
 
     def best(self, operands: Operands) -> Tensor:
-        return ops.predict(*self._given_normalisers(operands), operands.backend, operands.softcap)
+        return ops.predict(*operands.tensors, operands.backend, operands.softcap)
 
     def candidates(self, operands: Operands, k: int, temperature: float = 1.0) -> TopK:
         latent, prior_logits, weight, bias = operands.tensors
@@ -136,8 +136,7 @@ class LocalVocabulary(AllClasses):
             top = decoder.topk(latent, log_softmax_prior(prior_logits).float(), weight, bias, k)
             if top is not None:
                 return TopK(*top)
-        given = self._given_normalisers(operands, temperature)
-        return TopK(*ops.topk(*given, k, operands.backend, operands.softcap, temperature))
+        return TopK(*ops.topk(*operands.tensors, k, operands.backend, operands.softcap, temperature))
 
     @staticmethod
     def _decoder(operands: Operands, temperature: float, latent: Tensor, *others: Tensor | None):

@@ -185,7 +185,7 @@ class VocabShard(Vocabulary):
     def candidates(self, operands: Operands, k: int, temperature: float = 1.0) -> TopK:
         """The best of every rank's candidates, which each rank gathers."""
         given = self._given_normalisers(operands, temperature)
-        own = TopK(*ops.topk(*given, k, operands.backend, operands.softcap, temperature))
+        own = TopK(*ops.mixture_topk(*given, k, operands.backend, operands.softcap, temperature))
         filled = k - own.values.shape[1]  # where this rank has fewer than k classes
         values = torch.cat(self._gathered(nn.functional.pad(own.values, (0, filled), value=-torch.inf)), 1)
         indices = torch.cat(self._gathered(nn.functional.pad(own.indices + self.start, (0, filled), value=-1)), 1)

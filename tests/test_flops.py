@@ -75,6 +75,19 @@ def test_generation():
     assert counted(lambda: F.mos_sample(latent, prior, weight, bias, backend="tiled")) == PRODUCT // K
 
 
+def test_in_one_sweep_where_the_backend_can():
+    """The CPU kernels find the normalisers and the mixture in one product, where a block's exponentials fit."""
+    cpu_one_sweep = pytest.importorskip("fused_mos._backends.cpu_one_sweep")
+    inputs_ = inputs()
+    functions = F.mos_log_prob, F.mos_predict, lambda *given, **options: F.mos_topk(*given, k=3, **options)
+    with torch.no_grad():
+        for function in functions:
+            assert counted(lambda f=function: f(*inputs_, backend="cpu")) == PRODUCT
+    assert counted(lambda: F.mos_log_prob(*inputs_, backend="cpu").sum().backward()) == 5 * PRODUCT
+    assert cpu_one_sweep.one_sweep_pays(210, 15, 10_000, 280) and cpu_one_sweep.one_sweep_pays(1, 7, 793_471, 1_024)
+    assert not cpu_one_sweep.one_sweep_pays(2_560, 7, 793_471, 1_024)
+
+
 def test_every_op_of_products_has_a_formula():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fused_mos::")}
     assert names - {"scaled"} == set(FORMULAS)

@@ -53,8 +53,9 @@ def calls(backend: str) -> dict:
         ops.log_prob: operands,
         ops.log_prob_backward: {"grad": torch.ones(N, V)} | operands | statistics | {"needs": needs},
         ops.mixture_log_prob: given,
-        ops.predict: given,
-        ops.topk: given | {"k": 3},
+        ops.mixture_topk: given | {"k": 3},
+        ops.predict: operands,
+        ops.topk: operands | {"k": 3},
         ops.sample: operands | {"temperature": 1.0, "seed": seed},
         ops.row_statistics: unmixed | {"target": target},
     }

@@ -78,8 +78,9 @@ def test_opcheck(bias, dtype, backend):
         ops.normalisers: (z, a, w, b, backend),
         ops.row_statistics: (z, w, b, case.target.clamp(0), backend),
         ops.mixture_log_prob: (z, log_prior, w, b, maximum, log_total, backend),
-        ops.predict: (z, log_prior, w, b, maximum, log_total, backend),
-        ops.topk: (z, log_prior, w, b, maximum, log_total, 4, backend),
+        ops.mixture_topk: (z, log_prior, w, b, maximum, log_total, 4, backend),
+        ops.predict: (z, a, w, b, backend),
+        ops.topk: (z, a, w, b, 4, backend),
         ops.sample: (z, a, w, b, 1.5, seed, backend),
     }
     for op, arguments in checks.items():

@@ -8,6 +8,9 @@ namespace {
 // Finite, so that a class of logit −inf gives exp(−inf) = 0 and never inf − inf.
 constexpr float kLowest = -3.40282347e+38f;
 
+constexpr float kSmallest = 0x1p-100f;  // a mixture below this has lost terms that underflowed
+constexpr Index kBlocksOfTask = 16;     // a panel of E is read from memory once for so many
+
 template <int NV>
 ALWAYS_INLINE void fill(Vector (&v)[NV], float value) {
   for (int j = 0; j < NV; ++j) v[j] = broadcast(value);
@@ -120,6 +123,26 @@ class ConsecutiveRows {
 
  private:
   Index n_blocks_;
+  Buffer<Index> source_, filled_;
+};
+
+// The rows of a block of tokens, expert by expert: expert k of token t is in lane k·T + t, so that the sum over experts
+// adds vectors of tokens, and no lane but the last ones is empty.
+class RowsByExpert {
+ public:
+  RowsByExpert(Range tokens, Index n_experts)
+      : n_lanes(round_up(tokens.size() * n_experts, kBlock)), source_(n_lanes), filled_(n_lanes / kBlock) {
+    const Index n = tokens.size(), n_rows = n * n_experts;
+    for (Index lane = 0; lane < n_lanes; ++lane) {
+      source_[lane] = lane < n_rows ? (tokens.begin + lane % n) * n_experts + lane / n : -1;
+    }
+    for (Index b = 0; b < n_lanes / kBlock; ++b) filled_[b] = smaller(kBlock, n_rows - b * kBlock);
+  }
+  RowBlocks blocks() const { return {n_lanes / kBlock, source_, filled_}; }
+
+  const Index n_lanes;
+
+ private:
   Buffer<Index> source_, filled_;
 };
 

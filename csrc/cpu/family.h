@@ -10,6 +10,7 @@ void rows_backward(const Head&, const RowsBackwardArguments&);
 void nll_with_gradients(const Head&, const NllArguments&);
 void mixture(const Head&, const MixtureArguments&);
 void mixture_backward(const Head&, const MixtureArguments&);
+void mixture_in_one_sweep(const Head&, const OneSweepArguments&);
 void sample(const Head&, const SampleArguments&);
 
 }  // namespace fused_mos::FUSED_MOS_NAMESPACE

@@ -104,6 +104,19 @@ struct MixtureArguments {
   GradientArguments gradients;
 };
 
+// The mixture of all classes and its normalisers, whose logits are computed once.
+struct OneSweepArguments {
+  const void* latent;      // (N, K, D) operand
+  const float* log_prior;  // (N, K)
+  int64_t n_tokens;
+  int64_t n_experts;
+  int64_t tokens_of_block;  // whose exponentials over all classes are held at once
+  float* maximum;           // (N, K)
+  float* log_total;         // (N, K)
+  float* log_prob;          // (N, V) or null
+  int64_t* best;            // (N,), the most probable class, or null
+};
+
 struct SampleArguments {
   const void* rows;  // (R, D) operand
   int64_t n_rows;
@@ -119,6 +132,7 @@ struct Kernels {
   void (*nll_with_gradients)(const Head&, const NllArguments&);
   void (*mixture)(const Head&, const MixtureArguments&);
   void (*mixture_backward)(const Head&, const MixtureArguments&);
+  void (*mixture_in_one_sweep)(const Head&, const OneSweepArguments&);
   void (*sample)(const Head&, const SampleArguments&);
   void (*exponentials)(const float*, float*, int64_t);         // exp of numbers ≤ 0, for tests
   void (*logarithms)(const float*, float*, int64_t);           // log of positive numbers, for tests

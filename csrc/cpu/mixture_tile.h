@@ -10,8 +10,6 @@ namespace {
 
 using fused_mos::MixtureArguments;
 
-constexpr float kSmallest = 0x1p-100f;  // a mixture below this has lost terms that underflowed
-
 // Terms that turn logits into probabilities, by lane: log π, π, and the two of L. Empty lanes have π = 1 and L = 0.
 struct LaneStatistics {
   LaneStatistics(const MixtureArguments& a, const RowBlocks& blocks)

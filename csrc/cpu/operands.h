@@ -176,13 +176,14 @@ LogitsOperand<typename T::Op> logits_operand(const Head& head, Index panel, void
 // Transforms the logits of a tile of n classes, and raises `largest` to their maxima.
 template <int NV>
 ALWAYS_INLINE void transform_tile(const LogitTransform& transform, Index n, float* tile, Vector (&largest)[NV]) {
+  const bool is_identity = transform.is_identity();
   for (Index v = 0; v < n; ++v) {
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) {
       float* at = tile + v * kBlock + j * kLanes;
-      const Vector logit = transform.apply(load(at));
+      Vector logit = load(at);
+      if (!is_identity) store(at, logit = transform.apply(logit));
       largest[j] = maximum(logit, largest[j]);
-      store(at, logit);
     }
   }
 }
@@ -191,8 +192,6 @@ ALWAYS_INLINE void transform_tile(const LogitTransform& transform, Index n, floa
 // classes. Rows of the tile beyond the classes are left undefined.
 template <class Op, int NV>
 ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* tile, Vector (&largest)[NV]) {
-  Vector before[NV];
-  for (int j = 0; j < NV; ++j) before[j] = largest[j];
   for (Index v = 0; v < e.n_classes; v += kTileRows) {
     Vector sum[kTileRows][NV];
     clear(sum);
@@ -201,15 +200,10 @@ ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* t
     for (int i = 0; i < kTileRows; ++i) {
       const Vector bias = broadcast(e.bias ? e.bias[v + i] : 0.0f);
 #pragma GCC unroll 3
-      for (int j = 0; j < NV; ++j) {
-        const Vector logit = sum[i][j] + bias;
-        largest[j] = maximum(logit, largest[j]);
-        store(tile + (v + i) * kBlock + j * kLanes, logit);
-      }
+      for (int j = 0; j < NV; ++j) store(tile + (v + i) * kBlock + j * kLanes, sum[i][j] + bias);
     }
   }
-  if (e.transform.is_identity()) return;
-  for (int j = 0; j < NV; ++j) largest[j] = before[j];
+  // apart, since maxima in registers beside the sums of the product would make the compiler spill
   transform_tile(e.transform, e.n_classes, tile, largest);
 }
 

@@ -6,8 +6,6 @@ namespace {
 
 using fused_mos::StatisticsArguments;
 
-constexpr Index kBlocksOfTask = 16;  // a panel of E is read from memory once for so many
-
 // Groups of equally many panels, but for the last, so that a group's number tells its classes.
 struct PanelGroups {
   explicit PanelGroups(const Head& head)

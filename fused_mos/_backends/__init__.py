@@ -122,6 +122,17 @@ class Kernels(Protocol):
     def predict(self, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY) -> Tensor:
         """The most probable class (N,) of the mixture, int64."""
 
+    # The next three are optional; `one_sweep_pays` below asks for them.
+
+    def one_sweep_pays(self, n_tokens: int, n_experts: int, n_classes: int, n_features: int) -> bool:
+        """Whether these are cheaper than `normalisers` followed by `log_prob` or `predict`."""
+
+    def log_prob_and_normalisers(self, latent, prior_logits, weight, bias, transform: Transform = IDENTITY):
+        """Log-probabilities (N, V), and maximum and log_total (N, K); in one product."""
+
+    def predict_in_one_sweep(self, latent, prior_logits, weight, bias, transform: Transform = IDENTITY) -> Tensor:
+        """The most probable class (N,) of the mixture, int64; in one product."""
+
     def mixture_sum(
         self, sum_: Sum, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY
     ):
@@ -257,6 +268,12 @@ def has_own_small_kernels(name: str) -> bool:
     return name in ("triton", "cuda")
 
 
+def one_sweep_pays(name: str, n_tokens: int, n_experts: int, n_classes: int, n_features: int) -> bool:
+    """Whether the backend computes the mixture and its normalisers in one product, and does so at these sizes."""
+    pays = getattr(kernels(name), "one_sweep_pays", None)
+    return pays is not None and pays(n_tokens, n_experts, n_classes, n_features)
+
+
 def decoder(name: str, latent: Tensor, *others: Tensor | None) -> "Decoder | None":
     """Computes the mixture of a few tokens in one pass over `weight`; None where the backend has no such kernel, a
     gradient is wanted, or the tensors have no memory, since it takes addresses."""
@@ -274,6 +291,7 @@ __all__ = [
     "backends",
     "decoder",
     "kernels",
+    "one_sweep_pays",
     "reference",
     "resolve",
     "why_absent",

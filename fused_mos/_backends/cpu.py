@@ -1,7 +1,8 @@
 """Native fused MoS for CPU tensors: the functions of `Kernels` over csrc/cpu, for float32 and bfloat16.
 
 The vocabulary is cut into panels of 128 classes. The logits of a panel and a block of rows stay in the L1 cache
-from the product to their sums of exponentials; the backward passes keep them in a workspace of at most 40 MiB. Each sum
+from the product to their sums of exponentials; the backward passes and log-probabilities keep them in a workspace of
+at most 40 MiB. Each sum
 is made by one thread in a fixed order, so results do not depend on the number of threads. The instruction set is chosen
 at run time (generic, avx2, avx512, avx512_bf16); the environment variable FUSED_MOS_ISA overrides the choice.
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from . import from_rows
 from .cpu_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict, score  # noqa: F401  (part of `Kernels`)
-from .cpu_operands import Gradients, address, empty_statistics, head_of
+from .cpu_one_sweep import log_prob_and_normalisers, one_sweep_pays, predict_in_one_sweep  # noqa: F401  (part of `Kernels`)
+from .cpu_operands import Gradients, address, empty_statistics, equal_blocks, head_of, padded_classes, rows_of_block
 from .from_rows import choose_rows  # noqa: F401  (part of `Kernels`)
 from .random_numbers import generator_of
 from .tracing import assume_constant_result
@@ -30,9 +32,6 @@ vocabulary and, for 16-bit gradients of several blocks, of their float32 sums (V
 MIN_GRADIENT_ROWS = 96
 """Rows of a block below which gradients are not formed in the forward pass: each block reads and writes the whole
 weight gradient, so few rows make it memory-bound."""
-
-PANEL = 128  # kPanel of csrc/cpu/product.h
-BLOCK = 48  # the largest kBlock of csrc/cpu/product.h: rows come in blocks, of which the last is filled up
 
 
 def instruction_set() -> str:
@@ -122,19 +121,15 @@ def _tokens_of_block(n_tokens: int, n_experts: int, weight: Tensor) -> int:
     """Tokens whose exponentials over the whole vocabulary are held at once; 0 where the workspace is too small."""
     n_classes, n_features = weight.shape
     # its exponentials; and itself as operand of the logits and of dE, and the sums of its gradient, float32 at most
-    bytes_of_row = _exponential_bytes(weight.dtype) * ((n_classes + PANEL - 1) // PANEL * PANEL) + 3 * 4 * n_features
+    bytes_of_row = _exponential_bytes(weight.dtype) * padded_classes(n_classes) + 3 * 4 * n_features
 
     def tokens_in(n_bytes: int) -> int:
-        rows = max(n_bytes, 0) // bytes_of_row
-        return (rows - rows % BLOCK if rows > BLOCK else rows) // n_experts
+        return rows_of_block(max(n_bytes, 0) // bytes_of_row) // n_experts
 
     held = tokens_in(FORWARD_WORKSPACE_BYTES)
     if held < n_tokens and weight.dtype != torch.float32:
         held = tokens_in(FORWARD_WORKSPACE_BYTES - 4 * n_classes * n_features)
-    if held == 0:
-        return 0
-    blocks = (n_tokens + held - 1) // held
-    return (n_tokens + blocks - 1) // blocks  # blocks of about one size
+    return equal_blocks(n_tokens, held)
 
 
 def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:

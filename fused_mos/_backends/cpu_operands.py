@@ -12,6 +12,26 @@ WORKSPACE_BYTES = 40 * 2**20
 """Bytes of exponentials of all rows for a span of the vocabulary; and half as much for rows in the layout of the
 products."""
 
+PANEL = 128  # kPanel of csrc/cpu/product.h
+BLOCK = 48  # the largest kBlock of csrc/cpu/product.h: rows come in blocks, of which the last is filled up
+
+
+def padded_classes(n_classes: int) -> int:
+    return (n_classes + PANEL - 1) // PANEL * PANEL
+
+
+def rows_of_block(rows: int) -> int:
+    """At most `rows`, of which the kernels' last block is not filled up where there are several."""
+    return rows - rows % BLOCK if rows > BLOCK else rows
+
+
+def equal_blocks(n: int, most: int) -> int:
+    """The size of as few blocks of n as hold `most` at most, all of about one size; 0 where they can hold none."""
+    if most == 0:
+        return 0
+    blocks = (n + most - 1) // most
+    return (n + blocks - 1) // blocks
+
 
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()

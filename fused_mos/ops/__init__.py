@@ -16,7 +16,16 @@ refused: the `reference` backend, which is plain torch, has it.
 
 from .. import _flops
 from .autograd import refuse_double_backward
-from .distribution import log_prob, log_prob_backward, mixture_log_prob, normalisers, predict, sample, topk
+from .distribution import (
+    log_prob,
+    log_prob_backward,
+    mixture_log_prob,
+    mixture_topk,
+    normalisers,
+    predict,
+    sample,
+    topk,
+)
 from .experts import expert_log_prob, expert_log_prob_backward, logsumexp, logsumexp_backward, row_statistics
 from .losses import call_nll, call_nll_with_gradients, nll, nll_backward, nll_with_gradients, scaled
 from .sums import likelihood_and_sum, mixture_sum, mixture_sum_backward
@@ -34,6 +43,7 @@ __all__ = [
     "logsumexp",
     "logsumexp_backward",
     "mixture_log_prob",
+    "mixture_topk",
     "nll",
     "nll_backward",
     "nll_with_gradients",

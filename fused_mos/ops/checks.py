@@ -58,6 +58,12 @@ def transform(softcap: float, temperature: float = 1.0) -> Transform:
     return Transform(softcap, check_temperature(temperature))
 
 
+def count(k: int) -> int:
+    if k < 1:
+        raise ValueError(f"k must be positive, got {k}")
+    return k
+
+
 def targets(target: Tensor, latent: Tensor) -> Tensor:  # (N,) int64
     check_target_shape(target, latent)
     check_memory("target", target)

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .. import _backends
-from .._backends.reference import log_softmax_prior
+from .._backends import Transform
+from .._backends.products import spans
+from .._backends.reference import accumulation_dtype, log_softmax_prior
 from . import checks
 from .autograd import as_gradients, empty_gradients, empty_statistics, fake_of, refuse_double_backward
 
@@ -53,6 +55,8 @@ def log_prob(
     """log p (N, V), and maximum and log_total (N, K) for the backward pass."""
     kernels, transform = _backends.kernels(backend), checks.transform(softcap, temperature)
     latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
+    if _backends.one_sweep_pays(backend, *latent.shape[:2], *weight.shape):
+        return kernels.log_prob_and_normalisers(latent, prior_logits, weight, bias, transform)
     log_prior, maximum, log_total = kernels.normalisers(latent, prior_logits, weight, bias, transform)
     return kernels.log_prob(latent, log_prior, weight, bias, maximum, log_total, transform), maximum, log_total
 
@@ -142,33 +146,12 @@ def _(latent, log_prior, weight, bias, maximum, log_total, backend, softcap=0.0,
     return maximum.new_empty(latent.shape[0], weight.shape[0])
 
 
-@custom_op("fused_mos::predict", mutates_args=())
-def predict(
-    latent: Tensor,  # (N, K, D)
-    log_prior: Tensor,  # (N, K)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    maximum: Tensor,  # (N, K)
-    log_total: Tensor,  # (N, K)
-    backend: str,
-    softcap: float = 0.0,
-) -> Tensor:
-    """The most probable class, (N,) int64."""
-    given = checks.given_normalisers(latent, log_prior, weight, bias, maximum, log_total, backend)
-    return _backends.kernels(backend).predict(*given, checks.transform(softcap))
-
-
-@fake_of(predict)
-def _(latent, log_prior, weight, bias, maximum, log_total, backend, softcap=0.0):
-    return latent.new_empty(latent.shape[0], dtype=torch.int64)
-
-
 TOPK_BYTES = 32 * 2**20
 """Bytes of the log-probabilities that `topk` holds at once."""
 
 
-@custom_op("fused_mos::topk", mutates_args=())
-def topk(
+@custom_op("fused_mos::mixture_topk", mutates_args=())
+def mixture_topk(
     latent: Tensor,  # (N, K, D)
     log_prior: Tensor,  # (N, K)
     weight: Tensor,  # (V, D): all classes, or some
@@ -181,12 +164,23 @@ def topk(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The k most probable of the classes in `weight`, all of them where they are fewer: their log-probabilities,
-    descending, and the classes, (N, ≤ k) each. They are selected from spans of the vocabulary."""
+    descending, and the classes, (N, ≤ k) each."""
     given = checks.given_normalisers(latent, log_prior, weight, bias, maximum, log_total, backend)
-    latent, log_prior, weight, bias, maximum, log_total = given
-    transform = checks.transform(softcap, temperature)
-    if k < 1:
-        raise ValueError(f"k must be positive, got {k}")
+    return _topk_of_spans(*given, checks.count(k), backend, checks.transform(softcap, temperature))
+
+
+def _topk_of_spans(
+    latent: Tensor,  # (N, K, D)
+    log_prior: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    maximum: Tensor,  # (N, K)
+    log_total: Tensor,  # (N, K)
+    k: int,
+    backend: str,
+    transform: Transform,
+) -> tuple[Tensor, Tensor]:
+    """Selects them from spans of the vocabulary, one after the other."""
     n, n_classes = latent.shape[0], weight.shape[0]
     values, indices = maximum.new_empty(n, 0), torch.empty(n, 0, dtype=torch.int64, device=latent.device)
     columns = max(TOPK_BYTES // (maximum.itemsize * max(n, 1)), 2 * k, 256)
@@ -203,10 +197,69 @@ def topk(
     return values, indices
 
 
-@fake_of(topk)
+@fake_of(mixture_topk)
 def _(latent, log_prior, weight, bias, maximum, log_total, k, backend, softcap=0.0, temperature=1.0):
     shape = latent.shape[0], min(k, weight.shape[0])
     return maximum.new_empty(shape), maximum.new_empty(shape, dtype=torch.int64)
+
+
+# ------------------------------------------------------------------------------------------------ most probable classes
+
+
+@custom_op("fused_mos::predict", mutates_args=())
+def predict(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    backend: str,
+    softcap: float = 0.0,
+) -> Tensor:
+    """The most probable class, (N,) int64."""
+    kernels, transform = _backends.kernels(backend), checks.transform(softcap)
+    latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
+    if _backends.one_sweep_pays(backend, *latent.shape[:2], *weight.shape):
+        return kernels.predict_in_one_sweep(latent, prior_logits, weight, bias, transform)
+    log_prior, maximum, log_total = kernels.normalisers(latent, prior_logits, weight, bias, transform)
+    return kernels.predict(latent, log_prior, weight, bias, maximum, log_total, transform)
+
+
+@fake_of(predict)
+def _(latent, prior_logits, weight, bias, backend, softcap=0.0):
+    return latent.new_empty(latent.shape[0], dtype=torch.int64)
+
+
+@custom_op("fused_mos::topk", mutates_args=())
+def topk(
+    latent: Tensor,  # (N, K, D)
+    prior_logits: Tensor,  # (N, K)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    k: int,
+    backend: str,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The k most probable classes, all of them where they are fewer: their log-probabilities, descending, and the
+    classes, (N, ≤ k) each."""
+    kernels, transform = _backends.kernels(backend), checks.transform(softcap, temperature)
+    latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
+    k, n, n_classes = checks.count(k), latent.shape[0], weight.shape[0]
+    if not _backends.one_sweep_pays(backend, *latent.shape[:2], *weight.shape):
+        log_prior, maximum, log_total = kernels.normalisers(latent, prior_logits, weight, bias, transform)
+        return _topk_of_spans(latent, log_prior, weight, bias, maximum, log_total, k, backend, transform)
+    found = []
+    for t in spans(n, max(TOPK_BYTES // (accumulation_dtype(latent.dtype).itemsize * n_classes), 1)):
+        log_p, _, _ = kernels.log_prob_and_normalisers(latent[t], prior_logits[t], weight, bias, transform)
+        found.append(log_p.topk(min(k, n_classes)))
+    return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
+
+
+@fake_of(topk)
+def _(latent, prior_logits, weight, bias, k, backend, softcap=0.0, temperature=1.0):
+    (like,) = empty_statistics(latent, 1)
+    shape = latent.shape[0], min(k, weight.shape[0])
+    return like.new_empty(shape), like.new_empty(shape, dtype=torch.int64)
 
 
 # -------------------------------------------------------------------------------------------------------------- samples
