@@ -29,7 +29,7 @@ def test_train_begins_with_the_frequencies(first, small_flags, corpus_folder, tm
     corpus = Corpus(corpus_folder)
     expected = log_frequencies(torch.bincount(corpus.train))
     assert torch.equal(trainer.model.head.decoder.bias, expected)
-    without = Trainer(train.parse([*small_flags, "--out", str(tmp_path / "without")]))
+    without = Trainer(train.parse([*small_flags, "--no-init-bias", "--out", str(tmp_path / "without")]))
     for (name, p), q in zip(trainer.model.named_parameters(), without.model.parameters()):
         assert torch.equal(p, q) == (name != "head.decoder.bias"), name
     assert not without.model.head.decoder.bias.any()
@@ -46,7 +46,8 @@ def test_it_acts_at_the_start_alone(first, small_flags, tmp_path, capsys):
     assert trained.config.init_bias and trained.config.start
     moved = trained.model.head.decoder.bias.detach() - trainer.model.head.decoder.bias
     assert not moved.any(), "fine-tuning starts from the trained bias"
-    refused(train, [*small_flags, "--out", folder], capsys, "init_bias cannot change", "it was True, got False")
+    other = [*small_flags, "--no-init-bias", "--out", folder]
+    refused(train, other, capsys, "init_bias cannot change", "it was True, got False")
 
 
 @pytest.mark.parametrize("at_once", [1 << 22, 100])
