@@ -65,8 +65,8 @@ CAPPED_SHAPES = ("ptb", "lm1b")
 CAPPED_SPILL = 256
 """Bytes that a thread of theirs may spill, once for each tile: the derivative needs a logit beside its gradient."""
 
-MOST_SLOTS = 8.0
-"""Instructions of training's exponentials for each of them: as many as the unit that makes it takes cycles."""
+MOST_SLOTS = 8.5
+"""Instructions of training's exponentials for each of them: about as many as the unit that makes it takes cycles."""
 
 
 @dataclass(frozen=True)
