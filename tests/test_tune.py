@@ -124,7 +124,8 @@ def _assert_sound(result, kernels) -> None:
     for kernel in products:
         multiplies = any(kernel["instructions"][name] for name in ("wgmma", "tcgen05", "mma.sync"))
         assert multiplies, f"{kernel} has no tensor-core product"
-        assert kernel["instructions"]["cp.async"], f"{kernel} has no asynchronous copy"
+        copies = kernel["instructions"]["cp.async"] or kernel["instructions"]["TMA"]
+        assert copies, f"{kernel} has no asynchronous copy"
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", pytest.param("sm_100", marks=pytest.mark.slow)])
