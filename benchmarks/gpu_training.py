@@ -46,6 +46,8 @@ class Training(NamedTuple):
 def measure(recipe: str, precision: str) -> dict:
     """The row of a recipe's training step: kernel by kernel, which alone has stages, and as graphs."""
     make = _lm1b_trainer if recipe in LM1B_RECIPES else _trainer
+    if not DRY_RUN:
+        torch.cuda.empty_cache()  # what earlier rows have reserved is not this one's
     with make(recipe, precision) as training:
         graphs = _graphs(training)
         training.trainer.graphs = None

@@ -239,7 +239,7 @@ def mos_log_prob(
     """Log-probabilities of all classes under the mixture, (N, V), differentiable.
 
     Args and errors as in `mos_nll_loss`. Only the result has V columns per token: the K distributions behind it
-    are summed tile by tile, in 2 products.
+    are summed tile by tile, in 2 products; on a CPU in 1, where its workspace holds a few tokens' exponentials.
     """
     return LOCAL.mos_log_prob(latent, prior_logits, weight, bias, softcap=softcap, backend=backend)
 
@@ -267,7 +267,7 @@ def mos_predict(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The most probable class of the mixture, (N,) int64; no (N, V) tensor is written. 2 products.
+    """The most probable class of the mixture, (N,) int64; no (N, V) tensor is written. Products as in `mos_log_prob`.
 
     Args and errors as in `mos_nll_loss`.
     """
@@ -287,7 +287,8 @@ def mos_topk(
     """The k most probable classes of the mixture and their log-probabilities, (N, k) each, the most probable first.
 
     They are selected from spans of the vocabulary, so no (N, V) tensor is written; among equal ones the order
-    is that of torch.topk, which promises none. Args and errors as in `mos_nll_loss`; 1 ≤ k ≤ V. 2 products.
+    is that of torch.topk, which promises none. Args and errors as in `mos_nll_loss`; 1 ≤ k ≤ V. Products as in
+    `mos_log_prob`.
     """
     return LOCAL.mos_topk(latent, prior_logits, weight, bias, k=k, softcap=softcap, backend=backend)
 

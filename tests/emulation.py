@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -29,3 +30,13 @@ def emulation(sources: Path, folder: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def broken_emulation(file: str, right: str, wrong: str, folder: Path) -> ModuleType:
+    """The same with a mistake: of `file`, which has `right` once, `wrong` in its place."""
+    for path in SOURCES.iterdir():
+        shutil.copy(path, folder)
+    text = (folder / file).read_text()
+    assert text.count(right) == 1
+    (folder / file).write_text(text.replace(right, wrong))
+    return emulation(folder, folder)

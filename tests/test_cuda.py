@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from backends import ON_GPU
-from emulation import SHARED_BYTES, SOURCES, emulation
+from emulation import SHARED_BYTES, SOURCES, broken_emulation, emulation
 from problem import assert_meets_criterion, problem
 
 import fused_mos
@@ -359,12 +359,7 @@ def test_without_a_gpu():
     ],
 )
 def test_the_emulation_sees_a_barrier_too_few(right, wrong, tmp_path):
-    for path in SOURCES.iterdir():
-        shutil.copy(path, tmp_path)
-    text = (tmp_path / "decode.cuh").read_text()
-    assert text.count(right) == 1
-    (tmp_path / "decode.cuh").write_text(text.replace(right, wrong))
-    broken, case = emulation(tmp_path, tmp_path), problem(5, 3, 200, 600)
+    broken, case = broken_emulation("decode.cuh", right, wrong, tmp_path), problem(5, 3, 200, 600)
     log_p = reference.log_prob(*case.to(torch.bfloat16, ()).inputs())
 
     def wrong_somewhere():

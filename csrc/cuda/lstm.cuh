@@ -3,8 +3,8 @@
 // gradients of the gates, goes through global memory in bfloat16. All blocks must be resident (a cooperative launch).
 //
 // No barrier of the grid separates the steps. Every step has a place of its own for what is exchanged, filled with
-// ABSENT before the launch, and a reader asks for a word until it is there. A word is two numbers, written at once; so it
-// says by itself that it has arrived, and relaxed loads and stores are enough: nothing else is read because of it.
+// ABSENT before the launch, and a reader asks for a word until it is there. A word is two numbers, written at once; so
+// it says by itself that it has arrived, and relaxed loads and stores are enough: nothing else is read because of it.
 //
 // Sums have a fixed order: a warp's over its features, then over the warps. So results are the same in every run.
 //
@@ -36,8 +36,8 @@ struct alignas(4 * N) Vector {
 
 // The products of what is exchanged, (B, features), with the block's weights, (8·TILES columns, features). The features
 // are spread over the warps in chunks of 32. Of a chunk lane 4·g + t has features 8·t to 8·t + 7, of rows g and g + 8
-// on the left and of column g of each tile on the right: 16 neighbouring bytes. The products take them in another order,
-// the same on both sides.
+// on the left and of column g of each tile on the right: 16 neighbouring bytes. The products take them in another
+// order, the same on both sides.
 template <int CHUNKS, int TILES, int IN_FLIGHT>
 struct Product {
   using Chunk = uint32_t[2][4];
@@ -150,7 +150,8 @@ struct Owner {
   }
 };
 
-// Numbers of a thread in shared memory, since the weights have the registers. Some arrive while it waits for others' words.
+// Numbers of a thread in shared memory, since the weights have the registers. Some arrive while it waits for others'
+// words.
 struct Numbers {
   float* const first;
 

@@ -7,8 +7,6 @@ or the best k of them, or samples.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from .. import _cuda  # type: ignore[attr-defined]  # compiled, without stubs
 from . import triton
-from .launching import limits, on, too_new
+from .launching import NativeKernels, limits, on, too_new
 from .transform import Transform
 from .triton import (  # noqa: F401  (what this backend shares with that one)
     DTYPES,
@@ -38,22 +36,8 @@ from .triton import (  # noqa: F401  (what this backend shares with that one)
 )
 
 
-class Decoder:
-    """The decode kernels of a module of csrc/cuda/bindings.cpp.
-
-    Args:
-        native: the module.
-        limits: device -> (multiprocessors, bytes of shared memory that a block may use).
-        on: device -> a context in which that is the current one, and that gives the address of the stream to launch on.
-    """
-
-    def __init__(
-        self,
-        native: ModuleType,
-        limits: Callable[[torch.device], tuple[int, int]],
-        on: Callable[[torch.device], AbstractContextManager[int]],
-    ):
-        self.native, self.limits, self.on = native, limits, on
+class Decoder(NativeKernels):
+    """The decode kernels."""
 
     def plan(self, mode: str, latent: Tensor, weight: Tensor, bias: Tensor | None, k: int = 0) -> Any:
         """How these inputs, latent (N, K, D) and contiguous, would be decoded; None where only the Triton backend

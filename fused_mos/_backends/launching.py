@@ -1,9 +1,28 @@
 """What a launch of csrc/cuda's kernels asks of a device."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
 
 import torch
+
+
+class NativeKernels:
+    """Kernels of a module of csrc/cuda/bindings.cpp.
+
+    Args:
+        native: the module.
+        limits: device -> (multiprocessors, bytes of shared memory that a block may use).
+        on: device -> a context in which that is the current one, and that gives the address of the stream to launch on.
+    """
+
+    def __init__(
+        self,
+        native: ModuleType,
+        limits: Callable[[torch.device], tuple[int, int]],
+        on: Callable[[torch.device], AbstractContextManager[int]],
+    ):
+        self.native, self.limits, self.on = native, limits, on
 
 
 def limits(device: torch.device) -> tuple[int, int]:

@@ -97,7 +97,8 @@ class LMHead(MoS):
         return request.reduced(result.loss)
 
     def logits(self, input: Tensor) -> Tensor:
-        """log p + Σ_k π_k L_k: (…, in_features) -> (…, n_classes). 2 products, 3 where a gradient is wanted."""
+        """log p + Σ_k π_k L_k: (…, in_features) -> (…, n_classes). Products as in `mos_log_prob`, and one more where a
+        gradient is wanted."""
         latent, prior_logits, weight, bias = self._operands(input)
         with prepared(latent, prior_logits, weight, bias, self.backend, self.softcap) as operands:
             log_prob, lse = LOCAL.of_backend(operands).distribution_with_lse(operands.contiguous())

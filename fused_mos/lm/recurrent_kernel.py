@@ -6,7 +6,6 @@ are cell states.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._backends.launching import limits, on, too_new
+from .._backends.launching import NativeKernels, limits, on, too_new
 from .._backends.products import product
 
 _cuda: ModuleType | None
@@ -25,22 +24,8 @@ except ImportError:  # the package was built without nvcc
     _cuda = None
 
 
-class RecurrentKernel:
-    """The LSTM kernels of a module of csrc/cuda/bindings.cpp.
-
-    Args:
-        native: the module.
-        limits: device -> (multiprocessors, bytes of shared memory that a block may use).
-        on: device -> a context in which that is the current one, and that gives the address of the stream to launch on.
-    """
-
-    def __init__(
-        self,
-        native: ModuleType,
-        limits: Callable[[torch.device], tuple[int, int]],
-        on: Callable[[torch.device], AbstractContextManager[int]],
-    ):
-        self.native, self.limits, self.on = native, limits, on
+class RecurrentKernel(NativeKernels):
+    """The LSTM kernels."""
 
     def plan(self, x: Tensor, weight_hh: Tensor) -> Any:
         """How a layer with input x (T, B, features) and weights (4H, H) would be cut up; None where it cannot be: for
