@@ -1,10 +1,11 @@
 // The operations of device.cuh on a CPU: every thread of every block is a fiber, all of them in one thread of the host.
 //
 // It is stricter than a GPU where a mistake could hide there: fibers take turns in a random order between barriers, some
-// warps are held back for many turns, asynchronous copies arrive as late as they may, what they will overwrite and all shared memory holds NaN before,
-// and a barrier that not all reach is an error.
+// warps are held back for many turns, asynchronous copies arrive as late as they may, what they will overwrite and all
+// shared memory holds NaN before, and a barrier that not all reach is an error.
 #pragma once
-#undef _FORTIFY_SOURCE  // some compilers set it: its longjmp takes a jump to another fiber's stack for an error, and aborts
+// some compilers set it: its longjmp takes a jump to another fiber's stack for an error, and aborts
+#undef _FORTIFY_SOURCE
 #include <setjmp.h>
 #include <ucontext.h>
 
