@@ -30,13 +30,14 @@ GradientArguments gradients(Address rows, Address weight, Address bias) {
 
 void row_statistics(const Head& head, Address rows, int64_t n_rows, Address target, Address maximum, Address log_total,
                     Address target_logit, Address entropy) {
-  chosen_kernels().row_statistics(head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<float>(maximum),
-                                         at<float>(log_total), at<float>(target_logit), at<float>(entropy)});
+  kernels_for(head.bf16).row_statistics(
+      head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<float>(maximum), at<float>(log_total),
+             at<float>(target_logit), at<float>(entropy)});
 }
 
 void rows_backward(const Head& head, Address rows, int64_t n_rows, Address target, Address maximum, Address log_total,
                    Address grad_lse, Address grad_target, const GradientArguments& gradients) {
-  chosen_kernels().rows_backward(
+  kernels_for(head.bf16).rows_backward(
       head, {at<const void>(rows), n_rows, at<const int64_t>(target), at<const float>(maximum),
              at<const float>(log_total), at<const float>(grad_lse), at<const float>(grad_target), gradients});
 }
@@ -45,7 +46,7 @@ void nll_with_gradients(const Head& head, Address latent, Address log_prior, Add
                         int64_t n_tokens, int64_t n_experts, int64_t tokens_of_block, float scale, Address loss_weights,
                         float filter_eps, Address nll, Address maximum, Address log_total, Address target_logit,
                         Address grad_prior, const GradientArguments& gradients) {
-  chosen_kernels().nll_with_gradients(
+  kernels_for(head.bf16).nll_with_gradients(
       head, {at<const void>(latent), at<const float>(log_prior), at<const int64_t>(target), at<const bool>(valid),
              n_tokens, n_experts, tokens_of_block, scale, at<const float>(loss_weights), filter_eps, at<float>(nll),
              at<float>(maximum), at<float>(log_total), at<float>(target_logit), at<float>(grad_prior), gradients});
@@ -67,7 +68,7 @@ void mixture(const Head& head, MixtureArguments a, Address log_prob, Address bes
   a.log_prob = at<float>(log_prob);
   a.best = at<int64_t>(best);
   a.mean_log_prob = at<float>(mean_log_prob);
-  chosen_kernels().mixture(head, a);
+  kernels_for(head.bf16).mixture(head, a);
 }
 
 LogProbGradient log_prob_gradient(Address dense, Address token, Address of_class, Address at_target, Address target,
@@ -82,18 +83,18 @@ void mixture_backward(const Head& head, MixtureArguments a, const LogProbGradien
   a.mean_gradient = at<const float>(mean_gradient);
   a.grad_prior = at<float>(grad_prior);
   a.gradients = gradients;
-  chosen_kernels().mixture_backward(head, a);
+  kernels_for(head.bf16).mixture_backward(head, a);
 }
 
 void mixture_in_one_sweep(const Head& head, Address latent, Address log_prior, int64_t n_tokens, int64_t n_experts,
                           int64_t tokens_of_block, Address maximum, Address log_total, Address log_prob, Address best) {
-  chosen_kernels().mixture_in_one_sweep(
+  kernels_for(head.bf16).mixture_in_one_sweep(
       head, {at<const void>(latent), at<const float>(log_prior), n_tokens, n_experts, tokens_of_block,
              at<float>(maximum), at<float>(log_total), at<float>(log_prob), at<int64_t>(best)});
 }
 
 void sample(const Head& head, Address rows, int64_t n_rows, Address uniform, Address result) {
-  chosen_kernels().sample(head, {at<const void>(rows), n_rows, at<const double>(uniform), at<int64_t>(result)});
+  kernels_for(head.bf16).sample(head, {at<const void>(rows), n_rows, at<const double>(uniform), at<int64_t>(result)});
 }
 
 }  // namespace
@@ -136,7 +137,7 @@ PYBIND11_MODULE(_cpu, m) {
     for (const Kernels* kernels : available_kernels()) names.push_back(kernels->name);
     return names;
   });
-  m.def("bf16_products", [] { return chosen_kernels().bf16_products; });
+  m.def("bf16_products", [] { return kernels_for(true).bf16_products; });
   m.def("peak_bytes", &peak_bytes);
   m.def("reset_peak_bytes", &reset_peak_bytes);
   m.def("exponentials", [](Address from, Address to, int64_t n) {
@@ -149,5 +150,5 @@ PYBIND11_MODULE(_cpu, m) {
     chosen_kernels().hyperbolic_tangents(at<const float>(from), at<float>(to), n);
   });
   m.def(
-      "peak_gflops", [](int n_threads, bool bf16) { return chosen_kernels().peak_gflops(n_threads, bf16); }, released);
+      "peak_gflops", [](int n_threads, bool bf16) { return kernels_for(bf16).peak_gflops(n_threads, bf16); }, released);
 }

@@ -3,6 +3,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef FUSED_MOS_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace fused_mos {
 
 namespace generic {
@@ -18,6 +26,27 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+namespace amx_bf16 {
+extern const Kernels kernels;
+}
+
+namespace {
+
+// Whether the processor has tile registers for bfloat16, and Linux lets this process use them: it must be asked, since
+// they make what is saved of a thread larger by 8 KiB.
+bool has_amx() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTile) == 0 || (edx & kBf16) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 #endif
 
 std::vector<const Kernels*> available_kernels() {
@@ -28,8 +57,13 @@ std::vector<const Kernels*> available_kernels() {
     available.push_back(&avx2::kernels);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
+      const bool bf16 = __builtin_cpu_supports("avx512bf16");
+      // Intel's multiply pairs of bfloat16 at half the rate of float32, AMD's at twice
+      const bool slow_bf16 = __builtin_cpu_is("intel");
+      if (bf16 && slow_bf16) available.push_back(&avx512_bf16::kernels);
       available.push_back(&avx512::kernels);
-      if (__builtin_cpu_supports("avx512bf16")) available.push_back(&avx512_bf16::kernels);
+      if (bf16 && !slow_bf16) available.push_back(&avx512_bf16::kernels);
+      if (bf16 && has_amx()) available.push_back(&amx_bf16::kernels);
     }
   }
 #endif
@@ -46,6 +80,14 @@ const Kernels& chosen_kernels() {
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
   throw std::invalid_argument("FUSED_MOS_ISA must be one of " + names + " on this processor, got '" + wanted + "'");
+}
+
+const Kernels& kernels_for(bool bf16) {
+  const Kernels& chosen = chosen_kernels();
+#ifdef FUSED_MOS_X86
+  if (&chosen == &amx_bf16::kernels && !bf16) return avx512::kernels;
+#endif
+  return chosen;
 }
 
 }  // namespace fused_mos

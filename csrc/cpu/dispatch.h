@@ -15,4 +15,7 @@ std::vector<const Kernels*> available_kernels();
 // Throws std::invalid_argument where that is none of the available.
 const Kernels& chosen_kernels();
 
+// Those for operands of this dtype: what multiplies bfloat16 alone, tile registers, leaves float32 to another set.
+const Kernels& kernels_for(bool bf16);
+
 }  // namespace fused_mos

@@ -6,11 +6,21 @@
 #pragma once
 
 #include "exponentials.h"
+#ifdef __AMX_BF16__
+#include "amx_operands.h"
+#endif
 
 namespace {
 
 constexpr Index kLine = 64;             // bytes of a cache line
 constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their tiles of a panel stay in the L2 cache
+#ifdef __AMX_BF16__
+constexpr bool kTransposed = true;     // dzᵀ = Eᵀ·dl is computed, not dz = dl·E
+constexpr Index kPanelsOfProduct = 4;  // classes of one product of dz: its sums are in memory
+#else
+constexpr bool kTransposed = false;
+constexpr Index kPanelsOfProduct = 1;
+#endif
 
 // Prefetches the part-th of `parts` shares: what is read next lies far apart, and each line's latency would be seen.
 ALWAYS_INLINE void prefetch_share(const void* from, Index bytes, Index part, Index parts) {
@@ -112,6 +122,7 @@ class GradientTiles {
 
   // Adds the tiles of one panel, which hold dl, to dE.
   void add_to_weight(const RowBlocks& kept, Index panel, Index panel_of_span, int thread) const {
+    [[maybe_unused]] const ProductRegisters registers;
     const Index n = classes_in(head_, panel), features = head_.n_features;
     const WeightSums sums = weight_sums(panel, thread);
     for (Index first = 0; first < kept.n_blocks; first += kBlocksOfProduct) {
@@ -128,12 +139,19 @@ class GradientTiles {
   // Adds the tiles of a span of panels to the sums of dz.
   void add_to_rows(const RowBlocks& kept, Range span) {
     const RowsPartition partition(kept.n_blocks, ceil_div(head_.n_features, kBlock), head_.n_threads);
-    Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
+    constexpr Index kPaired = kDepth == 2 ? kPanelsOfProduct * kTile / 2 : 0;
+    Buffer<Op> paired(kPaired * head_.n_threads);
 #pragma omp parallel for num_threads(head_.n_threads) schedule(static, 1)
     for (Index part = 0; part < partition.n_parts(); ++part) {
       const int thread = omp_get_thread_num();
-      add_part_to_rows(kept, span, partition.tile_rows(part), partition.columns(part, head_.n_features),
-                       (Op*)scratch(thread), kDepth == 2 ? paired + kTile / 2 * thread : nullptr);
+      const Range columns = partition.columns(part, head_.n_features);
+      if constexpr (kTransposed) {
+        add_part_to_transposed_rows(span, partition.tile_rows(part), columns, (Op*)scratch(thread),
+                                    paired + kPaired * thread);
+      } else {
+        add_part_to_rows(kept, span, partition.tile_rows(part), columns, (Op*)scratch(thread),
+                         paired + kPaired * thread);
+      }
     }
   }
 
@@ -141,6 +159,9 @@ class GradientTiles {
   void end(const RowBlocks& kept) const {
 #pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
     for (Index b = 0; b < kept.n_blocks; ++b) {
+      for (Index d = 0; kTransposed && d < head_.n_features; d += kBlock) {
+        transpose_tile(row_sums_ + d * lanes_ + b * kBlock * kBlock);
+      }
       for (Index lane = b * kBlock; lane < b * kBlock + kept.filled[b]; ++lane) {
         In* row = gradients_.rows + kept.source[lane] * head_.n_features;
         for (Index d = 0; d < head_.n_features; d += kBlock) {
@@ -154,7 +175,8 @@ class GradientTiles {
   static constexpr bool kDirect = sizeof(In) == sizeof(float);  // gradients are summed where they are returned
 
   static Index columns_scratch_bytes(const Head& head) {
-    return sizeof(Op) * steps_of<Op>(kPanel) * smaller(kColumnsOfProduct, round_up(head.n_features, kBlock));
+    const Index stride = stride_of<Op>(steps_of<Op>(kPanelsOfProduct * kPanel));
+    return sizeof(Op) * stride * smaller(kColumnsOfProduct, round_up(head.n_features, kBlock));
   }
 
   // The memory that the sums of one panel's dE are made in, (kPanel, stride).
@@ -183,12 +205,12 @@ class GradientTiles {
                           WeightSums sums) const {
     with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
       for (Index v = 0; v < n; v += kTileRows) {
-        Vector sum[kTileRows][decltype(vectors)::value];
+        Sums<Op, decltype(vectors)::value> sum;
         clear(sum);
         for (Index b = blocks.begin; b < blocks.end; ++b) {
           multiply((const Op*)(tile(panel_of_span, b) + v * kBlock), kBlock / kDepth, 1,
                    (const Op*)right_ + d / kBlock * right_block_ + b * kBlock / kDepth * kBlock, kBlock,
-                   ceil_div(kept.filled[b], kDepth), sum);
+                   steps_of<Op>(kept.filled[b]), sum);
         }
         add_to(sums.rows + v * sums.stride + d, sums.stride, n - v, sums.stride - d, sum);
       }
@@ -232,12 +254,51 @@ class GradientTiles {
       with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
         for (Index r = rows.begin; r < rows.end; r += kTileRows, ++call) {
           prefetch_share(next_tile, kTile * Index(sizeof(Stored)), call, calls);
-          Vector sum[kTileRows][decltype(vectors)::value];
+          Sums<Op, decltype(vectors)::value> sum;
           clear(sum);
           multiply(dl + r, 1, kBlock, e + (d - columns.begin) * steps, kBlock, steps, sum);
           add_to(row_sums_ + d * lanes_ + (block * kBlock + r) * kBlock, kBlock, kTileRows, kBlock, sum);
         }
       });
+    }
+  }
+
+  static void transpose_tile(float* tile) {
+    for (Index i = 0; i < kBlock; ++i) {
+      for (Index j = 0; j < i; ++j) {
+        const float moved = tile[i * kBlock + j];
+        tile[i * kBlock + j] = tile[j * kBlock + i];
+        tile[j * kBlock + i] = moved;
+      }
+    }
+  }
+
+  // Adds Eᵀ·dl over a span of panels to one thread's part of dzᵀ, of which there is a tile (kBlock features, kBlock
+  // rows) where dz has one of rows and features.
+  void add_part_to_transposed_rows(Range span, Range blocks, Range columns, Op* e, Op* paired) {
+    [[maybe_unused]] const ProductRegisters registers;
+    const Index column_sets = ceil_div(columns.size(), kColumnsOfProduct);
+    for (Index i = 0; i < ceil_div(span.size(), kPanelsOfProduct) * column_sets; ++i) {
+      const Range panels = chunk_at(span.size(), i / column_sets * kPanelsOfProduct, kPanelsOfProduct);
+      const Range set = chunk_at(columns.end, columns.begin + i % column_sets * kColumnsOfProduct, kColumnsOfProduct);
+      const Index first = (span.begin + panels.begin) * kPanel;
+      const Range classes = chunk_at(head_.n_classes, first, panels.size() * kPanel);
+      const Index steps = steps_of<Op>(classes.size()), stride = stride_of<Op>(steps);
+      transpose_columns((const In*)head_.weight, head_.n_features, classes, set, stride, e);
+      for (Index b = blocks.begin; b < blocks.end; ++b) {
+        for (Index p = panels.begin; p < panels.end; ++p) {
+          pair_classes(tile(p, b), classes_in(head_, span.begin + p), kTileVectors,
+                       paired + (p - panels.begin) * kTile / 2);
+        }
+        const Index used = ceil_div(classes.size(), 2);
+        memset((void*)(paired + used * kBlock), 0, sizeof(Op) * (steps - used) * kBlock);
+        for (Index d = set.begin; d < set.end; d += kBlock) {
+          Sums<Op, kTileVectors> sum;
+          clear(sum);
+          multiply(e + (d - set.begin) * stride, stride, 1, paired, kBlock, steps, sum);
+          add_to(row_sums_ + d * lanes_ + b * kBlock * kBlock, kBlock, kTileRows, kBlock, sum);
+        }
+      }
     }
   }
 

@@ -62,6 +62,7 @@ void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const Ro
     const Index p = task / sets;
     const Range set = chunk_at(blocks.n_blocks, task % sets * kBlocksOfProduct, kBlocksOfProduct);
     const int thread = omp_get_thread_num();
+    [[maybe_unused]] const ProductRegisters registers;
     const auto e = logits_operand<T>(head, span.begin + p, tiles.scratch(thread));
     for (Index b = set.begin; b < set.end; ++b) {
       const Index first_lane = p * statistics.n_lanes + b * kBlock;
@@ -139,9 +140,7 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
     }
 
     // a row that was dropped may have left what no factor makes 0
-    for (Index v = 0; v < n && scale.in_place && filled < n_lanes; ++v) {
-      memset((void*)(dl + v * kBlock + filled), 0, sizeof(*dl) * (n_lanes - filled));
-    }
+    if (scale.in_place) clear_lanes(dl, n, filled);
 
     float moved[kBlock] = {};
     for (Index v = 0; v < n; ++v) {
@@ -155,6 +154,8 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
         store(bias_sums + v * kLanes, load(bias_sums + v * kLanes) + scaled);
       }
     }
+
+    if (!scale.in_place) clear_lanes(dl, n, n_lanes);
 
     for (Index i = 0; i < filled; ++i) {
       const Index v = place_of(kept.target[b * kBlock + i], panel * kPanel);

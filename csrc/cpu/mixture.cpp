@@ -264,6 +264,9 @@ class MixtureBackward {
         }
       }
     });
+    for (Index k = 0; k < a_.n_experts; ++k) {
+      clear_lanes(tiles_.tile(panel_of_span, b * a_.n_experts + k), mixture.n_classes(), chunk.tokens_in(b));
+    }
   }
 
   void add_to_bias(const RowBlocks& blocks, Index panel, Index panel_of_span) const {

@@ -232,6 +232,7 @@ class MixtureTile {
     }
   }
 
+  [[maybe_unused]] const ProductRegisters registers_;
   LogitsOperand<Op> weight_;
   Index packed_stride_;
   const Op* packed_;  // of the first expert

@@ -68,6 +68,7 @@ class OneSweep {
       for (Index task = 0; task < n_panels_ * sets; ++task) {
         const Index panel = task / sets;
         const Range set = chunk_at(blocks.n_blocks, task % sets * kBlocksOfTask, kBlocksOfTask);
+        [[maybe_unused]] const ProductRegisters registers;
         const auto e = operand(panel);
         for (Index b = set.begin; b < set.end; ++b) {
           with_vectors(blocks.vectors(b),
@@ -189,6 +190,7 @@ class OneSweep {
 
   // Puts the logits where a panel's exponentials were. Rare, so the product is made once more.
   void restore_logits(Index panel) const {
+    [[maybe_unused]] const ProductRegisters registers;
     const auto e = operand(panel);
     float *tile = tile_of_thread(), unused[kBlock];
     for (Index block = 0; block < n_lanes_ / kBlock; ++block) {

@@ -40,17 +40,28 @@ struct PairedBfloat16 {
 
 template <class F>
 ALWAYS_INLINE auto with_types(const Head& head, F f) {
+#if defined(__AMX_BF16__)
+  (void)head;  // tile registers multiply nothing else (dispatch.cpp)
+  return f(PairedBfloat16{});
+#else
   if (!head.bf16) return f(Float32{});
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
   return f(PairedBfloat16{});
 #else
   return f(WidenedBfloat16{});
+#endif
 #endif
 }
 
 template <class Op>
 Index steps_of(Index depth) {
-  return ceil_div(depth, Element<Op>::kDepth);
+  return round_up(ceil_div(depth, Element<Op>::kDepth), kTileSteps);
+}
+
+// An odd number of lines, for tile registers: an even number of them apart, rows would share few sets of the cache.
+template <class Op>
+Index stride_of(Index steps) {
+  return kTileSteps == 1 || steps / kTileSteps % 2 ? steps : steps + kTileSteps;
 }
 
 // An even number of lines apart, rows would share few sets of the cache.
@@ -111,14 +122,15 @@ inline void pack_lane(const Bfloat16* row, Index features, int lane, Pair* to) {
 template <class T>
 void pack_block(const Head& head, const typename T::In* rows, const RowBlocks& blocks, Index block,
                 typename T::Op* to) {
-  const Index filled = blocks.filled[block];
+  const Index filled = blocks.filled[block], steps = steps_of<typename T::Op>(head.n_features);
+  const Index used = ceil_div(head.n_features, Element<typename T::Op>::kDepth);
   for (Index lane = 0; lane < filled; ++lane) {
     pack_lane(rows + blocks.source[block * kBlock + lane] * head.n_features, head.n_features, int(lane), to);
   }
-  if (filled == kBlock) return;
-  for (Index s = 0; s < steps_of<typename T::Op>(head.n_features); ++s) {
+  for (Index s = 0; s < used && filled < kBlock; ++s) {
     memset((void*)(to + s * kBlock + filled), 0, sizeof(*to) * (kBlock - filled));
   }
+  memset((void*)(to + used * kBlock), 0, sizeof(*to) * (steps - used) * kBlock);
 }
 
 // ---------------------------------------------------------------------------------------- E as the logits' left side
@@ -126,7 +138,7 @@ void pack_block(const Head& head, const typename T::In* rows, const RowBlocks& b
 template <class Op>
 struct LogitsOperand {
   const Op* rows;  // a multiple of kTileRows
-  Index stride;
+  Index stride, steps;
   const float* bias;
   Index n_classes;
   LogitTransform transform;
@@ -134,7 +146,8 @@ struct LogitsOperand {
 
 template <class T>
 Index logits_scratch_bytes(const Head& head) {
-  return kPanel * (sizeof(typename T::Op) * steps_of<typename T::Op>(head.n_features) + sizeof(float));
+  using Op = typename T::Op;
+  return kPanel * (sizeof(Op) * stride_of<Op>(steps_of<Op>(head.n_features)) + sizeof(float));
 }
 
 inline void copy_row(const float* from, Index n, float* to) { narrow_row(from, n, to); }
@@ -146,7 +159,8 @@ inline void copy_row(const Bfloat16* from, Index n, float* to) {
 }
 
 inline void copy_row(const Bfloat16* from, Index n, Pair* to) {
-  for (Index i = 0; i < n; i += 2) to[i / 2] = pair(from[i], i + 1 < n ? from[i + 1] : Bfloat16{0});
+  memcpy((void*)to, from, sizeof(Pair) * (n / 2));
+  if (n % 2) to[n / 2] = pair(from[n - 1], Bfloat16{0});
 }
 
 // A panel of E: where it lies if it can be read there, else a copy. Classes that fill up the last rows of a tile
@@ -155,22 +169,24 @@ template <class T>
 LogitsOperand<typename T::Op> logits_operand(const Head& head, Index panel, void* scratch) {
   using Op = typename T::Op;
   const Index features = head.n_features, n = classes_in(head, panel), steps = steps_of<Op>(features);
+  const Index stride = stride_of<Op>(steps), used = ceil_div(features, Element<Op>::kDepth);
   const auto* rows = (const typename T::In*)head.weight + panel * kPanel * features;
   const float* bias = head.bias ? head.bias + panel * kPanel : nullptr;
   const LogitTransform transform(head.transform);
-  const bool in_place = sizeof(Op) * steps == sizeof(*rows) * features && n % kTileRows == 0;
-  if (in_place) return {(const Op*)rows, steps, bias, n, transform};
+  const bool in_place = sizeof(Op) * stride == sizeof(*rows) * features && n % kTileRows == 0;
+  if (in_place) return {(const Op*)rows, stride, steps, bias, n, transform};
   Op* copy = (Op*)scratch;
-  float* padded_bias = (float*)(copy + kPanel * steps);
+  float* padded_bias = (float*)(copy + kPanel * stride);
   for (Index v = 0; v < n; ++v) {
-    copy_row(rows + v * features, features, copy + v * steps);
+    copy_row(rows + v * features, features, copy + v * stride);
+    memset((void*)(copy + v * stride + used), 0, sizeof(Op) * (steps - used));
     padded_bias[v] = bias ? bias[v] : 0.0f;
   }
   for (Index v = n; v < round_up(n, kTileRows); ++v) {
-    memset((void*)(copy + v * steps), 0, sizeof(Op) * steps);
+    memset((void*)(copy + v * stride), 0, sizeof(Op) * steps);
     padded_bias[v] = -INFINITY;
   }
-  return {copy, steps, padded_bias, n, transform};
+  return {copy, stride, steps, padded_bias, n, transform};
 }
 
 // Transforms the logits of a tile of n classes, and raises `largest` to their maxima.
@@ -193,15 +209,10 @@ ALWAYS_INLINE void transform_tile(const LogitTransform& transform, Index n, floa
 template <class Op, int NV>
 ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* tile, Vector (&largest)[NV]) {
   for (Index v = 0; v < e.n_classes; v += kTileRows) {
-    Vector sum[kTileRows][NV];
+    Sums<Op, NV> sum;
     clear(sum);
-    multiply(e.rows + v * e.stride, e.stride, 1, z, kBlock, e.stride, sum);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i) {
-      const Vector bias = broadcast(e.bias ? e.bias[v + i] : 0.0f);
-#pragma GCC unroll 3
-      for (int j = 0; j < NV; ++j) store(tile + (v + i) * kBlock + j * kLanes, sum[i][j] + bias);
-    }
+    multiply(e.rows + v * e.stride, e.stride, 1, z, kBlock, e.steps, sum);
+    store_to(tile + v * kBlock, kBlock, e.bias ? e.bias + v : nullptr, sum);
   }
   // apart, since maxima in registers beside the sums of the product would make the compiler spill
   transform_tile(e.transform, e.n_classes, tile, largest);
@@ -220,7 +231,7 @@ inline void merge_rows(const Bfloat16* row, const Bfloat16* next, Index n, Pair*
 }
 
 // Copies columns [start, end) of the rows source[0..n), or 0..n where it is null: a block of kBlock of them after the
-// other, `stride` elements apart, each (ceil(n / depth), kBlock), zero beyond the features.
+// other, `stride` elements apart, each (steps_of(n), kBlock), zero beyond the rows and features.
 template <class T>
 void pack_columns(const typename T::In* rows, const Index* source, Index n, Index features, Index start, Index end,
                   Index stride, typename T::Op* to) {
@@ -236,6 +247,16 @@ void pack_columns(const typename T::In* rows, const Index* source, Index n, Inde
       if (width < kBlock) memset((void*)(block + width), 0, sizeof(*to) * (kBlock - width));
     }
   }
+  const Index missing = steps_of<typename T::Op>(n) - ceil_div(n, kDepth);
+  for (Index d = start; missing && d < end; d += kBlock, to += stride)
+    memset((void*)to, 0, sizeof(*to) * missing * kBlock);
+}
+
+// Zeroes the lanes [from, kBlock) of a tile of n classes.
+template <class Stored>
+void clear_lanes(Stored* tile, Index n, Index from) {
+  for (Index v = 0; v < n && from < kBlock; ++v)
+    memset((void*)(tile + v * kBlock + from), 0, sizeof(*tile) * (kBlock - from));
 }
 
 }  // namespace

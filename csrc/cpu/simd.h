@@ -11,14 +11,15 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 8;  // 24 of 32 registers hold the tile of a product
+#if defined(__AMX_BF16__)
+constexpr int kLanes = 16, kTileRows = 32, kTileVectors = 2;  // four of eight tile registers hold the tile of a product
+#elif defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 8, kTileVectors = 3;  // 24 of 32 vector registers
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kTileRows = 4;  // 12 of 16
+constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 3;  // 12 of 16
 #else
-constexpr int kLanes = 4, kTileRows = 4;
+constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 3;
 #endif
-constexpr int kTileVectors = 3;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));

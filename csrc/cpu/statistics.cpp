@@ -77,6 +77,7 @@ void partial_statistics(const Head& head, const typename T::In* rows, const RowB
         of_group.totals[lane] = 0;
         if (of_group.moments) of_group.moments[lane] = 0;
       }
+      [[maybe_unused]] const ProductRegisters registers;
       const Range panels = groups.panels(group);
       for (Index panel = panels.begin; panel < panels.end; ++panel) {
         const auto e = logits_operand<T>(head, panel, scratch + scratch_bytes * thread);

@@ -34,6 +34,27 @@ void hyperbolic_tangents(const float* from, float* to, int64_t n) {
   }
 }
 
+#ifdef __AMX_BF16__
+constexpr bool kBf16Products = true;
+
+// As many products as the tile registers allow, with no memory in their way.
+double peak_gflops(int n_threads, bool) {
+  constexpr Index kSteps = 2000000;
+  const double start = omp_get_wtime();
+#pragma omp parallel num_threads(n_threads)
+  {
+    const ProductRegisters registers;  // all zeros
+    for (Index s = 0; s < kSteps; ++s) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  const double seconds = omp_get_wtime() - start;
+  return 2.0 * n_threads * kSteps * kTileRows * kBlock * 2 * kTileSteps / seconds / 1e9;
+}
+#else
 // As many multiply-adds as the registers allow, with no memory in their way.
 template <class T>
 double peak(int n_threads) {
@@ -66,6 +87,7 @@ double peak_gflops(int n_threads, bool bf16) { return bf16 ? peak<Pair>(n_thread
 #else
 constexpr bool kBf16Products = false;
 double peak_gflops(int n_threads, bool) { return peak<float>(n_threads); }
+#endif
 #endif
 
 }  // namespace

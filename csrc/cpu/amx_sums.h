@@ -1,0 +1,101 @@
+// A tile of sums in four of the eight tile registers of AMX, each of which has 16 rows of 64 bytes: 16 float32, or 16
+// pairs of bfloat16. An instruction multiplies 16 rows of the left operand, 16 pairs of each, by 16 vectors of pairs of
+// the right one. Two registers of either operand are loaded for four products.
+#pragma once
+
+#include "product.h"
+
+namespace {
+
+// The layout that the instruction reads; registers of full size.
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// A constant, since to the compiler the instruction reads the first 8 bytes alone: others would not be written in time.
+constexpr TileConfiguration kTileConfiguration;
+
+// The configuration that a thread needs while it multiplies. It is not kept: other libraries have their own.
+class ProductRegisters {
+ public:
+  ProductRegisters() { _tile_loadconfig(&kTileConfiguration); }
+  ~ProductRegisters() { _tile_release(); }
+  ProductRegisters(const ProductRegisters&) = delete;
+  ProductRegisters& operator=(const ProductRegisters&) = delete;
+};
+
+// Names the sums (kTileRows, NV·kLanes) that are in the registers 0 to 3: there is one such tile at a time.
+template <class T, int NV>
+struct Sums {};
+
+template <int NV>
+ALWAYS_INLINE void clear(Sums<Pair, NV>&) {
+  _tile_zero(0);
+  _tile_zero(2);
+  if constexpr (NV > 1) {
+    _tile_zero(1);
+    _tile_zero(3);
+  }
+}
+
+// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :], where the number of steps is a multiple of kTileSteps.
+template <int NV>
+ALWAYS_INLINE void multiply(const Pair* a, Index a_row, Index /* a_step, 1 */, const Pair* b, Index b_step, Index steps,
+                            Sums<Pair, NV>&) {
+  const Pair* below = a + 16 * a_row;
+  const Index a_bytes = a_row * sizeof(Pair), b_bytes = b_step * sizeof(Pair);
+  for (Index s = 0; s < steps; s += kTileSteps) {
+    _tile_loadd(4, a + s, a_bytes);
+    _tile_loadd(6, b + s * b_step, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, below + s, a_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (NV > 1) {
+      _tile_loadd(7, b + s * b_step + kLanes, b_bytes);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
+template <int NV>
+ALWAYS_INLINE void store_registers(float* to, Index stride) {
+  const Index bytes = stride * sizeof(float);
+  _tile_stored(0, to, bytes);
+  _tile_stored(2, to + 16 * stride, bytes);
+  if constexpr (NV > 1) {
+    _tile_stored(1, to + kLanes, bytes);
+    _tile_stored(3, to + 16 * stride + kLanes, bytes);
+  }
+}
+
+// to[i·stride + :] = sum[i][:] + bias[i]; `bias` may be null, for zeros.
+template <int NV>
+ALWAYS_INLINE void store_to(float* to, Index stride, const float* bias, const Sums<Pair, NV>&) {
+  store_registers<NV>(to, stride);
+  if (!bias) return;
+  for (int i = 0; i < kTileRows; ++i) {
+    for (int j = 0; j < NV; ++j) store(to + i * stride + j * kLanes, load(to + i * stride + j * kLanes) + bias[i]);
+  }
+}
+
+// to[i·stride + :] += sum[i][:] within (rows, columns).
+template <int NV>
+ALWAYS_INLINE void add_to(float* to, Index stride, Index rows, Index columns, const Sums<Pair, NV>&) {
+  alignas(64) float sums[kTileRows * NV * kLanes];
+  store_registers<NV>(sums, NV * kLanes);
+  for (Index i = 0; i < smaller(rows, kTileRows); ++i) {
+    const float* row = sums + i * NV * kLanes;
+    if (columns >= NV * kLanes) {
+      for (int j = 0; j < NV; ++j) {
+        store(to + i * stride + j * kLanes, load(to + i * stride + j * kLanes) + load(row + j * kLanes));
+      }
+    } else {
+      for (Index c = 0; c < columns; ++c) to[i * stride + c] += row[c];
+    }
+  }
+}
+
+}  // namespace
