@@ -19,7 +19,7 @@ ON_GPU = torch.cuda.is_available()
 triton = None if _backends.why_absent("triton") else _backends.kernels("triton")
 configurations = triton and triton.configurations
 
-INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16"]
+INSTRUCTION_SETS = ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not triton, reason="triton is not installed"))
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(_cpu is None, reason="the native kernels are not installed"))

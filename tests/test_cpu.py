@@ -113,7 +113,8 @@ def test_any_shape(dtype, n, k, d, v, scale, seed, workspace_bytes, isa, reducti
         patch.setattr(
             cpu, "FORWARD_WORKSPACE_BYTES", workspace_bytes + 4 * v * d
         )  # so that 16-bit gradients come in blocks too
-        patch.setattr(cpu, "MIN_GRADIENT_ROWS", 1 if seed % 2 else 96)
+        for name in ("MIN_GRADIENT_ROWS", "MIN_GRADIENT_ROWS_WITH_AMX"):
+            patch.setattr(cpu, name, 1 if seed % 2 else 96)
         case = problem(n, k, d, v, scale=scale, seed=seed, bias=seed % 3 > 0)
 
         def nll(p, backend):

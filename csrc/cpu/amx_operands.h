@@ -1,4 +1,4 @@
-// E as the left operand of dzᵀ = Eᵀ·dl, for tile registers.
+// Operands of dzᵀ = Eᵀ·dl for tile registers.
 #pragma once
 
 #include "operands.h"
@@ -24,9 +24,9 @@ ALWAYS_INLINE void transpose(__m512i (&rows)[kLanes]) {
   }
 }
 
-// Copies columns of some classes' rows: column d to to[d·stride + :], in pairs of classes, with zeros up to a multiple of
-// kTileSteps pairs and of kTileRows columns.
-inline void transpose_columns(const Bfloat16* rows, Index features, Range classes, Range columns, Index stride,
+// Copies columns of some classes' rows: of kLanes columns after the other, `steps` pairs of classes each, tiles (kLanes,
+// kTileSteps), with zeros up to a multiple of kTileSteps pairs and of kTileRows columns.
+inline void transpose_columns(const Bfloat16* rows, Index features, Range classes, Range columns, Index steps,
                               Pair* to) {
   for (Index first = classes.begin; first < classes.end; first += 2 * kLanes) {
     for (Index d = 0; d < round_up(columns.size(), kTileRows); d += kLanes) {
@@ -35,7 +35,7 @@ inline void transpose_columns(const Bfloat16* rows, Index features, Range classe
         Halves row{};
         const Bfloat16* from = rows + v * features + columns.begin + d;
         if (v < classes.end) filled == kLanes ? memcpy(&row, from, sizeof row) : memcpy(&row, from, 2 * filled);
-        return __builtin_convertvector(row, Bits);
+        return to_bits(row);
       };
       __m512i pairs[kLanes];
       for (Index i = 0; i < kLanes; ++i) {
@@ -43,9 +43,19 @@ inline void transpose_columns(const Bfloat16* rows, Index features, Range classe
         pairs[i] = (__m512i)(halves(v) | halves(v + 1) << 16);
       }
       transpose(pairs);
-      Pair* block = to + d * stride + (first - classes.begin) / 2;
-      for (Index i = 0; i < kLanes; ++i) _mm512_storeu_si512(block + i * stride, pairs[i]);
+      Pair* tile = to + d * steps + (first - classes.begin) / 2 * kLanes;
+      for (Index i = 0; i < kLanes; ++i) _mm512_storeu_si512(tile + i * kTileSteps, pairs[i]);
     }
+  }
+}
+
+// Makes pairs of classes (steps_of(n), kBlock) of a tile of n classes, with zeros beyond them.
+inline void pair_in_place(Bfloat16* tile, Index n) {
+  for (Index v = 0; v < 2 * steps_of<Pair>(n); v += 2) {
+    if (v + 1 >= n) memset((void*)(tile + larger(v, n) * kBlock), 0, sizeof(*tile) * (v + 2 - larger(v, n)) * kBlock);
+    Bfloat16 rows[2 * kBlock];
+    memcpy(rows, tile + v * kBlock, sizeof rows);
+    interleave(rows, rows + kBlock, kBlock, (Pair*)(tile + v * kBlock));
   }
 }
 

@@ -40,24 +40,33 @@ ALWAYS_INLINE void clear(Sums<Pair, NV>&) {
   }
 }
 
-// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :], where the number of steps is a multiple of kTileSteps.
+// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :], where the number of steps is a multiple of kTileSteps: but row 0 of
+// the next kTileSteps of them is `a_next` further on, and row 16 `a_half`.
 template <int NV>
-ALWAYS_INLINE void multiply(const Pair* a, Index a_row, Index /* a_step, 1 */, const Pair* b, Index b_step, Index steps,
-                            Sums<Pair, NV>&) {
-  const Pair* below = a + 16 * a_row;
+ALWAYS_INLINE void multiply_tiles(const Pair* a, Index a_row, Index a_next, Index a_half, const Pair* b, Index b_step,
+                                  Index steps, Sums<Pair, NV>&) {
   const Index a_bytes = a_row * sizeof(Pair), b_bytes = b_step * sizeof(Pair);
   for (Index s = 0; s < steps; s += kTileSteps) {
-    _tile_loadd(4, a + s, a_bytes);
-    _tile_loadd(6, b + s * b_step, b_bytes);
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(6, b, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, below + s, a_bytes);
+    _tile_loadd(5, a + a_half, a_bytes);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (NV > 1) {
-      _tile_loadd(7, b + s * b_step + kLanes, b_bytes);
+      _tile_loadd(7, b + kLanes, b_bytes);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
+    a += a_next;
+    b += kTileSteps * b_step;
   }
+}
+
+// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :], where the number of steps is a multiple of kTileSteps.
+template <int NV>
+ALWAYS_INLINE void multiply(const Pair* a, Index a_row, Index /* a_step, 1 */, const Pair* b, Index b_step, Index steps,
+                            Sums<Pair, NV>& sum) {
+  multiply_tiles(a, a_row, kTileSteps, 16 * a_row, b, b_step, steps, sum);
 }
 
 template <int NV>
@@ -71,14 +80,10 @@ ALWAYS_INLINE void store_registers(float* to, Index stride) {
   }
 }
 
-// to[i·stride + :] = sum[i][:] + bias[i]; `bias` may be null, for zeros.
+// to[i·stride + :] = sum[i][:]; the bias is added where the tile is read next.
 template <int NV>
-ALWAYS_INLINE void store_to(float* to, Index stride, const float* bias, const Sums<Pair, NV>&) {
+ALWAYS_INLINE void store_to(float* to, Index stride, const float* /* bias */, const Sums<Pair, NV>&) {
   store_registers<NV>(to, stride);
-  if (!bias) return;
-  for (int i = 0; i < kTileRows; ++i) {
-    for (int j = 0; j < NV; ++j) store(to + i * stride + j * kLanes, load(to + i * stride + j * kLanes) + bias[i]);
-  }
 }
 
 // to[i·stride + :] += sum[i][:] within (rows, columns).

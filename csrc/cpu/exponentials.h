@@ -9,7 +9,18 @@ namespace {
 constexpr float kLowest = -3.40282347e+38f;
 
 constexpr float kSmallest = 0x1p-100f;  // a mixture below this has lost terms that underflowed
-constexpr Index kBlocksOfTask = 16;     // a panel of E is read from memory once for so many
+#ifdef __AMX_BF16__
+constexpr Index kBlocksOfTask = 48;  // a panel of E is read from memory once for so many
+constexpr Index kPanelsOfTask = 4;   // and a block of z for so many
+#else
+constexpr Index kBlocksOfTask = 16;
+constexpr Index kPanelsOfTask = 1;
+#endif
+
+// How many of n panels make a task, so that each thread has several.
+constexpr Index panels_of_task(Index n, Index n_threads) {
+  return larger(smaller(n / (4 * n_threads), kPanelsOfTask), 1);
+}
 
 template <int NV>
 ALWAYS_INLINE void fill(Vector (&v)[NV], float value) {

@@ -12,13 +12,15 @@
 
 namespace {
 
-constexpr Index kLine = 64;             // bytes of a cache line
-constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their tiles of a panel stay in the L2 cache
+constexpr Index kLine = 64;  // bytes of a cache line
+// Spans of panels are multiples of kPanelsOfProduct, so that no sum depends on where they begin.
 #ifdef __AMX_BF16__
-constexpr bool kTransposed = true;     // dzᵀ = Eᵀ·dl is computed, not dz = dl·E
-constexpr Index kPanelsOfProduct = 4;  // classes of one product of dz: its sums are in memory
+constexpr bool kTransposed = true;      // dzᵀ = Eᵀ·dl is computed, not dz = dl·E
+constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their part of z is at most 32 KiB
+constexpr Index kPanelsOfProduct = 4;   // classes of one product of dzᵀ: likewise their part of dl
 #else
 constexpr bool kTransposed = false;
+constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their tiles of a panel stay in the L2 cache
 constexpr Index kPanelsOfProduct = 1;
 #endif
 
@@ -74,6 +76,7 @@ class GradientTiles {
   using Stored = typename T::Stored;
   static constexpr int kDepth = Element<Op>::kDepth;
   static constexpr Index kColumnsOfProduct = 8 * kDepth * kBlock;  // of a panel of E: their copy stays in the L2 cache
+  static constexpr Index kTransposedBytes = 1200 * 1024;           // of several panels: likewise
 
  public:
   GradientTiles(const Head& head, const In* rows, const Gradients<T>& gradients, Index n_blocks, Index span)
@@ -87,10 +90,11 @@ class GradientTiles {
         right_block_(lanes_ / kDepth * kBlock),
         right_(gradients.of_weight() ? ceil_div(head.n_features, kBlock) * right_block_ : 0),
         row_sums_(gradients.rows ? lanes_ * round_up(head.n_features, kBlock) : 0),
-        scratch_bytes_(round_up(larger(logits_scratch_bytes<T>(head), columns_scratch_bytes(head)), kLine)),
+        scratch_bytes_(
+            round_up(larger(kPanelsOfTask * logits_scratch_bytes<T>(head), columns_scratch_bytes(head)), kLine)),
         scratch_(scratch_bytes_ * head.n_threads),
         tile_scratch_(kTile * head.n_threads),
-        panel_sums_(gradients.weight && !kDirect ? kPanel * width_ * head.n_threads : 0) {}
+        panel_sums_(gradients.weight && !kDirect ? kPanelsOfTask * kPanel * width_ * head.n_threads : 0) {}
 
   Stored* tile(Index panel_of_span, Index block) const { return tiles_ + (panel_of_span * n_blocks_ + block) * kTile; }
   Op* packed(Index block) const { return packed_ + block * kBlock * steps_of<Op>(head_.n_features); }
@@ -120,38 +124,48 @@ class GradientTiles {
     }
   }
 
-  // Adds the tiles of one panel, which hold dl, to dE.
-  void add_to_weight(const RowBlocks& kept, Index panel, Index panel_of_span, int thread) const {
+  // Takes some panels of a span, block by block, from what finish(panel of the span, blocks) makes dl of, and adds dl to
+  // dE while it is in the L2 cache.
+  template <class Finish>
+  void add_to_weight(const RowBlocks& kept, Range span, Range panels, int thread, Finish finish) const {
     [[maybe_unused]] const ProductRegisters registers;
-    const Index n = classes_in(head_, panel), features = head_.n_features;
-    const WeightSums sums = weight_sums(panel, thread);
+    const Index features = gradients_.of_weight() ? head_.n_features : 0;
+    WeightSums sums[kPanelsOfTask] = {};
+    for (Index p = panels.begin; p < panels.end && features; ++p) {
+      sums[p - panels.begin] = weight_sums(span.begin + p, thread, p - panels.begin);
+    }
     for (Index first = 0; first < kept.n_blocks; first += kBlocksOfProduct) {
       const Range blocks = chunk_at(kept.n_blocks, first, kBlocksOfProduct);
-      for (Index d = 0; d < features; d += kBlock) add_weight_product(kept, blocks, panel_of_span, n, d, sums);
+      for (Index p = panels.begin; p < panels.end; ++p) finish(p, blocks);
+      for (Index d = 0; d < features; d += kBlock) {
+        for (Index p = panels.begin; p < panels.end; ++p) {
+          add_weight_product(kept, blocks, p, classes_in(head_, span.begin + p), d, sums[p - panels.begin]);
+        }
+      }
+      if constexpr (kTransposed) {
+        for (Index i = 0; gradients_.rows && i < panels.size() * blocks.size(); ++i) {
+          const Index p = panels.begin + i / blocks.size(), b = blocks.begin + i % blocks.size();
+          pair_in_place(tile(p, b), classes_in(head_, span.begin + p));
+        }
+      }
     }
     if constexpr (!kDirect) {
-      if (gradients_.weight_sums) return;
-      for (Index v = 0; v < n; ++v)
-        narrow_row(sums.rows + v * sums.stride, features, gradients_.weight + (panel * kPanel + v) * features);
+      for (Index p = panels.begin; p < panels.end && gradients_.weight; ++p) {
+        write_weight(span.begin + p, sums[p - panels.begin]);
+      }
     }
   }
 
   // Adds the tiles of a span of panels to the sums of dz.
   void add_to_rows(const RowBlocks& kept, Range span) {
     const RowsPartition partition(kept.n_blocks, ceil_div(head_.n_features, kBlock), head_.n_threads);
-    constexpr Index kPaired = kDepth == 2 ? kPanelsOfProduct * kTile / 2 : 0;
-    Buffer<Op> paired(kPaired * head_.n_threads);
+    if constexpr (kTransposed) return add_to_transposed_rows(span, partition);
+    Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
 #pragma omp parallel for num_threads(head_.n_threads) schedule(static, 1)
     for (Index part = 0; part < partition.n_parts(); ++part) {
       const int thread = omp_get_thread_num();
-      const Range columns = partition.columns(part, head_.n_features);
-      if constexpr (kTransposed) {
-        add_part_to_transposed_rows(span, partition.tile_rows(part), columns, (Op*)scratch(thread),
-                                    paired + kPaired * thread);
-      } else {
-        add_part_to_rows(kept, span, partition.tile_rows(part), columns, (Op*)scratch(thread),
-                         paired + kPaired * thread);
-      }
+      add_part_to_rows(kept, span, partition.tile_rows(part), partition.columns(part, head_.n_features),
+                       (Op*)scratch(thread), kDepth == 2 ? paired + kTile / 2 * thread : nullptr);
     }
   }
 
@@ -175,8 +189,8 @@ class GradientTiles {
   static constexpr bool kDirect = sizeof(In) == sizeof(float);  // gradients are summed where they are returned
 
   static Index columns_scratch_bytes(const Head& head) {
-    const Index stride = stride_of<Op>(steps_of<Op>(kPanelsOfProduct * kPanel));
-    return sizeof(Op) * stride * smaller(kColumnsOfProduct, round_up(head.n_features, kBlock));
+    if (kTransposed) return 0;
+    return sizeof(Op) * steps_of<Op>(kPanel) * smaller(kColumnsOfProduct, round_up(head.n_features, kBlock));
   }
 
   // The memory that the sums of one panel's dE are made in, (kPanel, stride).
@@ -187,16 +201,23 @@ class GradientTiles {
 
   // Float32 gradients are summed where they are returned, others in this thread's own memory or, if several chunks of
   // rows add to them, in a float32 copy of the whole.
-  WeightSums weight_sums(Index panel, int thread) const {
+  WeightSums weight_sums(Index panel, int thread, Index panel_of_task) const {
     if (gradients_.weight_sums) {
       return {gradients_.weight_sums + panel * kPanel * head_.n_features, head_.n_features};
     }
     if constexpr (kDirect) {
       return {gradients_.weight + panel * kPanel * head_.n_features, head_.n_features};
     } else {
-      float* sums = panel_sums_ + kPanel * width_ * thread;
+      float* sums = panel_sums_ + kPanel * width_ * (thread * kPanelsOfTask + panel_of_task);
       memset(sums, 0, sizeof(float) * kPanel * width_);
       return {sums, width_};
+    }
+  }
+
+  void write_weight(Index panel, WeightSums sums) const {
+    const Index features = head_.n_features;
+    for (Index v = 0; v < classes_in(head_, panel); ++v) {
+      narrow_row(sums.rows + v * sums.stride, features, gradients_.weight + (panel * kPanel + v) * features);
     }
   }
 
@@ -273,33 +294,55 @@ class GradientTiles {
     }
   }
 
-  // Adds Eᵀ·dl over a span of panels to one thread's part of dzᵀ, of which there is a tile (kBlock features, kBlock
-  // rows) where dz has one of rows and features.
-  void add_part_to_transposed_rows(Range span, Range blocks, Range columns, Op* e, Op* paired) {
-    [[maybe_unused]] const ProductRegisters registers;
-    const Index column_sets = ceil_div(columns.size(), kColumnsOfProduct);
-    for (Index i = 0; i < ceil_div(span.size(), kPanelsOfProduct) * column_sets; ++i) {
-      const Range panels = chunk_at(span.size(), i / column_sets * kPanelsOfProduct, kPanelsOfProduct);
-      const Range set = chunk_at(columns.end, columns.begin + i % column_sets * kColumnsOfProduct, kColumnsOfProduct);
-      const Index first = (span.begin + panels.begin) * kPanel;
-      const Range classes = chunk_at(head_.n_classes, first, panels.size() * kPanel);
-      const Index steps = steps_of<Op>(classes.size()), stride = stride_of<Op>(steps);
-      transpose_columns((const In*)head_.weight, head_.n_features, classes, set, stride, e);
-      for (Index b = blocks.begin; b < blocks.end; ++b) {
-        for (Index p = panels.begin; p < panels.end; ++p) {
-          pair_classes(tile(p, b), classes_in(head_, span.begin + p), kTileVectors,
-                       paired + (p - panels.begin) * kTile / 2);
-        }
-        const Index used = ceil_div(classes.size(), 2);
-        memset((void*)(paired + used * kBlock), 0, sizeof(Op) * (steps - used) * kBlock);
-        for (Index d = set.begin; d < set.end; d += kBlock) {
-          Sums<Op, kTileVectors> sum;
-          clear(sum);
-          multiply(e + (d - set.begin) * stride, stride, 1, paired, kBlock, steps, sum);
-          add_to(row_sums_ + d * lanes_ + b * kBlock * kBlock, kBlock, kTileRows, kBlock, sum);
+  // Adds Eᵀ·dl over a span of panels, in pairs of classes, to the sums of dzᵀ: of these there is a tile (kBlock features,
+  // kBlock rows) where dz has one of rows and features. As many panels of Eᵀ as stay in the L2 cache are one product.
+  void add_to_transposed_rows(Range span, const RowsPartition& partition) {
+    const Index width = smaller(round_up(head_.n_features, kBlock), kColumnsOfProduct);
+    const Index most = round_up(kTransposedBytes / (width * kPanel * Index(sizeof(In))) + 1, kPanelsOfProduct);
+    const Index steps = most * kPanel / kDepth;  // of a column, in the buffer
+    Buffer<Op> transposed(width * steps);
+#pragma omp parallel num_threads(head_.n_threads)
+    {
+      [[maybe_unused]] const ProductRegisters registers;
+      for (Index first = 0; first < span.size(); first += most) {
+        const Range panels = chunk_at(span.size(), first, most);
+        for (Index d = 0; d < head_.n_features; d += kColumnsOfProduct) {
+          const Range set = chunk_at(head_.n_features, d, kColumnsOfProduct);
+#pragma omp for schedule(static, 1)
+          for (Index p = panels.begin; p < panels.end; ++p) {
+            const Range classes = chunk_at(head_.n_classes, (span.begin + p) * kPanel, kPanel);
+            transpose_columns((const In*)head_.weight, head_.n_features, classes, set, steps,
+                              transposed + (p - first) * kPanel / kDepth * kLanes);
+          }
+#pragma omp for schedule(static, 1)
+          for (Index part = 0; part < partition.n_parts(); ++part) {
+            const Range columns = partition.columns(part, head_.n_features);
+            const Range both{larger(columns.begin, set.begin), smaller(columns.end, set.end)};
+            for (Index b = partition.tile_rows(part).begin; b < partition.tile_rows(part).end; ++b) {
+              for (Index p = panels.begin; p < panels.end; p += kPanelsOfProduct) {
+                const Range product = chunk_at(panels.end, p, kPanelsOfProduct);
+                const Op* e = transposed + (p - first) * kPanel / kDepth * kLanes;
+                for (Index c = both.begin; c < both.end; c += kBlock) {
+                  add_transposed_product(span, product, b, c, e + (c - set.begin) * steps, steps * kLanes);
+                }
+              }
+            }
+          }
         }
       }
     }
+  }
+
+  // Of kLanes columns of E, `e` has tiles of kTileSteps pairs each, one after the other; the next columns are `next`
+  // further on.
+  void add_transposed_product(Range span, Range panels, Index b, Index d, const Op* e, Index next) {
+    Sums<Op, kTileVectors> sum;
+    clear(sum);
+    for (Index p = panels.begin; p < panels.end; ++p) {
+      multiply_tiles(e + (p - panels.begin) * kPanel / kDepth * kLanes, kTileSteps, kLanes * kTileSteps, next,
+                     (const Op*)tile(p, b), kBlock, steps_of<Op>(classes_in(head_, span.begin + p)), sum);
+    }
+    add_to(row_sums_ + d * lanes_ + b * kBlock * kBlock, kBlock, kTileRows, kBlock, sum);
   }
 
   // (classes, kBlock) of bfloat16 -> (classes / 2, kBlock) of pairs of classes

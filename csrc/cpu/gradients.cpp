@@ -56,15 +56,22 @@ struct KeptRows {
 template <class T>
 void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const RowBlocks& blocks, Range span,
                        const Targets& targets, const PartialStatistics& statistics) {
-  const Index sets = ceil_div(blocks.n_blocks, kBlocksOfProduct);
+  const Index sets = ceil_div(blocks.n_blocks, kBlocksOfTask), n_panels = panels_of_task(span.size(), head.n_threads);
+  const Index groups = ceil_div(span.size(), n_panels);
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
-  for (Index task = 0; task < span.size() * sets; ++task) {
-    const Index p = task / sets;
-    const Range set = chunk_at(blocks.n_blocks, task % sets * kBlocksOfProduct, kBlocksOfProduct);
+  for (Index task = 0; task < groups * sets; ++task) {
+    const Range panels = chunk_at(span.size(), task / sets * n_panels, n_panels);
+    const Range set = chunk_at(blocks.n_blocks, task % sets * kBlocksOfTask, kBlocksOfTask);
     const int thread = omp_get_thread_num();
     [[maybe_unused]] const ProductRegisters registers;
-    const auto e = logits_operand<T>(head, span.begin + p, tiles.scratch(thread));
-    for (Index b = set.begin; b < set.end; ++b) {
+    LogitsOperand<typename T::Op> operands[kPanelsOfTask];
+    for (Index p = panels.begin; p < panels.end; ++p) {
+      char* scratch = (char*)tiles.scratch(thread) + logits_scratch_bytes<T>(head) * (p - panels.begin);
+      operands[p - panels.begin] = logits_operand<T>(head, span.begin + p, scratch);
+    }
+    for (Index i = 0; i < set.size() * panels.size(); ++i) {
+      const Index b = set.begin + i / panels.size(), p = panels.begin + i % panels.size();
+      const auto& e = operands[p - panels.begin];
       const Index first_lane = p * statistics.n_lanes + b * kBlock;
       auto* exponentials = tiles.tile(p, b);
       float* tile;
@@ -116,16 +123,15 @@ struct BlockScale {
   bool in_place = true;  // the rows are where they were
 };
 
-// Turns the exponentials of one panel into dl, in place, the kept rows moving up, and adds their sums to the bias's
-// gradient. A kept row's lane never lies behind the lane it comes from, so nothing is overwritten before it is read.
+// Turns the exponentials of one panel into dl, in place, for some blocks of kept rows, which move up, and adds dl to
+// the sums of the bias's gradient (kPanel, kLanes). A kept row's lane never lies behind the lane it comes from, so
+// nothing is overwritten before it is read.
 template <class T>
 void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks,
-                  Index panel, Index panel_of_span, const float* maxima) {
+                  Range finished, Index panel, Index panel_of_span, const float* maxima, float* bias_sums) {
   const Index n = classes_in(head, panel);
   const auto* exponentials = tiles.tile(panel_of_span, 0);
-  float bias_sums[kPanel * kLanes];
-  memset(bias_sums, 0, sizeof bias_sums);
-  for (Index b = 0; b < blocks.n_blocks; ++b) {
+  for (Index b = finished.begin; b < finished.end; ++b) {
     const Index filled = blocks.filled[b], n_lanes = blocks.vectors(b) * kLanes;
     const BlockScale scale(kept, b, filled, n_lanes, maxima);
     auto* dl = tiles.tile(panel_of_span, b);
@@ -164,9 +170,6 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
       bias_sums[v * kLanes] -= kept.grad_target[b * kBlock + i];
     }
   }
-  float* grad_bias = tiles.gradients().bias;
-  if (!grad_bias) return;
-  for (Index v = 0; v < n; ++v) grad_bias[panel * kPanel + v] += sum(load(bias_sums + v * kLanes));
 }
 
 // Multiplies what is subtracted at the targets in a span of panels by the slope of the soft cap there.
@@ -184,10 +187,19 @@ void add_gradients(const Head& head, GradientTiles<T>& tiles, KeptRows& kept, co
                    const float* target_logit, const PartialStatistics& statistics) {
   const LogitTransform transform(head.transform);
   if (transform.caps() && target_logit) weigh_targets(transform, span, target_logit, kept);
+  const Index n_panels = panels_of_task(span.size(), head.n_threads);
 #pragma omp parallel for num_threads(head.n_threads) schedule(dynamic)
-  for (Index p = 0; p < span.size(); ++p) {
-    finish_panel(head, tiles, kept, blocks, span.begin + p, p, statistics.maxima + p * statistics.n_lanes);
-    if (tiles.gradients().of_weight()) tiles.add_to_weight(blocks, span.begin + p, p, omp_get_thread_num());
+  for (Index first = 0; first < span.size(); first += n_panels) {
+    const Range panels = chunk_at(span.size(), first, n_panels);
+    float bias_sums[kPanelsOfTask * kPanel * kLanes] = {};
+    tiles.add_to_weight(blocks, span, panels, omp_get_thread_num(), [&](Index p, Range finished) {
+      finish_panel(head, tiles, kept, blocks, finished, span.begin + p, p, statistics.maxima + p * statistics.n_lanes,
+                   bias_sums + (p - first) * kPanel * kLanes);
+    });
+    for (Index v = first * kPanel; tiles.gradients().bias && v < panels.end * kPanel; ++v) {
+      const Index of = span.begin * kPanel + v;
+      if (of < head.n_classes) tiles.gradients().bias[of] += sum(load(bias_sums + (v - first * kPanel) * kLanes));
+    }
   }
   if (tiles.gradients().rows) tiles.add_to_rows(blocks, span);
 }
@@ -205,7 +217,8 @@ void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
   const Index panels = panels_of(head), chunk = kDirect ? smaller(rows_of_chunk(head), a.n_rows) : a.n_rows;
   const Index max_blocks = ceil_div(chunk, kBlock);
   const Index bytes_of_panel = max_blocks * kTile * sizeof(typename T::Stored);
-  const Index max_span = smaller(panels, larger(head.workspace_bytes / bytes_of_panel, head.n_threads));
+  const Index wanted = larger(head.workspace_bytes / bytes_of_panel, head.n_threads);
+  const Index max_span = smaller(panels, round_up(wanted, kPanelsOfProduct));
   GradientTiles<T> tiles(head, (const In*)a.rows, gradients, max_blocks, max_span);
   KeptRows kept(max_blocks * kBlock);
   Buffer<float> maxima(max_span * max_blocks * kBlock);

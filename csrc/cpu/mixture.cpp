@@ -152,7 +152,7 @@ class MixtureBackward {
 
   Index panels_in_workspace() const {
     const Index bytes_of_panel = max_blocks_ * kTile * sizeof(typename T::Stored);
-    return smaller(n_panels_, larger(head_.workspace_bytes / bytes_of_panel, 1));
+    return smaller(n_panels_, round_up(larger(head_.workspace_bytes / bytes_of_panel, 1), kPanelsOfProduct));
   }
 
   Index tiles_of_thread() const { return (caps_ ? 3 : 2) * a_.n_experts + 1; }
@@ -233,8 +233,9 @@ class MixtureBackward {
       }
 #pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
       for (Index p = 0; p < span.size(); ++p) {
-        if (gradients_.of_weight()) tiles_.add_to_weight(chunk.blocks, span.begin + p, p, omp_get_thread_num());
-        if (gradients_.bias) add_to_bias(chunk.blocks, span.begin + p, p);
+        tiles_.add_to_weight(chunk.blocks, span, {p, p + 1}, omp_get_thread_num(), [&](Index, Range blocks) {
+          if (gradients_.bias) add_to_bias(chunk.blocks, blocks, span.begin + p, p);
+        });
       }
       if (gradients_.rows) tiles_.add_to_rows(chunk.blocks, span);
     }
@@ -269,10 +270,10 @@ class MixtureBackward {
     }
   }
 
-  void add_to_bias(const RowBlocks& blocks, Index panel, Index panel_of_span) const {
+  void add_to_bias(const RowBlocks& blocks, Range added, Index panel, Index panel_of_span) const {
     for (Index v = 0; v < classes_in(head_, panel); ++v) {
       float total = 0;
-      for (Index b = 0; b < blocks.n_blocks; ++b) {
+      for (Index b = added.begin; b < added.end; ++b) {
         const auto* dl = tiles_.tile(panel_of_span, b) + v * kBlock;
         for (Index lane = 0; lane < blocks.filled[b]; ++lane) total += widen(dl[lane]);
       }

@@ -106,7 +106,7 @@ inline void interleave(const Bfloat16* low, const Bfloat16* high, Index n, Pair*
     Halves a, b;
     memcpy(&a, low + i, sizeof a);
     memcpy(&b, high + i, sizeof b);
-    const Bits pairs = __builtin_convertvector(a, Bits) | __builtin_convertvector(b, Bits) << 16;
+    const Bits pairs = to_bits(a) | to_bits(b) << 16;
     memcpy((void*)(to + i), &pairs, sizeof pairs);
   }
   for (; i < n; ++i) to[i] = pair(low[i], high[i]);
@@ -189,19 +189,26 @@ LogitsOperand<typename T::Op> logits_operand(const Head& head, Index panel, void
   return {copy, stride, steps, padded_bias, n, transform};
 }
 
-// Transforms the logits of a tile of n classes, and raises `largest` to their maxima.
+// Adds the bias to a tile of n sums unless `bias` is null, transforms them, and raises `largest` to their maxima.
 template <int NV>
-ALWAYS_INLINE void transform_tile(const LogitTransform& transform, Index n, float* tile, Vector (&largest)[NV]) {
+ALWAYS_INLINE void transform_tile(const LogitTransform& transform, const float* bias, Index n, float* tile,
+                                  Vector (&largest)[NV]) {
   const bool is_identity = transform.is_identity();
-  for (Index v = 0; v < n; ++v) {
-#pragma GCC unroll 3
-    for (int j = 0; j < NV; ++j) {
-      float* at = tile + v * kBlock + j * kLanes;
+  Vector of_odd[NV];  // the maxima of every other class: they would wait for one another
+  for (int j = 0; j < NV; ++j) of_odd[j] = largest[j];
+  for (Index v = 0; v < n; v += 2) {
+#pragma GCC unroll 6
+    for (int j = 0; j < 2 * NV; ++j) {
+      float* at = tile + v * kBlock + j / NV * kBlock + j % NV * kLanes;
       Vector logit = load(at);
-      if (!is_identity) store(at, logit = transform.apply(logit));
-      largest[j] = maximum(logit, largest[j]);
+      if (bias) logit += bias[v + j / NV];
+      if (!is_identity) logit = transform.apply(logit);
+      if (bias || !is_identity) store(at, logit);
+      Vector& maxima = j < NV ? largest[j] : of_odd[j - NV];
+      maxima = maximum(logit, maxima);
     }
   }
+  for (int j = 0; j < NV; ++j) largest[j] = maximum(of_odd[j], largest[j]);
 }
 
 // Computes tile (kPanel, kBlock) = transform(E·zᵀ + b) of one panel and block; raises `largest` to the maxima over the
@@ -215,7 +222,7 @@ ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* t
     store_to(tile + v * kBlock, kBlock, e.bias ? e.bias + v : nullptr, sum);
   }
   // apart, since maxima in registers beside the sums of the product would make the compiler spill
-  transform_tile(e.transform, e.n_classes, tile, largest);
+  transform_tile(e.transform, kTileSteps > 1 ? e.bias : nullptr, e.n_classes, tile, largest);
 }
 
 // --------------------------------------------------------------------------------- E and z as right sides of gradients

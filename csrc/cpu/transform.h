@@ -8,7 +8,7 @@ namespace {
 
 class LogitTransform {
  public:
-  explicit LogitTransform(const fused_mos::Transform& t)
+  explicit LogitTransform(const fused_mos::Transform& t = {0, 1})
       : inverse_temperature_(t.inverse_temperature),
         inverse_softcap_(t.softcap > 0 ? 1 / t.softcap : 0),
         bound_(t.softcap * t.inverse_temperature),

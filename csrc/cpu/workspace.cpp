@@ -3,7 +3,9 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <mutex>
 #include <new>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -18,7 +20,7 @@ struct alignas(64) Block {  // what precedes the memory, on a cache line of its 
 };
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
-constexpr std::size_t kLargestKept = std::size_t{64} << 20;
+constexpr std::size_t kLargestKept = std::size_t{80} << 20;
 #ifdef __SANITIZE_ADDRESS__
 constexpr std::size_t kLarge = SIZE_MAX;  // each block ends where it was asked to, so that reads beyond it are seen
 #else
@@ -26,8 +28,36 @@ constexpr std::size_t kLarge = 2 * kHugePage;
 #endif
 std::atomic<std::size_t> live{0}, peak{0};
 
-// The last large block that was released: the kernel zeroes fresh pages, which would be 4 % of a training step.
-std::atomic<Block*> kept{nullptr};
+// Large blocks that were released, while they are kLargestKept together: the kernel zeroes fresh pages, which would be
+// 4 % of a training step.
+std::mutex mutex;
+std::vector<Block*> kept;
+
+// Returns the smallest kept block of so many bytes, no longer kept, or null.
+Block* take_kept(std::size_t total) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto best = kept.end();
+  for (auto block = kept.begin(); block != kept.end(); ++block) {
+    if ((*block)->capacity >= total && (best == kept.end() || (*block)->capacity < (*best)->capacity)) best = block;
+  }
+  if (best == kept.end()) return nullptr;
+  Block* block = *best;
+  kept.erase(best);
+  return block;
+}
+
+// Keeps a block in the place of those kept first, as many as need be.
+void keep(Block* block) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  kept.push_back(block);
+  std::size_t bytes = 0;
+  for (const Block* other : kept) bytes += other->capacity;
+  while (bytes > kLargestKept) {
+    bytes -= kept.front()->capacity;
+    std::free(kept.front());
+    kept.erase(kept.begin());
+  }
+}
 
 // posix_memalign, since aligned_alloc takes multiples of the alignment only.
 Block* aligned(std::size_t alignment, std::size_t bytes) {
@@ -37,10 +67,7 @@ Block* aligned(std::size_t alignment, std::size_t bytes) {
 
 Block* take(std::size_t total) {
   if (total < kLarge) return aligned(alignof(Block), total);
-  if (Block* block = kept.exchange(nullptr)) {
-    if (block->capacity >= total) return block;
-    std::free(block);
-  }
+  if (Block* block = take_kept(total)) return block;
   total = (total + kHugePage - 1) / kHugePage * kHugePage;
   Block* block = aligned(kHugePage, total);
   if (!block) return nullptr;
@@ -68,8 +95,7 @@ void* allocate(std::size_t bytes) {
 void release(void* memory) {
   Block* block = static_cast<Block*>(memory) - 1;
   live -= block->bytes;
-  if (block->capacity >= kLarge && block->capacity <= kLargestKept) block = kept.exchange(block);
-  std::free(block);
+  block->capacity >= kLarge ? keep(block) : std::free(block);
 }
 
 std::size_t peak_bytes() { return peak; }

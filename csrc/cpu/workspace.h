@@ -1,5 +1,5 @@
-// Memory of the kernels: one aligned allocation each, released with its scope. One released block of up to 64 MiB is
-// kept for the next call.
+// Memory of the kernels: one aligned allocation each, released with its scope. Released blocks of
+// up to 80 MiB together are kept for the next call.
 #pragma once
 
 #include <cstddef>

@@ -4,9 +4,10 @@ The vocabulary is cut into panels of 128 classes. The logits of a panel and a bl
 from the product to their sums of exponentials; the backward passes and log-probabilities keep them in a workspace of
 at most 40 MiB. Each sum
 is made by one thread in a fixed order, so results do not depend on the number of threads. The instruction set is chosen
-at run time (generic, avx2, avx512, avx512_bf16); the environment variable FUSED_MOS_ISA overrides the choice.
+at run time (generic, avx2, avx512, avx512_bf16, amx_bf16); the environment variable FUSED_MOS_ISA overrides the choice.
 
-bfloat16 operands are multiplied as they are where the processor can (avx512_bf16), else widened; sums are float32.
+bfloat16 operands are multiplied as they are where the processor does so faster (amx_bf16, and on AMD avx512_bf16), else
+widened; sums are float32.
 """
 
 import torch
@@ -32,6 +33,9 @@ vocabulary and, for 16-bit gradients of several blocks, of their float32 sums (V
 MIN_GRADIENT_ROWS = 96
 """Rows of a block below which gradients are not formed in the forward pass: each block reads and writes the whole
 weight gradient, so few rows make it memory-bound."""
+
+MIN_GRADIENT_ROWS_WITH_AMX = 1024
+"""Likewise where AMX makes the product that is saved so cheap."""
 
 
 def instruction_set() -> str:
@@ -117,6 +121,12 @@ def _exponential_bytes(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.bfloat16 and _cpu.bf16_products() else 4
 
 
+@assume_constant_result
+def _min_gradient_rows(dtype: torch.dtype) -> int:
+    with_amx = dtype == torch.bfloat16 and instruction_set() == "amx_bf16"
+    return MIN_GRADIENT_ROWS_WITH_AMX if with_amx else MIN_GRADIENT_ROWS
+
+
 def _tokens_of_block(n_tokens: int, n_experts: int, weight: Tensor) -> int:
     """Tokens whose exponentials over the whole vocabulary are held at once; 0 where the workspace is too small."""
     n_classes, n_features = weight.shape
@@ -135,7 +145,8 @@ def _tokens_of_block(n_tokens: int, n_experts: int, weight: Tensor) -> int:
 def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:
     if n_tokens == 0:
         return False
-    return _tokens_of_block(n_tokens, n_experts, weight) * n_experts >= min(MIN_GRADIENT_ROWS, n_tokens * n_experts)
+    least = min(_min_gradient_rows(weight.dtype), n_tokens * n_experts)
+    return _tokens_of_block(n_tokens, n_experts, weight) * n_experts >= least
 
 
 def _blocks_with_gradients(

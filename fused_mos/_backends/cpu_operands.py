@@ -13,7 +13,7 @@ WORKSPACE_BYTES = 40 * 2**20
 products."""
 
 PANEL = 128  # kPanel of csrc/cpu/product.h
-BLOCK = 48  # the largest kBlock of csrc/cpu/product.h: rows come in blocks, of which the last is filled up
+BLOCK = 96  # a multiple of each kBlock of csrc/cpu/product.h: rows come in blocks, of which the last is filled up
 
 
 def padded_classes(n_classes: int) -> int:
