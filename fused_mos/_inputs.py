@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _backends
 from ._backends.tracing import has_memory
@@ -139,10 +140,24 @@ def check_inputs(
         latent, prior_logits, weight, bias, isinstance(latent, Tensor) and is_autocast(latent.device.type), n_external
     )
     for name, tensor in named.items():
-        if values_can_be_read(tensor):
-            # max propagates NaN and, unlike isnan().any(), allocates nothing
-            if tensor.numel() and tensor.detach().amax().isnan():
-                raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
+        if values_can_be_read(tensor) and _has_nan(tensor):
+            raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
+
+
+_WITHOUT_NAN = WeakIdKeyDictionary()  # Tensor -> the state in which none was found
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    """Reads a tensor once until it is written to: a weight, for one token, costs as much to read as to multiply by."""
+    state = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
+    if tensor.numel() == 0 or (state is not None and _WITHOUT_NAN.get(tensor) == state):
+        return False
+    # max propagates NaN and, unlike isnan().any(), allocates nothing
+    if tensor.detach().amax().isnan():
+        return True
+    if state is not None and tensor.is_leaf:
+        _WITHOUT_NAN[tensor] = state
+    return False
 
 
 def check_shapes(

@@ -209,3 +209,31 @@ def test_constructor(options, message):
 def test_constructor_types(options, message):
     with pytest.raises(TypeError, match=message):
         fused_mos.MoS(**{"in_features": D, "n_classes": V, **options})
+
+
+def test_nan_is_found_whenever_a_weight_was_written_to():
+    """Though a weight is read once until then."""
+    latent, prior_logits, weight = torch.randn(N, K, D), torch.randn(N, K), torch.nn.Parameter(torch.randn(V, D))
+
+    def write(change):
+        F.mos_log_prob(latent, prior_logits, weight)
+        with torch.no_grad():
+            change()
+        with pytest.raises(ValueError, match="weight contains NaN"):
+            F.mos_log_prob(latent, prior_logits, weight)
+        with torch.no_grad():
+            weight.zero_()
+
+    write(lambda: weight[0, 0].fill_(torch.nan))
+    write(lambda: weight.mul_(torch.nan))
+    write(lambda: weight.copy_(_nan(V, D)))
+    write(lambda: setattr(weight, "data", _nan(V, D)))
+
+
+def test_a_weight_is_read_once(monkeypatch):
+    latent, prior_logits, weight = torch.randn(N, K, D), torch.randn(N, K), torch.nn.Parameter(torch.randn(V, D))
+    read, amax = [], torch.Tensor.amax
+    monkeypatch.setattr(torch.Tensor, "amax", lambda self, *args: read.append(self.shape) or amax(self, *args))
+    for _ in range(3):
+        F.mos_log_prob(latent, prior_logits, weight, backend="reference")
+    assert read.count(weight.shape) == 1

@@ -86,19 +86,15 @@ ALWAYS_INLINE void store_to(float* to, Index stride, const float* /* bias */, co
   store_registers<NV>(to, stride);
 }
 
-// to[i·stride + :] += sum[i][:] within (rows, columns).
-template <int NV>
+// to[i·stride + :] += sum[i][:], or = where it `starts`, within (rows, columns).
+template <bool starts, int NV>
 ALWAYS_INLINE void add_to(float* to, Index stride, Index rows, Index columns, const Sums<Pair, NV>&) {
+  if (starts && rows >= kTileRows && columns >= NV * kLanes) return store_registers<NV>(to, stride);
   alignas(64) float sums[kTileRows * NV * kLanes];
   store_registers<NV>(sums, NV * kLanes);
   for (Index i = 0; i < smaller(rows, kTileRows); ++i) {
-    const float* row = sums + i * NV * kLanes;
-    if (columns >= NV * kLanes) {
-      for (int j = 0; j < NV; ++j) {
-        store(to + i * stride + j * kLanes, load(to + i * stride + j * kLanes) + load(row + j * kLanes));
-      }
-    } else {
-      for (Index c = 0; c < columns; ++c) to[i * stride + c] += row[c];
+    for (int j = 0; j < NV; ++j) {
+      add_lanes<starts>(to + i * stride + j * kLanes, columns - j * kLanes, load(sums + (i * NV + j) * kLanes));
     }
   }
 }

@@ -142,18 +142,22 @@ class ConsecutiveRows {
 class RowsByExpert {
  public:
   RowsByExpert(Range tokens, Index n_experts)
-      : n_lanes(round_up(tokens.size() * n_experts, kBlock)), source_(n_lanes), filled_(n_lanes / kBlock) {
+      : n_lanes(round_up(tokens.size() * n_experts, kLanes)),
+        n_blocks_(ceil_div(n_lanes, kBlock)),
+        source_(n_blocks_ * kBlock),
+        filled_(n_blocks_) {
     const Index n = tokens.size(), n_rows = n * n_experts;
-    for (Index lane = 0; lane < n_lanes; ++lane) {
+    for (Index lane = 0; lane < n_blocks_ * kBlock; ++lane) {
       source_[lane] = lane < n_rows ? (tokens.begin + lane % n) * n_experts + lane / n : -1;
     }
-    for (Index b = 0; b < n_lanes / kBlock; ++b) filled_[b] = smaller(kBlock, n_rows - b * kBlock);
+    for (Index b = 0; b < n_blocks_; ++b) filled_[b] = smaller(kBlock, n_rows - b * kBlock);
   }
-  RowBlocks blocks() const { return {n_lanes / kBlock, source_, filled_}; }
+  RowBlocks blocks() const { return {n_blocks_, source_, filled_}; }
 
-  const Index n_lanes;
+  const Index n_lanes;  // up to the last vector that is not empty
 
  private:
+  Index n_blocks_;
   Buffer<Index> source_, filled_;
 };
 

@@ -109,8 +109,12 @@ class GradientTiles {
     for (Index b = 0; b < blocks.n_blocks; ++b) pack_block<T>(head_, rows_, blocks, b, packed(b));
   }
 
+  // How many times rows were taken. Until it is 1, dE is not written.
+  Index n_begun() const { return n_begun_; }
+
   // Takes the rows whose gradients are formed: sums of dz begin.
   void begin(const RowBlocks& kept) {
+    ++n_begun_;
 #pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
     for (Index b = 0; b < kept.n_blocks; ++b) {
       if (right_) {
@@ -139,7 +143,8 @@ class GradientTiles {
       for (Index p = panels.begin; p < panels.end; ++p) finish(p, blocks);
       for (Index d = 0; d < features; d += kBlock) {
         for (Index p = panels.begin; p < panels.end; ++p) {
-          add_weight_product(kept, blocks, p, classes_in(head_, span.begin + p), d, sums[p - panels.begin]);
+          const bool starts = first == 0 && (n_begun_ == 1 || !sums_are_kept());
+          add_weight_product(kept, blocks, p, classes_in(head_, span.begin + p), d, sums[p - panels.begin], starts);
         }
       }
       if constexpr (kTransposed) {
@@ -187,11 +192,16 @@ class GradientTiles {
 
  private:
   static constexpr bool kDirect = sizeof(In) == sizeof(float);  // gradients are summed where they are returned
+  static constexpr bool kInPlace = kDirect;                     // operands are multiplied as they lie
+  static constexpr Index kFewBlocks = 1, kRowsInPlace = 32;
 
   static Index columns_scratch_bytes(const Head& head) {
     if (kTransposed) return 0;
     return sizeof(Op) * steps_of<Op>(kPanel) * smaller(kColumnsOfProduct, round_up(head.n_features, kBlock));
   }
+
+  // Whether what the next rows add to is the sums that these made.
+  bool sums_are_kept() const { return kDirect || gradients_.weight_sums; }
 
   // The memory that the sums of one panel's dE are made in, (kPanel, stride).
   struct WeightSums {
@@ -208,9 +218,7 @@ class GradientTiles {
     if constexpr (kDirect) {
       return {gradients_.weight + panel * kPanel * head_.n_features, head_.n_features};
     } else {
-      float* sums = panel_sums_ + kPanel * width_ * (thread * kPanelsOfTask + panel_of_task);
-      memset(sums, 0, sizeof(float) * kPanel * width_);
-      return {sums, width_};
+      return {panel_sums_ + kPanel * width_ * (thread * kPanelsOfTask + panel_of_task), width_};
     }
   }
 
@@ -222,8 +230,8 @@ class GradientTiles {
   }
 
   // Adds dlᵀ·z over the rows of some blocks to dE of one panel (n classes), in the columns [d, d + kBlock).
-  void add_weight_product(const RowBlocks& kept, Range blocks, Index panel_of_span, Index n, Index d,
-                          WeightSums sums) const {
+  void add_weight_product(const RowBlocks& kept, Range blocks, Index panel_of_span, Index n, Index d, WeightSums sums,
+                          bool starts) const {
     with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
       for (Index v = 0; v < n; v += kTileRows) {
         Sums<Op, decltype(vectors)::value> sum;
@@ -233,7 +241,12 @@ class GradientTiles {
                    (const Op*)right_ + d / kBlock * right_block_ + b * kBlock / kDepth * kBlock, kBlock,
                    steps_of<Op>(kept.filled[b]), sum);
         }
-        add_to(sums.rows + v * sums.stride + d, sums.stride, n - v, sums.stride - d, sum);
+        float* to = sums.rows + v * sums.stride + d;
+        if (starts) {
+          add_to<true>(to, sums.stride, n - v, sums.stride - d, sum);
+        } else {
+          add_to<false>(to, sums.stride, n - v, sums.stride - d, sum);
+        }
       }
     });
   }
@@ -249,7 +262,9 @@ class GradientTiles {
       const Range set = chunk_at(columns.end, columns.begin + i % column_sets * kColumnsOfProduct, kColumnsOfProduct);
       const Index n = classes_in(head_, span.begin + p), steps = ceil_div(n, kDepth);
       const auto* panel = (const In*)head_.weight + (span.begin + p) * kPanel * head_.n_features;
-      pack_columns<T>(panel, nullptr, n, head_.n_features, set.begin, set.end, steps * kBlock, e);
+      // for few rows, whole blocks of columns are read where they lie
+      const Index in_place = kInPlace && kept.n_blocks <= kFewBlocks ? set.size() / kBlock * kBlock : 0;
+      pack_columns<T>(panel, nullptr, n, head_.n_features, set.begin + in_place, set.end, steps * kBlock, e);
       for (Index b = blocks.begin; b < blocks.end; ++b) {
         const Op* dl;
         if constexpr (kDepth == 2) {
@@ -261,24 +276,42 @@ class GradientTiles {
         const Range rows{larger(tile_rows.begin - first_tile_row, 0) * kTileRows,
                          smaller((tile_rows.end - first_tile_row) * kTileRows, kept.filled[b])};
         const Stored* next_tile = b + 1 < blocks.end ? tile(p, b + 1) : tile(next_p, blocks.begin);
-        add_rows_product(b, rows, set, dl, e, steps, next_tile);
+        if constexpr (kInPlace) {
+          // by a few classes, whose rows are read from end to end
+          for (Index v = 0; v < n && in_place; v += kRowsInPlace) {
+            prefetch_columns(span.begin * kPanel + p * kPanel + v + kRowsInPlace, set);
+            add_rows_product(b, rows, {set.begin, set.begin + in_place}, dl + v * kBlock,
+                             panel + v * head_.n_features + set.begin, kBlock, head_.n_features,
+                             smaller(n - v, kRowsInPlace), nullptr);
+          }
+        }
+        add_rows_product(b, rows, {set.begin + in_place, set.end}, dl, e, steps * kBlock, kBlock, steps, next_tile);
       }
     }
   }
 
-  // Adds dl·E over one panel to dz of some rows of a block, in some columns; prefetches the next tile meanwhile.
-  void add_rows_product(Index block, Range rows, Range columns, const Op* dl, const Op* e, Index steps,
-                        const Stored* next_tile) {
+  // Prefetches some columns of kRowsInPlace classes' rows: parts of them are too short for the processor to foresee.
+  void prefetch_columns(Index first_class, Range columns) const {
+    for (Index v = first_class; v < smaller(first_class + kRowsInPlace, head_.n_classes); ++v) {
+      const In* row = (const In*)head_.weight + v * head_.n_features;
+      for (Index d = columns.begin; d < columns.end; d += kLine / sizeof(In)) prefetch(row + d);
+    }
+  }
+
+  // Adds dl·E over one panel to dz of some rows of a block, in some columns; prefetches the next tile, if any, meanwhile.
+  // Of E, blocks of columns are `e_block` apart, and rows `e_step`.
+  void add_rows_product(Index block, Range rows, Range columns, const Op* dl, const Op* e, Index e_block, Index e_step,
+                        Index steps, const Stored* next_tile) {
     const Index calls = larger(ceil_div(columns.size(), kBlock) * ceil_div(rows.size(), kTileRows), 1);
     Index call = 0;
     for (Index d = columns.begin; d < columns.end; d += kBlock) {
       with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
         for (Index r = rows.begin; r < rows.end; r += kTileRows, ++call) {
-          prefetch_share(next_tile, kTile * Index(sizeof(Stored)), call, calls);
+          if (next_tile) prefetch_share(next_tile, kTile * Index(sizeof(Stored)), call, calls);
           Sums<Op, decltype(vectors)::value> sum;
           clear(sum);
-          multiply(dl + r, 1, kBlock, e + (d - columns.begin) * steps, kBlock, steps, sum);
-          add_to(row_sums_ + d * lanes_ + (block * kBlock + r) * kBlock, kBlock, kTileRows, kBlock, sum);
+          multiply(dl + r, 1, kBlock, e + (d - columns.begin) / kBlock * e_block, e_step, steps, sum);
+          add_to<false>(row_sums_ + d * lanes_ + (block * kBlock + r) * kBlock, kBlock, kTileRows, kBlock, sum);
         }
       });
     }
@@ -342,7 +375,7 @@ class GradientTiles {
       multiply_tiles(e + (p - panels.begin) * kPanel / kDepth * kLanes, kTileSteps, kLanes * kTileSteps, next,
                      (const Op*)tile(p, b), kBlock, steps_of<Op>(classes_in(head_, span.begin + p)), sum);
     }
-    add_to(row_sums_ + d * lanes_ + b * kBlock * kBlock, kBlock, kTileRows, kBlock, sum);
+    add_to<false>(row_sums_ + d * lanes_ + b * kBlock * kBlock, kBlock, kTileRows, kBlock, sum);
   }
 
   // (classes, kBlock) of bfloat16 -> (classes / 2, kBlock) of pairs of classes
@@ -358,7 +391,7 @@ class GradientTiles {
   const In* rows_;
   Gradients<T> gradients_;
   Index width_;
-  Index n_blocks_ = 0;
+  Index n_blocks_ = 0, n_begun_ = 0;
   Buffer<Stored> tiles_;
   Buffer<Op> packed_;
   Index lanes_;

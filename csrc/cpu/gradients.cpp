@@ -332,7 +332,6 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
   In* grad_weight = gradients.weight;
   const bool sums = sizeof(In) != sizeof(float) && grad_weight && a.tokens_of_block < a.n_tokens;
   Buffer<float> weight_sums(sums ? head.n_classes * head.n_features : 0);
-  if (sums && head.n_features) memset(weight_sums, 0, sizeof(float) * head.n_classes * head.n_features);
   if (sums) gradients.weight = nullptr, gradients.weight_sums = weight_sums;
   GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, panels);
   KeptRows kept(max_blocks * kBlock);
@@ -364,6 +363,10 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
     tiles.begin(blocks);
     add_gradients(head, tiles, kept, blocks, {0, panels}, a.target_logit, statistics);
     if (gradients.rows) tiles.end(blocks);
+  }
+  if (tiles.n_begun() == 0 && grad_weight) {
+    memset((void*)grad_weight, 0, sizeof(In) * head.n_classes * head.n_features);
+    return;
   }
   if (!sums) return;
 #pragma omp parallel for num_threads(head.n_threads)

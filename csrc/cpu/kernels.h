@@ -40,7 +40,7 @@ struct StatisticsArguments {
 // Gradients that kernels fill, of the rows (N·K latent vectors) and of the head; null where not needed.
 struct GradientArguments {
   void* rows;    // (R, D) operand, zeros at first
-  void* weight;  // (V, D) operand, zeros at first
+  void* weight;  // (V, D) operand, whatever there was before; where there are no rows, it stays
   float* bias;   // (V,), zeros at first
 };
 

@@ -193,10 +193,11 @@ class OneSweep {
     [[maybe_unused]] const ProductRegisters registers;
     const auto e = operand(panel);
     float *tile = tile_of_thread(), unused[kBlock];
-    for (Index block = 0; block < n_lanes_ / kBlock; ++block) {
+    for (Index block = 0; block < ceil_div(n_lanes_, kBlock); ++block) {
+      const Index n = smaller(kBlock, n_lanes_ - block * kBlock);
       compute_logits<kTileVectors>(e, block, tile, unused);
       for (Index v = 0; v < e.n_classes; ++v) {
-        memcpy(exponentials_of(panel) + v * n_lanes_ + block * kBlock, tile + v * kBlock, sizeof(float) * kBlock);
+        memcpy(exponentials_of(panel) + v * n_lanes_ + block * kBlock, tile + v * kBlock, sizeof(float) * n);
       }
     }
   }

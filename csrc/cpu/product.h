@@ -61,6 +61,13 @@ ALWAYS_INLINE void with_vectors(Index n, F f) {
   return f(Count<kTileVectors>{});
 }
 
+// to[:] += sum[:], or = where it `starts`, of the first n lanes.
+template <bool starts>
+ALWAYS_INLINE void add_lanes(float* to, Index n, Vector sum) {
+  if (n >= kLanes) return store(to, starts ? sum : load(to) + sum);
+  for (Index lane = 0; lane < n; ++lane) to[lane] = (starts ? 0 : to[lane]) + sum[lane];
+}
+
 }  // namespace
 
 #ifdef __AMX_BF16__

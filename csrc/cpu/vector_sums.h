@@ -53,21 +53,19 @@ ALWAYS_INLINE void store_to(float* to, Index stride, const float* bias, const Ve
   }
 }
 
-// to[i·stride + :] += sum[i][:] within (rows, columns).
-template <int NV>
+// to[i·stride + :] += sum[i][:], or = where it `starts`, within (rows, columns).
+template <bool starts, int NV>
 ALWAYS_INLINE void add_to(float* to, Index stride, Index rows, Index columns, const Vector (&sum)[kTileRows][NV]) {
   if (rows >= kTileRows && columns >= NV * kLanes) {
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 3
-      for (int j = 0; j < NV; ++j) store(to + i * stride + j * kLanes, load(to + i * stride + j * kLanes) + sum[i][j]);
+      for (int j = 0; j < NV; ++j) add_lanes<starts>(to + i * stride + j * kLanes, kLanes, sum[i][j]);
     }
     return;
   }
   for (Index i = 0; i < smaller(rows, kTileRows); ++i) {
-    float row[NV * kLanes];
-    for (int j = 0; j < NV; ++j) store(row + j * kLanes, sum[i][j]);
-    for (Index c = 0; c < smaller(columns, NV * kLanes); ++c) to[i * stride + c] += row[c];
+    for (int j = 0; j < NV; ++j) add_lanes<starts>(to + i * stride + j * kLanes, columns - j * kLanes, sum[i][j]);
   }
 }
 

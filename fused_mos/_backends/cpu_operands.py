@@ -64,7 +64,9 @@ class Gradients:
     def __init__(self, rows: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]):
         self.dtype = weight.dtype
         self.rows = torch.zeros_like(rows) if needs[0] else rows.new_empty(0)
-        self.weight = torch.zeros_like(weight) if needs[1] else weight.new_empty(0)
+        # the kernels write all of it, if there are rows
+        new = torch.empty_like if rows.shape[0] else torch.zeros_like
+        self.weight = new(weight) if needs[1] else weight.new_empty(0)
         self.bias = weight.new_zeros(weight.shape[0] if needs[2] else 0, dtype=torch.float32)
 
     def addresses(self) -> _cpu.Gradients:
