@@ -9,10 +9,10 @@
 #pragma once
 
 #include <math.h>
-#include <omp.h>
 
 #include "kernels.h"
 #include "product.h"
+#include "threads.h"
 #include "transform.h"
 #include "workspace.h"
 

@@ -1,8 +1,7 @@
 // The table of one instruction set's kernels, and the measurements that tests and benchmarks make of it.
-#include <omp.h>
-
 #include "family.h"
 #include "product.h"
+#include "threads.h"
 
 namespace {
 
