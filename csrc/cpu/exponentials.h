@@ -44,7 +44,7 @@ ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&large
                                 Vector (&total)[NV], Keep keep) {
   fill(total, 0);
   for (Index v = 0; v < n; ++v) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       const Index at = v * kBlock + j * kLanes;
       const Vector logit = load(tile + at), e = exp_nonpositive((logit - largest[j]) * factor);

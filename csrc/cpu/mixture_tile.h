@@ -125,7 +125,7 @@ class MixtureTile {
       }
     }
     for (Index v = 0; v < n_classes(); ++v) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         float* at = softmax + v * kBlock + j * kLanes;
         float* sum = mixture + v * kBlock + j * kLanes;

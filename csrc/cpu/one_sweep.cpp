@@ -98,7 +98,7 @@ class OneSweep {
     load_lanes(maxima, largest);
     fill(total, 0);
     for (Index v = 0; v < e.n_classes; ++v) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         const Vector exponential = exp_nonpositive(load(tile + v * kBlock + j * kLanes) - largest[j]);
         total[j] += exponential;
@@ -175,7 +175,7 @@ class OneSweep {
       const float *weights = weights_of(panel) + first, *exponentials = exponentials_of(panel) + v * n_lanes_ + first;
       Vector p[NV] = {};
       for (Index k = 0; k < a_.n_experts; ++k, weights += tokens_.size(), exponentials += tokens_.size()) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) p[j] += load(weights + j * kLanes) * load(exponentials + j * kLanes);
       }
       for (int j = 0; j < NV; ++j) {

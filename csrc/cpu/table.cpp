@@ -70,6 +70,8 @@ double peak(int n_threads) {
         // each sum must really be made, in a register
 #if defined(__AVX512F__)
         asm volatile("" : "+v"(sums[i]));
+#elif defined(__aarch64__)
+        asm volatile("" : "+w"(sums[i]));
 #else
         asm volatile("" : "+x"(sums[i]));
 #endif
