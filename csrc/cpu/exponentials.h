@@ -72,8 +72,8 @@ ALWAYS_INLINE Vector shifted_moment(Vector moment, Vector total, Vector differen
   return factor > 0.0f ? factor * (moment + total * difference) : Vector{};
 }
 
-// Merges the statistics of `n_parts` parts, for `n` lanes, into the maximum and log_total of the whole and, unless it is
-// null, its entropy.
+// Merges the statistics of `n_parts` parts, for `n` lanes, into the maximum and log_total of the whole and, unless it
+// is null, its entropy.
 inline void merge_statistics(const PartialStatistics& parts, Index n_parts, Index n, float* maximum_out,
                              float* log_total_out, float* entropy_out) {
   constexpr Index kTerms = 64;  // summed apart, so that rounding does not grow with the number of parts

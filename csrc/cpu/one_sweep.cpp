@@ -1,7 +1,7 @@
 // The mixture over all classes with its normalisers, from logits that are computed once.
 //
-// A block of tokens keeps a = exp(l − m) of all its rows over all classes, m being a row's maximum in a panel of classes.
-// Their sums make L, and a second sweep without products makes p = Σ_k π exp(m − L) a.
+// A block of tokens keeps a = exp(l − m) of all its rows over all classes, m being a row's maximum in a panel of
+// classes. Their sums make L, and a second sweep without products makes p = Σ_k π exp(m − L) a.
 #include "exponentials.h"
 #include "family.h"
 #include "mixture_results.h"
