@@ -140,8 +140,8 @@ def check_inputs(
     )
     for name, tensor in named.items():
         if values_can_be_read(tensor):
-            # max propagates NaN and, unlike isnan().any(), allocates nothing
-            if tensor.numel() and tensor.detach().amax().isnan():
+            # max propagates NaN and, unlike isnan().any(), allocates nothing; amax takes twice as long in bfloat16
+            if tensor.numel() and tensor.detach().max().isnan():
                 raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
 
 
