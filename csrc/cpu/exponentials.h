@@ -144,9 +144,10 @@ class RowsByExpert {
   RowsByExpert(Range tokens, Index n_experts)
       : n_lanes(round_up(tokens.size() * n_experts, kBlock)), source_(n_lanes), filled_(n_lanes / kBlock) {
     const Index n = tokens.size(), n_rows = n * n_experts;
-    for (Index lane = 0; lane < n_lanes; ++lane) {
-      source_[lane] = lane < n_rows ? (tokens.begin + lane % n) * n_experts + lane / n : -1;
+    for (Index k = 0; k < n_experts; ++k) {
+      for (Index t = 0; t < n; ++t) source_[k * n + t] = (tokens.begin + t) * n_experts + k;
     }
+    for (Index lane = n_rows; lane < n_lanes; ++lane) source_[lane] = -1;
     for (Index b = 0; b < n_lanes / kBlock; ++b) filled_[b] = smaller(kBlock, n_rows - b * kBlock);
   }
   RowBlocks blocks() const { return {n_lanes / kBlock, source_, filled_}; }
