@@ -60,6 +60,32 @@ sanitize: $(VENV)/installed
 	$(VENV)/bin/pytest -s -p no:cacheprovider tests/test_cpu.py tests/test_functional.py \
 		tests/test_extreme_values.py tests/test_op_arguments.py
 
+# the CPU kernels against loops in float64, without Python: a program of all instruction sets that this processor has
+TOOLS := $(VENV)-tools
+CONFIGURE = $(TOOLS)/bin/cmake --fresh -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(TOOLS))/bin/ninja -DFUSED_MOS_SELF_TEST=ON
+.PHONY: self-test
+self-test: $(TOOLS)/installed
+	$(CONFIGURE) -B build/self-test
+	$(TOOLS)/bin/cmake --build build/self-test
+	build/self-test/self_test $$(nproc)
+
+# the same compiled by Clang, which here is Zig's: for another processor, which QEMU emulates, and for this one, where Zig's
+# runtime does not know the processor and GCC's does
+ZIG_CXX = $(abspath $(TOOLS))/bin/python -m ziglang c++
+AARCH64_CXX ?= $(ZIG_CXX) -target aarch64-linux-musl
+QEMU_AARCH64 ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
+.PHONY: self-test-aarch64 self-test-clang
+self-test-aarch64: $(TOOLS)/installed
+	@test -n "$(QEMU_AARCH64)" || { echo "There is no qemu-aarch64 on the PATH: install it (Debian: apt install qemu-user) or set QEMU_AARCH64" >&2; exit 1; }
+	CXX="$(AARCH64_CXX)" $(CONFIGURE) -B build/self-test-aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
+	$(TOOLS)/bin/cmake --build build/self-test-aarch64
+	$(QEMU_AARCH64) build/self-test-aarch64/self_test
+
+self-test-clang: $(TOOLS)/installed
+	CXX="$(ZIG_CXX) -mcpu=baseline" $(CONFIGURE) -B build/self-test-clang -DCMAKE_EXE_LINKER_FLAGS="$$(gcc -print-libgcc-file-name)"
+	$(TOOLS)/bin/cmake --build build/self-test-clang
+	build/self-test-clang/self_test
+
 # a minute, once its environment is there: torch's CUDA wheel, without a GPU, is 5 GB. Fake CUDA tensors through all functions,
 # which are also compiled and exported. torch is the version that the kernels were last run with on a GPU.
 CUDA_VENV := $(VENV)-cuda
@@ -90,6 +116,11 @@ $(LINT)/installed: constraints.txt
 	$(LINT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt ruff clang-format
 	touch $@
 
+$(TOOLS)/installed: constraints.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt cmake ninja ziglang
+	touch $@
+
 $(VENV)/peers-installed: $(VENV)/installed
 	mkdir -p build
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cut-cross-entropy liger-kernel
@@ -104,4 +135,4 @@ $(CUDA_VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LINT) $(CUDA_VENV) build *.egg-info
+	rm -rf $(VENV) $(LINT) $(TOOLS) $(CUDA_VENV) build *.egg-info

@@ -3,6 +3,7 @@
 The kernels are optional: without a C++ compiler or nvcc the package installs without them, and `fused_mos.backends()`
 says why the backend `cpu` or `cuda` is missing. FUSED_MOS_NATIVE=0 leaves them out. FUSED_MOS_NATIVE=1 makes a failed
 build an error, and so are warnings and spilled registers of the CUDA kernels; a missing nvcc is none.
+FUSED_MOS_OPENMP=OFF builds the CPU kernels for one thread, FUSED_MOS_SANITIZE=ON with AddressSanitizer and UBSan.
 """
 
 import os
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.resolve()
 MODULES = ("_cpu", "_cuda")
 NVCC = shutil.which(os.environ.get("CUDACXX") or "nvcc") or ""
 WANTED = os.environ.get("FUSED_MOS_NATIVE", "")
+OPTIONS = {name: os.environ[name] for name in ("FUSED_MOS_OPENMP", "FUSED_MOS_SANITIZE") if name in os.environ}
 
 
 def first_error(log: str) -> str:
@@ -76,7 +78,7 @@ class CMakeBuild(build_ext):
             "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DFUSED_MOS_SANITIZE={os.environ.get('FUSED_MOS_SANITIZE', 'OFF')}",
+            *(f"-D{name}={value}" for name, value in OPTIONS.items()),
             f"-DFUSED_MOS_STRICT={'ON' if WANTED == '1' else 'OFF'}",
             f"-DFUSED_MOS_NVCC={NVCC if module == '_cuda' else ''}",
         )

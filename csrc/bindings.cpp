@@ -138,6 +138,11 @@ PYBIND11_MODULE(_cpu, m) {
     return names;
   });
   m.def("bf16_products", [] { return kernels_for(true).bf16_products; });
+#ifdef _OPENMP
+  m.attr("threaded") = true;
+#else
+  m.attr("threaded") = false;
+#endif
   m.def("peak_bytes", &peak_bytes);
   m.def("reset_peak_bytes", &reset_peak_bytes);
   m.def("exponentials", [](Address from, Address to, int64_t n) {

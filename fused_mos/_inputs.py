@@ -152,8 +152,8 @@ def _has_nan(tensor: Tensor) -> bool:
     state = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
     if tensor.numel() == 0 or (state is not None and _WITHOUT_NAN.get(tensor) == state):
         return False
-    # max propagates NaN and, unlike isnan().any(), allocates nothing
-    if tensor.detach().amax().isnan():
+    # max propagates NaN and, unlike isnan().any(), allocates nothing; amax takes twice as long in bfloat16
+    if tensor.detach().max().isnan():
         return True
     if state is not None and tensor.is_leaf:
         _WITHOUT_NAN[tensor] = state

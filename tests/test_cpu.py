@@ -91,6 +91,23 @@ def test_the_number_of_threads_changes_no_bit(dtype, instruction_set, workspace)
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 
 
+def test_the_number_of_threads_does_not_cut_the_products_of_dz(instruction_set, monkeypatch):
+    """A small workspace holds one panel of classes a thread, and tile registers add up four before they round."""
+    monkeypatch.setattr(cpu_operands, "WORKSPACE_BYTES", 1)
+    case = problem(200, 2, 280, 3000).to(torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        gradients = []
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            p = case.to(torch.bfloat16)
+            p.nll(backend="cpu", reduction="none").backward(torch.linspace(-1, 1, 200).bfloat16())
+            gradients.append(p.latent.grad)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @settings(max_examples=100, deadline=None)
 @given(
@@ -268,4 +285,5 @@ def test_one_openmp_runtime_is_loaded():
 
 
 def test_backends_tells_the_instruction_set(instruction_set):
-    assert fused_mos.backends()["cpu"] == f"available ({instruction_set})"
+    told = fused_mos.backends()["cpu"]
+    assert told == f"available ({instruction_set}{'' if _cpu.threaded else ', single-threaded: built without OpenMP'})"

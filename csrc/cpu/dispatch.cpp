@@ -82,7 +82,7 @@ const Kernels& chosen_kernels() {
   throw std::invalid_argument("FUSED_MOS_ISA must be one of " + names + " on this processor, got '" + wanted + "'");
 }
 
-const Kernels& kernels_for(bool bf16) {
+const Kernels& kernels_for([[maybe_unused]] bool bf16) {
   const Kernels& chosen = chosen_kernels();
 #ifdef FUSED_MOS_X86
   if (&chosen == &amx_bf16::kernels && !bf16) return avx512::kernels;

@@ -44,7 +44,7 @@ ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&large
                                 Vector (&total)[NV], Keep keep) {
   fill(total, 0);
   for (Index v = 0; v < n; ++v) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) {
       const Index at = v * kBlock + j * kLanes;
       const Vector logit = load(tile + at), e = exp_nonpositive((logit - largest[j]) * factor);
@@ -72,8 +72,8 @@ ALWAYS_INLINE Vector shifted_moment(Vector moment, Vector total, Vector differen
   return factor > 0.0f ? factor * (moment + total * difference) : Vector{};
 }
 
-// Merges the statistics of `n_parts` parts, for `n` lanes, into the maximum and log_total of the whole and, unless it is
-// null, its entropy.
+// Merges the statistics of `n_parts` parts, for `n` lanes, into the maximum and log_total of the whole and, unless it
+// is null, its entropy.
 inline void merge_statistics(const PartialStatistics& parts, Index n_parts, Index n, float* maximum_out,
                              float* log_total_out, float* entropy_out) {
   constexpr Index kTerms = 64;  // summed apart, so that rounding does not grow with the number of parts
@@ -147,9 +147,10 @@ class RowsByExpert {
         source_(n_blocks_ * kBlock),
         filled_(n_blocks_) {
     const Index n = tokens.size(), n_rows = n * n_experts;
-    for (Index lane = 0; lane < n_blocks_ * kBlock; ++lane) {
-      source_[lane] = lane < n_rows ? (tokens.begin + lane % n) * n_experts + lane / n : -1;
+    for (Index k = 0; k < n_experts; ++k) {
+      for (Index t = 0; t < n; ++t) source_[k * n + t] = (tokens.begin + t) * n_experts + k;
     }
+    for (Index lane = n_rows; lane < n_blocks_ * kBlock; ++lane) source_[lane] = -1;
     for (Index b = 0; b < n_blocks_; ++b) filled_[b] = smaller(kBlock, n_rows - b * kBlock);
   }
   RowBlocks blocks() const { return {n_blocks_, source_, filled_}; }

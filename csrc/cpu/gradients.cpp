@@ -347,15 +347,19 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
     const PartialStatistics statistics{all.n_blocks * kBlock, maxima, totals, nullptr};
     tiles.pack(all);
     exponentiate_span(head, tiles, all, {0, panels}, {target, a.target_logit}, statistics);
-#pragma omp parallel for num_threads(head.n_threads)
-    for (Index b = 0; b < all.n_blocks; ++b) {
-      const Index first = rows.begin + b * kBlock;
-      merge_statistics(statistics.from_lane(b * kBlock), panels, all.filled[b], a.maximum + first, a.log_total + first,
-                       nullptr);
-    }
-    for (Index t = 0; t < tokens.size(); ++t) {
-      mix_token(a, tokens.begin + t, responsibility + t * k);
-      if (a.grad_prior) write_prior_gradient(a, tokens.begin + t, responsibility + t * k);
+#pragma omp parallel num_threads(head.n_threads)
+    {
+#pragma omp for
+      for (Index b = 0; b < all.n_blocks; ++b) {
+        const Index first = rows.begin + b * kBlock;
+        merge_statistics(statistics.from_lane(b * kBlock), panels, all.filled[b], a.maximum + first,
+                         a.log_total + first, nullptr);
+      }
+#pragma omp for
+      for (Index t = 0; t < tokens.size(); ++t) {
+        mix_token(a, tokens.begin + t, responsibility + t * k);
+        if (a.grad_prior) write_prior_gradient(a, tokens.begin + t, responsibility + t * k);
+      }
     }
     keep_rows(head, a, rows, target, responsibility, kept);
     if (kept.n_rows == 0) continue;

@@ -94,8 +94,8 @@ class MixtureTile {
     }
   }
 
-  // Computes for each expert k exp(l − L) in tile k of `softmax`, q in tile k of `posterior` and, unless it is null, the
-  // slope of the soft cap in tile k of `slope`.
+  // Computes for each expert k exp(l − L) in tile k of `softmax`, q in tile k of `posterior` and, unless it is null,
+  // the slope of the soft cap in tile k of `slope`.
   template <int NV>
   ALWAYS_INLINE void posteriors(float* softmax, float* posterior, float* mixture, float* slope) const {
     for (Index k = 0; k < n_experts_; ++k) {
@@ -125,7 +125,7 @@ class MixtureTile {
       }
     }
     for (Index v = 0; v < n_classes(); ++v) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         float* at = softmax + v * kBlock + j * kLanes;
         float* sum = mixture + v * kBlock + j * kLanes;

@@ -1,7 +1,7 @@
 // The mixture over all classes with its normalisers, from logits that are computed once.
 //
-// A block of tokens keeps a = exp(l − m) of all its rows over all classes, m being a row's maximum in a panel of classes.
-// Their sums make L, and a second sweep without products makes p = Σ_k π exp(m − L) a.
+// A block of tokens keeps a = exp(l − m) of all its rows over all classes, m being a row's maximum in a panel of
+// classes. Their sums make L, and a second sweep without products makes p = Σ_k π exp(m − L) a.
 #include "exponentials.h"
 #include "family.h"
 #include "mixture_results.h"
@@ -98,7 +98,7 @@ class OneSweep {
     load_lanes(maxima, largest);
     fill(total, 0);
     for (Index v = 0; v < e.n_classes; ++v) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) {
         const Vector exponential = exp_nonpositive(load(tile + v * kBlock + j * kLanes) - largest[j]);
         total[j] += exponential;
@@ -175,7 +175,7 @@ class OneSweep {
       const float *weights = weights_of(panel) + first, *exponentials = exponentials_of(panel) + v * n_lanes_ + first;
       Vector p[NV] = {};
       for (Index k = 0; k < a_.n_experts; ++k, weights += tokens_.size(), exponentials += tokens_.size()) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) p[j] += load(weights + j * kLanes) * load(exponentials + j * kLanes);
       }
       for (int j = 0; j < NV; ++j) {

@@ -9,10 +9,10 @@
 #pragma once
 
 #include <math.h>
-#include <omp.h>
 
 #include "kernels.h"
 #include "product.h"
+#include "threads.h"
 #include "transform.h"
 #include "workspace.h"
 
@@ -197,7 +197,7 @@ ALWAYS_INLINE void transform_tile(const LogitTransform& transform, const float* 
   Vector of_odd[NV];  // the maxima of every other class: they would wait for one another
   for (int j = 0; j < NV; ++j) of_odd[j] = largest[j];
   for (Index v = 0; v < n; v += 2) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int j = 0; j < 2 * NV; ++j) {
       float* at = tile + v * kBlock + j / NV * kBlock + j % NV * kLanes;
       Vector logit = load(at);

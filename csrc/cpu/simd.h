@@ -17,6 +17,8 @@ constexpr int kLanes = 16, kTileRows = 32, kTileVectors = 2;  // four of eight t
 constexpr int kLanes = 16, kTileRows = 8, kTileVectors = 3;  // 24 of 32 vector registers
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 3;  // 12 of 16
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 4;  // 16 of 32: four pipes with a latency of four cycles
 #else
 constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 3;
 #endif

@@ -101,13 +101,17 @@ void row_statistics_of(const Head& head, const StatisticsArguments& a) {
   for (Index first = 0; first < a.n_rows; first += chunk) {
     const Index n = smaller(chunk, a.n_rows - first);
     const ConsecutiveRows rows(first, n);
-    const Index n_lanes = rows.blocks().n_blocks * kBlock;
+    const RowBlocks blocks = rows.blocks();
+    const Index n_lanes = blocks.n_blocks * kBlock;
     Buffer<float> maxima(n_groups * n_lanes), totals(n_groups * n_lanes), moments(a.entropy ? n_groups * n_lanes : 0);
     const PartialStatistics statistics{n_lanes, maxima, totals, moments};
-    partial_statistics<T>(head, (const typename T::In*)a.rows, rows.blocks(), {a.target, a.target_logit}, 1.0f,
-                          statistics);
-    merge_statistics(statistics, n_groups, n, a.maximum + first, a.log_total + first,
-                     a.entropy ? a.entropy + first : nullptr);
+    partial_statistics<T>(head, (const typename T::In*)a.rows, blocks, {a.target, a.target_logit}, 1.0f, statistics);
+#pragma omp parallel for num_threads(head.n_threads)
+    for (Index b = 0; b < blocks.n_blocks; ++b) {
+      const Index row = first + b * kBlock;
+      merge_statistics(statistics.from_lane(b * kBlock), n_groups, blocks.filled[b], a.maximum + row, a.log_total + row,
+                       a.entropy ? a.entropy + row : nullptr);
+    }
   }
 }
 

@@ -1,8 +1,7 @@
 // The table of one instruction set's kernels, and the measurements that tests and benchmarks make of it.
-#include <omp.h>
-
 #include "family.h"
 #include "product.h"
+#include "threads.h"
 
 namespace {
 
@@ -71,6 +70,8 @@ double peak(int n_threads) {
         // each sum must really be made, in a register
 #if defined(__AVX512F__)
         asm volatile("" : "+v"(sums[i]));
+#elif defined(__aarch64__)
+        asm volatile("" : "+w"(sums[i]));
 #else
         asm volatile("" : "+x"(sums[i]));
 #endif

@@ -18,7 +18,7 @@ template <int NV>
 ALWAYS_INLINE void clear(Vector (&sum)[kTileRows][NV]) {
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) sum[i][j] = Vector{};
   }
 }
@@ -29,12 +29,12 @@ ALWAYS_INLINE void multiply(const T* a, Index a_row, Index a_step, const T* b, I
                             Vector (&sum)[kTileRows][NV]) {
   for (Index s = 0; s < steps; ++s) {
     Vector right[NV];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) right[j] = Element<T>::load_all(b + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
       const Vector left = Element<T>::load_one(a + i * a_row);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) sum[i][j] = Element<T>::multiply_add(left, right[j], sum[i][j]);
     }
     a += a_step;
@@ -48,7 +48,7 @@ ALWAYS_INLINE void store_to(float* to, Index stride, const float* bias, const Ve
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i) {
     const Vector added = broadcast(bias ? bias[i] : 0.0f);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) store(to + i * stride + j * kLanes, sum[i][j] + added);
   }
 }
@@ -59,7 +59,7 @@ ALWAYS_INLINE void add_to(float* to, Index stride, Index rows, Index columns, co
   if (rows >= kTileRows && columns >= NV * kLanes) {
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) add_lanes<starts>(to + i * stride + j * kLanes, kLanes, sum[i][j]);
     }
     return;

@@ -45,7 +45,7 @@ def instruction_set() -> str:
 
 def availability() -> str:
     """The entry of this backend in `fused_mos.backends()`."""
-    return f"available ({instruction_set()})"
+    return f"available ({instruction_set()}{'' if _cpu.threaded else ', single-threaded: built without OpenMP'})"
 
 
 def row_statistics(

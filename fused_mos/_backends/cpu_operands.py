@@ -37,6 +37,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
+def n_threads() -> int:
+    """The threads that kernels share their work among: torch's, or 1 where they were built without OpenMP."""
+    return torch.get_num_threads() if _cpu.threaded else 1
+
+
 def head_of(weight: Tensor, bias: Tensor | None, transform: Transform) -> tuple[_cpu.Head, Tensor | None]:
     """The operands that all kernels share, and the float32 bias, which must outlive them."""
     bias = None if bias is None else bias.float().contiguous()
@@ -46,7 +51,7 @@ def head_of(weight: Tensor, bias: Tensor | None, transform: Transform) -> tuple[
         n_classes=weight.shape[0],
         n_features=weight.shape[1],
         bf16=weight.dtype == torch.bfloat16,
-        n_threads=torch.get_num_threads(),
+        n_threads=n_threads(),
         softcap=transform.softcap,
         inverse_temperature=1 / transform.temperature,
         workspace_bytes=WORKSPACE_BYTES,

@@ -1,0 +1,18 @@
+// What the kernels ask of OpenMP beside its pragmas; where there is none, the answers of a program of one thread.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#include <chrono>
+
+namespace {
+
+inline int omp_get_thread_num() { return 0; }
+
+inline double omp_get_wtime() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+#endif

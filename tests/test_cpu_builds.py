@@ -1,0 +1,43 @@
+"""The CPU kernels' own test, csrc/cpu/self_test.cpp, as built with and without OpenMP."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+_cpu = pytest.importorskip("fused_mos._cpu")
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cpu"
+FAMILY = ("statistics", "gradients", "mixture", "one_sweep", "table")
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+
+def _build(target: Path, *flags: str) -> Path:
+    """Compile the program with the one instruction set that takes seconds; `make self-test` has all of them."""
+    definitions = ("-DFUSED_MOS_NAMESPACE=generic", '-DFUSED_MOS_ISA_NAME="generic"')
+    sources = [str(SOURCES / f"{name}.cpp") for name in (*FAMILY, "dispatch", "workspace", "self_test")]
+    warnings = ("-Wall", "-Wextra", "-Wno-psabi", "-Werror")
+    command = [COMPILER, "-std=c++17", "-O1", *warnings, *definitions, *flags, *sources, "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return target
+
+
+def _run(program: Path, n_threads: int) -> str:
+    """Return what the program prints, with its digest of all results."""
+    result = subprocess.run([program, str(n_threads)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.mark.compiles
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def test_kernels_give_the_same_bits_without_openmp(tmp_path):
+    single = _run(_build(tmp_path / "single", "-Wno-unknown-pragmas"), 1)
+    assert "generic: 0 failures" in single
+    if not _cpu.threaded:
+        pytest.skip("the compiler has no OpenMP")
+    threaded = _build(tmp_path / "threaded", "-fopenmp")
+    assert {_run(threaded, n_threads) for n_threads in (1, 2, 5)} == {single}
