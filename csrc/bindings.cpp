@@ -97,6 +97,26 @@ void sample(const Head& head, Address rows, int64_t n_rows, Address uniform, Add
   kernels_for(head.bf16).sample(head, {at<const void>(rows), n_rows, at<const double>(uniform), at<int64_t>(result)});
 }
 
+LstmArguments lstm(int64_t n_steps, int64_t batch, int64_t width, bool bf16, int n_threads, Address weight, Address h0,
+                   Address c0, Address gates, Address cells, Address output, Address grad_output, Address grad_gates,
+                   Address grad_h0, Address grad_c0) {
+  return {n_steps,
+          batch,
+          width,
+          bf16,
+          n_threads,
+          at<const float>(weight),
+          at<const float>(h0),
+          at<const float>(c0),
+          at<float>(gates),
+          at<float>(cells),
+          at<float>(output),
+          at<const float>(grad_output),
+          at<float>(grad_gates),
+          at<float>(grad_h0),
+          at<float>(grad_c0)};
+}
+
 }  // namespace
 
 // Addresses are passed by keyword: nothing else tells one from another.
@@ -130,6 +150,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("mixture_in_one_sweep", &mixture_in_one_sweep, released, "head"_a, by_keyword, "latent"_a, "log_prior"_a,
         "n_tokens"_a, "n_experts"_a, "tokens_of_block"_a, "maximum"_a, "log_total"_a, "log_prob"_a, "best"_a);
   m.def("sample", &sample, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "uniform"_a, "sample"_a);
+
+  py::class_<LstmArguments>(m, "Lstm").def(py::init(&lstm), by_keyword, "n_steps"_a, "batch"_a, "width"_a, "bf16"_a,
+                                           "n_threads"_a, "weight"_a, "h0"_a, "c0"_a, "gates"_a, "cells"_a,
+                                           "output"_a = 0, "grad_output"_a = 0, "grad_gates"_a = 0, "grad_h0"_a = 0,
+                                           "grad_c0"_a = 0);
+  m.def("lstm_forward", [](const LstmArguments& a) { kernels_for(a.bf16).lstm_forward(a); }, released);
+  m.def("lstm_backward", [](const LstmArguments& a) { kernels_for(a.bf16).lstm_backward(a); }, released);
 
   m.def("instruction_set", [] { return chosen_kernels().name; });
   m.def("instruction_sets", [] {

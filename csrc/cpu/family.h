@@ -12,5 +12,7 @@ void mixture(const Head&, const MixtureArguments&);
 void mixture_backward(const Head&, const MixtureArguments&);
 void mixture_in_one_sweep(const Head&, const OneSweepArguments&);
 void sample(const Head&, const SampleArguments&);
+void lstm_forward(const LstmArguments&);
+void lstm_backward(const LstmArguments&);
 
 }  // namespace fused_mos::FUSED_MOS_NAMESPACE

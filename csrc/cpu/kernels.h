@@ -124,6 +124,21 @@ struct SampleArguments {
   int64_t* sample;        // (R,)
 };
 
+// A layer's shape letters are T steps, B rows of the batch, H hidden units. Gates are i, f, g, o.
+struct LstmArguments {
+  int64_t n_steps, batch, width;
+  bool bf16;  // whether the operands of products are rounded to bfloat16, where that is faster
+  int n_threads;
+  const float* weight;       // (4H, H), hidden to hidden
+  const float *h0, *c0;      // (B, H)
+  float* gates;              // (T, B, 4H); forward: in, what the input and the biases add; out, the gates
+  float *cells, *output;     // (T, B, H)
+  const float* grad_output;  // (T, B, H) or null
+  float* grad_gates;         // (T, B, 4H), before σ and tanh
+  float* grad_h0;            // (B, H) or null
+  float* grad_c0;            // (B, H); in, the gradient of the last cell state
+};
+
 struct Kernels {
   const char* name;
   bool bf16_products;  // whether bfloat16 operands are multiplied as they are, else widened to float32 first
@@ -134,6 +149,8 @@ struct Kernels {
   void (*mixture_backward)(const Head&, const MixtureArguments&);
   void (*mixture_in_one_sweep)(const Head&, const OneSweepArguments&);
   void (*sample)(const Head&, const SampleArguments&);
+  void (*lstm_forward)(const LstmArguments&);
+  void (*lstm_backward)(const LstmArguments&);
   void (*exponentials)(const float*, float*, int64_t);         // exp of numbers ≤ 0, for tests
   void (*logarithms)(const float*, float*, int64_t);           // log of positive numbers, for tests
   void (*hyperbolic_tangents)(const float*, float*, int64_t);  // tanh, for tests

@@ -5,8 +5,11 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from ..dropout import check_probability
+from ..dropout import check_probability, weight_dropout
+from ..ops.direct import is_ordinary
+from . import cpu_recurrent
 from .recurrent_kernel import kernel_for
 
 
@@ -18,9 +21,12 @@ class WeightDropLSTM(nn.Module):
 
     It computes in its parameters' dtype, also under torch.autocast: a cell state in 16 bits would lose what it adds up.
 
-    products: torch.bfloat16 lets training round the operands of matrix products, h among them, on GPUs for which there
-        is a kernel (float32 parameters, at most 16 columns, an even hidden_size up to 1,152). Sums and cell states stay
-        float32. Its gradients cannot be differentiated again. None, or another device or size: torch.lstm.
+    products: torch.bfloat16 lets training round the operands of matrix products, h among them, where a kernel is faster
+        so: on a CPU with AMX, or an AMD one with bfloat16, and on GPUs for float32 parameters, at most 16 columns and
+        an even hidden_size up to 1,152, where gradients cannot be differentiated again. Sums and cells stay float32.
+
+    On a CPU a kernel of ours computes float32 layers of at least 64 units, over at least 8 steps of at most 32 columns;
+    all else is torch.lstm.
     """
 
     def __init__(
@@ -68,11 +74,18 @@ class WeightDropLSTM(nn.Module):
         return output, (h, c)
 
     def _by_kernel(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-        """The forward pass by the kernel for bfloat16 products; None where it is not wanted or not to be had."""
-        if self.products is None or not self.training or torch.compiler.is_compiling():
+        """The forward pass by a kernel of ours; None where it is not wanted, not to be had, or not faster."""
+        tensors = x, *hidden, *self.parameters()
+        if not is_ordinary(tensors) or forward_ad._current_level >= 0:
             return None
-        kernel, tensors = kernel_for(x.device), (x, *hidden, *self.parameters())
-        if kernel is None or any(t.dtype != torch.float32 or t.device != x.device for t in tensors):
+        if any(t.dtype != torch.float32 or t.device != x.device for t in tensors):
+            return None
+        products = self.products if self.training else None
+        if cpu_recurrent.pays(x, self.hidden_size):
+            weights = self.weight_ih_l0, self._recurrent(), self.bias_ih_l0, self.bias_hh_l0
+            return cpu_recurrent.lstm(x, hidden, *weights, products)
+        kernel = None if products is None else kernel_for(x.device)
+        if kernel is None:
             return None
         plan = kernel.plan(x, self.weight_hh_l0)
         if plan is None:
@@ -92,7 +105,7 @@ class WeightDropLSTM(nn.Module):
     def _recurrent(self) -> Tensor:
         weight, p = self.weight_hh_l0, self.weight_dropout
         if not _uses_cudnn(weight):
-            return nn.functional.dropout(weight, p, self.training)
+            return weight_dropout(weight, p, self.training)
         mask = torch.empty_like(weight).bernoulli_(1 - p).div_(1 - p) if self.training and p else None
         if self._flat is None or not self._flat.holds(self):
             self._flat = _FlatWeights(self)

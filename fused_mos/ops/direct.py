@@ -31,6 +31,11 @@ def _nobody_looks_on() -> bool:
     )
 
 
+def is_ordinary(arguments: Iterable[Any]) -> bool:
+    """Whether these tensors have values, and nothing traces or transforms what is done with them."""
+    return not torch.compiler.is_compiling() and _nobody_looks_on() and _are_plain(arguments)
+
+
 def direct(
     op: CustomOpDef,
     function: Callable[..., Any],
@@ -55,7 +60,7 @@ def direct(
     Differentiable.__name__ = op._name
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not (_nobody_looks_on() and _are_plain(arguments)):
+        if not is_ordinary(arguments):
             return op(*arguments)
         wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
         if wanted and backward is not None:

@@ -47,6 +47,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
+def recurrent_products(device: torch.device, precision: str) -> torch.dtype | None:
+    """What the LSTM's products in training are rounded to, None for nothing. On a GPU that kernel was not run yet."""
+    return torch.bfloat16 if device.type == "cpu" and precision == "bfloat16" else None
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Raises ConfigError where a run's products cannot have this precision on this device."""
     if precision == "tf32" and device.type != "cuda":

@@ -25,6 +25,7 @@ from .device import (
     check_precision,
     device_named,
     peak_memory_mib,
+    recurrent_products,
 )
 from .errors import CheckpointError, TrainingDiverged
 from .evaluation import evaluate
@@ -86,7 +87,8 @@ class Trainer:
         with torch.device("meta"):
             shapes = AWDLSTM(len(self.corpus.vocabulary), **model)
         check_memory(sum(p.numel() for p in shapes.parameters()), self.device)
-        self.model = AWDLSTM(len(self.corpus.vocabulary), **model).to(self.device)
+        products = recurrent_products(self.device, config.precision)
+        self.model = AWDLSTM(len(self.corpus.vocabulary), **model, products=products).to(self.device)
         optim = config.optim
         self.optimizer = NTASGD(self.model.parameters(), optim.lr, optim.weight_decay, optim.nonmono)
         self.tensors = RunTensors(self.model, self.optimizer, self.bptt_generator, self.device)

@@ -6,7 +6,7 @@ from restated import Masks, restated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_mos
-from fused_mos.dropout import LockedDropout, embedding_dropout, locked_dropout
+from fused_mos.dropout import LockedDropout, embedding_dropout, locked_dropout, weight_dropout
 from fused_mos.lm import AWDLSTM, WeightDropLSTM
 
 P = 0.3
@@ -97,6 +97,25 @@ def test_weight_drop_scales():
         lstm.weight_hh_l0.fill_(0.001)
         mean = torch.stack([lstm(x, hidden)[1][1].mean() for _ in range(20)]).mean()
         assert mean == pytest.approx(lstm.eval()(x, hidden)[1][1].mean().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.123456, 1e-3, 0.99])
+@pytest.mark.parametrize("shape", [(300, 301), (65537,)])
+def test_a_large_weight_is_dropped_at_its_rate(p, shape):
+    weight = torch.full(shape, 2.0, requires_grad=True)
+    dropped = weight_dropout(weight, p)
+    kept = dropped != 0
+    rate = round(p * 2**16) / 2**16
+    assert abs(rate - p) <= 2**-17
+    assert abs(kept.double().mean() - (1 - rate)) < 5 * (p * (1 - p) / weight.numel()) ** 0.5 + 1e-5
+    assert torch.equal(dropped[kept], torch.full_like(dropped[kept], 2 / (1 - rate)))
+    if p == 0.5:
+        pairs = kept.flatten()[: weight.numel() // 4 * 4].view(-1, 4).double()  # the four of one drawn number
+        assert (torch.corrcoef(pairs.T) - torch.eye(4)).abs().max() < 0.05
+        assert not torch.equal(weight_dropout(weight, p), dropped)
+    (gradient,) = torch.autograd.grad(dropped.sum(), weight)
+    assert torch.equal(gradient, dropped / 2)
+    assert weight_dropout(weight, p, training=False) is weight or torch.equal(weight_dropout(weight, p, False), weight)
 
 
 def test_latent_dropout_is_locked_in_time_and_independent_across_experts():

@@ -22,7 +22,15 @@ from ...runtime.progress import bar, say
 from ...vocab_parallel import parallelize
 from .. import folder as run_folder
 from .. import meter, settings
-from ..device import allow_tf32, autocast, check_backend, check_precision, on_device, peak_memory_mib
+from ..device import (
+    allow_tf32,
+    autocast,
+    check_backend,
+    check_precision,
+    on_device,
+    peak_memory_mib,
+    recurrent_products,
+)
 from ..errors import CheckpointError, TrainingDiverged
 from ..finite import diverged, explained, first_not_finite
 from ..graphs import Replayed, allocate_gradients, recorder_for
@@ -69,7 +77,8 @@ class LM1BTrainer:
         self.memory = "" if config.evaluate else memory.check(config, len(self.corpus.vocabulary), ranks)
         torch.manual_seed(config.seed)
         # on the CPU: the same on every device
-        self.model = AWDLSTM(len(self.corpus.vocabulary), **dataclasses.asdict(config.model))
+        products = recurrent_products(self.device, config.precision)
+        self.model = AWDLSTM(len(self.corpus.vocabulary), **dataclasses.asdict(config.model), products=products)
         self.shard = parallelize(self.model, ranks.mesh["vocab"].get_group()) if ranks.n_vocab > 1 else None
         self.model.to(self.device)
         self.loss = SummedLoss(self.model, self.corpus.bos, config.head_chunk)

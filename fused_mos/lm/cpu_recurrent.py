@@ -1,0 +1,157 @@
+"""One LSTM layer over a whole sequence on a CPU (csrc/cpu/lstm.cpp), with float32 or bfloat16 products.
+
+What does not depend on the step before, the input's products and the gradients of weights and inputs, are products over
+all steps at once, by torch. Sums and cell states are float32.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_cpu: Any  # compiled, without stubs
+try:
+    from .. import _cpu  # type: ignore[attr-defined, no-redef]
+except ImportError:  # the package was built without a C++ compiler
+    _cpu = None
+
+MIN_STEPS = 8
+"""Steps below which packing the weights costs more than is gained."""
+
+MAX_BATCH = 32
+"""Rows above which torch.lstm's products, of all rows at once, are faster."""
+
+MIN_WIDTH = 64
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pays(x: Tensor, width: int) -> bool:
+    """Whether the kernels are there and faster than torch.lstm for input x (T, B, features)."""
+    n_steps, batch_size, _ = x.shape
+    return (
+        _cpu is not None
+        and x.device.type == "cpu"
+        and n_steps >= MIN_STEPS
+        and 1 <= batch_size <= MAX_BATCH
+        and width >= MIN_WIDTH
+    )
+
+
+def lstm(
+    x: Tensor,  # (T, B, features), float32 as all are
+    hidden: tuple[Tensor, Tensor],  # h, c, (1, B, H) each
+    weight_ih: Tensor,  # (4H, features)
+    weight_hh: Tensor,  # (4H, H)
+    bias_ih: Tensor,  # (4H,)
+    bias_hh: Tensor,  # (4H,)
+    products: torch.dtype | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The output (T, B, H) and the last h, c. With products=torch.bfloat16 the operands of matrix products are rounded
+    to it where the processor multiplies them faster."""
+    output, last_cell = _Lstm.apply(products == torch.bfloat16, x, *hidden, weight_ih, weight_hh, bias_ih, bias_hh)
+    return output, (output[-1:], last_cell)
+
+
+class _Lstm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, bf16: bool, x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh):
+        n_steps, batch_size, _ = x.shape
+        width = weight_hh.shape[1]
+        with _products(bf16):
+            gates = torch.addmm(bias_ih + bias_hh, x.flatten(0, 1), weight_ih.t())
+        h0, c0, weight = h0.contiguous(), c0.contiguous(), weight_hh.contiguous()
+        cells, output = (x.new_empty(n_steps, batch_size, width) for _ in range(2))
+        _cpu.lstm_forward(_arguments(bf16, weight, h0, c0, gates, cells, output=_address(output)))
+        ctx.bf16 = bf16
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, gates, cells, output)
+        return output, cells[-1:].clone()
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_last_cell):
+        *inputs, gates, cells, output = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients are to be differentiated, too
+            return None, *_differentiable_gradients(inputs, ctx.needs_input_grad[1:], grad_output, grad_last_cell)
+        x, h0, c0, weight_ih, weight_hh, _, _ = inputs
+        _, wants_x, wants_h0, wants_c0, wants_ih, wants_hh, *wants_bias = ctx.needs_input_grad
+        grad_output = None if grad_output is None else grad_output.contiguous()
+        grad_gates = torch.empty_like(gates)
+        grad_h0 = torch.empty_like(h0) if wants_h0 else None
+        grad_c0 = (
+            torch.zeros_like(c0)
+            if grad_last_cell is None
+            else grad_last_cell.clone(memory_format=torch.contiguous_format)
+        )
+        weight = weight_hh.contiguous()
+        _cpu.lstm_backward(
+            _arguments(
+                ctx.bf16,
+                weight,
+                h0,
+                c0,
+                gates,
+                cells,
+                grad_output=_address(grad_output),
+                grad_gates=_address(grad_gates),
+                grad_h0=_address(grad_h0),
+                grad_c0=_address(grad_c0),
+            )
+        )
+        grad_x = grad_ih = grad_hh = grad_bias = None
+        with _products(ctx.bf16):
+            if wants_x:
+                grad_x = (grad_gates @ weight_ih).view_as(x)
+            if wants_ih:
+                grad_ih = grad_gates.t() @ x.flatten(0, 1)
+            if wants_hh:
+                grad_hh = grad_gates.t() @ torch.cat([h0, output[:-1]]).flatten(0, 1)
+        if any(wants_bias):
+            grad_bias = grad_gates.sum(0)
+        return None, grad_x, grad_h0, grad_c0 if wants_c0 else None, grad_ih, grad_hh, grad_bias, grad_bias
+
+
+def _arguments(bf16: bool, weight, h0, c0, gates, cells, **addresses: int):
+    n_steps, batch_size, width = cells.shape
+    return _cpu.Lstm(
+        n_steps=n_steps,
+        batch=batch_size,
+        width=width,
+        bf16=bf16,
+        n_threads=torch.get_num_threads(),
+        weight=_address(weight),
+        h0=_address(h0),
+        c0=_address(c0),
+        gates=_address(gates),
+        cells=_address(cells),
+        **addresses,
+    )
+
+
+def _differentiable_gradients(inputs, needs, grad_output, grad_last_cell):
+    """Those of torch.lstm, which the graph of this backward pass then holds."""
+    x, h0, c0, *weights = inputs
+    with torch.enable_grad():
+        output, _, last_cell = torch.lstm(x, (h0, c0), weights, True, 1, 0.0, True, False, False)
+        pairs = [(o, g) for o, g in ((output, grad_output), (last_cell, grad_last_cell)) if g is not None]
+        wanted = [tensor for tensor, needed in zip(inputs, needs) if needed]
+        outputs, gradients = zip(*pairs)
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in needs]
+
+
+@contextlib.contextmanager
+def _products(bf16: bool) -> Iterator[None]:
+    """Lets torch round the operands of float32 products to bfloat16, with float32 sums, where oneDNN is faster so."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set when it is imported
+    before = matmul.fp32_precision
+    if bf16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
