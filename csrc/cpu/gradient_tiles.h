@@ -44,19 +44,21 @@ struct Gradients {
   bool of_weight() const { return weight || weight_sums; }
 };
 
-// Shares dz between the threads, cut into tile rows (kTileRows rows) and blocks of columns. A thread takes some tile
-// rows and, where these are few or E is larger than they, only some of the columns.
+// Shares dz between the threads, cut into tile rows (kTileRows rows) and blocks of columns, so that the largest part
+// takes the least time: for its products, and for reading dl of its rows and E in its columns.
 struct RowsPartition {
   static constexpr Index kTileRowsOfBlock = kBlock / kTileRows;
+  static constexpr Index kReading = 8;  // rows, or columns, whose products take as long
 
   RowsPartition(Index n_blocks, Index column_blocks, int n_threads)
       : n_tile_rows(n_blocks * kTileRowsOfBlock), column_blocks(column_blocks) {
-    Index wanted = 1;
-    for (Index n = 2; 2 * n_blocks < column_blocks && 2 * n <= column_blocks && n <= n_threads; ++n) {
-      if (n_threads % n == 0) wanted = n;
+    Index least = 0;
+    for (Index columns = 1; columns <= smaller(column_blocks, n_threads); ++columns) {
+      const Index rows = smaller(n_tile_rows, n_threads / columns);
+      const Index time =
+          (ceil_div(n_tile_rows, rows) * kTileRows + kReading) * (ceil_div(column_blocks, columns) * kBlock + kReading);
+      if (columns == 1 || time < least) least = time, row_parts = rows, column_parts = columns;
     }
-    row_parts = smaller(n_tile_rows, n_threads / wanted);
-    column_parts = smaller(column_blocks, n_threads / larger(row_parts, 1));
   }
 
   Index n_parts() const { return row_parts * column_parts; }
@@ -66,7 +68,8 @@ struct RowsPartition {
     return {blocks.begin * kBlock, smaller(blocks.end * kBlock, n_features)};
   }
 
-  Index n_tile_rows, column_blocks, row_parts, column_parts;
+  Index n_tile_rows, column_blocks;
+  Index row_parts = 0, column_parts = 0;
 };
 
 template <class T>
@@ -163,8 +166,8 @@ class GradientTiles {
 
   // Adds the tiles of a span of panels to the sums of dz.
   void add_to_rows(const RowBlocks& kept, Range span) {
+    if constexpr (kTransposed) return add_to_transposed_rows(kept.n_blocks, span);
     const RowsPartition partition(kept.n_blocks, ceil_div(head_.n_features, kBlock), head_.n_threads);
-    if constexpr (kTransposed) return add_to_transposed_rows(span, partition);
     Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
 #pragma omp parallel for num_threads(head_.n_threads) schedule(static, 1)
     for (Index part = 0; part < partition.n_parts(); ++part) {
@@ -329,7 +332,7 @@ class GradientTiles {
 
   // Adds Eᵀ·dl over a span of panels, in pairs of classes, to the sums of dzᵀ: of these there is a tile (kBlock features,
   // kBlock rows) where dz has one of rows and features. As many panels of Eᵀ as stay in the L2 cache are one product.
-  void add_to_transposed_rows(Range span, const RowsPartition& partition) {
+  void add_to_transposed_rows(Index n_blocks, Range span) {
     const Index width = smaller(round_up(head_.n_features, kBlock), kColumnsOfProduct);
     const Index most = round_up(kTransposedBytes / (width * kPanel * Index(sizeof(In))) + 1, kPanelsOfProduct);
     const Index steps = most * kPanel / kDepth;  // of a column, in the buffer
@@ -341,22 +344,27 @@ class GradientTiles {
         const Range panels = chunk_at(span.size(), first, most);
         for (Index d = 0; d < head_.n_features; d += kColumnsOfProduct) {
           const Range set = chunk_at(head_.n_features, d, kColumnsOfProduct);
+          const RowsPartition partition(n_blocks, ceil_div(set.size(), kBlock), head_.n_threads);
+          // where there are more threads than panels, by columns too
+          const Index parts_of_panel = smaller(partition.column_blocks, ceil_div(head_.n_threads, panels.size()));
 #pragma omp for schedule(static, 1)
-          for (Index p = panels.begin; p < panels.end; ++p) {
+          for (Index task = 0; task < panels.size() * parts_of_panel; ++task) {
+            const Index p = panels.begin + task / parts_of_panel;
+            const Range blocks = share(partition.column_blocks, task % parts_of_panel, parts_of_panel);
             const Range classes = chunk_at(head_.n_classes, (span.begin + p) * kPanel, kPanel);
-            transpose_columns((const In*)head_.weight, head_.n_features, classes, set, steps,
-                              transposed + (p - first) * kPanel / kDepth * kLanes);
+            const Range columns{d + blocks.begin * kBlock, smaller(d + blocks.end * kBlock, set.end)};
+            transpose_columns((const In*)head_.weight, head_.n_features, classes, columns, steps,
+                              transposed + (p - first) * kPanel / kDepth * kLanes + blocks.begin * kBlock * steps);
           }
 #pragma omp for schedule(static, 1)
           for (Index part = 0; part < partition.n_parts(); ++part) {
-            const Range columns = partition.columns(part, head_.n_features);
-            const Range both{larger(columns.begin, set.begin), smaller(columns.end, set.end)};
+            const Range columns = partition.columns(part, set.size());
             for (Index b = partition.tile_rows(part).begin; b < partition.tile_rows(part).end; ++b) {
               for (Index p = panels.begin; p < panels.end; p += kPanelsOfProduct) {
                 const Range product = chunk_at(panels.end, p, kPanelsOfProduct);
                 const Op* e = transposed + (p - first) * kPanel / kDepth * kLanes;
-                for (Index c = both.begin; c < both.end; c += kBlock) {
-                  add_transposed_product(span, product, b, c, e + (c - set.begin) * steps, steps * kLanes);
+                for (Index c = columns.begin; c < columns.end; c += kBlock) {
+                  add_transposed_product(span, product, b, d + c, e + c * steps, steps * kLanes);
                 }
               }
             }

@@ -58,6 +58,9 @@ template <class F>
 ALWAYS_INLINE void with_vectors(Index n, F f) {
   if (n == 1) return f(Count<1>{});
   if (n == 2) return f(Count<2>{});
+  if constexpr (kTileVectors > 3) {
+    if (n == 3) return f(Count<3>{});
+  }
   return f(Count<kTileVectors>{});
 }
 
