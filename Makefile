@@ -57,8 +57,8 @@ sanitize: $(VENV)/installed
 	FUSED_MOS_NATIVE=1 FUSED_MOS_SANITIZE=ON $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/sanitize .
 	PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(VENV)/bin/pytest -s -p no:cacheprovider tests/test_cpu.py tests/test_functional.py \
-		tests/test_extreme_values.py tests/test_op_arguments.py
+	$(VENV)/bin/pytest -s -p no:cacheprovider tests/test_cpu.py tests/test_cpu_one_sweep.py tests/test_functional.py \
+		tests/test_extreme_values.py tests/test_op_arguments.py tests/lm/test_cpu_recurrent.py
 
 # the CPU kernels against loops in float64, without Python: a program of all instruction sets that this processor has
 TOOLS := $(VENV)-tools
