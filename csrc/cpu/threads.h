@@ -9,6 +9,7 @@
 namespace {
 
 inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
 
 inline double omp_get_wtime() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
