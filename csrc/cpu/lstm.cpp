@@ -147,7 +147,8 @@ class Lstm {
       alignas(64) float sums[kHalves * kRows * kColumns];
       for (Index t = 0; t < a_.n_steps; ++t) {
 #pragma omp barrier
-        for (Index g = mine.begin; g < mine.end; ++g) {
+        for (Index i = 0; i < mine.size(); ++i) {
+          const Index g = group_at(t, i, mine);
           for (Index first = 0; first < a_.batch; first += kRows) {
             for (Index half = 0; half < kHalves; ++half) {
               step_product(states.operand(t, first), states.row(), packed + (g * kHalves + half) * block, steps,
@@ -177,7 +178,8 @@ class Lstm {
       // the last step, −1, is that of the gradient of h0
       for (Index t = a_.n_steps - 1; t >= (a_.grad_h0 ? -1 : 0); --t) {
 #pragma omp barrier
-        for (Index g = mine.begin; g < mine.end; ++g) {
+        for (Index i = 0; i < mine.size(); ++i) {
+          const Index g = group_at(t, i, mine);
           for (Index first = 0; first < a_.batch; first += kRows) {
             step_product(gradients.operand(t + 1, first), gradients.row(), packed + g * block, steps, sums);
             const Range rows = chunk_at(a_.batch, first, kRows);
@@ -194,6 +196,9 @@ class Lstm {
 
  private:
   Index units_from(Index unit) const { return smaller(kLanes, a_.width - unit); }
+  // The i-th of a thread's groups in a step: each step begins with those that the last one ended with, whose weights are
+  // still in the L2 cache.
+  static Index group_at(Index t, Index i, Range mine) { return t % 2 ? mine.end - 1 - i : mine.begin + i; }
   // Of one step and row, the units from `unit` on.
   Index at(Index t, Index b, Index unit) const { return (t * a_.batch + b) * a_.width + unit; }
   Index gate_at(Index t, Index b, Index gate, Index unit) const {
