@@ -13,22 +13,32 @@ import time
 from collections.abc import Callable
 
 import torch
+import tyro
 
 from fused_mos import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from fused_mos.lm import cpu_recurrent
 
 from .gpu_lstm import LAYERS, STEPS
 
-ROUNDS = 7
+Calls = dict[tuple[str, str], Callable[[], object]]
 
 
 def main() -> None:
+    tyro.cli(measure, prog="python -m benchmarks.cpu_lstm", description=__doc__)
+
+
+def measure(rounds: int = 7) -> None:
+    """Prints the times.
+
+    Args:
+        rounds: Times that each call is measured.
+    """
     n_threads = torch.get_num_threads()
-    peak = statistics.median(_cpu.peak_gflops(n_threads, False) for _ in range(ROUNDS))
+    peak = statistics.median(_cpu.peak_gflops(n_threads, False) for _ in range(rounds))
     print(f"{_cpu.instruction_set()}, {n_threads} threads, {peak:.0f} GFLOP/s of float32 multiply-adds")
     for model, (columns, sizes) in LAYERS.items():
         for n_features, width in zip(sizes, sizes[1:]):
-            times = _in_turns(_calls(columns, n_features, width))
+            times = _in_turns(_calls(columns, n_features, width), rounds)
             gflop = 2 * STEPS * columns * 4 * width * (n_features + width) / 1e9
             share = gflop / statistics.median(times["float32", "forward"]) / peak
             print(f"{model} {n_features} -> {width}: {share:.0%} of the peak in the forward pass")
@@ -37,7 +47,7 @@ def main() -> None:
                 print(f"  {name:10}  {which:20}  {_spread([1e3 * s for s in seconds], 1)} ms  {_spread(ratios, 2)} ×")
 
 
-def _calls(columns: int, n_features: int, width: int) -> dict[tuple[str, str], Callable[[], object]]:
+def _calls(columns: int, n_features: int, width: int) -> Calls:
     layer = torch.nn.LSTM(n_features, width)
     x = torch.randn(STEPS, columns, n_features, requires_grad=True)
     hidden = torch.zeros(1, columns, width), torch.zeros(1, columns, width)
@@ -52,17 +62,17 @@ def _calls(columns: int, n_features: int, width: int) -> dict[tuple[str, str], C
     def both(forward: Callable[[], torch.Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(forward(), [x, *weights], grad)
 
-    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    calls: Calls = {}
     for name, forward in layers.items():
         calls[name, "forward"] = forward
         calls[name, "forward and backward"] = both(forward)
     return calls
 
 
-def _in_turns(calls: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], list[float]]:
+def _in_turns(calls: Calls, rounds: int) -> dict[tuple[str, str], list[float]]:
     """Seconds of each call in each round, after one to warm up."""
     times: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
