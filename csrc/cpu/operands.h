@@ -130,7 +130,7 @@ void pack_block(const Head& head, const typename T::In* rows, const RowBlocks& b
   for (Index s = 0; s < used && filled < kBlock; ++s) {
     memset((void*)(to + s * kBlock + filled), 0, sizeof(*to) * (kBlock - filled));
   }
-  memset((void*)(to + used * kBlock), 0, sizeof(*to) * (steps - used) * kBlock);
+  if (used < steps) memset((void*)(to + used * kBlock), 0, sizeof(*to) * (steps - used) * kBlock);
 }
 
 // ---------------------------------------------------------------------------------------- E as the logits' left side
@@ -159,7 +159,7 @@ inline void copy_row(const Bfloat16* from, Index n, float* to) {
 }
 
 inline void copy_row(const Bfloat16* from, Index n, Pair* to) {
-  memcpy((void*)to, from, sizeof(Pair) * (n / 2));
+  if (n > 1) memcpy((void*)to, from, sizeof(Pair) * (n / 2));
   if (n % 2) to[n / 2] = pair(from[n - 1], Bfloat16{0});
 }
 
