@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import _backends
@@ -144,18 +145,30 @@ def check_inputs(
             raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
 
 
-_WITHOUT_NAN = WeakIdKeyDictionary()  # Tensor -> the state in which none was found
+_WITHOUT_NAN = WeakIdKeyDictionary()  # Parameter -> the state in which none was found
+
+
+def _state(tensor: Tensor) -> tuple | None:
+    """What changes when a Parameter is written to, as far as it can be seen cheaply: fused optimizers do not raise its
+    version, so some 64 of its numbers are added up. None for other tensors, and where it is being trained."""
+    if type(tensor) is not Parameter or torch.is_grad_enabled() or tensor.is_inference() or not tensor.is_contiguous():
+        return None
+    sample = tensor.detach().view(-1)[:: max(tensor.numel() // 64, 1)]
+    return tensor._version, tensor.data_ptr(), float(sample.sum())
 
 
 def _has_nan(tensor: Tensor) -> bool:
-    """Reads a tensor once until it is written to: a weight, for one token, costs as much to read as to multiply by."""
-    state = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
-    if tensor.numel() == 0 or (state is not None and _WITHOUT_NAN.get(tensor) == state):
+    """Outside of training a Parameter is read once until it is written to: for one token, a weight costs as much to
+    read as to multiply by. A write of a few numbers through .data or NumPy is not seen."""
+    if tensor.numel() == 0:
+        return False
+    state = _state(tensor)
+    if state is not None and _WITHOUT_NAN.get(tensor) == state:
         return False
     # max propagates NaN and, unlike isnan().any(), allocates nothing; amax takes twice as long in bfloat16
     if tensor.detach().max().isnan():
         return True
-    if state is not None and tensor.is_leaf:
+    if state is not None:
         _WITHOUT_NAN[tensor] = state
     return False
 

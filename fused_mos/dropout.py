@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .ops.direct import is_ordinary
+
 
 class EmbeddingLike(Protocol):
     """An nn.Embedding, or what stands for one: a shard of its rows on this rank."""
@@ -40,12 +42,14 @@ MIN_FAST_NUMBERS = 2**16
 
 def weight_dropout(weight: Tensor, p: float, training: bool = True) -> Tensor:
     """F.dropout of a weight. A large one on a CPU, where bernoulli_ takes as long as all of an LSTM layer, gets
-    16 random bits a number, and so a rate that is off by 2⁻¹⁷ at most; it is scaled by the inverse of that rate."""
+    16 random bits a number, and so a rate that is off by 2⁻¹⁶ at most; it is scaled by the inverse of that rate."""
     n = weight.numel()
-    if not training or p == 0 or n < MIN_FAST_NUMBERS or weight.device.type != "cpu" or torch.compiler.is_compiling():
+    if not training or p == 0 or n < MIN_FAST_NUMBERS or weight.device.type != "cpu" or not is_ordinary((weight,)):
         return nn.functional.dropout(weight, p, training)
     dropped = min(round(p * 2**16), 2**16 - 1)  # of so many values of 16 bits
-    bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]
+    bits = (
+        torch.empty((n + 3) // 4, dtype=torch.int64, device=weight.device).random_(-(2**63), None).view(torch.int16)[:n]
+    )
     kept = bits.view(weight.shape) >= dropped - 2**15
     return weight * kept.to(weight.dtype).mul_(2**16 / (2**16 - dropped))
 

@@ -211,29 +211,40 @@ def test_constructor_types(options, message):
         fused_mos.MoS(**{"in_features": D, "n_classes": V, **options})
 
 
-def test_nan_is_found_whenever_a_weight_was_written_to():
-    """Though a weight is read once until then."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_nan_is_found_in_a_weight_that_was_written_to(fused):
+    """Though outside of training a weight is read once until then."""
     latent, prior_logits, weight = torch.randn(N, K, D), torch.randn(N, K), torch.nn.Parameter(torch.randn(V, D))
 
-    def write(change):
-        F.mos_log_prob(latent, prior_logits, weight)
+    def step():
+        weight.grad = torch.ones_like(weight)
+        torch.optim.SGD([weight], lr=math.inf, fused=fused).step()
+        weight.grad.zero_()
+        torch.optim.SGD([weight], lr=math.inf, fused=fused).step()  # 0 · inf
+
+    writes = [
+        lambda: weight[0, 0].fill_(torch.nan),
+        lambda: weight.mul_(torch.nan),
+        lambda: weight.copy_(_nan(V, D)),
+        lambda: setattr(weight, "data", _nan(V, D)),
+        lambda: weight.data.fill_(torch.nan),
+        step,
+    ]
+    for write in writes:
         with torch.no_grad():
-            change()
-        with pytest.raises(ValueError, match="weight contains NaN"):
+            weight.copy_(torch.randn(V, D))
             F.mos_log_prob(latent, prior_logits, weight)
-        with torch.no_grad():
-            weight.zero_()
-
-    write(lambda: weight[0, 0].fill_(torch.nan))
-    write(lambda: weight.mul_(torch.nan))
-    write(lambda: weight.copy_(_nan(V, D)))
-    write(lambda: setattr(weight, "data", _nan(V, D)))
+            write()
+            with pytest.raises(ValueError, match="weight contains NaN"):
+                F.mos_log_prob(latent, prior_logits, weight)
 
 
-def test_a_weight_is_read_once(monkeypatch):
+def test_a_weight_is_read_once_but_in_training(monkeypatch):
     latent, prior_logits, weight = torch.randn(N, K, D), torch.randn(N, K), torch.nn.Parameter(torch.randn(V, D))
     read, maximum = [], torch.Tensor.max
     monkeypatch.setattr(torch.Tensor, "max", lambda self, *args: read.append(self.shape) or maximum(self, *args))
-    for _ in range(3):
-        F.mos_log_prob(latent, prior_logits, weight, backend="reference")
-    assert read.count(weight.shape) == 1
+    for n_expected, training in ((1, False), (4, True)):
+        with torch.set_grad_enabled(training):
+            for _ in range(3):
+                F.mos_log_prob(latent, prior_logits, weight, backend="reference")
+        assert read.count(weight.shape) == n_expected

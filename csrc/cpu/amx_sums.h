@@ -46,6 +46,7 @@ template <int NV>
 ALWAYS_INLINE void multiply_tiles(const Pair* a, Index a_row, Index a_next, Index a_half, const Pair* b, Index b_step,
                                   Index steps, Sums<Pair, NV>&) {
   const Index a_bytes = a_row * sizeof(Pair), b_bytes = b_step * sizeof(Pair);
+  asm volatile("" ::: "memory");  // GCC 12 does not know that what follows reads memory
   for (Index s = 0; s < steps; s += kTileSteps) {
     _tile_loadd(4, a, a_bytes);
     _tile_loadd(6, b, b_bytes);

@@ -27,6 +27,7 @@ constexpr int kRows = 6;  // 12 of 16
 #ifdef __AMX_BF16__
 ALWAYS_INLINE void step_product(const Pair* a, Index a_row, const Pair* w, Index steps, float* out) {
   constexpr Index kStride = kColumns * sizeof(Pair), kAhead = 4 * kTileSteps * kVectors;  // lines
+  asm volatile("" ::: "memory");  // GCC 12 does not know that what follows reads memory
   _tile_zero(0);
   _tile_zero(1);
   for (Index s = 0; s < steps; s += kTileSteps, w += kTileSteps * kColumns) {

@@ -31,11 +31,13 @@ std::atomic<std::size_t> live{0}, peak{0};
 // Large blocks that were released, while they are kLargestKept together: the kernel zeroes fresh pages, which would be
 // 4 % of a training step.
 std::mutex mutex;
-std::vector<Block*> kept;
+std::vector<Block*>& kept = *new std::vector<Block*>;  // never destroyed: a thread may release while the process ends
 
-// Returns the smallest kept block of so many bytes, no longer kept, or null.
+// Returns the smallest kept block of so many bytes, no longer kept, or null. Nobody waits here: after a fork the mutex
+// may be another process's.
 Block* take_kept(std::size_t total) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock) return nullptr;
   auto best = kept.end();
   for (auto block = kept.begin(); block != kept.end(); ++block) {
     if ((*block)->capacity >= total && (best == kept.end() || (*block)->capacity < (*best)->capacity)) best = block;
@@ -46,9 +48,10 @@ Block* take_kept(std::size_t total) {
   return block;
 }
 
-// Keeps a block in the place of those kept first, as many as need be.
+// Keeps a block in the place of those kept first, as many as need be, or frees it.
 void keep(Block* block) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+  if (!lock || block->capacity > kLargestKept) return std::free(block);
   kept.push_back(block);
   std::size_t bytes = 0;
   for (const Block* other : kept) bytes += other->capacity;

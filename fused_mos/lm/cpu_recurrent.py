@@ -5,11 +5,14 @@ all steps at once, by torch. Sums and cell states are float32.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._backends.tracing import has_memory
 
 _cpu: Any  # compiled, without stubs
 try:
@@ -53,8 +56,9 @@ def lstm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The output (T, B, H) and the last h, c. With products=torch.bfloat16 the operands of matrix products are rounded
     to it where the processor multiplies them faster."""
-    output, last_cell = _Lstm.apply(products == torch.bfloat16, x, *hidden, weight_ih, weight_hh, bias_ih, bias_hh)
-    return output, (output[-1:], last_cell)
+    h0, c0 = (state.contiguous() for state in hidden)
+    output, last_cell = _Lstm.apply(products == torch.bfloat16, x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
+    return output, (output[-1:].clone(), last_cell)
 
 
 class _Lstm(torch.autograd.Function):
@@ -64,7 +68,7 @@ class _Lstm(torch.autograd.Function):
         width = weight_hh.shape[1]
         with _products(bf16):
             gates = torch.addmm(bias_ih + bias_hh, x.flatten(0, 1), weight_ih.t())
-        h0, c0, weight = h0.contiguous(), c0.contiguous(), weight_hh.contiguous()
+        weight = weight_hh.contiguous()
         cells, output = (x.new_empty(n_steps, batch_size, width) for _ in range(2))
         _cpu.lstm_forward(_arguments(bf16, weight, h0, c0, gates, cells, output=_address(output)))
         ctx.bf16 = bf16
@@ -75,7 +79,9 @@ class _Lstm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_last_cell):
         *inputs, gates, cells, output = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradients are to be differentiated, too
+        given = [gradient for gradient in (grad_output, grad_last_cell) if gradient is not None]
+        # they are to be differentiated, too, or are many at once
+        if torch.is_grad_enabled() or not all(has_memory(gradient) for gradient in given):
             return None, *_differentiable_gradients(inputs, ctx.needs_input_grad[1:], grad_output, grad_last_cell)
         x, h0, c0, weight_ih, weight_hh, _, _ = inputs
         _, wants_x, wants_h0, wants_c0, wants_ih, wants_hh, *wants_bias = ctx.needs_input_grad
@@ -103,7 +109,7 @@ class _Lstm(torch.autograd.Function):
             )
         )
         grad_x = grad_ih = grad_hh = grad_bias = None
-        with _products(ctx.bf16):
+        with torch.autocast("cpu", enabled=False), _products(ctx.bf16):
             if wants_x:
                 grad_x = (grad_gates @ weight_ih).view_as(x)
             if wants_ih:
@@ -112,7 +118,8 @@ class _Lstm(torch.autograd.Function):
                 grad_hh = grad_gates.t() @ torch.cat([h0, output[:-1]]).flatten(0, 1)
         if any(wants_bias):
             grad_bias = grad_gates.sum(0)
-        return None, grad_x, grad_h0, grad_c0 if wants_c0 else None, grad_ih, grad_hh, grad_bias, grad_bias
+        of_biases = grad_bias, grad_bias.clone() if all(wants_bias) else grad_bias  # each may be written to
+        return None, grad_x, grad_h0, grad_c0 if wants_c0 else None, grad_ih, grad_hh, *of_biases
 
 
 def _arguments(bf16: bool, weight, h0, c0, gates, cells, **addresses: int):
@@ -137,6 +144,8 @@ def _differentiable_gradients(inputs, needs, grad_output, grad_last_cell):
     x, h0, c0, *weights = inputs
     with torch.enable_grad():
         output, _, last_cell = torch.lstm(x, (h0, c0), weights, True, 1, 0.0, True, False, False)
+        if grad_output is None and grad_last_cell is None:
+            return [None] * len(needs)
         pairs = [(o, g) for o, g in ((output, grad_output), (last_cell, grad_last_cell)) if g is not None]
         wanted = [tensor for tensor, needed in zip(inputs, needs) if needed]
         outputs, gradients = zip(*pairs)
@@ -144,14 +153,27 @@ def _differentiable_gradients(inputs, needs, grad_output, grad_last_cell):
     return [next(found) if needed else None for needed in needs]
 
 
+# torch's setting is one of the process: the first thread that wants it sets it, the last restores it
+_lock = threading.Lock()
+_n_rounding, _precision = 0, ""
+
+
 @contextlib.contextmanager
 def _products(bf16: bool) -> Iterator[None]:
     """Lets torch round the operands of float32 products to bfloat16, with float32 sums, where oneDNN is faster so."""
+    global _n_rounding, _precision
+    if not bf16:
+        yield
+        return
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set when it is imported
-    before = matmul.fp32_precision
-    if bf16:
-        matmul.fp32_precision = "bf16"
+    with _lock:
+        if _n_rounding == 0:
+            _precision, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        _n_rounding += 1
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        with _lock:
+            _n_rounding -= 1
+            if _n_rounding == 0:
+                matmul.fp32_precision = _precision

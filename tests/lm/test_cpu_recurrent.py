@@ -134,6 +134,48 @@ def test_gradients_can_be_differentiated_again():
         assert error(found, expected) < 1e-4
 
 
+def test_many_gradients_at_once():
+    inputs = [tensor.clone().requires_grad_() for tensor in problem(3, 2, 4, 6)]
+    rows = []
+    for function in (kernel(None), torch_lstm):
+        output, _ = function(*inputs)
+        many = torch.eye(output.numel()).view(-1, *output.shape)
+        rows.append(torch.autograd.grad(output, inputs, many, is_grads_batched=True))
+    for found, expected in zip(*rows):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_returned_can_be_written_to():
+    """The last state apart from the output, and the gradients of the two biases."""
+    inputs = [tensor.clone().requires_grad_() for tensor in problem(4, 3, 5, 20)]
+    output, (h, _) = cpu_recurrent.lstm(inputs[0], tuple(inputs[1:3]), *inputs[3:], None)
+    before = output.detach().clone()
+    h.detach().zero_()
+    assert torch.equal(output, before)
+    *_, of_ih, of_hh = torch.autograd.grad(output.sum(), inputs)
+    assert torch.equal(of_ih, of_hh) and of_ih.data_ptr() != of_hh.data_ptr()
+
+
+def test_states_that_are_not_contiguous_have_second_derivatives():
+    x, h0, c0, *weights = problem(3, 2, 4, 6)
+    both = torch.cat([h0, c0], -1).requires_grad_()
+    output, _ = kernel(None)(x, *both.chunk(2, -1), *weights)
+    (first,) = torch.autograd.grad(output.square().sum(), both, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), both)
+    assert second.isfinite().all() and second.any()
+
+
+def test_threads_leave_the_precision_of_other_products_alone():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    one, other = cpu_recurrent._products(True), cpu_recurrent._products(True)
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    other.__exit__(None, None, None)
+    assert matmul.fp32_precision == before
+
+
 def calls(monkeypatch):
     seen, original = [], cpu_recurrent.lstm
     monkeypatch.setattr(lm.lstm.cpu_recurrent, "lstm", lambda *given: seen.append(given[-1]) or original(*given))

@@ -118,6 +118,12 @@ def test_a_large_weight_is_dropped_at_its_rate(p, shape):
     assert weight_dropout(weight, p, training=False) is weight or torch.equal(weight_dropout(weight, p, False), weight)
 
 
+def test_a_large_weight_is_dropped_where_it_is():
+    weight = torch.ones(300, 300)
+    with torch.device("meta"):
+        assert weight_dropout(weight, 0.5).device == weight.device
+
+
 def test_latent_dropout_is_locked_in_time_and_independent_across_experts():
     head = fused_mos.MoS(4, 9, n_experts=3, latent_features=500, latent_dropout=P)
     latent, _ = head.mixture(torch.ones(6, 2, 4))
