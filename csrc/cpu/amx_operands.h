@@ -24,8 +24,8 @@ ALWAYS_INLINE void transpose(__m512i (&rows)[kLanes]) {
   }
 }
 
-// Copies columns of some classes' rows: of kLanes columns after the other, `steps` pairs of classes each, tiles (kLanes,
-// kTileSteps), with zeros up to a multiple of kTileSteps pairs and of kTileRows columns.
+// Copies columns of some classes' rows: of kLanes columns after the other, `steps` pairs of classes each, tiles
+// (kLanes, kTileSteps), with zeros up to a multiple of kTileSteps pairs and of kTileRows columns.
 inline void transpose_columns(const Bfloat16* rows, Index features, Range classes, Range columns, Index steps,
                               Pair* to) {
   for (Index first = classes.begin; first < classes.end; first += 2 * kLanes) {

@@ -40,8 +40,8 @@ ALWAYS_INLINE void clear(Sums<Pair, NV>&) {
   }
 }
 
-// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :], where the number of steps is a multiple of kTileSteps: but row 0 of
-// the next kTileSteps of them is `a_next` further on, and row 16 `a_half`.
+// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :], where the number of steps is a multiple of kTileSteps: but row 0
+// of the next kTileSteps of them is `a_next` further on, and row 16 `a_half`.
 template <int NV>
 ALWAYS_INLINE void multiply_tiles(const Pair* a, Index a_row, Index a_next, Index a_half, const Pair* b, Index b_step,
                                   Index steps, Sums<Pair, NV>&) {

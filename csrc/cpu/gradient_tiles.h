@@ -96,12 +96,13 @@ class GradientTiles {
         scratch_bytes_(
             round_up(larger(kPanelsOfTask * logits_scratch_bytes<T>(head), columns_scratch_bytes(head)), kLine)),
         scratch_(scratch_bytes_ * head.n_threads),
-        tile_scratch_(kTile * head.n_threads),
+        tile_scratch_(sizeof(Stored) == sizeof(float) ? 0 : kTile * head.n_threads),
         panel_sums_(gradients.weight && !kDirect ? kPanelsOfTask * kPanel * width_ * head.n_threads : 0) {}
 
   Stored* tile(Index panel_of_span, Index block) const { return tiles_ + (panel_of_span * n_blocks_ + block) * kTile; }
   Op* packed(Index block) const { return packed_ + block * kBlock * steps_of<Op>(head_.n_features); }
   void* scratch(int thread) const { return scratch_ + scratch_bytes_ * thread; }
+  // A thread's tile of float32 logits, where what is stored is smaller.
   float* tile_scratch(int thread) const { return tile_scratch_ + kTile * thread; }
   const Gradients<T>& gradients() const { return gradients_; }
 
@@ -131,8 +132,8 @@ class GradientTiles {
     }
   }
 
-  // Takes some panels of a span, block by block, from what finish(panel of the span, blocks) makes dl of, and adds dl to
-  // dE while it is in the L2 cache.
+  // Takes some panels of a span, block by block, from what finish(panel of the span, blocks) makes dl of, and adds dl
+  // to dE while it is in the L2 cache.
   template <class Finish>
   void add_to_weight(const RowBlocks& kept, Range span, Range panels, int thread, Finish finish) const {
     [[maybe_unused]] const ProductRegisters registers;
@@ -166,14 +167,10 @@ class GradientTiles {
 
   // Adds the tiles of a span of panels to the sums of dz.
   void add_to_rows(const RowBlocks& kept, Range span) {
-    if constexpr (kTransposed) return add_to_transposed_rows(kept.n_blocks, span);
-    const RowsPartition partition(kept.n_blocks, ceil_div(head_.n_features, kBlock), head_.n_threads);
-    Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
-#pragma omp parallel for num_threads(head_.n_threads) schedule(static, 1)
-    for (Index part = 0; part < partition.n_parts(); ++part) {
-      const int thread = omp_get_thread_num();
-      add_part_to_rows(kept, span, partition.tile_rows(part), partition.columns(part, head_.n_features),
-                       (Op*)scratch(thread), kDepth == 2 ? paired + kTile / 2 * thread : nullptr);
+    if constexpr (kTransposed) {
+      add_to_transposed_rows(kept.n_blocks, span);
+    } else {
+      add_to_rows_in_order(kept, span);
     }
   }
 
@@ -254,6 +251,18 @@ class GradientTiles {
     });
   }
 
+  // Shares dz between the threads.
+  void add_to_rows_in_order(const RowBlocks& kept, Range span) {
+    const RowsPartition partition(kept.n_blocks, ceil_div(head_.n_features, kBlock), head_.n_threads);
+    Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
+#pragma omp parallel for num_threads(head_.n_threads) schedule(static, 1)
+    for (Index part = 0; part < partition.n_parts(); ++part) {
+      const int thread = omp_get_thread_num();
+      add_part_to_rows(kept, span, partition.tile_rows(part), partition.columns(part, head_.n_features),
+                       (Op*)scratch(thread), kDepth == 2 ? paired + kTile / 2 * thread : nullptr);
+    }
+  }
+
   // Adds dl·E over a span of panels to one thread's part of dz. E is copied by blocks of columns: where it lies, the
   // rows of such a block are far apart, fill their lines by half and share few sets of the cache.
   void add_part_to_rows(const RowBlocks& kept, Range span, Range tile_rows, Range columns, Op* e, Op* paired) {
@@ -301,8 +310,8 @@ class GradientTiles {
     }
   }
 
-  // Adds dl·E over one panel to dz of some rows of a block, in some columns; prefetches the next tile, if any, meanwhile.
-  // Of E, blocks of columns are `e_block` apart, and rows `e_step`.
+  // Adds dl·E over one panel to dz of some rows of a block, in some columns; prefetches the next tile, if any,
+  // meanwhile. Of E, blocks of columns are `e_block` apart, and rows `e_step`.
   void add_rows_product(Index block, Range rows, Range columns, const Op* dl, const Op* e, Index e_block, Index e_step,
                         Index steps, const Stored* next_tile) {
     const Index calls = larger(ceil_div(columns.size(), kBlock) * ceil_div(rows.size(), kTileRows), 1);
@@ -330,8 +339,9 @@ class GradientTiles {
     }
   }
 
-  // Adds Eᵀ·dl over a span of panels, in pairs of classes, to the sums of dzᵀ: of these there is a tile (kBlock features,
-  // kBlock rows) where dz has one of rows and features. As many panels of Eᵀ as stay in the L2 cache are one product.
+  // Adds Eᵀ·dl over a span of panels, in pairs of classes, to the sums of dzᵀ: of these there is a tile (kBlock
+  // features, kBlock rows) where dz has one of rows and features. As many panels of Eᵀ as stay in the L2 cache are made
+  // at once.
   void add_to_transposed_rows(Index n_blocks, Range span) {
     const Index width = smaller(round_up(head_.n_features, kBlock), kColumnsOfProduct);
     const Index most = round_up(kTransposedBytes / (width * kPanel * Index(sizeof(In))) + 1, kPanelsOfProduct);

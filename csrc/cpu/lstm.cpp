@@ -1,8 +1,8 @@
 // One LSTM layer over a whole sequence: what depends on the step before. Gates are in torch's order i, f, g, o.
 //
-// A thread has some of the hidden units, and packs the weights that it multiplies once for all steps: they are read from
-// end to end in each, which for a batch of some ten rows takes longer than the products. After a step the threads wait
-// for one another, since each needs all of h, or of the gates' gradients. No sum crosses threads.
+// A thread has some of the hidden units, and packs the weights that it multiplies once for all steps: they are read
+// from end to end in each, which for a batch of some ten rows takes longer than the products. After a step the threads
+// wait for one another, since each needs all of h, or of the gates' gradients. No sum crosses threads.
 #include "family.h"
 #include "operands.h"
 #include "threads.h"
@@ -197,8 +197,8 @@ class Lstm {
 
  private:
   Index units_from(Index unit) const { return smaller(kLanes, a_.width - unit); }
-  // The i-th of a thread's groups in a step: each step begins with those that the last one ended with, whose weights are
-  // still in the L2 cache.
+  // The i-th of a thread's groups in a step: each step begins with those that the last one ended with, whose weights
+  // are still in the L2 cache.
   static Index group_at(Index t, Index i, Range mine) { return t % 2 ? mine.end - 1 - i : mine.begin + i; }
   // Of one step and row, the units from `unit` on.
   Index at(Index t, Index b, Index unit) const { return (t * a_.batch + b) * a_.width + unit; }

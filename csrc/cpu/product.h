@@ -4,7 +4,7 @@
 //   MR   kTileRows                      classes           classes                        rows
 //   NR   kTileVectors·kLanes = kBlock   rows              features                       features
 //   MC   (by product)                   kPanel classes    kPanel classes                 kBlock rows
-//   KC   (by product)                   all features      kBlocksOfProduct·kBlock rows   kPanel classes
+//   KC   (by product)                   all features      kBlocksOfProduct·kBlock rows   kPanelsOfProduct·kPanel
 //
 // The tile (MR, NR) of sums stays in registers: `Sums`, with what clears it, multiplies into it and stores it, in
 // vector_sums.h or, for tile registers, in amx_sums.h. There the rows' gradients are dzᵀ = Eᵀ·dl, rows and features

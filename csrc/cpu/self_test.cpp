@@ -10,6 +10,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "self_test_lstm.h"
 #include "self_test_reference.h"
 
 namespace {
@@ -255,6 +256,32 @@ class Test {
   Floats maximum_, log_total_;
 };
 
+// Runs the LSTM's kernels of one instruction set on one layer; roundings to bfloat16 are off by up to 2⁻⁹ each.
+void test_lstm(const Kernels& kernels, int64_t steps, int64_t batch, int64_t width, bool bf16, int n_threads,
+               Outcome& outcome) {
+  LstmProblem p(steps, batch, width);
+  const LstmArguments a = p.arguments(bf16, n_threads);
+  kernels.lstm_forward(a);
+  kernels.lstm_backward(a);
+  const auto compare = [&](const char* what, const Floats& computed, const Doubles& expected) {
+    double error = 0, size = 0;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      outcome.add_to_digest(computed[i]);
+      error += (computed[i] - expected[i]) * (computed[i] - expected[i]);
+      size += expected[i] * expected[i];
+    }
+    if (std::sqrt(error / size) <= (bf16 ? 1e-2 : 1e-5)) return;
+    ++outcome.failures;
+    std::printf("%s, %s, T=%d B=%d H=%d: an LSTM's %s is wrong by %g\n", kernels.name, bf16 ? "bfloat16" : "float32",
+                int(steps), int(batch), int(width), what, std::sqrt(error / size));
+  };
+  compare("output", p.output, p.expected_output);
+  compare("cell state", p.cells, p.expected_cells);
+  compare("gradient by its gates", p.grad_gates, p.expected_grad_gates);
+  compare("gradient by h0", p.grad_h0, p.expected_grad_h0);
+  compare("gradient by c0", p.grad_c0, p.expected_grad_c0);
+}
+
 // Less than a tile; several blocks of rows, panels of classes and chunks of a small workspace; a soft cap and a
 // temperature.
 const Sizes kSizes[] = {
@@ -276,6 +303,10 @@ int main(int argc, char** argv) {
         Problem problem(sizes, bf16);
         Test(kernels_for(bf16), problem, n_threads, outcome).run();
       }
+    }
+    for (const bool bf16 : {false, true}) {
+      test_lstm(kernels_for(bf16), 1, 1, 1, bf16, n_threads, outcome);
+      test_lstm(kernels_for(bf16), 5, 13, 37, bf16, n_threads, outcome);
     }
     std::printf("%s: %d failures, digest %016llx\n", available->name, outcome.failures,
                 (unsigned long long)outcome.digest);

@@ -2,12 +2,12 @@
 
 The vocabulary is cut into panels of 128 classes. The logits of a panel and a block of rows stay in the L1 cache
 from the product to their sums of exponentials; the backward passes and log-probabilities keep them in a workspace of
-at most 40 MiB. Each sum
-is made by one thread in a fixed order, so results do not depend on the number of threads. The instruction set is chosen
-at run time (generic, avx2, avx512, avx512_bf16, amx_bf16); the environment variable FUSED_MOS_ISA overrides the choice.
+at most 40 MiB. Each sum is made by one thread in a fixed order, so results do not depend on the number of threads. The
+instruction set is chosen at run time (generic, avx2, avx512, avx512_bf16, amx_bf16); the environment variable
+FUSED_MOS_ISA overrides the choice.
 
-bfloat16 operands are multiplied as they are where the processor does so faster (amx_bf16, and on AMD avx512_bf16), else
-widened; sums are float32.
+bfloat16 operands are multiplied as they are with amx_bf16 and avx512_bf16, else widened; sums are float32. Of the sets
+that a processor has, the fastest is taken: on Intel avx512_bf16 is not.
 """
 
 import torch
