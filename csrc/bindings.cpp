@@ -43,13 +43,14 @@ void rows_backward(const Head& head, Address rows, int64_t n_rows, Address targe
 }
 
 void nll_with_gradients(const Head& head, Address latent, Address log_prior, Address target, Address valid,
-                        int64_t n_tokens, int64_t n_experts, int64_t tokens_of_block, float scale, Address loss_weights,
-                        float filter_eps, Address nll, Address maximum, Address log_total, Address target_logit,
-                        Address grad_prior, const GradientArguments& gradients) {
+                        int64_t n_tokens, int64_t n_experts, int64_t tokens_of_block, int64_t classes_held, float scale,
+                        Address loss_weights, float filter_eps, Address nll, Address maximum, Address log_total,
+                        Address target_logit, Address grad_prior, const GradientArguments& gradients) {
   kernels_for(head.bf16).nll_with_gradients(
-      head, {at<const void>(latent), at<const float>(log_prior), at<const int64_t>(target), at<const bool>(valid),
-             n_tokens, n_experts, tokens_of_block, scale, at<const float>(loss_weights), filter_eps, at<float>(nll),
-             at<float>(maximum), at<float>(log_total), at<float>(target_logit), at<float>(grad_prior), gradients});
+      head,
+      {at<const void>(latent), at<const float>(log_prior), at<const int64_t>(target), at<const bool>(valid), n_tokens,
+       n_experts, tokens_of_block, classes_held, scale, at<const float>(loss_weights), filter_eps, at<float>(nll),
+       at<float>(maximum), at<float>(log_total), at<float>(target_logit), at<float>(grad_prior), gradients});
 }
 
 MixtureArguments mixture_arguments(Address latent, Address log_prior, Address maximum, Address log_total,
@@ -142,8 +143,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rows_backward", &rows_backward, released, "head"_a, by_keyword, "rows"_a, "n_rows"_a, "target"_a, "maximum"_a,
         "log_total"_a, "grad_lse"_a, "grad_target"_a, "gradients"_a);
   m.def("nll_with_gradients", &nll_with_gradients, released, "head"_a, by_keyword, "latent"_a, "log_prior"_a,
-        "target"_a, "valid"_a, "n_tokens"_a, "n_experts"_a, "tokens_of_block"_a, "scale"_a, "loss_weights"_a,
-        "filter_eps"_a, "nll"_a, "maximum"_a, "log_total"_a, "target_logit"_a, "grad_prior"_a, "gradients"_a);
+        "target"_a, "valid"_a, "n_tokens"_a, "n_experts"_a, "tokens_of_block"_a, "classes_held"_a, "scale"_a,
+        "loss_weights"_a, "filter_eps"_a, "nll"_a, "maximum"_a, "log_total"_a, "target_logit"_a, "grad_prior"_a,
+        "gradients"_a);
   m.def("mixture", &mixture, released, "head"_a, "mixture"_a, by_keyword, "log_prob"_a, "best"_a, "mean_log_prob"_a);
   m.def("mixture_backward", &mixture_backward, released, "head"_a, "mixture"_a, by_keyword, "grad"_a, "mean_gradient"_a,
         "grad_prior"_a, "gradients"_a);

@@ -80,6 +80,7 @@ def workspace(request, monkeypatch):
         if cpu:
             monkeypatch.setattr("fused_mos._backends.cpu_operands.WORKSPACE_BYTES", 16 * 1024)
             monkeypatch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", 32 * 1024)
+            monkeypatch.setattr(cpu, "MAX_FORWARD_WORKSPACE_BYTES", 0)
             monkeypatch.setattr(cpu, "MIN_GRADIENT_ROWS", 1)
             monkeypatch.setattr(cpu, "MIN_GRADIENT_ROWS_WITH_AMX", 1)
             monkeypatch.setattr("fused_mos._backends.cpu_one_sweep.MIN_ROWS", 1)

@@ -131,6 +131,7 @@ def test_any_shape(dtype, n, k, d, v, scale, seed, workspace_bytes, isa, reducti
         patch.setattr(
             cpu, "FORWARD_WORKSPACE_BYTES", workspace_bytes + 4 * v * d
         )  # so that 16-bit gradients come in blocks too
+        patch.setattr(cpu, "MAX_FORWARD_WORKSPACE_BYTES", 0)
         for name in ("MIN_GRADIENT_ROWS", "MIN_GRADIENT_ROWS_WITH_AMX"):
             patch.setattr(cpu, name, 1 if seed % 2 else 96)
         case = problem(n, k, d, v, scale=scale, seed=seed, bias=seed % 3 > 0)
@@ -151,6 +152,40 @@ def test_any_shape(dtype, n, k, d, v, scale, seed, workspace_bytes, isa, reducti
         check_forward_and_gradients(
             case, lambda p, backend: F.mos_log_prob(*p.inputs(), backend=backend), dtype, "cpu", relative_slack=slack
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"grad_filter_eps": 0.05}], ids=str)
+def test_exponentials_of_a_part_of_the_classes_are_held(dtype, options, instruction_set, monkeypatch):
+    """Those of the other classes are computed again when their gradients are formed: to the last bit as if all had
+    been held, whatever the number of threads."""
+    if instruction_set == "amx_bf16" and dtype == torch.bfloat16:
+        pytest.skip("with AMX the product that is saved is cheap")
+    case = problem(100, 3, 40, 1500, scale=2.0)
+    case.prior_logits.mul_(4)
+    case = case.to(dtype, ())
+    assert cpu._held_exponentials(100, 3, case.weight) == (100, 1500)
+    whole = _nll_and_gradients(case, options)
+    monkeypatch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", 900_000)
+    monkeypatch.setattr(cpu, "MAX_FORWARD_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(cpu, "MIN_GRADIENT_ROWS", 256)
+    tokens, classes = cpu._held_exponentials(100, 3, case.weight)
+    assert tokens == 100 and 0 < classes < 1500
+    before = torch.get_num_threads()
+    try:
+        for n_threads in (1, 2, 5):
+            torch.set_num_threads(n_threads)
+            in_part = _nll_and_gradients(case, options)
+            assert all(torch.equal(a, b) for a, b in zip(whole, in_part, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _nll_and_gradients(case, options: dict) -> list[torch.Tensor]:
+    p = case.to(case.weight.dtype, INPUTS)
+    loss = p.nll(backend="cpu", **options)
+    loss.backward()
+    return [loss.detach(), *(getattr(p, name).grad for name in INPUTS)]
 
 
 def test_many_rows_of_several_panels(instruction_set, workspace):
@@ -244,7 +279,7 @@ def test_extra_memory_at_a_large_vocabulary():
         case.nll(backend="cpu").backward()
         case.nll(backend="cpu", reduction="none").sum().backward()
         F.mos_log_prob(*case.inputs(), backend="cpu").sum().backward()
-        assert 0 < _cpu.peak_bytes() <= 64 * 2**20
+        assert 0 < _cpu.peak_bytes() <= 88 * 2**20
 
 
 def test_extra_memory_of_many_rows():
@@ -252,7 +287,7 @@ def test_extra_memory_of_many_rows():
     case = problem(20_000, 2, 256, 200).to(torch.float32)
     _cpu.reset_peak_bytes()
     case.nll(backend="cpu").backward()
-    assert 0 < _cpu.peak_bytes() <= 64 * 2**20
+    assert 0 < _cpu.peak_bytes() <= 88 * 2**20
 
 
 def test_auto_chooses_by_device_and_dtype():

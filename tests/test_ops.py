@@ -368,6 +368,7 @@ def test_extra_memory_does_not_grow_with_nkv(what, eps, backend, monkeypatch):
     if backend == "cpu":
         monkeypatch.setattr("fused_mos._backends.cpu_operands.WORKSPACE_BYTES", workspace)
         monkeypatch.setattr(cpu, "FORWARD_WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr(cpu, "MAX_FORWARD_WORKSPACE_BYTES", 0)
     peaks = {}
     for v in (small, large):
         case = problem(n, k, d, v).to(torch.float32, () if what in ("evaluate", "predict", "sample") else INPUTS)

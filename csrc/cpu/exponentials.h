@@ -64,6 +64,7 @@ struct PartialStatistics {
   PartialStatistics from_lane(Index lane) const {
     return {n_lanes, maxima + lane, totals + lane, moments ? moments + lane : nullptr};
   }
+  PartialStatistics from_part(Index part) const { return from_lane(part * n_lanes); }
 };
 
 // Takes Σ e^x x, of the total Σ e^x, to the sum for y = x + difference: Σ e^y y, where `factor` is e^difference. What

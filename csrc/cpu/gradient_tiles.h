@@ -99,7 +99,11 @@ class GradientTiles {
         tile_scratch_(sizeof(Stored) == sizeof(float) ? 0 : kTile * head.n_threads),
         panel_sums_(gradients.weight && !kDirect ? kPanelsOfTask * kPanel * width_ * head.n_threads : 0) {}
 
-  Stored* tile(Index panel_of_span, Index block) const { return tiles_ + (panel_of_span * n_blocks_ + block) * kTile; }
+  Stored* tile(Index panel_of_span, Index block) const {
+    return tiles_ + ((place_ + panel_of_span) * n_blocks_ + block) * kTile;
+  }
+  // Says where the tiles of the span at hand are: its first panel's in the place-th of those that there is room for.
+  void place_span(Index place) { place_ = place; }
   Op* packed(Index block) const { return packed_ + block * kBlock * steps_of<Op>(head_.n_features); }
   void* scratch(int thread) const { return scratch_ + scratch_bytes_ * thread; }
   // A thread's tile of float32 logits, where what is stored is smaller.
@@ -320,10 +324,12 @@ class GradientTiles {
       with_vectors(ceil_div(head_.n_features - d, kLanes), [&](auto vectors) {
         for (Index r = rows.begin; r < rows.end; r += kTileRows, ++call) {
           if (next_tile) prefetch_share(next_tile, kTile * Index(sizeof(Stored)), call, calls);
+          float* to = row_sums_ + d * lanes_ + (block * kBlock + r) * kBlock;
+          prefetch_share(to, kTileRows * kBlock * Index(sizeof(float)), 0, 1);
           Sums<Op, decltype(vectors)::value> sum;
           clear(sum);
           multiply(dl + r, 1, kBlock, e + (d - columns.begin) / kBlock * e_block, e_step, steps, sum);
-          add_to<false>(row_sums_ + d * lanes_ + (block * kBlock + r) * kBlock, kBlock, kTileRows, kBlock, sum);
+          add_to<false>(to, kBlock, kTileRows, kBlock, sum);
         }
       });
     }
@@ -409,7 +415,7 @@ class GradientTiles {
   const In* rows_;
   Gradients<T> gradients_;
   Index width_;
-  Index n_blocks_ = 0, n_begun_ = 0;
+  Index n_blocks_ = 0, n_begun_ = 0, place_ = 0;
   Buffer<Stored> tiles_;
   Buffer<Op> packed_;
   Index lanes_;

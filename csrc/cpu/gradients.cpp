@@ -2,13 +2,22 @@
 // forms the gradients at once (3 products).
 #include "family.h"
 #include "gradient_tiles.h"
+#include "token_loss.h"
 
 namespace {
 
-using fused_mos::NllArguments;
 using fused_mos::RowsBackwardArguments;
 
 constexpr Index kPanelsOfSpan = 16;  // for which a recomputing backward pass has at least room in the workspace
+
+// The panels whose two products with dl are made one after the other: as many as stay in the L3 cache from the first
+// to the second, and several for each thread. Tile registers read more of E at once.
+template <class T>
+Index panels_of_gradients(const Head& head, Index n_blocks) {
+  constexpr Index kBytes = 8 << 20;
+  if (kTransposed) return panels_of(head);
+  return larger(kBytes / (n_blocks * kTile * Index(sizeof(typename T::Stored))), 4 * head.n_threads);
+}
 
 // The rows whose gradients are formed, lane by lane: where their exponentials are, and what makes dl of them.
 struct KeptRows {
@@ -246,65 +255,6 @@ void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
   }
 }
 
-// What a token's terms weigh in the loss: nll, Σ_k π_k L_k and Σ_k π_k L_k².
-struct TokenWeights {
-  TokenWeights(const NllArguments& a, Index token) {
-    if (!a.valid[token]) return;
-    if (!a.loss_weights) {
-      nll = a.scale;
-      return;
-    }
-    nll = a.loss_weights[token];
-    lse = a.loss_weights[a.n_tokens + token];
-    square = a.loss_weights[2 * a.n_tokens + token];
-  }
-
-  bool regularises() const { return lse != 0 || square != 0; }
-  // What regularises an expert of log-sum-exp L, and its derivative by L.
-  double penalty(double l) const { return (lse + square * l) * l; }
-  double slope(double l) const { return lse + 2 * square * l; }
-
-  float nll = 0;
-  double lse = 0, square = 0;
-};
-
-inline double prior_of(const NllArguments& a, Index row) { return exp(double(a.log_prior[row])); }
-inline double lse_of(const NllArguments& a, Index row) { return double(a.maximum[row]) + a.log_total[row]; }
-
-// Computes one token's nll and its responsibilities r (K,).
-inline void mix_token(const NllArguments& a, Index token, float* responsibility) {
-  const Index k = a.n_experts, first = token * k;
-  const auto joint = [&](Index e) {
-    return double(a.log_prior[first + e]) +
-           (double(a.target_logit[first + e]) - a.maximum[first + e] - a.log_total[first + e]);
-  };
-  double largest = -INFINITY, total = 0;
-  for (Index e = 0; e < k; ++e) largest = joint(e) > largest || joint(e) != joint(e) ? joint(e) : largest;
-  // where no expert gives it any probability, nobody is responsible
-  const double shift = largest == -INFINITY ? 0 : largest;
-  for (Index e = 0; e < k; ++e) total += exp(joint(e) - shift);
-  a.nll[token] = float(-(shift + log(total)));
-  for (Index e = 0; e < k; ++e) {
-    responsibility[e] = !a.valid[token] || total == 0 ? 0.0f : float(exp(joint(e) - shift) / total);
-  }
-}
-
-// Computes one token's da = c (π − r) + π (f − Σ_k π f), f the penalties of its experts.
-inline void write_prior_gradient(const NllArguments& a, Index token, const float* responsibility) {
-  const TokenWeights weights(a, token);
-  const Range rows{token * a.n_experts, (token + 1) * a.n_experts};
-  double mean = 0;
-  for (Index row = rows.begin; weights.regularises() && row < rows.end; ++row) {
-    mean += prior_of(a, row) * weights.penalty(lse_of(a, row));
-  }
-  for (Index row = rows.begin; row < rows.end; ++row) {
-    const float prior = float(prior_of(a, row));
-    float gradient = weights.nll == 0 ? 0.0f : weights.nll * (prior - responsibility[row - rows.begin]);
-    if (weights.regularises()) gradient += float(prior * (weights.penalty(lse_of(a, row)) - mean));
-    a.grad_prior[row] = gradient;
-  }
-}
-
 // Keeps those rows of a block of tokens whose responsibilities (one per row of the block) the filter lets pass, or
 // whose log-sum-exp is regularised.
 inline void keep_rows(const Head& head, const NllArguments& a, Range rows, const int64_t* target,
@@ -333,7 +283,11 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
   const bool sums = sizeof(In) != sizeof(float) && grad_weight && a.tokens_of_block < a.n_tokens;
   Buffer<float> weight_sums(sums ? head.n_classes * head.n_features : 0);
   if (sums) gradients.weight = nullptr, gradients.weight_sums = weight_sums;
-  GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, panels);
+  // The first panels' exponentials are held. When they have been used, the others' take their place, computed again: so
+  // dz is summed in the same order however many are held.
+  const Index held = ceil_div(a.classes_held, kPanel);
+  const Index max_span = smaller(panels_of_gradients<T>(head, max_blocks), held);
+  GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, held);
   KeptRows kept(max_blocks * kBlock);
   Buffer<float> maxima(panels * max_blocks * kBlock), totals(panels * max_blocks * kBlock),
       responsibility(a.tokens_of_block * k);
@@ -346,7 +300,12 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
     const RowBlocks all = consecutive.blocks();
     const PartialStatistics statistics{all.n_blocks * kBlock, maxima, totals, nullptr};
     tiles.pack(all);
-    exponentiate_span(head, tiles, all, {0, panels}, {target, a.target_logit}, statistics);
+    const auto exponentiate_panels = [&](Range span) {
+      tiles.place_span(0);
+      exponentiate_span(head, tiles, all, span, {target, a.target_logit}, statistics.from_part(span.begin));
+    };
+    for (Index p = held; p < panels; p += max_span) exponentiate_panels(chunk_at(panels, p, max_span));
+    exponentiate_panels({0, held});
 #pragma omp parallel num_threads(head.n_threads)
     {
 #pragma omp for
@@ -365,7 +324,15 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
     if (kept.n_rows == 0) continue;
     const RowBlocks blocks = kept.blocks();
     tiles.begin(blocks);
-    add_gradients(head, tiles, kept, blocks, {0, panels}, a.target_logit, statistics);
+    for (Index p = 0; p < held; p += max_span) {
+      tiles.place_span(p);
+      add_gradients(head, tiles, kept, blocks, chunk_at(held, p, max_span), a.target_logit, statistics.from_part(p));
+    }
+    for (Index p = held; p < panels; p += max_span) {
+      const Range span = chunk_at(panels, p, max_span);
+      exponentiate_panels(span);
+      add_gradients(head, tiles, kept, blocks, span, a.target_logit, statistics.from_part(p));
+    }
     if (gradients.rows) tiles.end(blocks);
   }
   if (tiles.n_begun() == 0 && grad_weight) {

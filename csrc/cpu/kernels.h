@@ -65,7 +65,8 @@ struct NllArguments {
   const bool* valid;       // (N,): counted in the loss
   int64_t n_tokens;
   int64_t n_experts;
-  int64_t tokens_of_block;  // whose exponentials over all classes are held at once
+  int64_t tokens_of_block;  // whose exponentials are held at once
+  int64_t classes_held;     // of which they are: all, unless one block has all tokens
   float scale;
   const float* loss_weights;  // (3, N) or null
   float filter_eps;

@@ -145,6 +145,7 @@ class Test {
     a.n_tokens = p_.n;
     a.n_experts = p_.k;
     a.tokens_of_block = p_.tokens_of_block;
+    a.classes_held = p_.tokens_of_block < p_.n ? p_.v : (p_.v + 1) / 2;  // the others are computed twice
     a.scale = scale;
     a.nll = nll.data();
     a.maximum = maximum_.data();

@@ -20,7 +20,7 @@ struct alignas(64) Block {  // what precedes the memory, on a cache line of its 
 };
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
-constexpr std::size_t kLargestKept = std::size_t{80} << 20;
+constexpr std::size_t kLargestKept = std::size_t{208} << 20;
 #ifdef FUSED_MOS_SANITIZE
 constexpr std::size_t kLarge = SIZE_MAX;  // each block ends where it was asked to, so that reads beyond it are seen
 #else

@@ -1,5 +1,5 @@
 // Memory of the kernels: one aligned allocation each, released with its scope. Released blocks of
-// up to 80 MiB together are kept for the next call.
+// up to 208 MiB together are kept for the next call.
 #pragma once
 
 #include <cstddef>

@@ -18,7 +18,17 @@ from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from . import from_rows
 from .cpu_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict, score  # noqa: F401  (part of `Kernels`)
 from .cpu_one_sweep import log_prob_and_normalisers, one_sweep_pays, predict_in_one_sweep  # noqa: F401  (part of `Kernels`)
-from .cpu_operands import Gradients, address, empty_statistics, equal_blocks, head_of, padded_classes, rows_of_block
+from .cpu_operands import (
+    BLOCK,
+    PANEL,
+    Gradients,
+    address,
+    empty_statistics,
+    equal_blocks,
+    head_of,
+    padded_classes,
+    rows_of_block,
+)
 from .from_rows import choose_rows  # noqa: F401  (part of `Kernels`)
 from .random_numbers import generator_of
 from .tracing import assume_constant_result
@@ -26,9 +36,12 @@ from .transform import IDENTITY, Transform
 
 DTYPES = (torch.float32, torch.bfloat16)
 
-FORWARD_WORKSPACE_BYTES = 58 * 2**20
-"""Where gradients are formed in the forward pass: bytes of a block of tokens and of their exponentials over the whole
-vocabulary and, for 16-bit gradients of several blocks, of their float32 sums (V, D)."""
+FORWARD_WORKSPACE_BYTES = 80 * 2**20
+"""Workspace of a forward pass that forms the gradients: a block of tokens with its exponentials over the whole
+vocabulary and, for 16-bit gradients of several blocks, their float32 sums (V, D)."""
+
+MAX_FORWARD_WORKSPACE_BYTES = 192 * 2**20
+"""The same for a large decoder: as much as V·D float32 numbers take, at most this."""
 
 MIN_GRADIENT_ROWS = 96
 """Rows of a block below which gradients are not formed in the forward pass: each block reads and writes the whole
@@ -36,6 +49,10 @@ weight gradient, so few rows make it memory-bound."""
 
 MIN_GRADIENT_ROWS_WITH_AMX = 1024
 """Likewise where AMX makes the product that is saved so cheap."""
+
+MIN_CLASSES_HELD = 1 / 16
+"""The part of the vocabulary for which all tokens' exponentials must fit, where no block of tokens does: the other
+classes' logits are computed twice."""
 
 
 def instruction_set() -> str:
@@ -122,31 +139,44 @@ def _exponential_bytes(dtype: torch.dtype) -> int:
 
 
 @assume_constant_result
+def _uses_amx(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and instruction_set() == "amx_bf16"
+
+
 def _min_gradient_rows(dtype: torch.dtype) -> int:
-    with_amx = dtype == torch.bfloat16 and instruction_set() == "amx_bf16"
-    return MIN_GRADIENT_ROWS_WITH_AMX if with_amx else MIN_GRADIENT_ROWS
+    return MIN_GRADIENT_ROWS_WITH_AMX if _uses_amx(dtype) else MIN_GRADIENT_ROWS
 
 
-def _tokens_of_block(n_tokens: int, n_experts: int, weight: Tensor) -> int:
-    """Tokens whose exponentials over the whole vocabulary are held at once; 0 where the workspace is too small."""
+def _held_exponentials(n_tokens: int, n_experts: int, weight: Tensor) -> tuple[int, int]:
+    """Tokens of a block, and the classes whose exponentials the workspace holds for it: all classes, in as few blocks
+    as there is room for; or, where a block would be too small, a part of the classes for all tokens. (0, 0) where
+    neither pays."""
     n_classes, n_features = weight.shape
-    # its exponentials; and itself as operand of the logits and of dE, and the sums of its gradient, float32 at most
-    bytes_of_row = _exponential_bytes(weight.dtype) * padded_classes(n_classes) + 3 * 4 * n_features
+    n_rows = n_tokens * n_experts
+    float32_bytes = 4 * n_classes * n_features
+    workspace = max(FORWARD_WORKSPACE_BYTES, min(MAX_FORWARD_WORKSPACE_BYTES, float32_bytes))
+    # a row as operand of the logits and of dE, and the sums of its gradient, float32 at most
+    bytes_of_row = 3 * 4 * n_features
+    bytes_of_exponential = _exponential_bytes(weight.dtype)
 
     def tokens_in(n_bytes: int) -> int:
-        return rows_of_block(max(n_bytes, 0) // bytes_of_row) // n_experts
+        rows = max(n_bytes, 0) // (bytes_of_exponential * padded_classes(n_classes) + bytes_of_row)
+        return rows_of_block(rows) // n_experts
 
-    held = tokens_in(FORWARD_WORKSPACE_BYTES)
-    if held < n_tokens and weight.dtype != torch.float32:
-        held = tokens_in(FORWARD_WORKSPACE_BYTES - 4 * n_classes * n_features)
-    return equal_blocks(n_tokens, held)
+    tokens = tokens_in(workspace)
+    if tokens < n_tokens and weight.dtype != torch.float32:
+        tokens = tokens_in(workspace - float32_bytes)
+    tokens = equal_blocks(n_tokens, tokens)
+    if tokens * n_experts >= min(_min_gradient_rows(weight.dtype), n_rows):
+        return tokens, n_classes
+    bytes_of_panel = bytes_of_exponential * PANEL * (n_rows + BLOCK)
+    classes = max(workspace - n_rows * bytes_of_row, 0) // bytes_of_panel * PANEL
+    pays = classes >= MIN_CLASSES_HELD * n_classes and not _uses_amx(weight.dtype)
+    return (n_tokens, min(classes, n_classes)) if pays else (0, 0)
 
 
 def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:
-    if n_tokens == 0:
-        return False
-    least = min(_min_gradient_rows(weight.dtype), n_tokens * n_experts)
-    return _tokens_of_block(n_tokens, n_experts, weight) * n_experts >= least
+    return n_tokens > 0 and _held_exponentials(n_tokens, n_experts, weight)[0] > 0
 
 
 def _blocks_with_gradients(
@@ -169,6 +199,7 @@ def _blocks_with_gradients(
     nll = maximum.new_empty(n)
     grad_prior = maximum.new_empty((n, k) if needs[1] else (0,))
     log_prior = torch.log_softmax(prior_logits, -1, dtype=torch.float32)
+    tokens_of_block, classes_held = _held_exponentials(n, k, weight)
     _cpu.nll_with_gradients(
         head,
         latent=address(latent),
@@ -177,7 +208,8 @@ def _blocks_with_gradients(
         valid=address(valid),
         n_tokens=n,
         n_experts=k,
-        tokens_of_block=max(_tokens_of_block(n, k, weight), 1) if n else 1,
+        tokens_of_block=max(tokens_of_block, 1),
+        classes_held=classes_held or weight.shape[0],
         scale=scale.item(),
         loss_weights=address(loss_weights),
         filter_eps=filter_eps,

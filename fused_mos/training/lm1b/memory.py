@@ -20,7 +20,7 @@ from .ranks import Ranks
 OPTIMIZER_COPIES = {"sgd": 0, "adagrad": 1, "adam": 2}
 """Numbers that the optimizer keeps for each parameter."""
 
-CPU_WORKSPACE, TILED_WORKSPACE = 64 << 20, 256 << 20
+CPU_WORKSPACE, TILED_WORKSPACE = 208 << 20, 256 << 20
 """Bytes that the head's kernels use beside their inputs and outputs; those of Triton ask the GPU."""
 
 PROCESS = {"cuda": 1200 << 20, "cpu": 500 << 20}
