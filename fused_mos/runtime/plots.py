@@ -47,13 +47,13 @@ def log_ticks(axis: "Axis", least: int = 4) -> None:
     axis.set_major_formatter(ScalarFormatter(useOffset=False))
 
 
-def legend_above(figure: "Figure", *panels: "Axes", columns: int) -> None:
-    """One legend for all panels, above them, where it covers no line. The figure's layout must be "constrained"."""
+def legend_above(figure: "Figure", *panels: "Axes", columns: int, title: str | None = None) -> None:
+    """One legend for all panels, above them, where it covers no line. The figure's layout must be "constrained", and
+    its title belongs here: constrained layout would draw a suptitle over the legend."""
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     if found:
-        figure.legend(
-            found.values(), found.keys(), loc="outside upper center", ncols=columns, frameon=False, fontsize="small"
-        )
+        style = {"ncols": columns, "frameon": False, "fontsize": "small", "title": title, "title_fontsize": "small"}
+        figure.legend(found.values(), found.keys(), loc="outside upper center", **style)
 
 
 def save(figure: "Figure", path: Path, dpi: int = 130) -> None:
