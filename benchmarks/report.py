@@ -25,6 +25,7 @@ from typing import Any
 
 import tyro
 
+from experiments.plots import draw
 from experiments.tables import BLOCKS
 from fused_mos.runtime import files, plots
 
@@ -239,7 +240,8 @@ def main() -> int:
     for name in machines():
         head_axes(name)
     plots.save(step_bars(README_MACHINE), STEP_PLOT, dpi=200)
-    print(f"written: {', '.join([*different, *(f'{name}.png' for name in machines()), STEP_PLOT.name])}")
+    drawn = [f"{name}.png" for name in machines()] + [STEP_PLOT.name, *(path.name for path in draw())]
+    print(f"written: {', '.join([*different, *drawn])}")
     return 0
 
 
