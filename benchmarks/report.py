@@ -2,7 +2,7 @@
 
     pytest benchmarks --benchmark-only --benchmark-json=run.json
     python -m benchmarks.report --record run.json   # its rows into benchmarks/results/machines/; then as without
-    python -m benchmarks.report                     # tables of README.md and docs/, and the machines' plots, from JSON
+    python -m benchmarks.report                     # tables of README.md and docs/, and the plots, from JSON
     python -m benchmarks.report --verify            # exit status 1 where a document shows something else
     python -m benchmarks.report --show MACHINE      # the tables of one machine, in the terminal
     python -m benchmarks.report --compare run.json  # measures what fell by more than 10 % again; names what did each
@@ -25,11 +25,12 @@ from typing import Any
 
 import tyro
 
+from experiments.plots import draw
 from experiments.tables import BLOCKS
-from fused_mos.runtime import files
+from fused_mos.runtime import files, plots
 
 from .gpu_tables import OF_A_GPU, gpus
-from .plots import head_axes
+from .plots import README_MACHINE, STEP_PLOT, head_axes, step_bars
 from .tables import MACHINES, OF_A_MACHINE, OURS
 
 ROOT = Path(__file__).parent.parent
@@ -238,7 +239,9 @@ def main() -> int:
         return int(bool(different))
     for name in machines():
         head_axes(name)
-    print(f"written: {', '.join([*different, *(f'{name}.png' for name in machines())])}")
+    plots.save(step_bars(README_MACHINE), STEP_PLOT, dpi=200)
+    drawn = [f"{name}.png" for name in machines()] + [STEP_PLOT.name, *(path.name for path in draw())]
+    print(f"written: {', '.join([*different, *drawn])}")
     return 0
 
 

@@ -36,7 +36,6 @@ class Case(NamedTuple):
     shape: Shape
     dtype: str = "float32"
     operation: str = STEP
-    compiled: bool = False  # peers under torch.compile, too
 
     def __str__(self) -> str:
         return " ".join((self.figure, self.name, self.dtype, *([] if self.operation == STEP else [self.operation])))
@@ -64,10 +63,7 @@ SOME = {"cpu": 1, "cuda": 8}[DEVICE]
 def _cases() -> Iterable[Case]:
     for name, shape in SHAPES.items():
         for dtype in ("float32", "bfloat16"):
-            # on a CPU compiling takes its time
-            yield Case(
-                "shapes", name, shape, dtype, compiled=DEVICE == "cuda" or (name != "lm1b" and dtype == "float32")
-            )
+            yield Case("shapes", name, shape, dtype)
     for operation in ("forward", EACH, "log_prob", "sample"):
         yield Case("operations", "ptb", SHAPES["ptb"], operation=operation)
     n, k, d, v = SHAPES["ptb"]
@@ -96,7 +92,7 @@ def _contenders(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
         return found | {name: peers.MIXTURE[name] for name in ("published code", "five lines, F.linear_cross_entropy")}
     for name, loss in (peers.SINGLE if case.shape[1] == 1 else peers.MIXTURE).items():
         found[name] = loss
-        if case.compiled and name in peers.COMPILED:
+        if name in peers.COMPILED:
             found[f"{name}, compiled"] = peers.compiled(name)
     return found
 

@@ -18,11 +18,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import tyro
+from matplotlib.figure import Figure
 
-from fused_mos.runtime import files
+from benchmarks.harness import interleaved
+from fused_mos.runtime import files, plots
 from fused_mos.runtime.signals import CheckpointClock
 from fused_mos.training import RECIPES, TrainConfig, Trainer
 from fused_mos.training.config import dynamic_rule
@@ -30,11 +31,6 @@ from fused_mos.training.evaluation import dynamic_evaluation
 from fused_mos.training.metrics import read_metrics
 from fused_mos.training.run import load_run
 from fused_mos.training.stages import finetuning_config, train_to_the_end
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.harness import interleaved
 
 HEADS = ("softmax", "moc", "mos")
 FINETUNING = 0.25
@@ -162,29 +158,19 @@ def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.3), layout="constrained")
+    """Writes a PNG of each head's validation perplexity against minutes of training. Raises FileError."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     for i, (head, row) in enumerate(result["heads"].items()):
-        axes.plot(
-            *zip(*row["curve"]),
-            color=f"C{i}",
-            marker="o",
-            markersize=3,
-            label=f"{head}, {row['parameters'] / 1e6:.2f} M parameters",
-        )
+        label = f"{head}, {row['parameters'] / 1e6:.2f} M parameters"
+        axes.plot(*zip(*row["curve"]), color=plots.head_colour(head, i), marker="o", markersize=3, label=label)
     axes.set_yscale("log")
-    ticks = [80, 90, 100, 110, 120, 140, 160, 200, 250, 300, 400, 600]
-    lowest = min(ppl for row in result["heads"].values() for _, ppl in row["curve"])
-    highest = max(ppl for row in result["heads"].values() for _, ppl in row["curve"])
-    axes.set_yticks([t for t in ticks if lowest * 0.9 < t < highest * 1.1], minor=False)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    plots.log_ticks(axes.yaxis, least=6)
     axes.set_xlabel("minutes of training, at the speed of the idle machine")
     axes.set_ylabel("validation perplexity")
-    axes.set_title(f"{result['recipe']}, {result['precision']}", fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
-    with files.replacing(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
+    plots.legend_above(figure, axes, columns=2, title=f"{result['recipe']}, {result['precision']}")
+    plots.save(figure, path)
 
 
 def main() -> int:

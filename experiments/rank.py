@@ -15,18 +15,15 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import tyro
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
 from fused_mos.data import batchify, segment
 from fused_mos.lm.rank import Spectrum, numerical_rank, rank_threshold
-from fused_mos.runtime import files
+from fused_mos.runtime import files, plots
 from fused_mos.training.run import Run, load_run
 
 COLUMNS = 10
@@ -88,15 +85,17 @@ def measure(run: Run, split: str) -> dict[str, Any]:
     }
 
 
-def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for row in rows.values():
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Writes a PNG of the singular values of each run's log-probabilities. Raises FileError."""
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for i, row in enumerate(result["runs"].values()):
         experts = f", K = {row['n_experts']}" if row["n_experts"] > 1 else ""
         label = (
             f"{ {'mos': 'MoS', 'moc': 'MoC'}.get(row['head'], row['head']) }{experts}, d = {row['d']}: rank "
             f"{row['rank']:,}"
         )
-        axes.plot(*zip(*row["singular values over the largest"]), label=label)
+        axes.plot(*zip(*row["singular values over the largest"]), color=plots.head_colour(row["head"], i), label=label)
     axes.axhline(row["threshold"], color="gray", linewidth=0.8)
     axes.annotate(
         "counts as 0",
@@ -107,17 +106,10 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
         color="gray",
         fontsize=8,
     )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="index",
-        ylabel="singular value ÷ the largest",
-        title=f"log-probabilities, {row['rows']:,} contexts × {row['columns']:,} words",
-    )
-    axes.legend(loc="lower left")
-    with files.replacing(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
-    plt.close(figure)
+    axes.set(xscale="log", yscale="log", xlabel="index", ylabel="singular value ÷ the largest")
+    title = f"log-probabilities, {row['rows']:,} contexts × {row['columns']:,} words"
+    plots.legend_above(figure, axes, columns=1, title=title)
+    plots.save(figure, path)
 
 
 def main() -> int:
@@ -137,7 +129,7 @@ def main() -> int:
             f"{folder.name}: rank {row['rank']:,} of {row['columns']:,} (d = {row['d']}, K = {row['n_experts']})",
             flush=True,
         )
-    plot(result["runs"], config.out.with_suffix(".png"))
+    plot(result, config.out.with_suffix(".png"))
     return 0
 
 

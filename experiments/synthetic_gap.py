@@ -16,17 +16,16 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import tyro
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from tqdm import tqdm
 
 import fused_mos
 from fused_mos.data.synthetic import SyntheticLanguage
-from fused_mos.runtime import files
+from fused_mos.runtime import files, plots
 
 
 @dataclasses.dataclass
@@ -72,15 +71,19 @@ def gap(
 
 
 def plot(result: dict, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    """Writes a PNG of each head's distance to the entropy against d. Raises FileError."""
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    axes = figure.add_subplot()
     names = {name: None for row in result["rows"].values() for name in (row["head"],)}
-    shades = iter(plt.cm.viridis(torch.linspace(0.85, 0.1, sum(name.startswith("MoS") for name in names)).tolist()))
+    shades = iter(
+        colormaps["viridis"](torch.linspace(0.85, 0.1, sum(name.startswith("MoS") for name in names)).tolist())
+    )
     for name in names:
         points = sorted((row["d"], row["gap"]) for row in result["rows"].values() if row["head"] == name)
         style = (
             {"color": next(shades)}
             if name.startswith("MoS")
-            else {"color": "black" if name == "softmax" else "tab:red", "linestyle": "--"}
+            else {"color": plots.head_colour(name.split(",")[0], 0), "linestyle": "--"}
         )
         axes.plot(*zip(*points), marker="o", label=name, **style)
     axes.axvline(result["rank"] - 1, color="gray", linewidth=0.8)
@@ -95,16 +98,13 @@ def plot(result: dict, path: Path) -> None:
     )
     axes.set(xlabel="features d of the decoder", ylabel="nats a word above the entropy", xscale="log", ylim=(0, None))
     axes.set_xticks(sorted({row["d"] for row in result["rows"].values()}), minor=False)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
-    axes.set_title(
-        f"{result['n_words']} words, log-probabilities of rank {result['rank']}, entropy {result['entropy']:.2f} nats",
-        fontsize=10,
+    title = (
+        f"{result['n_words']} words, log-probabilities of rank {result['rank']}, entropy {result['entropy']:.2f} nats"
     )
-    axes.legend()
-    with files.replacing(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
-    plt.close(figure)
+    plots.legend_above(figure, axes, columns=3, title=title)
+    plots.save(figure, path)
 
 
 def main() -> int:

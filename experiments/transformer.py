@@ -16,21 +16,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import tyro
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import fused_mos
 from fused_mos.data import Corpus
-from fused_mos.runtime import files
+from fused_mos.runtime import files, plots
 from fused_mos.training.device import device_named
 
 from .equal_budget import Budget, Store, values_of, with_one_size
 from .small_lm import BATCH, WINDOW, LanguageModel, Shape, Steps, learning_rate_factor, make_optimizer, places_of
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HEADS = {"softmax": "softmax", "MoC": "moc", "MoS": "mos"}
 SWITCH = 0.8
@@ -42,8 +39,7 @@ EQUAL_TIME = ("softmax, equal time", "MoC, equal time", "MoS", UPCYCLED)
 RUNS = tuple(dict.fromkeys(EQUAL_STEPS + EQUAL_TIME))
 """Of a size and seed, by the budget at which they are compared, and all of them."""
 
-COLOURS = {"softmax": "#000000", "MoC": "#E69F00", "MoS": "#0072B2", UPCYCLED: "#009E73"}
-"""Of Okabe and Ito, which the colour-blind can tell apart."""
+COLOURS = {name: plots.head_colour(name, 2) for name in (*HEADS, UPCYCLED)}
 
 
 @dataclasses.dataclass
@@ -173,9 +169,9 @@ def sizes(rows: dict[str, dict[str, Any]]) -> list[int]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Perplexity against d, median and range over seeds, one line a head."""
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True, layout="constrained")
-    rows = result["rows"]
+    """Writes a PNG of perplexity against d, median and range over seeds, one line a head. Raises FileError."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panels, rows = figure.subplots(1, 2, sharey=True), result["rows"]
     for panel, title, names in zip(panels, ("equal steps", "equal time"), (EQUAL_STEPS, EQUAL_TIME)):
         for name in names:
             found = {d: values_of(rows, f"d = {d}, {name}", "test perplexity") for d in sizes(rows)}
@@ -183,21 +179,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
             if not found:
                 continue
             label = name.removesuffix(", equal time")
-            panel.plot(
-                list(found), [statistics.median(v) for v in found.values()], "o-", color=COLOURS[label], label=label
-            )
+            style = {"color": COLOURS[label], "linestyle": "--" if name == UPCYCLED else "-"}  # softmax lies below it
+            panel.plot(list(found), [statistics.median(v) for v in found.values()], marker="o", label=label, **style)
             ranges = [min(v) for v in found.values()], [max(v) for v in found.values()]
             panel.fill_between(list(found), *ranges, color=COLOURS[label], alpha=0.2, linewidth=0)
         panel.set(title=title, xlabel="d", xscale="log")
         panel.set_xticks(sizes(rows), [str(d) for d in sizes(rows)])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize="small")
     panels[0].set_ylabel("test perplexity")
-    figure.suptitle(f"{result['data']}, {result['steps']} steps of MoS, K = {result['n_experts']}", fontsize="medium")
-    with files.replacing(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
-    plt.close(figure)
+    title = f"{result['data']}, {result['steps']} steps of MoS, K = {result['n_experts']}"
+    plots.legend_above(figure, *panels, columns=len(COLOURS), title=title)
+    plots.save(figure, path)
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ import sys
 from .runtime import UserError, command
 
 COMMANDS = {
-    "demo": ("demo", "Train softmax and MoS side by side, about three minutes."),
+    "demo": ("demo", "Train a softmax and a MoS of equal size, about two minutes."),
     "train": ("train", "Train an AWD-LSTM with a MoS, MoC or softmax head on a corpus."),
     "finetune": ("finetune", "Fine-tune the best model of a run."),
     "evaluate": ("evaluate", "Perplexity of a run's best model, also with dynamic evaluation or a cache."),

@@ -47,10 +47,13 @@ def work(arguments: list[str]) -> None:
         f"{config.split}: ppl {report['ppl']:.2f}; {report['effective_experts']:.1f} of {n_experts} experts speak at "
         "a time"
     )
-    show(f"\n{'expert':>6}{'prior':>8}{'speaks':>8}  most frequent words | most characteristic words")
+    show(f"function words are {report['kinds']['function']:.0%} of the text")
+    header = "most frequent words | most characteristic words"
+    show(f"\n{'expert':>6}{'prior':>8}{'speaks':>8}{'function words':>16}  {header}")
     for i, expert in enumerate(report["experts"], start=1):
         words = " ".join(expert["frequent"][:6]) + " | " + " ".join(expert["characteristic"][:6])
-        show(f"{i:>6}{expert['prior']:>8.1%}{expert['responsibility']:>8.1%}  {words}")
+        shares = f"{expert['prior']:>8.1%}{expert['responsibility']:>8.1%}{expert['kinds']['function']:>16.0%}"
+        show(f"{i:>6}{shares}  {words}")
     show("\nnearest words in the embedding")
     for word, others in report["nearest"].items():
         show(f"  {word}: {' '.join(others)}")

@@ -104,8 +104,59 @@ def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
         rows = {name: text.count("\n") - 1 for name, text in shown.items()}
         assert rows == {name: sum(r["figure"] == {"head": "shapes"}.get(name, name) for r in kept) for name in rows}
         plots.head_axes(file.stem)
+        plots.step_bars(file.stem).draw_without_rendering()
         assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
         file.unlink()
+
+
+def bars_of(axes):
+    """(dtype's offset, contender) -> what is written at the end of its bar."""
+    return {(round(text.get_position()[1], 1)): text.get_text().strip() for text in axes.texts}
+
+
+def test_bars_of_a_training_step(tmp_path, monkeypatch):
+    """Each panel shows its case's median times and memory, ours behind a peer or not; what is missing has a dash and a
+    reason; a bar much longer than the others is cut, and its number is right all the same."""
+    for module in (report, plots, tables):
+        monkeypatch.setattr(module, "MACHINES", tmp_path)
+    names = list(plots.CONTENDERS)
+    rows = [row(name, floor=10.0 * (i + 1)) | {"peak MiB": 100.0 - i} for i, name in enumerate(names[:3])]
+    rows += [row(names[3], failed="out of memory"), row("another peer", floor=7e6)]
+    rows += [row(name, floor=ms, dtype="bfloat16") for name, ms in ((names[0], 3.0), (names[1], 2.0), (names[2], 4e6))]
+    file = report.record(run_file(tmp_path / "a.json", rows))
+    figure = plots.step_bars(file.stem)
+    figure.draw_without_rendering()
+    time, memory = figure.axes[0], figure.axes[len(plots.SHAPES)]
+    assert [label.get_text() for label in time.get_yticklabels()] == list(plots.CONTENDERS.values())
+    assert bars_of(time) == {
+        **{-0.2: "10", 0.8: "20", 1.8: "30", 2.8: "–", 3.8: "–"},
+        **{0.2: "3", 1.2: "2", 2.2: "» 4,000,000", 3.2: "–", 4.2: "–"},
+    }
+    assert bars_of(memory) == {
+        **{-0.2: "100", 0.8: "99", 1.8: "98", 2.8: "–", 3.8: "–"},
+        **{0.2: "–", 1.2: "–", 2.2: "–", 3.2: "–", 4.2: "–"},
+    }
+    widths = {round(bar.get_y() + bar.get_height() / 2, 1): bar.get_width() for bar in time.patches if bar.get_width()}
+    assert widths == pytest.approx({-0.2: 10, 0.8: 20, 1.8: 30, 0.2: 3, 1.2: 2, 2.2: 50})
+    notes = figure.get_supxlabel()
+    assert "– log-sum-exp, torch.compile (Penn Treebank float32): out of memory." in notes
+    assert "– the paper's published code (Penn Treebank float32, Penn Treebank bfloat16, " in notes
+    assert "– fused_mos; cut-cross-entropy, five lines; " in notes and "One Billion Words bfloat16): not meas" in notes
+
+
+def test_bars_of_the_machine_in_the_readme():
+    """Its contenders are those that were measured, by the names of the tables, and it shows the JSON's numbers."""
+    cases = tables.rows_of(plots.README_MACHINE, "shapes")
+    figure = plots.step_bars(plots.README_MACHINE)
+    for axes, case in zip(figure.axes, plots.SHAPES):
+        rows = {dtype: cases[case, dtype, "training step"] for dtype in plots.DTYPES}
+        for i, name in enumerate(plots.CONTENDERS):
+            for offset, dtype in ((-0.2, "float32"), (0.2, "bfloat16")):
+                found = rows[dtype].get(name, {})
+                shown = bars_of(axes)[round(i + offset, 1)]
+                assert shown.removeprefix("» ") == (f"{found['ms'][0]:,.0f}" if "ms" in found else "–")
+    measured = {name for rows in cases.values() for name, found in rows.items() if "ms" in found}
+    assert set(plots.CONTENDERS) <= measured
 
 
 @pytest.mark.parametrize(

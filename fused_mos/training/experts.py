@@ -1,19 +1,19 @@
-"""The experts of a run's model, over a whole text: numbers, a plot, and a page of coloured text."""
+"""The experts of a run's model, over a whole text: numbers, and with `experts_page` a plot and coloured text."""
 
-import html
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..data import batchify, segment
+from ..data.word_kinds import KINDS, kinds_of
 from ..lm.experts import ExpertShares, expert_shares, nearest_words
 from ..runtime import files
 from ..runtime.progress import bar
 from ..runtime.text import printable
 from .errors import ConfigError
+from .experts_page import page, plot_experts
 from .run import Run
 
 WORDS_IN_PLOT = 48
@@ -39,12 +39,13 @@ def inspect_run(run: Run, split: str, n_words: int, nearest: tuple[str, ...] = (
         raise ConfigError(f"nearest: {unknown[0]!r} is not one of the model's {len(index):,} words")
     reading = read(run, run.text(split))
     report = summary(run, reading, nearest)
-    folder, words, title = run.folder / "experts", run.vocabulary.words, f"{run.folder.name}, {split}"
-    labels = [printable(words[i]) for i in reading.tokens[:WORDS_IN_PLOT]]  # matplotlib warns of others, and names them
+    folder, title = run.folder / "experts", f"{run.folder.name}, {split}"
+    words = [run.vocabulary.words[i] for i in reading.tokens[: max(n_words, WORDS_IN_PLOT)]]
+    labels = [printable(word) for word in words[:WORDS_IN_PLOT]]  # matplotlib warns of others, and names them
     with files.FolderLock(folder, wait=True):  # the files of two that write at once would be mixed
-        plot_experts(reading, labels, folder / "experts.png")
+        plot_experts(reading.shares, labels, folder / "experts.png")
         files.write_json(folder / "experts.json", {"split": split, **report})
-        files.write_text(folder / "index.html", page(reading, words, n_words, report, title))
+        files.write_text(folder / "index.html", page(reading.shares, words[:n_words], report, title))
     return report
 
 
@@ -63,19 +64,26 @@ def read(run: Run, tokens: Tensor) -> Reading:
 
 
 def summary(run: Run, reading: Reading, nearest: tuple[str, ...]) -> dict[str, Any]:
-    """Mean shares; the words that each expert speaks most, and those of which it speaks the largest part; neighbours of
-    words."""
+    """Mean shares; the words that each expert speaks most, and those of which it speaks the largest part; how much of
+    the text and of what each expert speaks are function words, content words and others; neighbours of words."""
     tokens, (prior, responsibility, log_likelihood) = reading
     words, n_words = run.vocabulary.words, len(run.vocabulary)
     spoken = torch.zeros(n_words, prior.shape[1], dtype=torch.float64).index_add_(0, tokens, responsibility.double())
     count = torch.bincount(tokens, minlength=n_words)
     share = torch.where(count[:, None] >= RARE, spoken / count[:, None], -1.0)
     listed = min(LISTED_WORDS, n_words)
+    kinds = kinds_of(words)
+    of_kinds = torch.zeros(len(KINDS), prior.shape[1], dtype=torch.float64).index_add_(0, kinds, spoken)
+    of_kinds /= spoken.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    of_text = torch.bincount(kinds[tokens], minlength=len(KINDS)) / tokens.numel()
+    content = torch.where(kinds[:, None] == KINDS.index("content"), spoken, -1.0)
     experts = [
         {
             "prior": prior[:, k].mean().item(),
             "responsibility": responsibility[:, k].mean().item(),
+            "kinds": dict(zip(KINDS, of_kinds[:, k].tolist())),
             "frequent": [words[i] for i in spoken[:, k].topk(listed).indices],
+            "frequent_content": [words[i] for i in content[:, k].topk(listed).indices if content[i, k] > 0],
             "characteristic": [words[i] for i in share[:, k].topk(listed).indices if count[i] >= RARE],
         }
         for k in range(prior.shape[1])
@@ -88,116 +96,7 @@ def summary(run: Run, reading: Reading, nearest: tuple[str, ...]) -> dict[str, A
     return {
         "ppl": math.exp(-log_likelihood.double().mean().item()),
         "effective_experts": torch.special.entr(responsibility).sum(-1).exp().mean().item(),
+        "kinds": dict(zip(KINDS, of_text.tolist())),
         "experts": experts,
         "nearest": {word: [words[i] for i in row] for word, row in zip(nearest, neighbours.tolist())},
     }
-
-
-def plot_experts(reading: Reading, words: list[str], path: Path) -> None:
-    """Prior and responsibility of each expert for the first words, and their means over the whole text, to a PNG."""
-    from matplotlib.figure import Figure
-
-    n, k = len(words), reading.shares.prior.shape[1]
-    figure = Figure(figsize=(12, 2.2 + 0.28 * k), layout="constrained")
-    (top, bars), (bottom, legend) = figure.subplots(2, 2, width_ratios=[5, 1])
-    for axes, values, title in (
-        (top, reading.shares.prior, "prior"),
-        (bottom, reading.shares.responsibility, "responsibility for the word"),
-    ):
-        image = axes.imshow(
-            values[:n].T.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest"
-        )
-        axes.set_title(title, fontsize="medium")
-        axes.set_ylabel("expert")
-        axes.set_yticks(range(k), range(1, k + 1), fontsize="small")
-        axes.set_xticks(range(n), words if axes is bottom else [], rotation=90, fontsize="small", parse_math=False)
-    figure.colorbar(image, ax=[top, bottom], pad=0.01)
-    for offset, values, label in (
-        (-0.2, reading.shares.prior, "prior"),
-        (0.2, reading.shares.responsibility, "responsibility"),
-    ):
-        bars.barh([i + 1 + offset for i in range(k)], values.mean(0).tolist(), height=0.4, label=label)
-    bars.set_yticks(range(1, k + 1), range(1, k + 1), fontsize="small")
-    bars.invert_yaxis()
-    bars.set_title("mean over the text", fontsize="medium")
-    legend.axis("off")
-    legend.legend(*bars.get_legend_handles_labels(), loc="upper left", frameon=False, fontsize="small")
-    with files.replacing(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
-
-
-STYLE = """
-body { font: 16px/1.9 Georgia, serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-h1, h2, label, table, .key, nav { font-family: system-ui, sans-serif }
-h1 { font-size: 1.3rem }
-h2 { font-size: 1.05rem; margin-top: 2.5rem }
-.text span { padding: .1em .15em; border-radius: .2em; background: var(--r) }
-#prior:checked ~ .text span { background: var(--p) }
-.key span { display: inline-block; padding: 0 .5em; margin: .15em; border-radius: .2em }
-table { border-collapse: collapse; font-size: .85rem; line-height: 1.5 }
-td, th { padding: .25em .8em .25em 0; text-align: left; vertical-align: top }
-img { max-width: 100% }
-"""
-
-
-def page(reading: Reading, words: list[str], n_words: int, report: dict[str, Any], title: str) -> str:
-    """The HTML page: text coloured by the expert with the largest share, the more of it the stronger; it needs no
-    network."""
-    k = reading.shares.prior.shape[1]
-    spans = []
-    for i in range(min(n_words, reading.tokens.numel())):
-        word, prior, responsibility = (
-            words[reading.tokens[i]],
-            reading.shares.prior[i],
-            reading.shares.responsibility[i],
-        )
-        best = responsibility.topk(min(3, k))
-        note = f"{word}: probability {math.exp(reading.shares.log_likelihood[i]):.2g}; " + ", ".join(
-            f"expert {e + 1} {r:.0%} (prior {prior[e]:.0%})"
-            for r, e in zip(best.values.tolist(), best.indices.tolist())
-        )
-        spans.append(
-            f'<span style="--p:{_colour(prior)};--r:{_colour(responsibility)}" '
-            f'title="{html.escape(note)}">{html.escape(word)}</span>' + ("<br>" if word == "<eos>" else "")
-        )
-    key = "".join(f'<span style="background:{_shade(e, k, 0.8)}">expert {e + 1}</span>' for e in range(k))
-    rows = "".join(
-        f"<tr><td>{e}</td><td>{x['prior']:.1%}</td><td>{x['responsibility']:.1%}</td>"
-        f"<td>{html.escape(' '.join(x['frequent']))}</td><td>{html.escape(' '.join(x['characteristic']))}</td></tr>"
-        for e, x in enumerate(report["experts"], start=1)
-    )
-    neighbours = "".join(
-        f"<tr><td>{html.escape(w)}</td><td>{html.escape(' '.join(o))}</td></tr>" for w, o in report["nearest"].items()
-    )
-    newline = "\n"
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Experts of {html.escape(title)}</title><style>{STYLE}</style>
-<h1>Which expert speaks when: {html.escape(title)}</h1>
-<p>Perplexity {report["ppl"]:.2f}; on average {report["effective_experts"]:.1f} of {k} experts speak at a time (the
-exponential of their responsibilities' entropy). Each word has the colour of the expert with the largest share in it,
-the stronger the larger the share; point at a word for numbers.</p>
-<input type="radio" name="share" id="responsibility" checked>
-<label for="responsibility"> responsibility for the word</label>
-<input type="radio" name="share" id="prior"><label for="prior"> prior, before the word is seen</label>
-<p class="key">{key}</p>
-<p class="text">{newline.join(spans)}</p>
-<h2>The experts</h2>
-<img src="experts.png" alt="prior and responsibility of each expert">
-<table>
-<tr><th>expert</th><th>prior</th><th>speaks</th><th>most frequent words</th><th>most characteristic words</th></tr>
-{rows}
-</table>
-<h2>Nearest words in the embedding</h2>
-<table>{neighbours}</table>
-</html>
-"""
-
-
-def _colour(shares: Tensor) -> str:
-    share, expert = shares.max(-1)
-    return _shade(int(expert), shares.numel(), share.item())
-
-
-def _shade(expert: int, n_experts: int, strength: float) -> str:
-    """One hue an expert, evenly apart."""
-    return f"hsl({360 * expert / n_experts:.0f} 80% 60% / {0.75 * strength:.2f})"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..runtime import files
+from ..runtime import files, plots
 from ..runtime.text import show
 from .settings import NUMBER
 
@@ -19,6 +19,11 @@ BLOCK = 1 << 16
 def perplexity(loss: float) -> float:
     """exp of a mean NLL in nats; infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def tag(kind: str, name: str) -> str:
+    """Where TensorBoard shows a number: it sorts groups by name, so loss and perplexity come before the group "run"."""
+    return {"loss": f"loss/{kind}", "ppl": f"perplexity/{kind}"}.get(name, f"run/{kind}/{name}")
 
 
 class MetricsLog:
@@ -48,7 +53,7 @@ class MetricsLog:
             self._file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                self._events.add_scalar(tag(kind, name), value, step)
 
     def sync(self) -> int:
         """Forces everything to disk; returns the length of metrics.jsonl."""
@@ -95,31 +100,29 @@ def _points(metrics: list[dict[str, Any]], kind: str, x: str) -> list[tuple[floa
 
 
 def plot_learning_curves(folders: dict[str, Path], path: Path) -> None:
-    """Training and validation perplexity against epochs, a colour per run, to a PNG."""
+    """Writes a PNG of training and validation perplexity against epochs: a colour for each of the runs, which are
+    named by their heads. Raises FileError."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.3), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for i, (label, folder) in enumerate(folders.items()):
-        metrics = read_metrics(folder)
+        metrics, colour = read_metrics(folder), plots.head_colour(label, i)
         train, valid = _points(metrics, "train", "epoch_fraction"), _points(metrics, "valid", "epoch")
         if train:
-            axes.plot(*zip(*train), color=f"C{i}", alpha=0.35, linewidth=1, label=f"{label}, training (with dropout)")
+            axes.plot(*zip(*train), color=colour, alpha=0.35, linewidth=1, label=f"{label}, training (with dropout)")
         if valid:
-            axes.plot(*zip(*valid), color=f"C{i}", marker="o", markersize=4, label=f"{label}, validation")
+            axes.plot(*zip(*valid), color=colour, marker="o", markersize=4, label=f"{label}, validation")
         averaging = _points([m for m in metrics if m.get("averaging") is True], "valid", "epoch")
         if averaging and averaging[0][0] > 1:
             start = averaging[0][0] - 1
-            axes.axvline(start, color=f"C{i}", linestyle=":", linewidth=1, label=f"{label}, averaging starts")
+            axes.axvline(start, color=colour, linestyle=":", linewidth=1, label=f"{label}, averaging starts")
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    plots.log_ticks(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
-    with files.replacing(path) as partial:
-        figure.savefig(partial, dpi=130, format="png")
+    plots.legend_above(figure, axes, columns=max(2, len(folders)))
+    plots.save(figure, path)

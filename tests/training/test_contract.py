@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -142,7 +143,24 @@ def test_the_demo_goes_on(small_flags, tmp_path, monkeypatch, capsys):
         patch.setattr(Trainer, "train_step", stopped_in_the_second_run)
         assert demo.main(flags) == 130
     assert demo.main(flags) == 0
-    assert "softmax: 3 epochs on Python's own documentation, of which 3 are done" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "softmax: 3 epochs on Python's own documentation, of which 3 are done" in out
+    softmax, mos = json.loads((tmp_path / "demo" / "result.json").read_text())
+    for name, result in (("softmax", softmax), ("MoS", mos)):
+        numbers = [
+            f"{result['test_ppl']:.2f}",
+            f"{result['parameters']:,}",
+            r"\d+ s",
+            f"{result['words_per_second']:,.0f}",
+        ]
+        row = " +".join([name, *numbers])
+        assert re.search(row, out), row
+    assert mos["parameters"] < 1.3 * softmax["parameters"]
+    commands = re.findall(r"^  \S+ -m fused_mos\.(generate|experts) (\S+) +# ", out, re.MULTILINE)
+    assert [name for name, _ in commands] == ["generate", "experts"]
+    assert all({"generate": generate, "experts": experts}[name].main([run]) == 0 for name, run in commands)
+    assert f"open {tmp_path / 'demo/mos/experts/index.html'}" in out
+    assert (tmp_path / "demo/mos/experts/index.html").is_file()
     (tmp_path / "demo" / "demo.png").unlink()
     assert demo.main(flags) == 0 and (tmp_path / "demo" / "demo.png").exists()
 
