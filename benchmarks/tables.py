@@ -4,7 +4,7 @@ A row of a table has a number. What a machine could not run is named below the t
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -173,22 +173,64 @@ def about(machine: str) -> str:
 
 
 def behind(machine: str) -> str:
-    """A sentence that names every comparison in which a peer's median time is no longer than ours."""
-    compared = [row for row in recorded(machine)["rows"] if row["contender"] != OURS and "times ours" in row]
+    """Every comparison in which a contender's median time is no longer than ours, or its memory no larger."""
+    rows = contenders_of(machine)
     ahead = [
-        f"*{row['contender']}*, {place(row)}, {row['operation']}: {times(row['times ours'])}"
-        for row in compared
-        if row["times ours"][0] <= 1
+        f"- *{row['contender']}*, {place(row)}, {row['operation']}: {times(row['times ours'])}"
+        for row, _ in rows
+        if is_faster(row)
     ]
-    if not ahead:
-        return f"fused_mos is faster in all {len(compared)} comparisons."
-    lines = "\n".join(f"- {line}" for line in ahead)
-    return f"fused_mos is faster in {len(compared) - len(ahead)} of {len(compared)} comparisons, but not in:\n\n{lines}"
+    parts = [f"fused_mos is faster in all {len(rows)} comparisons."]
+    if ahead:
+        parts = [f"fused_mos is faster in {len(rows) - len(ahead)} of {len(rows)} comparisons, but not in:"]
+        parts.append("\n".join(ahead))
+    leaner = places(row for row, ours in rows if is_leaner(row, ours))
+    return "\n\n".join([*parts, *([f"Less memory than fused_mos takes: {leaner}."] if leaner else [])])
+
+
+def chart(machine: str) -> str:
+    """The caption of plots.py's bar chart: what it shows, and which contenders beat fused_mos."""
+    facts = recorded(machine)
+    rows = [(row, ours) for row, ours in contenders_of(machine) if row["figure"] == "shapes" and row["shape"][1] > 1]
+    faster = places(row for row, _ in rows if is_faster(row)) or "no contender"
+    leaner = places(row for row, ours in rows if is_leaner(row, ours)) or "no contender"
+    return (
+        f"One training step of the head, forward and backward, on {facts['threads']} threads of an\n"
+        f"{facts['device']}. Shorter is better.\nFaster than fused_mos: {faster}.\nLess memory: {leaner}."
+    )
+
+
+def contenders_of(machine: str) -> list[tuple[dict, dict]]:
+    """The measured rows of all contenders, each with ours, or {} where ours has none."""
+    rows = [row for row in recorded(machine)["rows"] if "times ours" in row]
+    ours = {comparison(row): row for row in rows if row["contender"] == OURS}
+    return [(row, ours.get(comparison(row), {})) for row in rows if row["contender"] != OURS]
+
+
+def comparison(row: dict) -> tuple[str, str, str, str]:
+    return row["figure"], row["case"], row["dtype"], row["operation"]
+
+
+def is_faster(row: dict) -> bool:
+    return row["times ours"][0] <= 1
+
+
+def is_leaner(row: dict, ours: dict) -> bool:
+    return bool(row.get("peak MiB")) and row["peak MiB"] <= ours.get("peak MiB", 0)
+
+
+def places(rows: Iterable[dict]) -> str:
+    """Contenders by name, each with where it was."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(row["contender"], []).append(place(row))
+    return ", ".join(f"*{name}* ({'; '.join(dict.fromkeys(where))})" for name, where in found.items())
 
 
 OF_A_MACHINE: dict[str, Callable[[str], str]] = {
     "about": about,
     "behind": behind,
+    "chart": chart,
     "head": head,
     "operations": operations,
     "experts": experts,

@@ -1,5 +1,5 @@
-"""README.md and docs/: Python blocks run as they stand, commands name what exists with flags that it has, and tables
-are those of the results."""
+"""README.md and docs/: Python blocks run as they stand, commands name what exists with flags that it has, links lead
+somewhere, and tables are those of the results."""
 
 import importlib
 import re
@@ -14,6 +14,8 @@ import tyro
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+LINK = re.compile(r"""(?:\]\(|src=")(?!\w+:)([^)"#\s]*)(?:#([^)"\s]*))?""")
+"""A relative link or picture: its path and its anchor."""
 
 
 def blocks(language):
@@ -89,6 +91,21 @@ def test_commands_are_understood(document, command, only_parse, monkeypatch, cap
     else:  # the flags of a resumed run are those of its folder, which is not there
         folder = next(word for word in words if word.startswith("runs/"))
         assert status == 2 and folder in capsys.readouterr().err
+
+
+def anchors(document):
+    """The headings' anchors as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    """On GitHub; `make docs` says so of the site."""
+    for path, anchor in LINK.findall(BLOCK.sub("", document.read_text(encoding="utf-8"))):
+        target = document.parent / path if path else document
+        assert target.is_file(), f"{document.name} links to {path}, which is not there"
+        assert not anchor or anchor in anchors(target), f"{document.name} links to {path}#{anchor}, no heading there"
 
 
 def test_tables_are_those_of_the_results():

@@ -132,13 +132,19 @@ def test_what_could_not_run_is_named_below_the_table(figure, tmp_path, monkeypat
 
 
 def test_comparisons_that_are_lost_are_named(tmp_path, monkeypatch):
-    won = [row(), row("peer", ours=1.5), row("another", failed="needs a GPU")]
-    lost = row("peer", case="lm1b", ours=0.9, spread=(1, 1.1))
+    memory, shape = {"peak MiB": 10.0}, "One Billion Words, float32"
+    won = [row(**memory), row("peer", ours=1.5, **memory | {"peak MiB": 11.0}), row("another", failed="needs a GPU")]
+    lost = [row(case="lm1b", **memory), row("peer", case="lm1b", ours=0.9, spread=(1, 1.1), **{"peak MiB": 9.0})]
     machine = record_anew(tmp_path, monkeypatch, won)
     assert tables.behind(machine) == "fused_mos is faster in all 1 comparisons."
-    sentence, names = tables.behind(record_anew(tmp_path, monkeypatch, [*won, lost])).split("\n\n")
-    assert sentence == "fused_mos is faster in 1 of 2 comparisons, but not in:"
-    assert names == "- *peer*, One Billion Words, float32, training step: 0.90 (0.90–0.99)"
+    assert tables.chart(machine).endswith("Faster than fused_mos: no contender.\nLess memory: no contender.")
+    machine = record_anew(tmp_path, monkeypatch, won + lost)
+    assert tables.behind(machine).split("\n\n") == [
+        "fused_mos is faster in 1 of 2 comparisons, but not in:",
+        f"- *peer*, {shape}, training step: 0.90 (0.90–0.99)",
+        f"Less memory than fused_mos takes: *peer* ({shape}).",
+    ]
+    assert tables.chart(machine).endswith(f"Faster than fused_mos: *peer* ({shape}).\nLess memory: *peer* ({shape}).")
 
 
 def test_a_machine_is_described(tmp_path, monkeypatch):
