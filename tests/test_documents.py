@@ -33,7 +33,9 @@ def commands():
     found = set()
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        lines = [line for match in BLOCK.finditer(text) if not match[1] for line in match[2].splitlines()]
+        lines = [
+            line for match in BLOCK.finditer(text) if not match[1] for line in match[2].replace("\\\n", "").splitlines()
+        ]
         for line in lines + re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)):
             words = shlex.split(line.replace("…", ""), comments=True)
             if words and words[0] in ("python", "pytest", "torchrun", "make") and len(words) > 1:
