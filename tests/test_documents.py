@@ -1,7 +1,9 @@
 """README.md and docs/: Python blocks run as they stand, commands name what exists with flags that it has, links lead
 somewhere, and tables are those of the results."""
 
+import functools
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -61,8 +63,15 @@ def only_parse(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cli = tyro.cli
 
-    def stop(*arguments, **options):
-        cli(*arguments, **options)
+    def stop(settings, **options):
+        if inspect.isfunction(settings):  # which tyro would call
+
+            @functools.wraps(settings)
+            def parsed(*arguments, **values):
+                raise Parsed
+
+            settings = parsed
+        cli(settings, **options)
         raise Parsed
 
     monkeypatch.setattr(tyro, "cli", stop)
