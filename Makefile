@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 LINT := $(VENV)-lint
+DOCS := $(VENV)-docs
 NATIVE_SOURCES := $(shell find csrc -type f)
 
 # On a machine without a GPU the CPU build of torch is 200 MB; PyPI's is gigabytes of CUDA. The index that has it
@@ -41,6 +42,12 @@ format: $(LINT)/installed
 
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
+
+# the documents as a site, in build/site: index.html opens without a server. Strict: a link that leads nowhere is an error.
+# Docstrings are read, not imported, so its environment needs no torch.
+.PHONY: docs
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 # about fifteen minutes: times beside peers, into benchmarks/results/, and from there into the documents
 benchmark: $(VENV)/peers-installed
@@ -116,6 +123,11 @@ $(LINT)/installed: constraints.txt
 	$(LINT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt ruff clang-format
 	touch $@
 
+$(DOCS)/installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
 $(TOOLS)/installed: constraints.txt
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt cmake ninja ziglang
@@ -135,4 +147,4 @@ $(CUDA_VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LINT) $(TOOLS) $(CUDA_VENV) build *.egg-info
+	rm -rf $(VENV) $(LINT) $(DOCS) $(TOOLS) $(CUDA_VENV) build *.egg-info

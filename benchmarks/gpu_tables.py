@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parent / "results"
 NAMES = SHAPE_NAMES | {"gpt2": "GPT-2, K = 8", "llama": "Llama, K = 1"}
 OPERATIONS = {
     STEP: "step, mean",
-    "step none": "step, a loss a token",
+    "step none": "step, loss per token",
     "forward": "loss alone",
     "log_prob": "`log_prob`",
     "predict": "`predict`",
@@ -50,7 +50,7 @@ def steps(gpu: str) -> str:
             cells = [f"{row['gpu ms']:.2f}", f"{row['over mm']:.2f}", times, wall, f"{row['wall ms'][0]:.2f}"]
             found.append([first, f"**{name}**" if name == OURS else name, *cells, mebibytes(row)])
             first = ""
-    header = ["N × K × D × V", "a step of the head by", "GPU ms", "÷ product", "÷ ours"]
+    header = ["N × K × D × V", "implementation", "GPU ms", "÷ product", "÷ ours"]
     return table([*header, "replayed, ms", "called, ms", "memory"], found)
 
 
@@ -78,8 +78,8 @@ def training(gpu: str) -> str:
         ]
         cells = [replayed, f"{row['step ms'][0]:.1f}", f"{row['gpu ms']:.1f}", *(f"{part:.1f}" for part in parts)]
         found.append([f"`{recipe}`, {precision}", *cells, f"{row['launches']:,.0f}"])
-    header = ["recipe", "a step replayed, ms", "kernel by kernel", "of it kernels"]
-    return table([*header, "head", "LSTM", "clipping, optimizer", "kernels"], found)
+    header = ["recipe", "replayed, ms", "kernel by kernel, ms", "kernels alone"]
+    return table([*header, "head", "LSTM", "clipping, optimizer", "kernel launches"], found)
 
 
 def decode(gpu: str) -> str:

@@ -111,8 +111,8 @@ def mos_nll_loss(
     the 3.
 
     Raises:
-        TypeError, ValueError, IndexError: bad input (see the module's docstring). RuntimeError: `backend` is not
-        available, or double backward.
+        TypeError, ValueError, IndexError: bad input (see the module's docstring).
+        RuntimeError: `backend` is not available, or double backward.
     """
     result = LOCAL.nll_and_loss(
         latent,
@@ -178,7 +178,8 @@ def mos_log_prob_at(
         mixture_temperature: divides the mixture's log-probabilities, which are normalised again: log p / T −
             log Σ_v exp(log p_v / T), as Hugging Face and TRL do. For K = 1 it is the same as `temperature`, for a
             mixture it is not.
-        The others, and errors, as in `mos_nll_loss`.
+
+    The other arguments, and errors, are those of `mos_nll_loss`.
 
     Returns:
         The shape of `index`, in nats. No (N, V) and no (N, M, D) tensor is made.

@@ -121,9 +121,9 @@ class Head(nn.Module):
         then latent vectors are driven to make up for it.
 
         Args:
-            counts: (V,) integers or floats, how often each class is a target. Frequencies are
-            (count + 1) / (total + V), so that a class that does not occur has one, too. They are the probabilities
-            that a head has for latent vectors of 0 (with a softcap nearly, which caps them like all logits).
+            counts: (V,) integers or floats, how often each class is a target. The frequencies are
+                (count + 1) / (total + V), so no class has frequency 0. They become the head's probabilities at latent
+                vectors of 0 (only approximately with a softcap, which also caps the bias).
 
         The rows of a head that `vocab_parallel` has sharded are taken from the counts of all classes.
 

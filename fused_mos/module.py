@@ -152,7 +152,7 @@ class MoS(Head):
             n_experts: K.
             rank: r of U_k = A_k B_k, with A_k = 0 and B_k random; by default U_k are whole matrices (H, H).
             noise: |U_k h| ÷ |h| to begin with, which costs log-likelihood. (In bfloat16 h + U_k h is h where this is
-            below 0.002.)
+                below 0.002.)
             input_rms: of the hidden states, such as hidden.square().mean().sqrt(): 1 behind a norm without gains.
             backend, softcap: as in the constructor.
 

@@ -1,7 +1,9 @@
-"""README.md and docs/: Python blocks run as they stand, commands name what exists with flags that it has, and tables
-are those of the results."""
+"""README.md and docs/: Python blocks run as they stand, commands name what exists with flags that it has, links lead
+somewhere, and tables are those of the results."""
 
+import functools
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -14,6 +16,8 @@ import tyro
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+LINK = re.compile(r"""(?:\]\(|src=")(?!\w+:)([^)"#\s]*)(?:#([^)"\s]*))?""")
+"""A relative link or picture: its path and its anchor."""
 
 
 def blocks(language):
@@ -31,7 +35,9 @@ def commands():
     found = set()
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        lines = [line for match in BLOCK.finditer(text) if not match[1] for line in match[2].splitlines()]
+        lines = [
+            line for match in BLOCK.finditer(text) if not match[1] for line in match[2].replace("\\\n", "").splitlines()
+        ]
         for line in lines + re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)):
             words = shlex.split(line.replace("…", ""), comments=True)
             if words and words[0] in ("python", "pytest", "torchrun", "make") and len(words) > 1:
@@ -57,8 +63,15 @@ def only_parse(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cli = tyro.cli
 
-    def stop(*arguments, **options):
-        cli(*arguments, **options)
+    def stop(settings, **options):
+        if inspect.isfunction(settings):  # which tyro would call
+
+            @functools.wraps(settings)
+            def parsed(*arguments, **values):
+                raise Parsed
+
+            settings = parsed
+        cli(settings, **options)
         raise Parsed
 
     monkeypatch.setattr(tyro, "cli", stop)
@@ -78,6 +91,8 @@ def test_commands_are_understood(document, command, only_parse, monkeypatch, cap
         assert (ROOT / words[1]).exists() or words[1].startswith("-")
         return
     assert words[1] == "-m", f"{command} must be of the form python -m MODULE"
+    if words[2] == "benchmarks.cuda_kernels":
+        pytest.importorskip("fused_mos._cuda", reason="built where nvcc is found", exc_type=ImportError)
     module = importlib.import_module(words[2])
     monkeypatch.setattr(sys, "argv", words[2:])
     try:
@@ -89,6 +104,21 @@ def test_commands_are_understood(document, command, only_parse, monkeypatch, cap
     else:  # the flags of a resumed run are those of its folder, which is not there
         folder = next(word for word in words if word.startswith("runs/"))
         assert status == 2 and folder in capsys.readouterr().err
+
+
+def anchors(document):
+    """The headings' anchors as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    """On GitHub; `make docs` says so of the site."""
+    for path, anchor in LINK.findall(BLOCK.sub("", document.read_text(encoding="utf-8"))):
+        target = document.parent / path if path else document
+        assert target.is_file(), f"{document.name} links to {path}, which is not there"
+        assert not anchor or anchor in anchors(target), f"{document.name} links to {path}#{anchor}, no heading there"
 
 
 def test_tables_are_those_of_the_results():

@@ -1,6 +1,7 @@
 """What python -m benchmarks.report keeps of a run, and what it calls slower."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -80,33 +81,78 @@ def test_a_run_replaces_its_own_rows(tmp_path, monkeypatch):
     )
 
 
+def record_anew(tmp_path, monkeypatch, rows):
+    """The name of a machine that has these rows alone."""
+    folder = tmp_path / "machines"
+    for module in (report, plots, tables):
+        monkeypatch.setattr(module, "MACHINES", folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return report.record(run_file(tmp_path / "a.json", rows)).stem
+
+
 def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
     """A run of one case, of failed peers, of nothing of ours: tables and the plot are made all the same."""
-    for module in (report, plots, tables):
-        monkeypatch.setattr(module, "MACHINES", tmp_path / "machines")
-    (tmp_path / "machines").mkdir()
     figures = [
         {"figure": "experts"},
         {"figure": "vocabulary"},
         {"figure": "operations", "operation": "forward"},
         {"figure": "tokens"},
-        {"figure": "training"},
+        {"figure": "options", "times the mean loss": [1, 1, 1], "by products": 1.0},
+        {"figure": "training", "words a second": [1, 1, 1]},
     ]
-    for kept in (
-        [],
-        [row()],
-        [row("published code", **about) for about in figures],
-        [row(failed="no", **about) for about in figures],
-    ):
-        kept = [r | {"words a second": [1, 1, 1]} if r["figure"] == "training" else r for r in kept]
-        file = report.record(run_file(tmp_path / "a.json", kept))
-        shown = {name: block(file.stem) for name, block in tables.OF_A_MACHINE.items()}
-        rows = {name: text.count("\n") - 1 for name, text in shown.items()}
-        assert rows == {name: sum(r["figure"] == {"head": "shapes"}.get(name, name) for r in kept) for name in rows}
-        plots.head_axes(file.stem)
-        plots.step_bars(file.stem).draw_without_rendering()
-        assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-        file.unlink()
+    for kept in ([], [row()], [row("published code", **about) for about in figures]):
+        machine = record_anew(tmp_path, monkeypatch, kept)
+        for name, block in tables.OF_A_MACHINE.items():
+            asked = sum(r["figure"] == {"head": "shapes"}.get(name, name) for r in kept)
+            lines = [line for line in block(machine).splitlines() if line.startswith("|")]
+            assert len(lines) == (2 + asked if asked else 0), name
+        plots.head_axes(machine)
+        plots.step_bars(machine).draw_without_rendering()
+        assert (tables.MACHINES / f"{machine}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("figure", ["shapes", "experts", "vocabulary", "operations", "options", "training"])
+def test_what_could_not_run_is_named_below_the_table(figure, tmp_path, monkeypatch):
+    """Without a row of its own, and with the cases where it failed, unless it failed in all."""
+    about = {"figure": figure, "words a second": [1, 1, 1], "times the mean loss": [1, 1, 1], "by products": 1.0}
+    kept = [
+        row(**about),
+        row("peer", ours=2.0, **about),
+        row("another", failed="needs a GPU", figure=figure),
+        row(case="wikitext2", **about),
+        row("peer", case="wikitext2", failed="too slow", figure=figure),
+        row("another", case="wikitext2", failed="needs a GPU", figure=figure),
+    ]
+    shown = tables.OF_A_MACHINE[{"shapes": "head"}.get(figure, figure)](record_anew(tmp_path, monkeypatch, kept))
+    table, note, names = shown.split("\n\n")
+    assert "another" not in table and "GPU" not in table and "slow" not in table
+    assert all(any(character.isdigit() for character in line) for line in table.splitlines()[2:])
+    assert note == "Not measured here:"
+    assert names.splitlines() == ["- *another*: needs a GPU", "- *peer* (WikiText-2, float32): too slow"]
+
+
+def test_comparisons_that_are_lost_are_named(tmp_path, monkeypatch):
+    memory, shape = {"peak MiB": 10.0}, "One Billion Words, float32"
+    won = [row(**memory), row("peer", ours=1.5, **memory | {"peak MiB": 11.0}), row("another", failed="needs a GPU")]
+    lost = [row(case="lm1b", **memory), row("peer", case="lm1b", ours=0.9, spread=(1, 1.1), **{"peak MiB": 9.0})]
+    machine = record_anew(tmp_path, monkeypatch, won)
+    assert tables.behind(machine) == "fused_mos is faster in all 1 comparisons."
+    assert tables.chart(machine).endswith("Faster than fused_mos: no contender.\nLess memory: no contender.")
+    machine = record_anew(tmp_path, monkeypatch, won + lost)
+    assert tables.behind(machine).split("\n\n") == [
+        "fused_mos is faster in 1 of 2 comparisons, but not in:",
+        f"- *peer*, {shape}, training step: 0.90 (0.90–0.99)",
+        f"Less memory than fused_mos takes: *peer* ({shape}).",
+    ]
+    assert tables.chart(machine).endswith(f"Faster than fused_mos: *peer* ({shape}).\nLess memory: *peer* ({shape}).")
+
+
+def test_a_machine_is_described(tmp_path, monkeypatch):
+    assert tables.about(record_anew(tmp_path, monkeypatch, [row()])) == (
+        "some CPU, 2 threads, native kernels for avx2; torch 2.13.0, Python 3.11; measured on 2026-01-02, "
+        "commit 0123456."
+    )
 
 
 def bars_of(axes):
