@@ -113,11 +113,11 @@ def _fetch(url: str, path: Path) -> None:
     except (files.FileError, CorpusError):
         raise
     except (OSError, http.client.HTTPException) as error:
-        raise CorpusError(f"{url}: {error}; the same command continues") from None
+        raise CorpusError(f"{url}: {error}; run the same command to continue") from None
     else:
         if total not in (None, size):
             raise CorpusError(
-                f"{url}: the connection ended after {size:,} of {total:,} bytes; the same command continues"
+                f"{url}: the connection ended after {size:,} of {total:,} bytes; run the same command to continue"
             )
 
 

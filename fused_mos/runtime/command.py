@@ -17,7 +17,7 @@ Config = TypeVar("Config")
 program = ""
 """What usage lines call the command, where that is not `python -m` and its module."""
 
-CONTINUES = "the same command continues"
+CONTINUES = "run the same command to continue"
 
 BROKEN_PIPE = 128 + 13  # as of a program that SIGPIPE ends
 

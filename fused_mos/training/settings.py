@@ -168,4 +168,4 @@ def changes(saved: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
 def check_same_run(saved: Any, asked: Any) -> None:
     """Raises ConfigError, naming the field and both values, if `asked` would be another run than `saved`."""
     for name, before, now in changes(saved, asked):
-        raise ConfigError(f"{name} cannot change when a run goes on: it was {before}, got {now}; name another --out")
+        raise ConfigError(f"{name} cannot change when a run continues: it was {before}, got {now}; name another --out")

@@ -238,7 +238,7 @@ def test_ctrl_c_says_how_to_continue(source, tmp_path, monkeypatch, capsys):
         )
         == 130
     )
-    assert "the same command continues" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
 
 
 def count_or_die(shard):

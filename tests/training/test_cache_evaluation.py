@@ -167,7 +167,7 @@ def test_a_missing_text_is_told_before_the_search(trained, corpus_folder, monkey
         ("--cache --lambdasm 1", "lambdasm must be in [0, 1), got 1.0"),
         ("--cache --lambdasm -0.5", "lambdasm must be in [0, 1), got -0.5"),
         ("--cache --lambdasm nan", "lambdasm must be in [0, 1), got nan"),
-        ("--cache --dynamic", "--dynamic and --cache are two kinds of evaluation; give one of them"),
+        ("--cache --dynamic", "--dynamic and --cache cannot be combined; pass only one of them"),
         ("--cache --bptt 7", "lr, lamb, epsilon and bptt are for --dynamic evaluation"),
         ("--theta 0.4", "window, theta and lambdasm are for --cache, got CacheRule(window=2000, theta=0.4"),
         ("--dynamic --window 9", "window, theta and lambdasm are for --cache, got CacheRule(window=9"),

@@ -81,7 +81,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, status, small_flags
     with monkeypatch.context() as patch:
         signalled(patch, number, after=7)
         assert train.main([*flags, "--out", str(out)]) == status
-    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert "stopped; run the same command to continue" in capsys.readouterr().err
     assert load_checkpoint(out / "last.safetensors")[1]["progress"]["step"] == 7
     assert train.main([*flags, "--out", str(out)]) == 0
     assert losses(out) == losses(tmp_path / "whole")
@@ -151,9 +151,9 @@ def test_another_configuration_is_refused_by_name(trained, small_flags, tmp_path
     flags = [*small_flags, "--epochs", "1", "--out", str(trained)]
     before = (trained / "last.safetensors").read_bytes()
     for changed, message in (
-        (["--lr", "3"], "lr cannot change when a run goes on: it was 10.0, got 3.0; name another --out"),
-        (["--n-experts", "2"], "n_experts cannot change when a run goes on: it was 3, got 2"),
-        (["--micro-batches", "3"], "micro_batches cannot change when a run goes on: it was 1, got 3"),
+        (["--lr", "3"], "lr cannot change when a run continues: it was 10.0, got 3.0; name another --out"),
+        (["--n-experts", "2"], "n_experts cannot change when a run continues: it was 3, got 2"),
+        (["--micro-batches", "3"], "micro_batches cannot change when a run continues: it was 1, got 3"),
     ):
         assert train.main([*flags, *changed]) == 2
         assert f"error: {message}" in capsys.readouterr().err
@@ -173,9 +173,9 @@ def test_resume_is_short_for_the_command(flags, tmp_path, capsys):
     out = tmp_path / "run"
     assert train_1b.main([*flags, "--out", str(out), "--max-steps", "3"]) == 0
     assert train_1b.main(["--resume", str(out), "--max-steps", "5"]) == 0
-    assert "goes on at step 3 of 5" in capsys.readouterr().out
+    assert "continues at step 3 of 5" in capsys.readouterr().out
     assert train_1b.main(["--resume", str(out), "--lr", "0.5"]) == 2
-    assert "lr cannot change when a run goes on: it was 0.01, got 0.5" in capsys.readouterr().err
+    assert "lr cannot change when a run continues: it was 0.01, got 0.5" in capsys.readouterr().err
     assert train_1b.main(["--resume", str(tmp_path / "nowhere")]) == 2
     assert "there is no checkpoint in" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
 
@@ -341,7 +341,7 @@ def empty_place(tmp_path, monkeypatch):
 def test_train_alone_trains_on_the_sample_text(empty_place, capsys):
     assert train.main(["--epochs", "1", "--time-limit", "1e-9"]) == 0
     out = capsys.readouterr().out
-    assert "training on Python's own documentation, the sample text" in out and "time limit reached" in out
+    assert "training on the sample text, Python's own documentation" in out and "time limit reached" in out
     config = json.loads((empty_place / "runs" / "sample" / "config.json").read_text())
     assert config["recipe"] == "demo" and config["data"].startswith(str(empty_place / "cache"))
     # wherever the run is, the text is said to be the sample, and no other text is
@@ -381,7 +381,7 @@ def test_prepare_ends_its_workers_at_a_signal(prepared, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(lm1b, "_tokenise", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         assert lm1b.main([*arguments, "--workers", "1"]) == 143
-    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert "stopped; run the same command to continue" in capsys.readouterr().err
     assert lm1b.main(arguments) == 0
     assert not signals.noted()
 
@@ -441,4 +441,4 @@ def test_a_longer_run_is_no_reproduction(small_flags, corpus_folder, tmp_path, m
     out = tmp_path / "all"
     assert train.main([*small_flags, "--epochs", "2", "--out", str(out)]) == 0
     assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(out)]) == 2
-    assert f"epochs of {out} are 2, and those of the recipe 1; name another --out" in capsys.readouterr().err
+    assert f"epochs must be 1, as in the recipe, but {out} has 2; name another --out" in capsys.readouterr().err

@@ -252,7 +252,7 @@ def test_train_1b_goes_on_from_the_checkpoint_before_the_last_one(file, two_chec
     capsys.readouterr()
     assert train_1b.main([*flags, "--max-steps", "8"]) == 0
     captured = capsys.readouterr()
-    assert "goes on at step 3 of 8" in captured.out
+    assert "continues at step 3 of 8" in captured.out
     assert f"warning: checkpoint {checkpoints / 'step-00000005'} is damaged" in captured.err
     assert [loss for loss in losses(out) if loss[0] == "train"] == [
         loss for loss in losses(tmp_path / "whole") if loss[0] == "train"
@@ -287,7 +287,7 @@ def test_a_state_json_that_lacks_something_and_a_best_model_of_another_run(two_c
     shutil.rmtree(best)
     shutil.copytree(others_best, out / "best" / others_best.name)
     assert train_1b.main([*flags, "--max-steps", "5", "--evaluate"]) == 2
-    assert "seed cannot change when a run goes on: it was 4, got 1" in the_line(capsys)
+    assert "seed cannot change when a run continues: it was 4, got 1" in the_line(capsys)
     for key in ("config", "progress", "vocabulary", "shards", "random"):
         for path in (out / "checkpoints").glob("*/state.json"):
             state = json.loads(path.read_text())

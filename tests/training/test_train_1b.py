@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monke
 
         monkeypatch.setattr(LM1BTrainer, "train_step", stopping)
         assert train_1b.main([*flags, "--out", str(out)]) == status
-        assert "stopped; the same command continues" in capsys.readouterr().err
+        assert "stopped; run the same command to continue" in capsys.readouterr().err
         assert sorted(path.name for path in (out / "checkpoints").iterdir())[-1] == f"step-{at + 1:08}"
     monkeypatch.setattr(LM1BTrainer, "train_step", original)
     assert train_1b.main([*flags, "--out", str(out), "--time-limit", "1e-9"]) == 0
@@ -295,10 +295,10 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
     write_benchmark(tmp_path / "source", seed=1)
     lm1b.prepare(lm1b.Prepare(tmp_path / "source", tmp_path / "other", workers=1, allow_missing=True))
     for changed, message in (
-        (["--lr", "0.5"], "lr cannot change when a run goes on: it was 0.01, got 0.5"),
+        (["--lr", "0.5"], "lr cannot change when a run continues: it was 0.01, got 0.5"),
         (
             ["--hidden-sizes", "12", "11"],
-            "hidden_sizes cannot change when a run goes on: it was (12, 10), got (12, 11)",
+            "hidden_sizes cannot change when a run continues: it was (12, 10), got (12, 11)",
         ),
         (["--data", str(tmp_path / "other")], "is not the corpus that"),
     ):

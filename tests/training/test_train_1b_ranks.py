@@ -140,7 +140,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_for_good(flags, tmp_path):
         time.sleep(0.05)
     agent.send_signal(signal.SIGTERM)
     _, error = agent.communicate(timeout=60)
-    assert b"stopped; the same command continues" in error and agent.returncode
+    assert b"stopped; run the same command to continue" in error and agent.returncode
     *_, checkpoint = sorted((out / "checkpoints").iterdir())
     assert int(checkpoint.name.removeprefix("step-")) >= 5 and (checkpoint / "state.json").is_file()
 

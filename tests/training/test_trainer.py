@@ -141,7 +141,7 @@ def test_a_run_in_pieces_is_the_whole_run(small_flags, tmp_path, capsys):
     whole, pieces, flags = tmp_path / "whole", tmp_path / "pieces", [*small_flags, "--hidden-sizes", "300", "10"]
     run(flags, whole)
     assert main([*flags, "--out", str(pieces), "--time-limit", "1e-9", "--checkpoint-max-mib", "1"]) == 0
-    assert "time limit reached; the same command continues" in capsys.readouterr().out
+    assert "time limit reached; run the same command to continue" in capsys.readouterr().out
     assert len(losses(pieces)) == 1 and len(list(pieces.glob("last.safetensors.*"))) > 1
     count = 1
     while not (pieces / "result.json").exists():
