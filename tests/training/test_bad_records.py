@@ -167,7 +167,7 @@ def test_a_best_model_with_wrong_values(checkpoint_of, capsys):
     refused(train, ["--resume", run], capsys, "best.safetensors is a converted model, not the best one")
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool):
         run = checkpoint_of("best.safetensors", {"encoder.weight": tensors["encoder.weight"].to(dtype)})
-        refused(evaluate, [run], capsys, f"encoder.weight is {dtype} there and torch.float32 here")
+        refused(evaluate, [run], capsys, f"encoder.weight must be torch.float32, got {dtype}")
     nan = torch.full_like(tensors["encoder.weight"], math.nan).to(torch.float8_e5m2)
     refused(evaluate, [checkpoint_of("best.safetensors", {"encoder.weight": nan})], capsys, "are not finite")
 
@@ -180,7 +180,7 @@ def test_sizes_that_are_not_those_of_the_best_model(checkpoint_of, monkeypatch, 
     run = checkpoint_of("best.safetensors", (), "config", "model", "hidden_sizes", [2**20, 10])
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(with_field(config, ("model", "hidden_sizes"), [2**20, 10])))
-    refused(evaluate, [run], capsys, "does not fit the model: ", "is (48, 8) there and (4194304, 8) here")
+    refused(evaluate, [run], capsys, "does not fit the model: ", "must be (4194304, 8), got (48, 8)")
     assert set(made) == {"meta"}
 
 

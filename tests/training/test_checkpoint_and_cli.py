@@ -158,7 +158,7 @@ def test_an_occupied_folder_is_not_overwritten(finished, small_flags, capsys):
         (["--lr", "nan"], ("lr must be positive, got nan",)),
         (["--small-batch-size", "4"], ("small_batch_size must divide batch_size = 6, got 4",)),
         (["--time-limit", "-1"], ("time_limit must not be negative, got -1",)),
-        (["--precision", "tf32", "--device", "cpu"], ("precision tf32 is that of NVIDIA GPUs, got device cpu",)),
+        (["--precision", "tf32", "--device", "cpu"], ("precision tf32 needs an NVIDIA GPU, got device cpu",)),
         (["--backend", "fast"], ("backend must be one of", "'fast'")),
         (["--backend", "cuda"], ("backend 'cuda' is not available",)),
         (["--device", "abacus"], ("device 'abacus' cannot be used",)),

@@ -79,7 +79,7 @@ def test_the_checkpoint_before_the_last_one_is_kept(max_mib, tmp_path, capsys):
     latest = load_latest(path)
     assert latest.meta == {"n": 2} and latest.tensors["a"][0, 0] == 2
     assert f"warning: checkpoint {path} " in (error := capsys.readouterr().err)
-    assert f"going on from the one before it, {latest.path}" in error
+    assert f"continuing from the previous one, {latest.path}" in error
     flip(latest.path, random.Random(0), first=latest.path.stat().st_size - 90)
     with pytest.raises(CheckpointError, match=f"{path} (is truncated or damaged|lacks its part)"):
         load_latest(path)
@@ -127,7 +127,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_last_one(harm, small_flags
     last.unlink() if harm == "missing" else flip(last, random.Random(1), first=5000)
     capsys.readouterr()
     assert train.main(["--resume", str(out), "--epochs", "4"]) == 0
-    assert capsys.readouterr().err.count("going on from the one before it") == 1
+    assert capsys.readouterr().err.count("continuing from the previous one") == 1
     assert losses(out) == losses(whole)
     for name in ("best.safetensors", "last.safetensors"):
         a, b = load_checkpoint(whole / name)[0], load_checkpoint(out / name)[0]
@@ -154,7 +154,7 @@ def test_the_best_model_must_be_that_of_the_run(finished_run, small_flags, tmp_p
 
     save_checkpoint(best, {name: tensor.half() for name, tensor in tensors.items()}, meta)
     assert evaluate.main([str(run)]) == 2
-    assert "torch.float16 there and torch.float32 here" in the_line(capsys)
+    assert "must be torch.float32, got torch.float16" in the_line(capsys)
 
     save_checkpoint(best, tensors | {"encoder.weight": torch.full_like(tensors["encoder.weight"], torch.nan)}, meta)
     assert evaluate.main([str(run)]) == 2
@@ -171,7 +171,7 @@ def test_the_best_model_must_be_that_of_the_run(finished_run, small_flags, tmp_p
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("hidden.0.1.c", torch.zeros(1, 1, 10), "hidden.0.1.c is (1, 1, 10) there and (1, 6, 10) here"),
+        ("hidden.0.1.c", torch.zeros(1, 1, 10), "hidden.0.1.c must be (1, 6, 10), got (1, 1, 10)"),
         ("random.torch", torch.zeros(9, dtype=torch.uint8), "RNG state size to be 9"),
         ("optimizer.average.0", torch.zeros(2), "average.0 is (2,) there"),
     ],

@@ -63,7 +63,7 @@ class BestModel:
         if least is not None and record.loss > least * (1 + OTHER_RANKS):
             raise CheckpointError(
                 f"{path} is older than {run}: its loss is {record.loss:.4f}, and the run's best is {least:.4f}; "
-                "bring the newer one back"
+                "restore the newer one"
             )
         checkpoint.load(path, self.tensors.parameters())
         if name := first_not_finite(self.tensors.own_parameters()):

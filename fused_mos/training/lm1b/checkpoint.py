@@ -93,7 +93,7 @@ def newest(folder: Path, ranks: Ranks) -> Path | None:
                 raise
             if ranks.is_main:
                 why = error if isinstance(error, CheckpointError) else f"checkpoint {path} is damaged"
-                show(f"warning: {why}; going on from the one before it, {older}", file=sys.stderr)
+                show(f"warning: {why}; continuing from the previous one, {older}", file=sys.stderr)
     return None
 
 
