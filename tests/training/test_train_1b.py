@@ -60,7 +60,7 @@ def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
     result = json.loads((out / "result.json").read_text())
     assert (
         f"mos: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words" in printed
-        and "in all" in printed
+        and "GiB of" in printed
     )
     assert result["heldout_ppl"] < 12 and result["vocabulary"] == 43
     assert result["heldout_words"] == sum(int((file.open() != 0).sum()) for file in PreparedCorpus(prepared).heldout)
@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, ca
             patch.setattr(what, failing)
             assert train_1b.main([*flags, "--checkpoint-minutes", "0", "--out", str(out)]) == 2
         assert re.search(
-            r"error: checkpoint \S* could not be written \(the disk is full\); the last complete one is as it was\n",
+            r"error: checkpoint \S* could not be written \(the disk is full\); the last complete one is unchanged\n",
             capsys.readouterr().err,
         )
         assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
@@ -408,7 +408,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
         ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20:(.|\n)*it would fit with --micro-batches \d+"
     ):
         memory.check(full, 793_471, OneRank)
-    with pytest.raises(ConfigError, match="take a smaller embedding or vocabulary"):
+    with pytest.raises(ConfigError, match="choose a smaller embedding or vocabulary"):
         memory.check(dataclasses.replace(full, memory_gib=4), 793_471, OneRank)
     text = memory.check(dataclasses.replace(full, memory_gib=80), 793_471, OneRank)
     assert "of 80.00" in text and "evaluation" not in text
