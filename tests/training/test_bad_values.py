@@ -102,9 +102,9 @@ def test_damaged_files_of_a_run(finished_run, capsys):
         (json.dumps(config | {"optim": config["optim"] | {"bptt": 0}}).encode(), "{bptt must be positive, got 0}"),
     ):
         with_content("config.json", content, *((c, "", message) for c in (evaluate, generate, experts, finetune)))
-    with_content("vocabulary.txt", b"w1\nw1\n", (generate, "", "is no vocabulary: words must be distinct"))
+    with_content("vocabulary.txt", b"w1\nw1\n", (generate, "", "is not a vocabulary: words must be distinct"))
     for command in (generate, evaluate, experts):
-        with_content("vocabulary.txt", b"w1\nw2\n", (command, "", "is no vocabulary: it lacks <eos>"))
+        with_content("vocabulary.txt", b"w1\nw2\n", (command, "", "is not a vocabulary: it lacks <eos>"))
     with_content("vocabulary.txt", b"w1\n\xff\n", (evaluate, "", "is not UTF-8 text (line 2"))
     with_content("evaluation.json", b"{}", (evaluate, "", "must hold a list, got a dict"))
 
@@ -178,7 +178,7 @@ def test_a_manifest_that_lacks_something(prepared, flags, tmp_path, capsys):
         other = words.replace(b"<S>", b"<s>")
         (prepared / "vocabulary.txt").write_bytes(other)
         path.write_text(json.dumps(manifest | {"vocabulary": {"sha256": hashlib.sha256(other).hexdigest()}}))
-        refused(train_1b, [*flags, "--out", tmp_path / "run"], capsys, "is no vocabulary: it lacks <S>")
+        refused(train_1b, [*flags, "--out", tmp_path / "run"], capsys, "is not a vocabulary: it lacks <S>")
     finally:
         path.write_bytes(before)
         (prepared / "vocabulary.txt").write_bytes(words)

@@ -366,7 +366,7 @@ def test_train_1b_alone_trains_on_the_sample_text(empty_place, capsys):
     assert (empty_place / "runs" / "sample-1b" / "result.json").is_file()
     for arguments in (["--recipe", "lm1b-tiny"], ["--data", "nowhere"]):
         assert train_1b.main(arguments) == 2
-        assert "manifest.json; run python -m fused_mos.data.lm1b prepare first, to its end" in capsys.readouterr().err
+        assert "manifest.json; first run python -m fused_mos.data.lm1b prepare to its end" in capsys.readouterr().err
 
 
 def test_prepare_ends_its_workers_at_a_signal(prepared, tmp_path, monkeypatch, capsys):
