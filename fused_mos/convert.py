@@ -2,9 +2,9 @@
 
     python -m fused_mos.convert OLD NEW [--recipe ptb|wikitext2] [--data DIR]
 
-OLD is the published code's model.pt, a pickled module, from PyTorch 0.4 or later. It is read without running any code
-in it. NEW becomes a folder with best.safetensors, config.json and, with --data, vocabulary.txt. fused_mos.evaluate,
-fused_mos.finetune and fused_mos.generate read such folders.
+OLD is the published code's model.pt, written by PyTorch 0.4 or later. No code in it is run.
+
+NEW becomes a folder that fused_mos.evaluate, fused_mos.finetune and fused_mos.generate can read.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
-"""Evaluate the perplexity of a run's best model, optionally with dynamic evaluation or a continuous cache.
+"""Evaluate the perplexity of a run's best model, also with dynamic evaluation or a continuous cache.
 
-    python -m fused_mos.evaluate RUN [--split valid] [--eval-context N] [--dynamic [--tune] | --cache [--tune]]
+    python -m fused_mos.evaluate RUN [--split valid] [--dynamic [--tune] | --cache [--tune]]
 
-The result is printed and added to RUN/evaluation.json. If a dynamic evaluation was stopped or killed, the same command
-continues it.
+The result is printed and added to RUN/evaluation.json.
+
+If a dynamic evaluation was stopped or killed, the same command continues it.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     python -m fused_mos.experts RUN [--split valid] [--words N] [--nearest WORD ...]
 
-Writes RUN/experts/index.html, the text coloured by expert, with a plot in experts.png and numbers in experts.json.
+Writes the text coloured by expert to RUN/experts/index.html, with experts.png and experts.json.
 """
 
 import dataclasses

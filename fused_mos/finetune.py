@@ -1,10 +1,13 @@
-"""Fine-tune the best model of a run (Merity et al. 2017, section 5; Yang et al. 2018, section 3.1).
+"""Fine-tune the best model of a run, by ASGD from the first step on.
 
     python -m fused_mos.finetune RUN [--out DIR] [--lr VALUE] [--FLAG VALUE ...]
     python -m fused_mos.finetune --resume RUN/finetune
 
-RUN is a folder written by fused_mos.train or fused_mos.convert. The model is trained by ASGD from the first step on,
-by default in RUN/finetune. If it was stopped or killed, the same command continues it.
+RUN was written by fused_mos.train or fused_mos.convert. By default --out is RUN/finetune.
+
+If a run was stopped or killed, the same command continues it.
+
+Sources: Merity et al. 2017, section 5; Yang et al. 2018, section 3.1.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Generate text with the best model of a run.
 
-    python -m fused_mos.generate RUN [--prompt TEXT] [--words N] [--temperature T] [--top-k K] [--top-p P] [--seed S]
+    python -m fused_mos.generate RUN [--prompt TEXT] [--words N] [--temperature T] [--seed S]
 
 Words are printed as they are drawn.
 """

@@ -1,9 +1,10 @@
-"""Reproduce the paper's results (Yang et al. 2018, section 3.1) and print its table beside the measured one.
+"""Reproduce the results of the paper (Yang et al. 2018, section 3.1), and print both side by side.
 
     python -m fused_mos.reproduce ptb|wikitext2 --data DIR [--out DIR] [--time-limit SECONDS]
 
-Runs all stages: training, fine-tuning, evaluation and dynamic evaluation. If it was stopped or killed, the same command
-continues.
+Runs all stages: training, fine-tuning, evaluation and dynamic evaluation.
+
+If it was stopped or killed, the same command continues.
 """
 
 import dataclasses

@@ -3,8 +3,9 @@
     python -m fused_mos.train --recipe NAME --data DIR [--out DIR] [--FLAG VALUE ...]
     python -m fused_mos.train --resume DIR
 
-If a run was stopped or killed, the same command continues it. Without --recipe and --data, and if there is no folder
-`data`, it trains for a minute on sample text that ships with Python.
+If a run was stopped or killed, the same command continues it.
+
+Without --recipe and --data, and without a folder `data`, it trains for a minute on sample text.
 """
 
 import dataclasses

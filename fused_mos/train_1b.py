@@ -1,15 +1,15 @@
 """Train a language model on the One Billion Word benchmark, or on a corpus in the same format.
 
-    python -m fused_mos.train_1b --recipe NAME --data DIR --out DIR [--FLAG VALUE ...]
-    torchrun --nproc-per-node=P -m fused_mos.train_1b --recipe NAME --data DIR --out DIR [--FLAG VALUE ...]
+    python -m fused_mos.train_1b --recipe NAME --data DIR [--out DIR] [--FLAG VALUE ...]
+    torchrun --nproc-per-node=P -m fused_mos.train_1b --recipe NAME --data DIR ...
 
-DIR of --data was written by fused_mos.data.lm1b. The same command continues a run.
+DIR of --data was written by fused_mos.data.lm1b prepare. The same command continues a run.
 
-Exit status: 0 at the end or at the time limit, 2 for an error, 143 or 130 after SIGTERM or SIGINT, with everything
-saved. Send signals to torchrun itself: with --max-restarts, it restarts ranks that end with a status other than 0.
+Exit status: 0 at the end or the time limit, 2 for an error, 130 or 143 after SIGINT or SIGTERM.
 
-Without --recipe and --data, and if there is no folder `lm1b`, it trains for two minutes on sample text that ships with
-Python.
+Send signals to torchrun itself: with --max-restarts, it restarts ranks whose status is not 0.
+
+Without --recipe and --data, and without a folder `lm1b`, it trains for two minutes on sample text.
 """
 
 import dataclasses

@@ -1,10 +1,11 @@
-"""Download the One Billion Word benchmark (Chelba et al. 2013), and prepare it for fused_mos.train_1b.
+"""Download the One Billion Word benchmark (Chelba et al. 2013), and prepare it for training.
 
     python -m fused_mos.data.lm1b download --out DIR
-    python -m fused_mos.data.lm1b prepare --source DIR --out DIR [--min-count 3 | --top N | --vocabulary FILE]
+    python -m fused_mos.data.lm1b prepare --source DIR --out DIR [--min-count N | --top N]
 
-Prepared shards are files of token ids, raw little-endian int32: each sentence is `<S>`, its words and `</S>`. If a
-command was stopped or killed, the same command continues.
+Prepared shards are token ids in little-endian int32; each sentence is `<S>`, its words and `</S>`.
+
+If a command was stopped or killed, the same command continues.
 """
 
 import codecs

@@ -1,9 +1,10 @@
-"""Write texts of a language whose rank and entropy are known, to measure what the rank of a softmax costs.
+"""Write texts of a language whose rank and entropy are known (Yang et al. 2018, section 2).
 
-    python -m fused_mos.data.synthetic --out FOLDER [--n-words 1000] [--rank 65] [--concentration 2.5]
+    python -m fused_mos.data.synthetic --out DIR [--n-words 1000] [--rank 65] [--concentration 2.5]
 
-Writes train.txt, valid.txt and test.txt for fused_mos.train, and language.json with the perplexity that no model can
-beat. Background: Yang et al. 2018, section 2.
+Writes train.txt, valid.txt and test.txt, to measure with fused_mos.train what a low rank costs.
+
+language.json has the perplexity that no model can beat.
 """
 
 import dataclasses
