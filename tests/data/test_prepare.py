@@ -203,7 +203,7 @@ def test_what_is_finished_is_not_done_again(source, run, tmp_path, monkeypatch):
 
 
 def test_tokens_of_another_vocabulary_are_never_taken_for_finished(run, tmp_path, monkeypatch):
-    """Stopped between a shard's tokens and what is said of them, with a vocabulary that comes and goes."""
+    """Stopped between writing a shard's tokens and their description, with a vocabulary that changes back and forth."""
     first = run(min_count=1)
     with monkeypatch.context() as patch:
         patch.setattr(lm1b.files, "write_json", interrupt)
@@ -398,7 +398,7 @@ def test_manifests_that_do_not_fit(content, tmp_path):
 
 @pytest.mark.parametrize("name", ["counts/*.tsv", "train/*.tokens", "*/*.json", "source"])
 def test_a_flipped_bit_of_what_an_earlier_run_left_is_noticed(name, source, run, tmp_path):
-    """Of its counts, token ids or their description, or of the source itself: what is damaged is made again."""
+    """Damages counts, token ids, their description or the source: whatever is damaged is made again."""
     out, draw = tmp_path / "out", random.Random(0)
     manifest = run(min_count=1)
     before = {key: value[0] for key, value in files(out).items()}

@@ -27,7 +27,7 @@ def test_rank_and_entropy(n_words, rank):
 
 
 def test_no_model_beats_the_entropy():
-    """Of log-probabilities (V, V) drawn around the true ones, the true ones have the smallest cross-entropy."""
+    """The true log-probabilities have a smaller cross-entropy than others drawn around them."""
     language = SyntheticLanguage(50, 6)
     noise = torch.randn(50, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gaps = [

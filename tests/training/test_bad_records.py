@@ -1,5 +1,5 @@
-"""What a run keeps as JSON, with values of another type or out of their range under a right digest: one line on stderr
-and exit status 2, whatever field it is."""
+"""JSON of a run with a correct digest, but a value of the wrong type or out of range. For every field, the command
+prints one line on stderr and exits with status 2."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def with_field(values, names, value):
 
 
 def is_of_its_type(names, default, value):
-    """What may be let in: by the default's type, where the names do not say more."""
+    """Values that are allowed, by the type of the default unless the names tell more."""
     if names[-1] in ("out", "resume", "start"):
         return value is None or isinstance(value, str)
     if isinstance(default, tuple):
@@ -253,7 +253,7 @@ def test_a_search_with_wrong_values(finished_run, monkeypatch, capsys):
 
 
 def test_a_learning_curve_of_wrong_values(tmp_path):
-    """Points that are none are left out."""
+    """Points that are not finite numbers are left out."""
     lines = [json.dumps({"kind": kind, "step": 1, "ppl": 3, "epoch": 2, "epoch_fraction": 0.5, "averaging": True})
              for kind in ("train", "valid")]  # fmt: skip
     for kind in ("train", "valid", ["x"], None):

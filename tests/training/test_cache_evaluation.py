@@ -1,4 +1,4 @@
-"""The command that evaluates, with a continuous cache."""
+"""The command `evaluate` with a continuous cache."""
 
 import functools
 import json
@@ -118,8 +118,8 @@ def test_words_that_come_again_are_likelier(trained, corpus_folder, capsys):
 
 
 def test_the_search(trained, corpus_folder, monkeypatch, capsys):
-    """The best pair of the grid and of what is given, by one reading of the validation text; the test text then is read
-    with it."""
+    """The search finds the best pair among the grid and the given values, and reads the validation text once. Then the
+    test text is read with that pair."""
     (corpus_folder / "valid.txt").write_text("w3 w17 w31 w17 w3 w31 w3 w3\n" * 12)
     monkeypatch.setattr(cache_module, "THETAS", (0.0, 0.5))
     monkeypatch.setattr(cache_module, "LAMBDAS", (0.0, 0.2))

@@ -19,7 +19,7 @@ def contents(folder):
 
 @pytest.fixture
 def finished(finished_run):
-    """A finished run, without the checkpoint before the last one, to which it would go back."""
+    """A finished run without its previous checkpoint, to which it would fall back."""
     folder = finished_run(1)
     (folder / "last.safetensors.previous").unlink()
     return folder

@@ -1,4 +1,4 @@
-"""What every command that works for long promises: the same command goes on, another one is refused, signals save."""
+"""The contract of all long-running commands: the same command continues, another one is refused, signals save."""
 
 import contextlib
 import dataclasses
@@ -59,7 +59,7 @@ def trained(small_flags, tmp_path, monkeypatch):
 
 
 def signalled(monkeypatch, number, after, owner=Trainer, name="train_step"):
-    """Sends a signal to this process in the call `after` of a method, which then does its work."""
+    """Sends a signal to this process at call number `after` of a method, which then does its work."""
     original, calls = getattr(owner, name), []
 
     def method(self, *arguments, **options):
@@ -88,7 +88,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, status, small_flags
 
 
 def test_a_signal_in_the_validation_saves_the_epoch(small_flags, tmp_path, monkeypatch):
-    """While averages stand in for the parameters: what is saved must not be the averages."""
+    """The signal comes while averages replace the parameters; the averages must not be saved."""
     flags, out, whole = [*small_flags, "--epochs", "4"], tmp_path / "run", tmp_path / "whole"
     assert train.main([*flags, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
@@ -222,7 +222,7 @@ def test_readers_are_never_refused(trained, capsys):
 
 @pytest.mark.processes
 def test_a_folder_is_locked_until_its_result_is_written(flags, tmp_path, monkeypatch, small_flags, corpus_folder):
-    """Also while the best model is evaluated, and between the stages of a reproduction."""
+    """The lock is also held while the best model is evaluated, and between the stages of a reproduction."""
     held = []
 
     def look(owner, name, folder):
@@ -248,7 +248,7 @@ def test_a_folder_is_locked_until_its_result_is_written(flags, tmp_path, monkeyp
 
 
 def test_of_two_that_begin_at_once_one_is_refused(small_flags, finished_run, tmp_path, monkeypatch):
-    """The other one has written its first checkpoint after this one has looked for one."""
+    """The other process writes its first checkpoint just after this one has looked for one."""
     out, claim, other = tmp_path / "late", folder_module.claim, finished_run(1)
 
     def late(folder, belongs):
@@ -315,7 +315,7 @@ def test_earlier_names_of_micro_batches_are_taken(small_flags, flags, capsys):
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(small_flags, tmp_path):
-    """Its configuration has the old name, a relative path and no `resume`; the losses are those of a run of today."""
+    """Its configuration has the old name, a relative path and no `resume`; the losses equal those of a new run."""
     flags, whole, old = [*small_flags, "--micro-batches", "2"], tmp_path / "whole", tmp_path / "old"
     assert train.main([*flags, "--epochs", "2", "--out", str(whole)]) == 0
     assert train.main([*flags, "--epochs", "1", "--out", str(old)]) == 0

@@ -1,5 +1,5 @@
-"""Files of a run that were damaged, exchanged or lost: noticed, told in one line, and survived where an older one is
-kept."""
+"""Files of a run that were damaged, exchanged or lost: each is noticed and reported in one line, and the run continues
+if an older file is kept."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ def the_line(capsys):
 
 @pytest.mark.parametrize("max_mib", [0, 1], ids=["whole", "in parts"])
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(max_mib, tmp_path):
-    """Header, tensors and JSON; of the name of the digest alone it is not, which harms nothing."""
+    """Flips bits of header, tensors and JSON. Flips in the digest's key go unnoticed, but do no harm."""
     draw, path = random.Random(0), tmp_path / "x.safetensors"
     tensors = {"a": torch.randn(300, 1000), "b": torch.tensor(4), "c": torch.randn(7).bfloat16()}
     save_checkpoint(path, tensors, {"row": 12, "history": [0.5]}, max_mib)
@@ -59,7 +59,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(max_mib, tmp_path):
 
 
 def test_a_checkpoint_without_a_digest_is_taken(tmp_path):
-    """As versions before 0.2 wrote them."""
+    """Versions before 0.2 wrote such checkpoints."""
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(3)}, tmp_path / "x", {"fused_mos": '{"row": 3}'})
@@ -87,7 +87,7 @@ def test_the_checkpoint_before_the_last_one_is_kept(max_mib, tmp_path, capsys):
 
 @pytest.mark.trains
 def test_a_save_that_fails_keeps_both_checkpoints(tmp_path, monkeypatch):
-    """The one before the last is replaced when the new one is on the disk, not before."""
+    """The previous checkpoint is replaced only when the new one is on disk."""
     path, previous = tmp_path / "last.safetensors", tmp_path / "last.safetensors.previous"
     for step in (1, 2):
         save_checkpoint(path, {"x": torch.full((4,), float(step))}, {"step": step}, keep_previous=True)
@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_last_one(harm, small_flags
 
 @pytest.mark.trains
 def test_the_best_model_must_be_that_of_the_run(finished_run, small_flags, tmp_path, capsys):
-    """Of another run of equal shapes, older than the last checkpoint, of another type, or with NaN."""
+    """It may be of another run of equal shapes, older than the last checkpoint, of another dtype, or contain NaN."""
     run, other = finished_run(2), tmp_path / "other"
     assert train.main([*small_flags, "--seed", "5", "--epochs", "1", "--out", str(other)]) == 0
     best = run / "best.safetensors"
@@ -218,7 +218,7 @@ def test_checkpoints_follow_the_umask(small_flags, tmp_path):
 
 
 def test_a_log_with_fewer_bytes_than_recorded(tmp_path, capsys):
-    """It keeps its complete lines, and no number makes it longer."""
+    """It keeps its complete lines, and is not extended to the recorded length."""
     log = MetricsLog(tmp_path)
     for step in range(3):
         log.write("train", step, loss=torch.inf)

@@ -110,7 +110,7 @@ def test_statistics_of_another_model_are_not_used(trained):
 
 
 def test_statistics_of_another_text_are_not_used(trained, corpus_folder):
-    """The same words in another order: the same vocabulary, and no other sign of it."""
+    """The text has the same words in another order, so the vocabulary does not reveal the change."""
     first = DynamicRun(load_run(trained), CheckpointClock(5)).statistics()
     lines = (corpus_folder / "train.txt").read_text().splitlines()
     (corpus_folder / "train.txt").write_text("\n".join([*lines[:-3], lines[-2], lines[-3], lines[-1]]) + "\n")

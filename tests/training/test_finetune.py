@@ -109,7 +109,7 @@ def test_errors_name_what_is_missing(tmp_path, trained, capsys):
 
 
 def test_another_runs_fine_tuning_does_not_go_on(trained, tmp_path, capsys):
-    """Also where both runs have the same flags; a run that has moved is the same one."""
+    """Both runs may have the same flags. A run that has moved is still the same run."""
     flags, other = ["--epochs", "1", "--lr", "3"], tmp_path / "other"
     assert finetune.main([str(trained), *flags]) == 0
     shutil.copytree(trained, other, ignore=shutil.ignore_patterns("finetune"))

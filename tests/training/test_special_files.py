@@ -85,7 +85,7 @@ def test_a_deep_list_of_parts(tmp_path):
 
 
 def test_a_header_that_is_cut_over_parts(tmp_path):
-    """As of a checkpoint of many tensors."""
+    """A checkpoint of many tensors has a long header."""
     path, tensors = (
         tmp_path / "x.safetensors",
         {f"a tensor with a long name, {i}": torch.ones(60) for i in range(12_000)},
@@ -142,7 +142,7 @@ def test_files_without_an_end_are_not_read(read, tmp_path):
 
 @pytest.mark.trains
 def test_pipes_among_the_files_of_ranks(two_checkpoints, capsys):
-    """Also one that state.json does not name: the reader looks at all."""
+    """Includes a file that state.json does not name, since the reader opens all files."""
     out, flags = two_checkpoints
     (best,) = (out / "best").iterdir()
     os.mkfifo(best / "more.safetensors")

@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monke
 @pytest.mark.trains
 @pytest.mark.parametrize("variant", ["", "--micro-batches 2", "--head-chunk 18 --precision bfloat16 --optimizer sgd"])
 def test_a_replayed_run_has_the_bits_of_an_ordinary_one(variant, flags, tmp_path, trainer_of, monkeypatch):
-    """By the stand-in for CUDA graphs; stopped in between, and with a last segment of another length in each shard."""
+    """Replays the stand-in for CUDA graphs, with a stop in between, and shorter last segments of shards."""
     recorder = LogRecorder()
     monkeypatch.setattr("fused_mos._inputs.values_can_be_read", lambda *_: False)  # as on a GPU
     monkeypatch.setattr(
@@ -153,7 +153,7 @@ def test_a_kill_at_the_first_step_or_in_the_first_checkpoint_costs_nothing(flags
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, capsys):
-    """In torch's writer, and in ours."""
+    """The disk is full in torch's writer, and in ours."""
     out, full = tmp_path / "run", OSError(errno.ENOSPC, "No space left on device")
     assert train_1b.main([*flags, "--max-steps", "3", "--out", str(out)]) == 0
     before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()}
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, ca
 
 
 def test_the_first_update_is_that_of_plain_adam(flags, trainer_of, tmp_path):
-    """Also after the checkpoint that is written before it, for which the optimizer's state is made."""
+    """The checkpoint before the first step, for which the optimizer's state is created, does not change it."""
     trainer = trainer_of([*flags, "--weight-decay", "0.1", "--warmup-steps", "0", "--clip", "0"], tmp_path / "run")
     trainer._save()
     plain = [p.detach().clone().requires_grad_() for p in trainer.model.parameters()]

@@ -94,8 +94,8 @@ def kill_one_rank(agent, out, draw, saving):
 
 
 def unbroken_by_kills(flags, tmp_path, kills, seed):
-    """Runs with torchrun's restarts, killed so often; every loss is that of an unbroken run of two ranks, bit for
-    bit."""
+    """Runs with torchrun's restarts under repeated kills. Every loss equals that of an uninterrupted run of two ranks,
+    bit for bit."""
     whole, out, draw = tmp_path / "whole", tmp_path / "broken", random.Random(seed)
     flags = [*flags, "--dropout", "0.2", "--checkpoint-minutes", "0"]
     finish(torchrun(2, [*flags, "--out", str(whole)]))

@@ -118,7 +118,7 @@ def test_killed_runs_resume_bit_identically(small_flags, tmp_path):
 
 
 def test_a_kill_before_the_first_due_checkpoint_costs_nothing_but_time(small_flags, tmp_path):
-    """With the default, minutes between checkpoints."""
+    """Runs with the default interval between checkpoints, in minutes."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(small_flags, whole)
     killed_at([*small_flags, "--out", str(broken)], broken, 1)
@@ -182,7 +182,7 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoints(small_flags, tmp_pat
 
 @pytest.mark.parametrize("where", ["validation", "a checkpoint"])
 def test_a_run_that_diverges_ends_in_one_line(where, small_flags, tmp_path, monkeypatch, capsys):
-    """Also where averages are what is no longer finite, which training itself does not see."""
+    """The averages may be what is no longer finite, which training itself does not notice."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
 
