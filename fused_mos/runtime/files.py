@@ -102,10 +102,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     value = read_json(path)
     seal = value.pop("digest", None)
     if seal not in (None, _json_digest(value)):
-        raise FileError(
-            f"{path} is damaged: its content does not have the digest that it was written with; restore it or "
-            "move it away"
-        )
+        raise FileError(f"{path} is damaged: its content does not match its digest; restore it or move it away")
     return value
 
 

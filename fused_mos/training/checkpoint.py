@@ -160,13 +160,13 @@ def load_checkpoint(path: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str
         # read, not mapped: a mapped tensor would change or vanish with the file
         content = _joined([path.with_name(name) for name in names]) if names else path.read_bytes()
         if names and hashlib.sha256(content).hexdigest() != metadata["sha256"]:
-            raise ValueError("its parts are not those that it was saved with")
+            raise ValueError("its parts do not match its digest")
         tensors = safetensors.torch.load(content)
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         meta = json.loads(metadata["fused_mos"])
         digest = meta.pop("sha256", None)
         if digest not in (None, _digest(tensors, meta)):  # versions before 0.2 wrote none
-            raise ValueError("its content does not have the digest that it was saved with")
+            raise ValueError("its content does not match its digest")
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} lacks its part {error.filename}; nothing was changed") from None
     except OSError as error:

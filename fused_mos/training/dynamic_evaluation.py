@@ -185,7 +185,7 @@ class DynamicRun:
         try:
             return list(read_record(TuningRecord, {"tried": content.get("tried")}).tried)
         except ValueError as error:
-            raise CheckpointError(f"{path} is of another version: {error}; delete it to search anew") from None
+            raise CheckpointError(f"{path} is of another version: {error}; delete it to search again") from None
 
     @property
     def _key(self) -> dict[str, str]:
@@ -247,10 +247,10 @@ class DynamicRun:
                 raise ValueError(f"it lacks {min(missing)}")
             saved = {name: fitting(tensors, name, like) for name, like in state.items()}
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; delete it to compute it anew") from None
+            raise CheckpointError(f"{error}; delete it to recompute it") from None
         except ValueError as error:
             raise CheckpointError(
-                f"checkpoint {path} is of another version: {error}; delete it to compute it anew"
+                f"checkpoint {path} is of another version: {error}; delete it to recompute it"
             ) from None
         work.row = row
         for name, tensor in saved.items():

@@ -207,7 +207,7 @@ def test_work_of_dynamic_evaluation_with_wrong_values(finished_run, monkeypatch,
         harmed = tensors | {name: value} if name in tensors else tensors
         harmed = {key: tensor for key, tensor in harmed.items() if tensor is not None}
         save_checkpoint(path, harmed, meta | {name: value} if name == "row" else meta)
-        refused(evaluate, arguments, capsys, path, another, name, "delete it to compute it anew")
+        refused(evaluate, arguments, capsys, path, another, name, "delete it to recompute it")
     del meta["row"]
     save_checkpoint(path, tensors, meta)
     refused(evaluate, arguments, capsys, path, another, "row")
@@ -246,7 +246,7 @@ def test_a_search_with_wrong_values(finished_run, monkeypatch, capsys):
         [with_field(first, ("rule", "lr"), "x")],
     ):
         files.write_sealed(path, content | {"tried": tried})
-        refused(evaluate, arguments, capsys, path, "is of another version: ", "delete it to search anew")
+        refused(evaluate, arguments, capsys, path, "is of another version: ", "delete it to search again")
 
 
 # ------------------------------------------------------------------------------------------------------ logs and tables

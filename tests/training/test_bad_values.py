@@ -119,7 +119,7 @@ def test_a_damaged_search_and_damaged_statistics_are_told_before_the_work(finish
     refused(evaluate, [run, "--dynamic", "--tune"], capsys, run / "dynamic" / "tuning.json", "it is not JSON")
     statistics = run / "dynamic" / "gradient-statistics.safetensors"
     statistics.write_bytes((run / "best.safetensors").read_bytes()[:-9])
-    refused(evaluate, [run, "--dynamic"], capsys, statistics, "truncated or damaged", "delete it to compute it anew")
+    refused(evaluate, [run, "--dynamic"], capsys, statistics, "truncated or damaged", "delete it to recompute it")
 
 
 @pytest.mark.trains
