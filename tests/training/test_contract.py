@@ -359,7 +359,7 @@ def test_train_1b_alone_trains_on_the_sample_text(empty_place, capsys):
     assert train_1b.main(["--max-steps", "2", "--eval-batch-size", "2"]) == 0
     out = capsys.readouterr().out
     assert (
-        "training lm1b-tiny on Python's own documentation, the sample text" in out
+        "training lm1b-tiny on the sample text, Python's own documentation" in out
         and "held-out ppl" in out
         and "python -m fused_mos.data.lm1b download" in out
     )
