@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 SAMPLE_FOLDER = Path("runs/sample-1b")
 
 HOW_TO_GET_THE_CORPUS = """
-This was the sample text. The benchmark itself, 0.8 billion words:
-  python -m fused_mos.data.lm1b download --out data                            # 1.8 GB; resumes
+That was the sample text. To train on the benchmark itself, 0.8 billion words:
+  python -m fused_mos.data.lm1b download --out data                            # 1.8 GB; can be interrupted
   python -m fused_mos.data.lm1b prepare --source data --out lm1b --top 100000  # or --min-count 3: all 793,471 words
   python -m fused_mos.train_1b --recipe lm1b-mos --data lm1b --out runs/mos"""
 
