@@ -154,7 +154,7 @@ def _check_made_with(results: dict[str, Any], config: Flags, corpus: "Corpus") -
     before = results.setdefault("made with", now)
     for name in now:
         if before.get(name) != now[name] and name in texts:
-            raise ConfigError(f"data: {name} in {config.data} differs from the one that {config.folder} evaluated")
+            raise ConfigError(f"data: {config.data} has another {name} than {config.folder} was evaluated on")
         if before.get(name) != now[name]:
             change = f"it was {before.get(name)}, got {now[name]}"
             raise ConfigError(f"{name} cannot change when a reproduction continues: {change}; name another --out")

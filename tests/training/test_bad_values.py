@@ -149,7 +149,7 @@ def test_a_seal_tells_of_every_change(tmp_path):
     files.write_sealed(path, value)
     assert files.read_sealed(path) == value | {"ppl": None}
     path.write_text(path.read_text().replace("0.1", "0.2"))
-    with pytest.raises(files.FileError, match="does not have the digest"):
+    with pytest.raises(files.FileError, match="does not match its digest"):
         files.read_sealed(path)
     files.write_json(path, {"words": 3})  # as versions before 0.2 wrote it
     assert files.read_sealed(path) == {"words": 3}

@@ -81,7 +81,7 @@ def test_another_reproduction_is_refused_by_name(small_recipe, corpus_folder, tm
         lines = (texts / f"{name}.txt").read_text().splitlines()
         (texts / f"{name}.txt").write_text("\n".join([*lines[:-3], lines[-2], lines[-3], lines[-1]]) + "\n")
         error = refused("demo", "--data", str(texts), "--out", str(out))
-        assert f"data: {name}.txt in {texts} differs from the one" in error
+        assert f"data: {texts} has another {name}.txt than" in error
         shutil.copy(corpus_folder / f"{name}.txt", texts)
     assert (out / "reproduction.json").read_text() == results
     assert reproduce.main(["demo", "--data", str(texts), "--out", str(out)]) == 0  # the same text elsewhere
