@@ -112,7 +112,7 @@ def test_files_are_checked(prepared, tmp_path, flags, capsys):
         ),
         (
             lambda file: (tmp_path / "copy" / "manifest.json").unlink(),
-            "run python -m fused_mos.data.lm1b prepare first",
+            "first run python -m fused_mos.data.lm1b prepare",
         ),
     ):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
