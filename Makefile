@@ -1,5 +1,5 @@
-# make demo: train softmax and MoS side by side, about three minutes.   make test: the test suite.
-# make test-quick: what to run after each edit, under a minute.
+# make demo: train softmax and MoS side by side, in about three minutes.
+# make test: run the test suite.   make test-quick: run the fast tests, in under a minute.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -7,13 +7,13 @@ LINT := $(VENV)-lint
 DOCS := $(VENV)-docs
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-# On a machine without a GPU the CPU build of torch is 200 MB; PyPI's is gigabytes of CUDA. The index that has it
-# is only asked for torch itself; where it cannot be reached, pip takes the torch that it finds elsewhere.
+# Without a GPU, take the CPU build of torch (200 MB) from PyTorch's index instead of gigabytes of CUDA from PyPI.
+# Only torch itself is installed from there. If the index cannot be reached, pip falls back to PyPI.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 TORCH_OPTIONS = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --retries 0)
 
-# neighbours share set-ups: each process takes a run of neighbours, and steals from another when it is done
+# neighbouring tests share fixtures: each process runs a range of neighbours, then steals from others
 XDIST = -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-quick lint format types benchmark bench-check sanitize clean
@@ -24,12 +24,12 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(PY) -m pytest tests $(XDIST) -p no:benchmark
 
-# the native kernels and the portable loop, without what takes long for another reason than they
+# the native and tiled backends, without tests that are slow for other reasons
 test-quick: $(VENV)/installed
 	$(PY) -m pytest tests $(XDIST) -p no:benchmark \
 		-m "not slow and not interpreted and not processes and not compiles and not trains"
 
-# seconds: its small environment holds the linters alone
+# takes seconds: its environment has only the linters
 lint: $(LINT)/installed
 	$(LINT)/bin/ruff check --quiet .
 	$(LINT)/bin/ruff format --quiet --check .
@@ -43,23 +43,24 @@ format: $(LINT)/installed
 types: $(VENV)/installed
 	$(VENV)/bin/mypy
 
-# the documents as a site, in build/site: index.html opens without a server. Strict: a link that leads nowhere is an error.
-# Docstrings are read, not imported, so its environment needs no torch.
+# builds the documents as a site, in build/site: index.html opens without a server. A broken link is an error. Docstrings are
+# read, not imported, so this environment needs no torch.
 .PHONY: docs
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
-# about fifteen minutes: times beside peers, into benchmarks/results/, and from there into the documents
+# measures this package and its peers in about fifteen minutes; records the times, and updates the documents' tables
 benchmark: $(VENV)/peers-installed
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmark.json
 	$(PY) -m benchmarks.report --record build/benchmark.json
 
-# as long: a fresh run's ratios against the recorded ones; measures what fell by more than 10 % again, and names what did each time
+# compares a fresh run's ratios with the recorded ones, in as long; measures any drop above 10 % again, and reports it
+# if it persists
 bench-check: $(VENV)/peers-installed
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=build/bench-check.json
 	$(PY) -m benchmarks.report --compare build/bench-check.json
 
-# the native kernels under AddressSanitizer and UBSan: a copy of the package of its own, compiled so
+# tests the native kernels under AddressSanitizer and UBSan, in a separate copy of the package
 sanitize: $(VENV)/installed
 	FUSED_MOS_NATIVE=1 FUSED_MOS_SANITIZE=ON $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/sanitize .
 	PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 \
@@ -67,7 +68,7 @@ sanitize: $(VENV)/installed
 	$(VENV)/bin/pytest -s -p no:cacheprovider tests/test_cpu.py tests/test_cpu_one_sweep.py tests/test_functional.py \
 		tests/test_extreme_values.py tests/test_op_arguments.py tests/lm/test_cpu_recurrent.py
 
-# the CPU kernels against loops in float64, without Python: a program of all instruction sets that this processor has
+# checks the CPU kernels against float64 loops without Python, for all instruction sets of this processor
 TOOLS := $(VENV)-tools
 CONFIGURE = $(TOOLS)/bin/cmake --fresh -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(TOOLS))/bin/ninja -DFUSED_MOS_SELF_TEST=ON
 .PHONY: self-test
@@ -76,8 +77,8 @@ self-test: $(TOOLS)/installed
 	$(TOOLS)/bin/cmake --build build/self-test
 	build/self-test/self_test $$(nproc)
 
-# the same compiled by Clang, which here is Zig's: for another processor, which QEMU emulates, and for this one, where Zig's
-# runtime does not know the processor and GCC's does
+# the same compiled by Clang (from Zig): for aarch64, run under QEMU, and for this processor, with GCC's runtime library,
+# since Zig's cannot detect the processor
 ZIG_CXX = $(abspath $(TOOLS))/bin/python -m ziglang c++
 AARCH64_CXX ?= $(ZIG_CXX) -target aarch64-linux-musl
 QEMU_AARCH64 ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
@@ -93,16 +94,16 @@ self-test-clang: $(TOOLS)/installed
 	$(TOOLS)/bin/cmake --build build/self-test-clang
 	build/self-test-clang/self_test
 
-# a minute, once its environment is there: torch's CUDA wheel, without a GPU, is 5 GB. Fake CUDA tensors through all functions,
-# which are also compiled and exported. torch is the version that the kernels were last run with on a GPU.
+# runs, compiles and exports all functions on fake CUDA tensors, without a GPU. It takes a minute, after installing
+# torch's CUDA wheel (5 GB). TORCH_CUDA is the version with which the kernels last ran on a GPU.
 CUDA_VENV := $(VENV)-cuda
 TORCH_CUDA ?= torch==2.11.0
 .PHONY: check-cuda
 check-cuda: $(CUDA_VENV)/installed
 	$(CUDA_VENV)/bin/python -m pytest --confcutdir=tests/cuda_wheel tests/cuda_wheel
 
-# what a user gets: a wheel in a fresh environment, imported from another folder. The environment takes the dependencies
-# from $(VENV), where nvcc, if there is one, has compiled the CUDA kernels already.
+# builds a wheel, installs it in a fresh environment, and imports it from another folder, as a user would. Dependencies
+# come from $(VENV). It skips the CUDA kernels, which nvcc, if there is one, has already compiled for $(VENV).
 .PHONY: wheel-check
 wheel-check: $(VENV)/installed
 	rm -rf build/wheel-check build/lib*
@@ -138,7 +139,7 @@ $(VENV)/peers-installed: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps cut-cross-entropy liger-kernel
 	touch $@
 
-# setuptools is left to torch, which may want an older one
+# without our version of setuptools: this torch may need an older one
 $(CUDA_VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(NATIVE_SOURCES) constraints.txt Makefile
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/pip install --quiet --disable-pip-version-check "$(TORCH_CUDA)"

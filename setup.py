@@ -1,9 +1,12 @@
-"""Builds the native kernels with CMake and Ninja; all other metadata is in pyproject.toml.
+"""Builds the native kernels with CMake and Ninja; all metadata is in pyproject.toml.
 
-The kernels are optional: without a C++ compiler or nvcc the package installs without them, and `fused_mos.backends()`
-says why the backend `cpu` or `cuda` is missing. FUSED_MOS_NATIVE=0 leaves them out. FUSED_MOS_NATIVE=1 makes a failed
-build an error, and so are warnings and spilled registers of the CUDA kernels; a missing nvcc is none.
-FUSED_MOS_OPENMP=OFF builds the CPU kernels for one thread, FUSED_MOS_SANITIZE=ON with AddressSanitizer and UBSan.
+The kernels are optional. Without a C++ compiler or nvcc, the package installs without them, and `fused_mos.backends()`
+tells why the backend `cpu` or `cuda` is missing. Environment variables:
+
+- FUSED_MOS_NATIVE=0 skips the kernels. FUSED_MOS_NATIVE=1 makes a failed build an error, as well as warnings and
+  spilled registers of the CUDA kernels; a missing nvcc is still accepted.
+- FUSED_MOS_OPENMP=OFF builds the CPU kernels for a single thread.
+- FUSED_MOS_SANITIZE=ON builds them with AddressSanitizer and UBSan.
 """
 
 import os
@@ -23,7 +26,7 @@ OPTIONS = {name: os.environ[name] for name in ("FUSED_MOS_OPENMP", "FUSED_MOS_SA
 
 
 def first_error(log: str) -> str:
-    """Return the first line of a build's log that mentions an error, and the five after it, as one line."""
+    """Return the first line of a build's log that mentions an error, joined with the five lines after it."""
     lines = [line.strip() for line in log.splitlines()]
     start = next((i for i, line in enumerate(lines) if "error" in line.lower()), 0)
     return " ".join(line for line in lines[start : start + 6] if line)
@@ -52,23 +55,23 @@ class CMakeBuild(build_ext):
                 (package / f"{module}_missing.txt").write_text(
                     f"this package was built without the native kernels: {cause}\n"
                 )
-                print(f"warning: fused_mos installs without {module}: {cause}", file=sys.stderr)
-        # setuptools looks for all that are left here
+                print(f"warning: installing fused_mos without {module}: {cause}", file=sys.stderr)
+        # setuptools expects a file for each extension in this list
         self.extensions = [e for e in self.extensions if e.name.rpartition(".")[2] in built]
 
     def package_folder(self) -> Path:
-        """Return where the modules go: the source tree for an editable install, else the build's copy of it."""
+        """Return the folder for the modules: in the source tree for an editable install, else in the build's copy."""
         return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "fused_mos"
 
     def build(self, module: str, target: Path) -> None:
-        """Configure each module in its own folder, so that an nvcc that does not work cannot fail the CPU's build."""
+        """Build a module in its own folder, so that a broken nvcc cannot make the build of the CPU module fail."""
         import pybind11
 
         work = Path(self.build_temp).resolve() / module
         work.mkdir(parents=True, exist_ok=True)
         self.call(
             "cmake",
-            # an older cache names the ninja of an isolated build environment that is gone
+            # an old cache may point to the ninja of a deleted build environment
             "--fresh",
             "-S",
             str(ROOT),

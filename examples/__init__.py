@@ -1,1 +1,1 @@
-"""Programs to copy from: each is complete, in one file, and runs without arguments as `python -m examples.NAME`."""
+"""Complete programs to copy from, one file each. They run without arguments as `python -m examples.NAME`."""

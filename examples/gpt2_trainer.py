@@ -1,9 +1,9 @@
-"""Give GPT-2 a mixture of softmaxes for its head, train it by Hugging Face's Trainer, load it again, and let it write:
+"""Give GPT-2 a Mixture of Softmaxes as its head, train it with Hugging Face's Trainer, reload it and generate text:
 
     python -m examples.gpt2_trainer --model gpt2 --data TEXT_OR_FOLDER
 
-Without --model it trains a small GPT-2 from scratch, and without --data on Python's own documentation: a minute on
-two cores, and nothing is downloaded. Needs `pip install "fused_mos[hf]" accelerate`.
+Without flags, it trains a small GPT-2 from scratch on Python's own documentation, in a minute on two cores and without
+any download. Requires `pip install "fused_mos[hf]" accelerate`.
 """
 
 import math
@@ -33,29 +33,29 @@ END = "<|endoftext|>"
 @dataclass
 class Config:
     model: str | None = None
-    """A model's name on the Hub, such as gpt2, or the folder of one; by default a small GPT-2 with random weights."""
+    """Name of a model on the Hub, such as gpt2, or its folder; by default a small GPT-2 with random weights."""
     data: Path | None = None
-    """A text file, or a folder with train.txt and valid.txt; by default Python's own documentation."""
+    """Text file, or folder with train.txt and valid.txt; by default Python's own documentation."""
     out: Path = Path("runs/gpt2-mos")
     """Folder for the trained model and its tokenizer."""
     experts: int = 4
-    """Softmaxes that the head mixes."""
+    """Number of experts in the head."""
     rank: int = 16
     """Rank of each expert's change to the hidden state."""
     steps: int = 500
-    """Steps of AdamW, Trainer's default."""
+    """Training steps with AdamW, Trainer's default."""
     batch: int = 8
-    """Sequences of a step."""
+    """Sequences per step."""
     lr: float = 1e-3
-    """Highest learning rate. A trained model wants less, such as 5e-5."""
+    """Peak learning rate. For a pretrained model choose a smaller one, such as 5e-5."""
     context: int = 128
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     prompt: str = "the value of"
-    """Text that the written one begins with."""
+    """Start of the generated text."""
 
 
 def read(data: Path) -> tuple[str, str]:
-    """Training and validation text; the last tenth of a file is for validation."""
+    """Returns training and validation text. The last tenth of a single file is for validation."""
     if data.is_dir():
         return files.read_text(data / "train.txt"), files.read_text(data / "valid.txt")
     text = files.read_text(data)
@@ -64,7 +64,7 @@ def read(data: Path) -> tuple[str, str]:
 
 
 def small_gpt2(text: str, context: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A model with random weights, and a tokenizer of 2,000 byte pairs learned from the text."""
+    """Returns a model with random weights, and a byte-pair tokenizer of 2,000 tokens learned from the text."""
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer, pairs.decoder = bytes_, decoders.ByteLevel()
@@ -86,8 +86,8 @@ def small_gpt2(text: str, context: int) -> tuple[PreTrainedModel, PreTrainedToke
 
 
 def sequences(tokenizer, text: str, context: int) -> list[dict[str, torch.Tensor]]:
-    """The text in pieces of `context` tokens. A piece's first one is no label: nothing predicts it, but Trainer would
-    count it in what it divides the loss by."""
+    """Cuts the text into pieces of `context` tokens. The first token of a piece is not a label: nothing predicts it,
+    but Trainer would count it in the loss's denominator."""
     tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     pieces = tokens[: len(tokens) // context * context].view(-1, context)
     assert len(pieces), f"a text of {len(tokens)} tokens is too short for a context of {context}"
@@ -105,7 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         model = AutoModelForCausalLM.from_pretrained(config.model)
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-    replace_head(model, config.experts, rank=config.rank)  # computes what it did; before Trainer makes the optimizer
+    # the new head computes the same as the old one; replace it before Trainer creates the optimizer
+    replace_head(model, config.experts, rank=config.rank)
 
     options = TrainingArguments(
         output_dir=str(config.out),
@@ -125,13 +126,13 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset=sequences(tokenizer, text, config.context),
         eval_dataset=sequences(tokenizer, valid_text, config.context),
     )
-    print(f"perplexity of a token {math.exp(trainer.evaluate()['eval_loss']):.1f}")
-    trainer.train()  # forms no (tokens, vocabulary) logits
+    print(f"perplexity per token before training {math.exp(trainer.evaluate()['eval_loss']):.1f}")
+    trainer.train()  # never forms the (tokens, vocabulary) logits
     print(f"validation perplexity {math.exp(trainer.evaluate()['eval_loss']):.1f}")
     model.save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
 
-    # in another program `import fused_mos.hf` comes first
+    # another program must first `import fused_mos.hf`
     model = AutoModelForCausalLM.from_pretrained(config.out).eval()
     tokenizer = AutoTokenizer.from_pretrained(config.out)
     prompt = tokenizer(config.prompt, return_tensors="pt")

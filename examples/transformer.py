@@ -1,8 +1,8 @@
-"""Train a small GPT in plain PyTorch whose last layer is a mixture of softmaxes, save it, and let it write:
+"""Train a small GPT with a Mixture of Softmaxes in plain PyTorch, save it, reload it and generate text:
 
     python -m examples.transformer [--data TEXT_OR_FOLDER] [--steps 1000]
 
-Without --data it reads Python's own documentation, which takes a minute and a half on two cores.
+Without --data it trains on Python's own documentation, which takes a minute and a half on two cores.
 """
 
 import json
@@ -27,25 +27,25 @@ from fused_mos.runtime import files
 @dataclass
 class Config:
     data: Path | None = None
-    """A text file, or a folder with train.txt and valid.txt; by default Python's own documentation."""
+    """Text file, or folder with train.txt and valid.txt; by default Python's own documentation."""
     out: Path = Path("runs/transformer.safetensors")
     """File for the trained model."""
     steps: int = 1000
-    """Steps of AdamW."""
+    """Training steps with AdamW."""
     batch: int = 16
-    """Sequences of a step (B)."""
+    """Sequences per step (B)."""
     lr: float = 2e-3
-    """Highest learning rate; it rises for a tenth of the steps, then falls to a tenth as a cosine."""
+    """Peak learning rate. Warm-up takes a tenth of the steps; a cosine then decays it to a tenth."""
     context: int = 64
-    """Words that a prediction looks at (T)."""
+    """Context length in words (T)."""
     channels: int = 128
     """Width of the model (C), a multiple of 32; an attention head has 32 channels."""
     experts: int = 4
-    """Softmaxes that the last layer mixes."""
+    """Number of experts in the head."""
 
 
 def read(data: Path) -> tuple[Vocabulary, Tensor, Tensor]:
-    """The training text's vocabulary, and both texts as word indices; the last tenth of a file is for validation."""
+    """Returns the training text's vocabulary, and both texts as word indices. A file's last tenth is for validation."""
     paths = [data / "train.txt", data / "valid.txt"] if data.is_dir() else [data]
     texts = [files.read_text(path).replace("\n", " <eos> ").split() for path in paths]
     if len(texts) == 1:
@@ -55,7 +55,7 @@ def read(data: Path) -> tuple[Vocabulary, Tensor, Tensor]:
     return vocabulary, *(torch.tensor([vocabulary.index.get(word, 1) for word in text]) for text in texts)
 
 
-class Block(nn.Module):  # attention and a feed-forward network, pre-norm
+class Block(nn.Module):  # pre-norm attention and feed-forward network
     def __init__(self, c: int):
         super().__init__()
         self.norm1, self.norm2, self.dropout = nn.LayerNorm(c), nn.LayerNorm(c), nn.Dropout(0.1)
@@ -70,7 +70,7 @@ class Block(nn.Module):  # attention and a feed-forward network, pre-norm
 
 
 class GPT(nn.Module):
-    """`model(words)` makes hidden states, of which `model.head` makes losses, probabilities and words."""
+    """`model(words)` returns hidden states; `model.head` turns them into losses, probabilities or samples."""
 
     def __init__(self, n_words: int, config: Config):
         super().__init__()
@@ -94,7 +94,7 @@ def train(model: GPT, text: Tensor, config: Config) -> None:
     for _ in (bar := tqdm(range(config.steps), desc="train", unit="step", mininterval=0.5)):
         starts = torch.randint(len(text) - config.context, (config.batch, 1))
         batch = text[starts + torch.arange(config.context + 1)]  # (B, T + 1)
-        loss = model.head(model(batch[:, :-1]), batch[:, 1:]).loss  # of (B, T) words, without (B, T, V) logits
+        loss = model.head(model(batch[:, :-1]), batch[:, 1:]).loss  # never forms the (B, T, V) logits
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -105,14 +105,14 @@ def train(model: GPT, text: Tensor, config: Config) -> None:
 
 @torch.no_grad()
 def perplexity(model: GPT, text: Tensor) -> float:
-    """Of all words but the first, in pieces of the model's context."""
+    """Perplexity over all words but the first, in pieces of the context length."""
     pieces = zip(text[:-1].split(model.context), text[1:].split(model.context))
     nll = sum(model.head(model(words[None]), targets[None], reduction="sum").loss.item() for words, targets in pieces)
     return exp(nll / (len(text) - 1))
 
 
 def load(path: Path) -> tuple[GPT, Vocabulary]:
-    """The model that `main` saved, for evaluation."""
+    """Loads the model that `main` saved, in evaluation mode."""
     with safe_open(path, "pt") as file:
         config, words = json.loads(file.metadata()["saved"])
     model = GPT(len(words), Config(**config))
@@ -122,7 +122,7 @@ def load(path: Path) -> tuple[GPT, Vocabulary]:
 
 @torch.no_grad()
 def generate(model: GPT, words: list[int], count: int) -> list[int]:
-    """The words and `count` more, each drawn from the fewest that have 90 % of the probability."""
+    """Extends the words by `count` more, drawn by nucleus sampling with p = 0.9."""
     for _ in range(count):
         hidden = model(torch.tensor([words[-model.context :]]))
         words = [*words, model.head.sample(hidden[0, -1], top_p=0.9).item()]
@@ -136,11 +136,11 @@ def main(arguments: list[str] | None = None) -> None:
     vocabulary, text, valid = read(config.data or sample.cached_corpus())
     assert len(text) > config.context and len(valid) > 1, f"{config.data} needs more than {config.context} words"
     model = GPT(len(vocabulary), config)
-    print(f"{len(text):,} words, {len(vocabulary):,} distinct ones; perplexity {perplexity(model.eval(), valid):.1f}")
+    print(f"{len(text):,} words, {len(vocabulary):,} distinct; perplexity {perplexity(model.eval(), valid):.1f}")
     train(model.train(), text, config)
     print(f"validation perplexity {perplexity(model.eval(), valid):.1f}")
     files.make_folder(config.out.parent)
-    with files.replacing(config.out) as partial:  # complete or absent, whenever the process is killed
+    with files.replacing(config.out) as partial:  # leaves no partial file if the process is killed
         save_model(model, str(partial), {"saved": json.dumps([asdict(config), vocabulary.words], default=str)})
     model, vocabulary = load(config.out)
     print(" ".join(vocabulary.words[i] for i in generate(model, [0], 40)[1:]).replace(" <eos> ", "\n"))

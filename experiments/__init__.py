@@ -1,1 +1,1 @@
-"""Quality: scripts that run from the repository's root as `python -m experiments.NAME`, and their results."""
+"""Measurements of quality, and their results. Run them in the repository's root as `python -m experiments.NAME`."""

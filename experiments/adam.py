@@ -1,10 +1,11 @@
-"""Train an LSTM and a Transformer with AdamW under each head and each way to begin; write a table:
+"""Train an LSTM and a Transformer with AdamW, with each head and each initialisation; write the results:
 
     python -m experiments.adam --data PTB [--seeds 0 1 2]
 
-All models have the same number of parameters. "At equal time", softmax and MoC get as many steps as fit into the time
-of MoS's, at speeds measured once at the start: have the machine idle then; load on it later changes no result. A run
-takes a few minutes and is kept when it ends; after a kill, the same command goes on with the one that was cut.
+All models have the same number of parameters. At equal time, softmax and MoC get as many steps as fit into the time of
+MoS. Speeds are measured once, at the start; keep the machine idle meanwhile. Later load does not affect the results.
+Each run takes a few minutes and is saved when it ends. If it was stopped or killed, the same command repeats the
+unfinished run and continues.
 """
 
 import dataclasses
@@ -33,10 +34,10 @@ VARIANTS: dict[str, tuple[dict, bool]] = {
     "MoS, bias, linear": ({"head": "mos", "latent": "linear"}, True),
     "MoS, bias, residual": ({"head": "mos", "latent": "residual"}, True),
 }
-"""The head's arguments, and whether `init_bias` gives it the words' frequencies."""
+"""Arguments of the head, and whether `init_bias` initialises its bias to the word frequencies."""
 
 AT_EQUAL_TIME = ("softmax, bias", "MoC, bias")
-"""Those that are trained for the time of MoS, too."""
+"""Variants that are also trained for as long as MoS."""
 
 
 @dataclasses.dataclass
@@ -44,23 +45,23 @@ class Config:
     data: Path
     """Folder with train.txt, valid.txt and test.txt."""
     steps: int = 1000
-    """Steps of MoS, of 16 windows of 64 words."""
+    """Training steps of MoS, each with 16 windows of 64 words."""
     d: int = 64
-    """Size of the embedding, of the decoder and of the Transformer."""
+    """Width of the embedding, the decoder and the Transformer."""
     n_experts: int = 4
     """Experts of MoC and MoS."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds to run. Others that are finished are in the table, too."""
+    """Seeds to run. Finished runs with other seeds stay in the results."""
     bodies: tuple[str, ...] = BODIES
-    """Bodies to run, of lstm and transformer; the same goes for them."""
+    """Models to run: lstm, transformer. Finished runs of the other one stay in the results."""
     device: str = "auto"
-    """auto, cpu or cuda. auto is a GPU if there is one."""
+    """cpu or cuda; auto uses a GPU if there is one."""
     only_speeds: bool = False
-    """Measure the seconds per step and stop: before several processes, one a seed or body, share the machine."""
+    """Measure only the seconds per step. Do so before several processes share the machine, one per seed or model."""
     runs: Path = Path("runs/adam")
-    """Folder of the finished runs."""
+    """Folder for finished runs."""
     out: Path = Path(__file__).parent / "results" / "adam.json"
-    """JSON file of all results."""
+    """JSON file for all results."""
 
 
 def main() -> int:
@@ -94,7 +95,7 @@ def main() -> int:
 
 
 def shapes_of(body: str, config: Config, n_classes: int) -> dict[str, Shape]:
-    """Of all variants, with equal parameters."""
+    """Returns the shapes of all variants, with equal numbers of parameters."""
     sizes = {"n_classes": n_classes, "d": config.d, "width": 4 * config.d, "n_experts": config.n_experts}
     return with_one_size({name: Shape(body, **sizes, **how) for name, (how, _) in VARIANTS.items()})
 

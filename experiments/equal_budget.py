@@ -1,5 +1,5 @@
-"""Runs of small models at equal steps and at equal time, each in a file of its own: `experiments.adam` and
-`experiments.transformer`."""
+"""Runs of small models at equal steps and at equal time, for `experiments.adam` and `experiments.transformer`. Each run
+has its own result file."""
 
 import dataclasses
 import json
@@ -27,11 +27,11 @@ SETTINGS = "settings.json"
 
 @dataclasses.dataclass
 class Store:
-    """The finished runs of an experiment, a JSON file each. Processes may share it, one a seed."""
+    """The finished runs of an experiment, one JSON file each. Several processes may share it."""
 
     folder: Path
     settings: dict[str, Any]
-    """What all runs of the folder have in common."""
+    """Settings that all runs in the folder share."""
 
     def __post_init__(self):
         path = self.folder / SETTINGS
@@ -46,11 +46,11 @@ class Store:
                 )
 
     def lock(self, name: str = "") -> files.FolderLock:
-        """The right to write this file of the folder; waits for another process that has it."""
+        """Locks a file of the folder for writing; waits while another process has the lock."""
         return files.FolderLock(self.folder / "locks" / name, wait=True)
 
     def row(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The run's result, from its file if it is there. A process that computes it has others wait."""
+        """Returns the run's result from its file, or computes it while other processes that need it wait."""
         path = self.path(key)
         with self.lock(path.stem):
             if not path.is_file():
@@ -68,7 +68,7 @@ class Store:
         return {row.pop("key"): row for row in found}
 
     def write(self, out: Path, then: Callable[[dict[str, Any]], None] = lambda result: None):
-        """Writes all rows that are there, with the settings, and calls `then` with what it wrote."""
+        """Writes the settings and all finished rows to `out`, and calls `then` with them."""
         about = self.settings | {"torch": torch.__version__, "python": platform.python_version()}
         with self.lock("out"):
             result = about | {"date": date.today().isoformat(), "rows": self.rows()}
@@ -78,8 +78,8 @@ class Store:
 
 @dataclasses.dataclass
 class Budget:
-    """What a run may take: `steps` steps of MoS, or as long as they do on the machine where `seconds_per_step` measured
-    them. A GPU's products are rounded to TF32."""
+    """Trains models for `steps` steps, or for as long as MoS takes for them at the speeds of `seconds_per_step`. On a
+    GPU, matrix products use TF32."""
 
     corpus: Corpus
     store: Store
@@ -94,9 +94,9 @@ class Budget:
         return torch.bincount(self.corpus.train, minlength=len(self.corpus.vocabulary))
 
     def seconds_per_step(self, group: str, shapes: dict[str, Shape]) -> dict[str, float]:
-        """Medians of steps in turns. Have the machine idle; load on it later changes no result."""
+        """Returns the median seconds per step of each shape, measured in turns. Keep the machine idle meanwhile."""
         on_gpu = self.device.type == "cuda"
-        rounds, count = 15, 10 if on_gpu else 1  # a GPU's queue must not run empty
+        rounds, count = 15, 10 if on_gpu else 1  # several steps keep a GPU's queue from running empty
 
         def measure() -> dict[str, Any]:
             calls = {}
@@ -111,7 +111,7 @@ class Budget:
         return self.store.row(f"{group}, seconds per step", measure)
 
     def begin(self, shape: Shape, with_counts: bool, steps: int, learning_rate: float, seed: int) -> Steps:
-        """A training of `steps` steps with a new model."""
+        """Returns the steps of a training with a new model; `with_counts` initialises its bias to word frequencies."""
         torch.manual_seed(seed)
         model = LanguageModel(shape)
         if with_counts:
@@ -122,12 +122,12 @@ class Budget:
         return self.continued(model, optimizer, places, learning_rates(learning_rate, steps))
 
     def continued(self, model: LanguageModel, optimizer: torch.optim.Optimizer, places: Tensor, rates: list[float]):
-        """The steps of a training of this model; on a GPU they are replayed."""
+        """Returns the steps of a training of this model; on a GPU they are replayed as CUDA graphs."""
         arguments = model, optimizer, self.train_text, places, rates
         return ReplayedSteps(*arguments, CudaRecorder(self.device)) if self.device.type == "cuda" else Steps(*arguments)
 
     def run(self, shape: Shape, with_counts: bool, steps: int, learning_rate: float, seed: int, split: str) -> dict:
-        """Trains a model and evaluates it on a split."""
+        """Trains a model, evaluates it on a split, and returns its row of results."""
         training = self.begin(shape, with_counts, steps, learning_rate, seed)
         training.run(steps, name := f"{shape.body} {shape.head}")
         return self.result(training, name, steps, split)
@@ -142,7 +142,8 @@ class Budget:
         }
 
     def learning_rate(self, group: str, shape: Shape) -> float:
-        """The best for softmax with the bias of the word counts, on the validation text with seed 0, taken by all."""
+        """Returns the learning rate for all models: the best one on the validation text for a softmax whose bias is
+        initialised to the word frequencies, with seed 0."""
         tried = {
             rate: self.store.row(
                 f"{group}, learning rate {rate:g}",
@@ -154,11 +155,11 @@ class Budget:
 
 
 def with_one_size(shapes: dict[str, Shape]) -> dict[str, Shape]:
-    """The shapes with as many parameters as the largest, by their widths."""
+    """Adjusts the shapes' widths so that all have as many parameters as the largest."""
     most = max(shape.parameters() for shape in shapes.values())
     return {name: shape.with_parameters(most) for name, shape in shapes.items()}
 
 
 def values_of(rows: dict[str, dict[str, Any]], run: str, column: str) -> list[Any]:
-    """A column of a run, such as "lstm, MoS", with all seeds."""
+    """Returns a column of the run called `run`, such as "lstm, MoS", for all seeds."""
     return [row[column] for key, row in rows.items() if key.rpartition(", seed ")[0] == run]

@@ -1,8 +1,8 @@
-"""Measure what `grad_filter_eps` drops, saves and costs on a real model, before and after training:
+"""Measure how many rows `grad_filter_eps` drops, and its speedup and error, on a model before and after training:
 
     python -m experiments.gradient_filter RUN [--segments 10] [--device cuda] [--data FOLDER] [--out FILE.json]
 
-RUN is the folder of a `python -m fused_mos.train` run. The threshold is the rounding error of the dtype; the tokens are
+RUN is the folder of a `python -m fused_mos.train` run. The threshold is the rounding error of the dtype. The tokens are
 segments of the run's training text, with dropout as in training.
 """
 
@@ -30,7 +30,7 @@ def _relative_error(wanted: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def measure(model: AWDLSTM, text: torch.Tensor, bptt: int, n_segments: int, dtype: torch.dtype) -> dict:
-    """Medians over segments: share of rows dropped, speedup of forward + backward, and relative errors of the
+    """Returns medians over segments: share of rows dropped, speedup of forward + backward, and relative errors of the
     gradients."""
     eps, hidden, rows = torch.finfo(dtype).eps, None, []
     for i in range(n_segments):
@@ -60,7 +60,8 @@ def measure(model: AWDLSTM, text: torch.Tensor, bptt: int, n_segments: int, dtyp
 
 
 def measure_run(run: Path, data: Path | None, n_segments: int, device: str, dtypes: dict[str, torch.dtype]) -> dict:
-    """The head's shape (N, K, D, V), and the results of `measure` for the fresh and the trained model in each dtype."""
+    """Returns the head's shape (N, K, D, V), and the results of `measure` for the fresh and the trained model in each
+    dtype."""
     config = json.loads((run / "config.json").read_text())
     corpus = Corpus(data or config["data"])
     text = batchify(corpus.train, config["optim"]["batch_size"]).to(device)
@@ -86,13 +87,13 @@ class Config:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a fused_mos.train run."""
     segments: int = 10
-    """Segments of the training text to measure on."""
+    """Number of segments of the training text to measure."""
     device: str = "cpu"
     """cpu or cuda."""
     data: Path | None = None
     """Folder of the corpus; by default the one that the run was trained on."""
     out: Path | None = None
-    """JSON file for the table; by default it is only printed."""
+    """JSON file for the results; by default they are only printed."""
 
 
 def main() -> int:

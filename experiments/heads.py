@@ -1,11 +1,13 @@
-"""Train softmax, MoC and MoS with equal parameters for equal time, through all stages; write a table and a plot:
+"""Train softmax, MoC and MoS with equal parameters for equal time, through all stages; write results and a plot:
 
     python -m experiments.heads --data PTB [--recipe ptb-small] [--minutes 40] [--heads softmax moc mos softmax-wide]
 
-Each head gets as many epochs as fit into the time at its speed on this machine. The speeds are measured once, in turns,
-at the start. Have the machine idle then; load on it later changes no result. After a kill the same command continues.
+Each head gets as many epochs as fit into the time at its speed on this machine. Speeds are measured once, in turns, at
+the start; keep the machine idle meanwhile. Later load does not affect the results. If it was stopped or killed, the
+same command continues.
 
-softmax-wide has enough features that a word takes as long as with MoS: equal cost instead of equal parameters.
+softmax-wide compares at equal cost instead of equal parameters: it has so many features that a word takes as long as
+with MoS.
 """
 
 import dataclasses
@@ -34,15 +36,15 @@ from fused_mos.training.stages import finetuning_config, train_to_the_end
 
 HEADS = ("softmax", "moc", "mos")
 FINETUNING = 0.25
-"""Share of the time that goes to fine-tuning."""
+"""Fraction of the time for fine-tuning."""
 
 SOFTMAX = {
     "ptb-small": {"embedding_size": 160, "hidden_sizes": (416, 160)},
     "wikitext2-small": {"embedding_size": 110, "hidden_sizes": (448, 110)},
 }
-"""Sizes that give softmax as many parameters as the recipe's mixture; its last layer is as wide as its embedding."""
+"""Sizes at which softmax has as many parameters as the recipe's mixture. Its last layer is as wide as its embedding."""
 WIDE_SOFTMAX = {"ptb-small": {"embedding_size": 320, "hidden_sizes": (608, 320)}}
-"""Sizes that make softmax as slow as the recipe's mixture on a CPU."""
+"""Sizes at which softmax is as slow as the recipe's mixture on a CPU."""
 
 
 @dataclasses.dataclass
@@ -54,17 +56,17 @@ class Config:
     heads: tuple[str, ...] = HEADS
     """Heads to train: softmax, moc, mos, softmax-wide."""
     minutes: float = 40.0
-    """Minutes of training and fine-tuning, for each head."""
+    """Minutes of training and fine-tuning per head."""
     precision: str = "float32"
     """float32 or bfloat16."""
     stages: tuple[str, ...] = ("train", "finetune", "dynamic")
-    """Stages of each head. Without finetune, training takes all the time."""
+    """Stages to run for each head. Without finetune, training takes all the time."""
     tune: bool = True
     """Search the hyperparameters of dynamic evaluation on the validation text, instead of taking the recipe's."""
     runs: Path = Path("runs/heads")
     """Folder for the runs."""
     out: Path | None = None
-    """JSON file, experiments/results/heads-RECIPE.json by default. The plot is written beside it."""
+    """JSON file for the results, by default experiments/results/heads-RECIPE.json. The plot is written beside it."""
 
 
 def recipe(config: Config, head: str) -> TrainConfig:
@@ -77,8 +79,8 @@ def recipe(config: Config, head: str) -> TrainConfig:
 def words_per_second(
     config: Config, known: dict[str, dict[str, float]], rounds: int = 15
 ) -> dict[str, dict[str, float]]:
-    """Speed of each head. A head that is not in `known` is measured next to one that is, and scaled by how much that
-    one's speed has changed since."""
+    """Returns the speed of each head. Heads that are not in `known` are measured together with one that is, and scaled
+    by how much that one's speed has changed since."""
     missing = [head for head in config.heads if head not in known]
     if not missing:
         return known
@@ -148,7 +150,8 @@ def _curve(folder: Path, start: float, minutes_per_epoch: float) -> list[tuple[f
 
 
 def _dynamic(config: Config, folder: Path) -> dict[str, Any]:
-    """Test perplexity under dynamic evaluation, with the rule found on the validation text or the recipe's."""
+    """Returns the test perplexity with dynamic evaluation, under the rule found on the validation text or the
+    recipe's."""
     path = folder / "dynamic" / "result.json"
     if not path.is_file():
         rule, clock = dynamic_rule(config.recipe), CheckpointClock(minutes=5.0)

@@ -2,8 +2,8 @@
 
     python -m experiments.lm1b_heads --data PREPARED [--seeds 1 2 3] [--out FILE.json]
 
-Trains lm1b-tiny on shards prepared by fused_mos.data.lm1b. Both heads read the same text for the same number of epochs.
-Runs already in the JSON file are not repeated, and a run that was cut off continues.
+Trains the recipe lm1b-tiny on shards prepared by fused_mos.data.lm1b. Both heads read the same text for the same number
+of epochs. Runs already in the JSON file are not repeated, and an interrupted run continues.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from fused_mos.data.token_stream import PreparedCorpus
 from fused_mos.runtime.files import write_json
 
 HEADS = {"mos": [], "softmax": ["--head", "softmax", "--embedding-size", "104", "--hidden-sizes", "192", "104"]}
-"""Flags of each head. With the 9,607 words of two held-out shards, softmax has 1,361,567 parameters and MoS (K = 3) has
+"""Flags of each head. With the 9,607 words of two held-out shards, softmax has 1,361,567 parameters and MoS (K = 3)
 1,356,999."""
 
 
@@ -31,11 +31,11 @@ class Config:
     data: Path
     """Folder written by fused_mos.data.lm1b prepare."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """Seeds of the initialisation and of the order of the text."""
+    """Seeds of the initialisation and the order of the text."""
     runs: Path = Path("runs/lm1b-heads")
     """Folder for the runs."""
     out: Path = Path(__file__).parent / "results" / "lm1b-heads.json"
-    """JSON file of the results."""
+    """JSON file for the results."""
 
 
 def main() -> int:

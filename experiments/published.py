@@ -3,10 +3,10 @@
     git clone https://github.com/zihangdai/mos CODE
     python -m experiments.published CODE --data PTB [--rounds 10] [--epochs 1 --seeds 28 29 30] [--out FILE.json]
 
-Speed: training steps of both take turns in one process, at the recipe's mean segment length. With --epochs, both are
-also trained from each seed, the published code unchanged and by its own command line, and their validation perplexities
-are compared. The same seed draws different numbers in the two, so compare over several seeds. Results already in the
-JSON file are not measured again.
+For the speed, training steps of both take turns in one process, at the recipe's mean segment length. With --epochs,
+both are also trained from each seed, and their validation perplexities are compared; the published code runs unchanged,
+by its own command line. The same seed draws different numbers in the two, so compare over several seeds. Results
+already in the JSON file are not measured again.
 """
 
 import dataclasses
@@ -44,21 +44,21 @@ class Config:
     recipe: str = "ptb"
     """ptb or wikitext2."""
     rounds: int = 10
-    """Steps of each to time; 0 skips the timing."""
+    """Number of steps to time; 0 skips the timing."""
     epochs: int = 0
-    """Epochs to train each; 0 skips the training."""
+    """Number of epochs to train; 0 skips the training."""
     seeds: tuple[int, ...] = (28,)
     """Seeds of the training runs."""
     precisions: tuple[str, ...] = ("float32",)
-    """Precisions in which our steps are timed: float32, tf32 (GPU), bfloat16."""
+    """Precisions at which to time our steps: float32, tf32 (GPU), bfloat16."""
     runs: Path = Path("runs/published")
-    """Folder for our training runs; one that was cut off continues."""
+    """Folder for our training runs; interrupted ones continue."""
     out: Path = Path(__file__).parent / "results" / "published.json"
-    """JSON file of the results."""
+    """JSON file for the results."""
 
 
 def options(config: TrainConfig) -> dict[str, Any]:
-    """The published main.py's flags for the same model and optimizer as `config`."""
+    """Returns the flags of the published main.py for the model and optimizer of `config`."""
     model, optim = config.model, config.optim
     return {
         "emsize": model.embedding_size,
@@ -96,7 +96,7 @@ def published_module(code: Path) -> ModuleType:
 def published_step(
     code: Path, n_words: int, config: TrainConfig, inputs: torch.Tensor, targets: torch.Tensor
 ) -> Callable[[], None]:
-    """A step of the published model as its main.py takes it."""
+    """Returns a function that takes a training step of the published model, as its main.py does."""
     o, optim = options(config), config.optim
     names = ("emsize", "nhid", "nhidlast", "nlayers", "dropout", "dropouth", "dropouti", "dropoute", "wdrop")
     model = (
@@ -161,12 +161,12 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def train_published(config: Config, seed: int) -> list[float]:
-    """Validation perplexity after each epoch, as main.py reports it. (main.py fails after the last epoch where torch
-    refuses to unpickle its model; by then all perplexities are known.)"""
+    """Returns the validation perplexity after each epoch, as main.py reports it. (With a recent torch, main.py fails
+    after the last epoch, when it unpickles its model; by then all perplexities are known.)"""
     flags = [f"--{name}={value}" for name, value in options(RECIPES[config.recipe]()).items()]
     flags += ["--single_gpu", f"--seed={seed}", f"--epochs={config.epochs}", f"--data={config.data.resolve()}"]
     if not torch.cuda.is_available():
-        flags.append("--cuda")  # there, this flag turns it off
+        flags.append("--cuda")  # in main.py, this flag turns CUDA off
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-u", "main.py", *flags, f"--save={folder}/run"]
         process = subprocess.Popen(
@@ -185,7 +185,7 @@ def train_published(config: Config, seed: int) -> list[float]:
 
 
 def train_ours(config: Config, seed: int) -> list[float]:
-    """Validation perplexity after each epoch, counted as the published code counts."""
+    """Returns the validation perplexity after each epoch, counted as in the published code."""
     folder = config.runs / f"{config.recipe}-{seed}"
     default = dataclasses.replace(RECIPES[config.recipe](), data=config.data, out=folder, seed=seed)
     trainer = Trainer(dataclasses.replace(default, optim=dataclasses.replace(default.optim, epochs=config.epochs)))

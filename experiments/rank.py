@@ -1,10 +1,9 @@
-"""Measure the softmax bottleneck: the empirical rank of trained models' log-probabilities (Yang et al. 2018, section
-3.2):
+"""Measure the softmax bottleneck: the rank of trained models' log-probabilities (Yang et al. 2018, section 3.2):
 
     python -m experiments.rank RUN [RUN ...] [--split valid] [--out FILE.json]
 
 RUN is the folder of a fused_mos.train or fused_mos.finetune run. Each takes minutes and 24·V² bytes of memory. Runs
-already in the JSON file are not measured again. The plot of all their singular values is written beside it.
+already in the JSON file are not measured again. A plot of all singular values is written beside it.
 """
 
 import dataclasses
@@ -27,11 +26,11 @@ from fused_mos.runtime import files, plots
 from fused_mos.training.run import Run, load_run
 
 COLUMNS = 10
-"""Parts of the text that are read in parallel."""
+"""Columns of text to read in parallel."""
 BLOCK = 2048
-"""Rows added to the Gram matrix at once."""
+"""Rows to add to the Gram matrix at once."""
 POINTS = 400
-"""Singular values of each run kept in the JSON, for the plot."""
+"""Number of singular values of each run to save for the plot."""
 
 
 @dataclasses.dataclass
@@ -39,16 +38,16 @@ class Config:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of runs on the same corpus."""
     split: Literal["valid", "test"] = "valid"
-    """Text whose contexts are the rows."""
+    """Text whose contexts are the rows of the matrix."""
     data: Path | None = None
     """Folder of the corpus; by default the one that the runs were trained on."""
     out: Path = Path(__file__).parent / "results" / "rank-ptb.json"
-    """JSON file of the results."""
+    """JSON file for the results."""
 
 
 @torch.no_grad()
 def spectrum(run: Run, tokens: Tensor, name: str) -> tuple[Tensor, int]:
-    """Singular values of the log-probabilities (n, V) after each word of the text, and n."""
+    """Returns the singular values of the log-probabilities (n, V) after each word of the text, and n."""
     source, bptt = batchify(tokens, COLUMNS).to(run.device), run.config.optim.bptt
     found, hidden, block = Spectrum(len(run.vocabulary), run.device), run.model.initial_hidden(COLUMNS), []
     rows = source.shape[0] - 1
@@ -61,7 +60,7 @@ def spectrum(run: Run, tokens: Tensor, name: str) -> tuple[Tensor, int]:
                 found.add(run.model.head.log_prob(torch.cat(block)))
                 bar.update(sum(map(len, block)))
                 block = []
-    print(f"{name}: {found.n_rows:,} rows; their singular values …", flush=True)
+    print(f"{name}: {found.n_rows:,} rows; computing singular values …", flush=True)
     return found.singular_values(), found.n_rows
 
 
@@ -117,7 +116,7 @@ def main() -> int:
     result = json.loads(config.out.read_text()) if config.out.is_file() else {"split": config.split, "runs": {}}
     if result["split"] != config.split:
         raise SystemExit(
-            f"error: {config.out} is for the {result['split']} text, not for {config.split}; name another --out"
+            f"error: {config.out} has results for split {result['split']}, got {config.split}; name another --out"
         )
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
     for folder in config.runs:

@@ -1,7 +1,8 @@
-"""Small word models under AdamW, a Transformer or an LSTM with any head: what `experiments.adam` and
-`experiments.transformer` compare.
+"""Small word-level language models trained with AdamW, for `experiments.adam` and `experiments.transformer`: a
+Transformer or an LSTM with any head.
 
-All train on windows at random places of a text, forget between windows, and are evaluated on windows in a row.
+They train on windows at random positions of a text, without state between windows, and are evaluated on consecutive
+windows.
 """
 
 import bisect
@@ -27,21 +28,21 @@ BATCH = 16
 GPU_EVALUATION_BATCH = 256
 """Windows that a GPU evaluates at once."""
 WARMUP = 0.05
-"""Share of the steps in which the learning rate rises."""
+"""Fraction of the steps in which the learning rate rises."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model without its weights."""
+    """Hyperparameters of a model."""
 
     body: str  # "transformer" or "lstm"
     head: str  # "softmax", "moc" or "mos"
     n_classes: int
     d: int
     width: int
-    """Of a Transformer's feed-forward layers, or of the first LSTM layer; the second has d."""
+    """Width of a Transformer's feed-forward layers, or of the first LSTM layer. The second LSTM layer has width d."""
     n_layers: int = 4
-    """Of a Transformer."""
+    """Layers of a Transformer."""
     n_experts: int = 4
     latent: str = "tanh"
     latent_norm: bool = False
@@ -53,7 +54,7 @@ class Shape:
             return sum(p.numel() for p in LanguageModel(self).parameters())
 
     def with_parameters(self, count: int) -> "Shape":
-        """The shape of this kind with at least `count` parameters, by its width."""
+        """Returns this shape with the smallest width that gives at least `count` parameters."""
 
         def of_width(width: int) -> int:
             return dataclasses.replace(self, width=width).parameters()
@@ -62,7 +63,7 @@ class Shape:
 
 
 class Block(nn.Module):
-    """A Transformer's layer, with norms before its two parts."""
+    """A pre-norm Transformer layer."""
 
     def __init__(self, d: int, width: int, dropout: float):
         super().__init__()
@@ -105,7 +106,7 @@ class Lstm(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Words (B, T) -> the mean loss of the words after them. Embedding and decoder are tied."""
+    """Returns the mean loss of predicting `target` (B, T) from `words` (B, T). Embedding and decoder are tied."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -145,28 +146,28 @@ def _decays(parameter: nn.Parameter) -> bool:
 
 
 def learning_rate_factor(progress: float) -> float:
-    """Of the largest learning rate, at a share of the training between 0 and 1: a line up, a cosine down."""
+    """Learning rate as a fraction of the largest one, at `progress` from 0 to 1: linear warm-up, then a cosine."""
     if progress < WARMUP:
         return progress / WARMUP
     return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
 
 
 def places_of(text: Tensor, steps: int, generator: torch.Generator) -> Tensor:  # (n,) -> (steps, B, 1)
-    """Where the windows of all steps start."""
+    """Draws the positions at which the windows of all steps start."""
     return torch.randint(0, text.numel() - WINDOW, (steps, BATCH, 1), generator=generator)
 
 
 def learning_rates(largest: float, steps: int) -> list[float]:
-    """Of all steps, from the first to the last."""
+    """Returns the learning rate of each step."""
     return [largest * learning_rate_factor((step + 0.5) / steps) for step in range(steps)]
 
 
 class Steps:
-    """A training whose windows and learning rates are all known at its start; dropout draws from torch's own generator.
+    """Training steps with windows and learning rates fixed in advance. Dropout uses torch's default generator.
 
     Args:
         places: (steps, B, 1), see `places_of`.
-        rates: the steps' learning rates.
+        rates: learning rate of each step.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class Steps:
         self._window = torch.arange(WINDOW, device=text.device)
 
     def run(self, count: int, name: str) -> None:
-        """Takes the next `count` steps."""
+        """Takes the next `count` steps, with a progress bar called `name`."""
         self.model.train()
         for start, rate in tqdm(islice(self._rest, count), name, count, leave=False, disable=None, mininterval=1):
             for group in self.optimizer.param_groups:
@@ -206,8 +207,8 @@ class Steps:
 
 
 class ReplayedSteps(Steps):
-    """Steps that are recorded once and repeated, on a GPU as a CUDA graph: it finds its window and its learning rate by
-    a counter of its own, and so the host does nothing between two steps. See fused_mos/training/graphs.py.
+    """Steps that are recorded once and replayed, on a GPU as a CUDA graph. A counter on the device selects the window
+    and the learning rate, so the host does nothing between steps. See fused_mos/training/graphs.py.
 
     Args:
         optimizer: one of `make_optimizer(..., replayed=True)`.
@@ -244,7 +245,7 @@ class ReplayedSteps(Steps):
         self._number += 1
 
     def _warm_up(self, recorder: Recorder) -> None:
-        """Takes three steps, as a GPU's libraries need them before a step is recorded, and takes them back."""
+        """Takes three warm-up steps, which libraries need before recording, and undoes them."""
         states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
         changed = [*self.model.parameters(), *states, self._number, self.loss]
         before = [tensor.detach().clone() for tensor in changed]
@@ -259,7 +260,7 @@ class ReplayedSteps(Steps):
 
 
 def _fill_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes what AdamW makes in its first step: in a graph it would be 0 again in each."""
+    """Creates the state that AdamW creates in its first step: within a graph, each replay would reset it to 0."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:
@@ -276,7 +277,7 @@ def perplexity(model: LanguageModel, text: Tensor) -> float:  # (n,)
 
 
 def _in_a_row(text: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All words but the first as targets, in batches (B, T) and a shorter rest (1, t)."""
+    """Yields words and targets in batches (B, T) and a shorter rest (1, t). Every word but the first is a target."""
     inner = (text.numel() - 1) // WINDOW * WINDOW
     words, target = text[:inner].view(-1, WINDOW), text[1 : inner + 1].view(-1, WINDOW)
     yield from zip(words.split(batch), target.split(batch))

@@ -1,9 +1,10 @@
-"""Measure the cost of a head's rank: its gap to the entropy of a language of known rank, by features d and experts K:
+"""Measure the cost of a head's limited rank: its gap to the entropy of a language of known rank, by features d and
+experts K:
 
     python -m experiments.synthetic_gap [--out FILE.json]
 
-Each head minimises its expected loss under the language itself, with a free vector for each context. So the gap is what
-the head cannot express (and what Adam has not found), without any sampling error. Rows already in the JSON file are not
+Each head minimises its expected loss under the language itself, with a free vector for each context. The gap has no
+sampling error: it is what the head cannot express, plus what Adam has not found. Rows already in the JSON file are not
 measured again. The plot is written beside it.
 """
 
@@ -35,15 +36,15 @@ class Config:
     rank: int = 65
     """Rank of its log-probabilities."""
     features: tuple[int, ...] = (8, 16, 32, 64)
-    """Features d of the decoder."""
+    """Numbers d of decoder features to measure."""
     experts: tuple[int, ...] = (2, 4, 8, 16)
-    """Experts K of MoS. MoC takes the second largest."""
+    """Numbers K of MoS experts to measure. MoC is measured with the second largest."""
     context_features: int = 128
-    """Size of a context's vector before the experts of a mixture. A softmax takes one of d features."""
+    """Size of a mixture's context vectors. Those of a softmax have d features."""
     steps: int = 3000
-    """Steps of Adam; the learning rate falls from 0.01 to 0 along a cosine."""
+    """Steps of Adam. The learning rate falls from 0.01 to 0 along a cosine."""
     out: Path = Path(__file__).parent / "results" / "synthetic-gap.json"
-    """JSON file of the results."""
+    """JSON file for the results."""
 
 
 def gap(
@@ -121,7 +122,7 @@ def main() -> int:
         )
     result |= {"torch": torch.__version__, "python": platform.python_version(), "date": date.today().isoformat()}
     for d in config.features:
-        # a softmax takes the context's vector as it is
+        # a softmax uses the context vector directly
         heads = {"softmax": lambda: (fused_mos.Softmax(d, config.n_words), d)}
         for kind, count in [(fused_mos.MoS, k) for k in config.experts] + [(fused_mos.MoC, sorted(config.experts)[-2])]:
             mixture = partial(kind, config.context_features, config.n_words, count, d)

@@ -1,4 +1,4 @@
-"""The documents' tables of quality, from the JSON under results/."""
+"""Tables of quality for the documents, from the JSON files in results/."""
 
 import json
 import statistics
@@ -46,7 +46,7 @@ def synthetic() -> str:
 
 
 def heads() -> str:
-    """Test perplexities of the stages at equal parameters and training time."""
+    """Test perplexities after each stage, at equal parameters and equal training time."""
     facts = load("heads-ptb-small.json")
     found = [
         [
@@ -110,7 +110,7 @@ def published() -> str:
 
 
 def adam() -> str:
-    """Test perplexities under AdamW, at equal steps and, where there is such a run, at equal time."""
+    """Test perplexities with AdamW, at equal steps and, for some heads, at equal time."""
     rows = load("adam.json")["rows"]
     runs = [
         name + budget for name in VARIANTS for budget in ("", ", equal time") if not budget or name in AT_EQUAL_TIME
@@ -131,7 +131,7 @@ def transformer() -> str:
 
 
 def over_seeds(rows: dict[str, dict[str, Any]], run: str) -> str:
-    """Median (minimum–maximum)."""
+    """Median (minimum–maximum) over seeds."""
     values = values_of(rows, run, "test perplexity")
     return f"{statistics.median(values):.1f} ({min(values):.1f}–{max(values):.1f})" if values else "–"
 
@@ -146,4 +146,4 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "adam": adam,
     "transformer": transformer,
 }
-"""The table or text that a document's `<!-- table: NAME -->` stands for, by NAME."""
+"""Maps NAME in a document's `<!-- table: NAME -->` to the function that makes the table or text."""

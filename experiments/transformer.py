@@ -1,13 +1,14 @@
-"""Train a Transformer on words under each head at equal parameters; write a table and a plot:
+"""Train a word-level Transformer with each head at equal parameters; write results and a plot:
 
     python -m experiments.transformer --data WIKITEXT2 [--ds 64 128 256] [--seeds 0 1 2]
 
-At equal steps, and at equal time: softmax and MoC get as many steps as fit into the time of MoS's, at speeds measured
-once at the start. Have the machine idle then; load on it later changes no result. And a softmax that becomes a MoS by
-`MoS.from_linear` after 80 % of that time. All heads begin with the words' frequencies as their bias.
+Heads are compared at equal steps and at equal time: there softmax and MoC get as many steps as fit into the time of
+MoS. Another run turns a softmax into a MoS by `MoS.from_linear` after 80 % of that time. The biases of all heads are
+initialised to the word frequencies. Speeds are measured once, at the start; keep the machine idle meanwhile. Later load
+does not affect the results.
 
-A run is kept when it ends; after a kill, the same command goes on with the one that was cut. Several processes may
-share the folder of the runs, each with a seed or a size of its own.
+Each run is saved when it ends. If it was stopped or killed, the same command repeats the unfinished run and continues.
+Several processes may share the folder of the runs, each with its own seeds or sizes.
 """
 
 import dataclasses
@@ -31,13 +32,13 @@ from .small_lm import BATCH, WINDOW, LanguageModel, Shape, Steps, learning_rate_
 
 HEADS = {"softmax": "softmax", "MoC": "moc", "MoS": "mos"}
 SWITCH = 0.8
-"""Share of the time after which a softmax becomes a mixture."""
+"""Fraction of the time after which a softmax becomes a mixture."""
 
 UPCYCLED = f"softmax, MoS after {100 * SWITCH:.0f} %"
 EQUAL_STEPS = ("softmax", "MoC", "MoS")
 EQUAL_TIME = ("softmax, equal time", "MoC, equal time", "MoS", UPCYCLED)
 RUNS = tuple(dict.fromkeys(EQUAL_STEPS + EQUAL_TIME))
-"""Of a size and seed, by the budget at which they are compared, and all of them."""
+"""Runs for each size and seed: those compared at equal steps, those compared at equal time, and all."""
 
 COLOURS = {name: plots.head_colour(name, 2) for name in (*HEADS, UPCYCLED)}
 
@@ -47,38 +48,38 @@ class Config:
     data: Path
     """Folder with train.txt, valid.txt and test.txt."""
     steps: int = 1000
-    """Steps of MoS, of 16 windows of 64 words."""
+    """Training steps of MoS, each with 16 windows of 64 words."""
     ds: tuple[int, ...] = (64, 128, 256)
-    """Sizes to run, of the embedding, of the decoder and of the Transformer. Others that are finished are in the table,
-    too."""
+    """Widths d of the embedding, the decoder and the Transformer.
+    Finished runs with other widths stay in the results."""
     n_experts: int = 4
     """Experts of MoC and MoS."""
     latent: str = "residual"
     """Latent vectors of MoC and MoS: residual, linear or tanh. experiments.adam compares them."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds to run; the same goes for them."""
+    """Seeds to run. Finished runs with other seeds stay in the results."""
     device: str = "auto"
-    """auto, cpu or cuda. auto is a GPU if there is one."""
+    """cpu or cuda; auto uses a GPU if there is one."""
     only_speeds: bool = False
-    """Measure the seconds per step and stop: before several processes share the machine."""
+    """Measure only the seconds per step. Do so before several processes share the machine."""
     runs: Path = Path("runs/transformer")
-    """Folder of the finished runs."""
+    """Folder for finished runs."""
     out: Path = Path(__file__).parent / "results" / "transformer.json"
-    """JSON file of all results. The plot is written beside it."""
+    """JSON file for all results. The plot is written beside it."""
 
 
 def shapes_of(d: int, n_classes: int, **options: Any) -> dict[str, Shape]:
-    """The heads' models, with equal parameters. The options are those of the mixtures."""
+    """Returns a shape for each head, with equal numbers of parameters. `options` are those of the mixtures."""
     softmax = Shape("transformer", "softmax", n_classes=n_classes, d=d, width=4 * d, n_experts=options["n_experts"])
     mixtures = {name: dataclasses.replace(softmax, head=HEADS[name], **options) for name in ("MoC", "MoS")}
     return with_one_size({"softmax": softmax} | mixtures)
 
 
 def upcycle(model: LanguageModel, optimizer: torch.optim.Optimizer, n_experts: int, words: Tensor) -> None:
-    """Makes the softmax a mixture with the same loss. The optimizer keeps what it knows, and takes what is new.
+    """Turns the softmax into a mixture with the same loss. The optimizer keeps its state and gets the new parameters.
 
     Args:
-        words: (B, T), some text, for the scale of the hidden states.
+        words: (B, T) text from which the scale of the hidden states is measured.
     """
     model.eval()
     with torch.no_grad():
@@ -91,7 +92,8 @@ def upcycle(model: LanguageModel, optimizer: torch.optim.Optimizer, n_experts: i
 
 @dataclasses.dataclass
 class SoftmaxRun:
-    """A softmax trained for the time of MoS, and what becomes of it as a mixture in the last part of that time."""
+    """A softmax trained for as long as MoS, and the same softmax turned into a mixture for the last part of that
+    time."""
 
     budget: Budget
     shape: Shape
@@ -99,11 +101,11 @@ class SoftmaxRun:
     learning_rate: float
     seed: int
     checkpoint: Path
-    """Model and optimizer at the switch."""
+    """File with model and optimizer at the switch."""
 
     @property
     def switch(self) -> int:
-        """Steps before it."""
+        """Number of steps before the switch to a mixture."""
         return round(SWITCH * self.steps)
 
     def whole(self) -> dict[str, Any]:
@@ -112,7 +114,8 @@ class SoftmaxRun:
         return self.budget.result(training, "softmax", self.steps, "test")
 
     def upcycled(self, seconds: dict[str, float]) -> dict[str, Any]:
-        """`seconds` are those of a step, of the softmax and of the mixture that it becomes."""
+        """Returns the result of the softmax turned into a mixture. `seconds` are per step, of "softmax" and
+        "upcycled"."""
         steps = max(1, round((self.steps - self.switch) * seconds["softmax"] / seconds["upcycled"]))
         budget, n = self.budget, self.switch + steps
         if not self.checkpoint.is_file():
@@ -120,7 +123,7 @@ class SoftmaxRun:
         model, optimizer = self._at_switch()
         torch.manual_seed(self.seed)
         upcycle(model, optimizer, self.shape.n_experts, budget.train_text[: BATCH * WINDOW].view(BATCH, WINDOW))
-        # the learning rate goes on falling by the share of the time, whose rest has fewer steps now
+        # the learning rate keeps following the fraction of the time; the rest of the time now has fewer steps
         share = self.switch / self.steps
         progress = [share + (1 - share) * (step + 0.5) / steps for step in range(steps)]
         rates = [self.learning_rate * learning_rate_factor(p) for p in progress]
@@ -147,7 +150,7 @@ class SoftmaxRun:
 
 
 def run_all(budget: Budget, shapes: dict[str, Shape], seconds: dict[str, float], rate: float, group: str, seed: int):
-    """All runs of a size and seed."""
+    """Runs everything for one size and seed."""
     store = budget.store
 
     def key(name: str) -> str:
@@ -164,12 +167,12 @@ def run_all(budget: Budget, shapes: dict[str, Shape], seconds: dict[str, float],
 
 
 def sizes(rows: dict[str, dict[str, Any]]) -> list[int]:
-    """All d."""
+    """Returns all sizes d in the results, sorted."""
     return sorted({int(key.split(",")[0].removeprefix("d = ")) for key in rows})
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Writes a PNG of perplexity against d, median and range over seeds, one line a head. Raises FileError."""
+    """Plots perplexity against d for each head, with the median and range over seeds, to a PNG. Raises FileError."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     panels, rows = figure.subplots(1, 2, sharey=True), result["rows"]
     for panel, title, names in zip(panels, ("equal steps", "equal time"), (EQUAL_STEPS, EQUAL_TIME)):

@@ -1,4 +1,4 @@
-"""python -m fused_mos COMMAND [flags], or fused-mos COMMAND [flags]: all commands of the package."""
+"""Run a command of the package: python -m fused_mos COMMAND [flags], or fused-mos COMMAND [flags]."""
 
 import contextlib
 import importlib
@@ -11,17 +11,17 @@ COMMANDS = {
     "demo": ("demo", "Train a softmax and a MoS of equal size, about two minutes."),
     "train": ("train", "Train an AWD-LSTM with a MoS, MoC or softmax head on a corpus."),
     "finetune": ("finetune", "Fine-tune the best model of a run."),
-    "evaluate": ("evaluate", "Perplexity of a run's best model, also with dynamic evaluation or a cache."),
-    "generate": ("generate", "Text by a run's best model."),
-    "experts": ("experts", "Which expert speaks when: a page of coloured text, and a plot."),
-    "reproduce": ("reproduce", "All stages of the paper, and its table beside the measured one."),
-    "convert": ("convert", "A checkpoint of the paper's code as a run of this package."),
+    "evaluate": ("evaluate", "Evaluate the best model of a run, optionally with dynamic evaluation or a cache."),
+    "generate": ("generate", "Generate text with the best model of a run."),
+    "experts": ("experts", "Show which expert predicts which word: a page of coloured text and a plot."),
+    "reproduce": ("reproduce", "Run all stages of the paper and print its results beside the measured ones."),
+    "convert": ("convert", "Convert a checkpoint of the paper's code to a run of this package."),
     "lm1b": ("data.lm1b", "Download and prepare the One Billion Word benchmark."),
     "train-1b": ("train_1b", "Train on the One Billion Word benchmark, on one device or many."),
-    "synthetic": ("data.synthetic", "Texts of a language whose rank and entropy are known."),
-    "tune": ("tune", "Tile sizes of the Triton kernels for the GPU at hand."),
+    "synthetic": ("data.synthetic", "Write texts of a language whose rank and entropy are known."),
+    "tune": ("tune", "Tune the tile sizes of the Triton kernels for this GPU."),
 }
-"""Name: the module below fused_mos whose `main` it is, and what it does."""
+"""Each command's module, relative to fused_mos, and a line about it."""
 
 ALIASES = {"train_1b": "train-1b", "inspect": "experts", "prepare": "lm1b"}
 
@@ -35,19 +35,19 @@ def usage() -> str:
     lines += [
         "",
         "fused-mos COMMAND --help shows the flags of a command.",
-        f'eval "$(fused-mos {COMPLETION} bash)" makes a shell complete them (also zsh, tcsh).',
+        f'eval "$(fused-mos {COMPLETION} bash)" turns on tab completion (also for zsh and tcsh).',
     ]
     return "\n".join(lines)
 
 
 def print_completion(shell: str) -> None:
-    """Prints a script that makes a shell complete commands and flags. Raises UserError for a shell that tyro does not
-    know."""
+    """Prints a shell script that completes commands and flags. Raises UserError for a shell that tyro does not
+    support."""
     import tyro
 
     if shell not in SHELLS:
         raise UserError(f"{COMPLETION} takes one of {', '.join(SHELLS)}, got {shell!r}")
-    # of all commands at once, as if they were one program with subcommands
+    # one script for all commands, as if they were subcommands of one program
     flags = {name: importlib.import_module(f".{module}", __package__).Flags for name, (module, _) in COMMANDS.items()}
     script = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(script):
@@ -55,7 +55,7 @@ def print_completion(shell: str) -> None:
             flags, prog="fused-mos", args=["--tyro-print-completion", shell], config=(tyro.conf.OmitArgPrefixes,)
         )
     for line in script.getvalue().splitlines():
-        # a help text of two lines would become two candidates
+        # the shell would take each line of a help text for a candidate
         print(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC") else line)
 
 
@@ -69,7 +69,7 @@ def work(arguments: list[str]) -> int:
         return 0
     name = ALIASES.get(name, name)
     if name not in COMMANDS:
-        raise UserError(f"{name!r} is none of the commands {', '.join(COMMANDS)}")
+        raise UserError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")
     command.program = f"fused-mos {name}"
     return importlib.import_module(f".{COMMANDS[name][0]}", __package__).main(flags)
 

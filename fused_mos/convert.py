@@ -1,8 +1,10 @@
-"""python -m fused_mos.convert OLD NEW: a checkpoint of the paper's published code as a run folder of this package.
+"""Convert a checkpoint of the paper's published code to a run folder of this package.
 
-OLD is the published code's model.pt, a pickled module, also of PyTorch 0.4; no code in it is run. NEW becomes a folder
-with best.safetensors, config.json and, where --data is given, vocabulary.txt, for `fused_mos.evaluate`,
-`fused_mos.finetune` and `fused_mos.generate`.
+    python -m fused_mos.convert OLD NEW [--recipe ptb|wikitext2] [--data DIR]
+
+OLD is the published code's model.pt, written by PyTorch 0.4 or later. No code in it is run.
+
+NEW becomes a folder that fused_mos.evaluate, fused_mos.finetune and fused_mos.generate can read.
 """
 
 import dataclasses
@@ -24,24 +26,25 @@ if TYPE_CHECKING:
 @dataclasses.dataclass
 class Flags:
     old: Annotated[Path, tyro.conf.Positional]
-    """model.pt or finetune_model.pt of the published code."""
+    """OLD: model.pt or finetune_model.pt of the published code."""
     new: Annotated[Path, tyro.conf.Positional]
-    """The folder to write, new or empty."""
+    """NEW: folder to write, new or empty."""
     recipe: Literal["ptb", "wikitext2"] = "ptb"
-    """The paper's corpus that it was trained on, whose numbers of fine-tuning and dynamic evaluation the run takes."""
+    """Recipe that the model was trained with. It sets the hyperparameters of fine-tuning and dynamic evaluation."""
     data: Path | None = None
-    """The corpus that it was trained on, whose words become vocabulary.txt; without it, later commands need --data."""
+    """Folder of the corpus that the model was trained on. Its words become vocabulary.txt.
+    Without it, later commands need --data."""
 
 
 def convert(old: Path, new: Path, data: Path | None = None, recipe: str = "ptb") -> "AWDLSTM":
     """Writes the run folder `new` and returns its model.
 
     Args:
-        data: the corpus that it was trained on, whose words become vocabulary.txt.
-        recipe: gives the numbers of fine-tuning and dynamic evaluation.
+        data: the corpus that the model was trained on; its words become vocabulary.txt.
+        recipe: sets the hyperparameters of fine-tuning and dynamic evaluation.
 
-    Raises PublishedError, ConfigError, also where a weight is not finite, CorpusError, or ValueError where weights do
-    not fit each other.
+    Raises PublishedError, CorpusError, ConfigError (for a weight that is not finite, too), or ValueError if the shapes
+    of the weights do not match.
     """
     from .data import Corpus
     from .lm import AWDLSTM
@@ -60,7 +63,7 @@ def convert(old: Path, new: Path, data: Path | None = None, recipe: str = "ptb")
         raise ConfigError(f"{old} cannot be used: numbers of {name} are not finite in float32")
     model = AWDLSTM.from_published(tensors, **dropouts)
     n_words, head = model.encoder.num_embeddings, model.head
-    assert isinstance(head, MoS)  # the published code has no other
+    assert isinstance(head, MoS)  # the published code has no other head
     if vocabulary and len(vocabulary) != n_words:
         raise ConfigError(f"data: {data} has {len(vocabulary):,} words, and the model of {old} has {n_words:,}")
     config = dataclasses.replace(
@@ -86,7 +89,7 @@ def convert(old: Path, new: Path, data: Path | None = None, recipe: str = "ptb")
 
 
 def work(arguments: list[str]) -> None:
-    config = command.parse(Flags, "convert", __doc__.splitlines()[0], arguments)
+    config = command.parse(Flags, "convert", __doc__, arguments)
     try:
         model = convert(config.old, config.new, config.data, config.recipe)
     except ValueError as error:

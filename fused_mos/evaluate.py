@@ -1,7 +1,10 @@
-"""python -m fused_mos.evaluate RUN [--split test] [--eval-context N] [--dynamic [--tune] | --cache [--tune]]
+"""Evaluate the perplexity of a run's best model, also with dynamic evaluation or a continuous cache.
 
-The perplexity of the best model of a run, also with dynamic evaluation, which can be killed and called again, or with a
-continuous cache.
+    python -m fused_mos.evaluate RUN [--split valid] [--dynamic [--tune] | --cache [--tune]]
+
+The result is printed and added to RUN/evaluation.json.
+
+If a dynamic evaluation was stopped or killed, the same command continues it.
 """
 
 import dataclasses
@@ -25,58 +28,60 @@ from .training.settings import NOT_NEGATIVE, check, setting
 @dataclasses.dataclass
 class Flags:
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder that fused_mos.train, fused_mos.finetune or fused_mos.convert left."""
+    """Folder of a run, written by fused_mos.train, fused_mos.finetune or fused_mos.convert."""
     split: Literal["valid", "test"] = "test"
     """Text to evaluate."""
     eval_context: int = setting(0, NOT_NEGATIVE)
-    """Words of a segment, not with --dynamic; 0: the run's bptt. The hidden state is carried over either way."""
+    """Segment length in words; 0 takes the run's bptt. Not with --dynamic.
+    The hidden state is carried from segment to segment."""
     dynamic: bool = False
-    """Dynamic evaluation (Krause et al. 2018): the model goes on learning from the text."""
+    """Dynamic evaluation (Krause et al. 2018): the model keeps learning from the text that it reads."""
     cache: bool = False
-    """A continuous cache (Grave et al. 2017): the words of the last --window are likelier to come again."""
+    """Continuous cache (Grave et al. 2017): words that occurred recently become more likely."""
     tune: bool = False
-    """Search the numbers of --dynamic, or theta and lambdasm of --cache, on the validation text first, from those given
-    here."""
+    """First search hyperparameters on the validation text, starting from the given ones.
+    For --cache these are theta and lambdasm."""
     rule: DynamicRule = dataclasses.field(default_factory=DynamicRule)
     cache_rule: CacheRule = dataclasses.field(default_factory=CacheRule)
     data: Path | None = None
-    """The corpus; by default where it was in training."""
+    """Folder of the corpus; by default the one that the run was trained on."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, …; auto uses a GPU if there is one."""
     backend: str | None = None
-    """Backend of the head; by default the run's."""
+    """Backend that computes the head; by default the run's."""
     checkpoint_minutes: float = setting(5.0, NOT_NEGATIVE)
-    """Minutes between checkpoints of a dynamic evaluation; 0 writes one after every segment."""
+    """Minutes between checkpoints of a dynamic evaluation; 0 saves after every segment."""
     time_limit: float = setting(0.0, NOT_NEGATIVE)
-    """Seconds after which a dynamic evaluation saves and exits; the same command continues it. 0: none."""
+    """Save and exit a dynamic evaluation after this many seconds; 0 sets no limit.
+    The same command continues it."""
 
 
 def parse(arguments: list[str]) -> Flags:
-    """The recipe of the run gives the defaults of its rule. Raises CheckpointError, ConfigError."""
+    """Takes the defaults of --dynamic from the run's recipe. Raises CheckpointError, ConfigError."""
 
     def parsed(rule: DynamicRule) -> Flags:
         default = Flags(run=tyro.MISSING, rule=rule)
         return command.parse(Flags, "evaluate", __doc__, arguments, default=default)
 
-    run = parsed(DynamicRule()).run  # which argument that is, only all flags tell
+    run = parsed(DynamicRule()).run  # finding the positional argument takes a full parse
     return parsed(dynamic_rule(read_config(run).recipe))
 
 
 def check_flags(config: Flags) -> None:
-    """Raises ConfigError for a value out of its range, and for flags of the other kind of evaluation."""
+    """Raises ConfigError for a value out of its range, and for flags of another kind of evaluation."""
     if config.dynamic and config.cache:
-        raise ConfigError("--dynamic and --cache are two kinds of evaluation; give one of them")
+        raise ConfigError("--dynamic and --cache cannot be combined; pass only one of them")
     if config.tune and not (config.dynamic or config.cache):
-        raise ConfigError("--tune searches the numbers of --dynamic or --cache; give one of them with it")
+        raise ConfigError("--tune searches hyperparameters of --dynamic or --cache; pass one of them, too")
     if config.dynamic and config.eval_context:
         raise ConfigError(
-            f"eval_context is for static evaluation and --cache, got {config.eval_context} with --dynamic, whose "
-            "segments are --bptt"
+            f"eval_context is for static evaluation and --cache, got {config.eval_context} with --dynamic; set its "
+            "segment length by --bptt"
         )
     if not config.dynamic and config.rule != dynamic_rule(read_config(config.run).recipe):
         raise ConfigError(
-            f"lr, lamb, epsilon and bptt are for --dynamic evaluation, got {config.rule} without it (--eval-context: "
-            "segments of the others)"
+            f"lr, lamb, epsilon and bptt are for --dynamic evaluation, got {config.rule} without it; set the segment "
+            "length of other evaluations by --eval-context"
         )
     if not config.cache and config.cache_rule != CacheRule():
         raise ConfigError(f"window, theta and lambdasm are for --cache, got {config.cache_rule} without it")
@@ -101,7 +106,7 @@ def evaluate(config: Flags) -> dict[str, Any]:
 
 
 def in_words(result: dict[str, Any]) -> str:
-    """How the text was evaluated."""
+    """Describes how the text was evaluated."""
     if result["dynamic"]:
         return "dynamic with " + _listed(result["rule"])
     if result.get("cache"):
@@ -118,9 +123,9 @@ def work(arguments: list[str]) -> None:
     check_flags(config)
     kept = config.run / "evaluation.json"
     if kept.is_file():
-        files.read_json(kept, list)  # one that is damaged is better found before the work
+        files.read_json(kept, list)  # finds a damaged file before hours of work, not after
     result = evaluate(config)
-    show(  # before it is kept: what took hours is shown also where it cannot be
+    show(  # before saving, so that the result of hours of work is shown even if it cannot be saved
         f"{config.split}, {in_words(result)}: ppl {result['ppl']:.2f} "
         f"({result['ppl_published']:.2f} as the published code counts), loss {result['loss']:.4f}",
         flush=True,

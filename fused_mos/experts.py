@@ -1,7 +1,8 @@
-"""python -m fused_mos.experts RUN [--split valid] [--words N] [--nearest WORD …]
+"""Show which expert of a run's best model predicts which word.
 
-Which expert of a run's best model speaks when: RUN/experts/index.html, the text coloured by expert, with experts.png
-and experts.json.
+    python -m fused_mos.experts RUN [--split valid] [--words N] [--nearest WORD ...]
+
+Writes the text coloured by expert to RUN/experts/index.html, with experts.png and experts.json.
 """
 
 import dataclasses
@@ -19,19 +20,20 @@ from .training.settings import POSITIVE, check, setting
 @dataclasses.dataclass
 class Flags:
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder that fused_mos.train, fused_mos.finetune or fused_mos.convert left; its head must be a MoS."""
+    """Folder of a run with a MoS head, written by fused_mos.train, fused_mos.finetune or fused_mos.convert."""
     split: Literal["valid", "test"] = "valid"
-    """Text to read."""
+    """Text to analyse."""
     words: int = setting(400, POSITIVE)
-    """Words of it that the page shows."""
+    """Number of words to show on the page."""
     nearest: tuple[str, ...] = ()
-    """Words whose neighbours in the embedding to list; by default the most frequent ones of four letters and more."""
+    """Words whose nearest neighbours in the embedding are listed.
+    By default the most frequent words of at least four letters."""
     data: Path | None = None
-    """The corpus; by default where it was in training."""
+    """Folder of the corpus; by default the one that the run was trained on."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, …; auto uses a GPU if there is one."""
     backend: str | None = None
-    """Backend of the head; by default the run's."""
+    """Backend that computes the head; by default the run's."""
 
 
 def work(arguments: list[str]) -> None:
@@ -44,12 +46,12 @@ def work(arguments: list[str]) -> None:
     report = inspect_run(run, config.split, config.words, config.nearest)
     n_experts = len(report["experts"])
     show(
-        f"{config.split}: ppl {report['ppl']:.2f}; {report['effective_experts']:.1f} of {n_experts} experts speak at "
-        "a time"
+        f"{config.split}: ppl {report['ppl']:.2f}; on average {report['effective_experts']:.1f} of {n_experts} experts "
+        "are active for a word"
     )
     show(f"function words are {report['kinds']['function']:.0%} of the text")
     header = "most frequent words | most characteristic words"
-    show(f"\n{'expert':>6}{'prior':>8}{'speaks':>8}{'function words':>16}  {header}")
+    show(f"\n{'expert':>6}{'prior':>8}{'active':>8}{'function words':>16}  {header}")
     for i, expert in enumerate(report["experts"], start=1):
         words = " ".join(expert["frequent"][:6]) + " | " + " ".join(expert["characteristic"][:6])
         shares = f"{expert['prior']:>8.1%}{expert['responsibility']:>8.1%}{expert['kinds']['function']:>16.0%}"

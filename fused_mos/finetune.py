@@ -1,8 +1,13 @@
-"""python -m fused_mos.finetune RUN [--lr VALUE …] [--out DIR] | --resume DIR
+"""Fine-tune the best model of a run, by ASGD from the first step on.
 
-Fine-tunes the best model of the run in the folder RUN, which `fused_mos.train` or `fused_mos.convert` left, by ASGD
-from the first step, into RUN/finetune (Merity et al. 2017, section 5; Yang et al. 2018, section 3.1). The same command
-goes on with what was stopped or killed.
+    python -m fused_mos.finetune RUN [--out DIR] [--lr VALUE] [--FLAG VALUE ...]
+    python -m fused_mos.finetune --resume RUN/finetune
+
+RUN was written by fused_mos.train or fused_mos.convert. By default --out is RUN/finetune.
+
+If a run was stopped or killed, the same command continues it.
+
+Sources: Merity et al. 2017, section 5; Yang et al. 2018, section 3.1.
 """
 
 import dataclasses
@@ -13,13 +18,11 @@ from .runtime import command
 from .training.config import TrainConfig
 from .training.errors import CheckpointError, ConfigError
 
-DESCRIPTION = "Fine-tune the best model of a run: finetune RUN [flags] | --resume RUN/finetune"
-
 Flags = TrainConfig
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The run's own configuration gives the defaults, with finetune_lr for lr."""
+    """Takes the defaults from the run's own configuration, with finetune_lr as lr."""
     from .training import stages
     from .training.flags import in_micro_batches, without_micro_batch_columns
 
@@ -31,18 +34,20 @@ def parse(arguments: list[str]) -> TrainConfig:
     elif resume:
         default = dataclasses.replace(stages.saved_config(Path(resume)), out=None, resume=Path(resume))
         if default.start is None:
-            raise ConfigError(f"resume: {resume} is a run of train, not of finetune; python -m fused_mos.train goes on")
+            raise ConfigError(
+                f"resume: {resume} is a run of train, not of finetune; continue it with python -m fused_mos.train"
+            )
     elif command.asks_for_help(arguments):
         default = TrainConfig()
     else:
         raise CheckpointError("name the folder of the run to fine-tune first: python -m fused_mos.finetune RUN [flags]")
-    config = command.parse(Flags, "finetune", DESCRIPTION, flags, default=default)
+    config = command.parse(Flags, "finetune", __doc__, flags, default=default)
     if config.optim.finetune_lr != default.optim.finetune_lr:
         lr = config.optim.finetune_lr
-        raise ConfigError(f"finetune_lr is what a run says of its fine-tuning; here name --lr {lr:g}")
+        raise ConfigError(f"finetune_lr is only for training runs; to fine-tune, pass --lr {lr:g}")
     for name in ("recipe", "start"):
         if getattr(config, name) != getattr(default, name):
-            raise ConfigError(f"{name} is that of the run, {getattr(default, name)}, got {getattr(config, name)}")
+            raise ConfigError(f"{name} must be that of the run, {getattr(default, name)}, got {getattr(config, name)}")
     return in_micro_batches(config, columns)
 
 

@@ -1,6 +1,8 @@
-"""python -m fused_mos.generate RUN [--prompt TEXT] [--words N] [--temperature T] [--top-k K] [--top-p P] [--seed S]
+"""Generate text with the best model of a run.
 
-Text by the best model of a run, word by word as it is drawn.
+    python -m fused_mos.generate RUN [--prompt TEXT] [--words N] [--temperature T] [--seed S]
+
+Words are printed as they are drawn.
 """
 
 import dataclasses
@@ -20,24 +22,24 @@ from .training.settings import NOT_NEGATIVE, POSITIVE, SEED, Range, check, setti
 @dataclasses.dataclass
 class Flags:
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder that fused_mos.train, fused_mos.finetune or fused_mos.convert left."""
+    """Folder of a run, written by fused_mos.train, fused_mos.finetune or fused_mos.convert."""
     prompt: str = ""
-    """Words to begin with, separated by spaces; by default the beginning of a sentence."""
+    """Words to start with, separated by spaces; by default a new sentence starts."""
     words: int = setting(100, POSITIVE)
-    """Words to draw."""
+    """Number of words to generate."""
     temperature: float = setting(1.0, Range(f"be at least {COLDEST}", lambda temperature: temperature >= COLDEST))
-    """Below 1 the likely words become likelier; without top_k and top_p within each expert alone. --top-k 1 is
-    greedy."""
+    """Sampling temperature; values below 1 favour likely words. For greedy decoding pass --top-k 1.
+    It divides the logits of each expert or, with top_k or top_p, the log-probabilities of the mixture."""
     top_k: int = setting(0, NOT_NEGATIVE)
-    """Draw from the k most probable words alone; 0: from all."""
+    """Sample from the k most likely words only; 0 samples from all."""
     top_p: float = setting(1.0, Range("be in (0, 1]", lambda p: 0 < p <= 1))
-    """Draw from the fewest words whose probabilities reach p; 1: from all."""
+    """Sample from the smallest set of words whose probabilities add up to p; 1 samples from all."""
     seed: int | None = setting(None, SEED)
-    """Seed, for the same text every time."""
+    """Random seed, for reproducible text."""
     data: Path | None = None
-    """The corpus, for a converted run that has no vocabulary of its own."""
+    """Folder of the corpus, for a converted run without a vocabulary of its own."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, …; auto uses a GPU if there is one."""
 
 
 def work(arguments: list[str]) -> None:

@@ -1,7 +1,10 @@
-"""python -m fused_mos.reproduce ptb|wikitext2 --data DIR [--out DIR] [--time-limit SECONDS]
+"""Reproduce the results of the paper (Yang et al. 2018, section 3.1), and print both side by side.
 
-All stages of the paper (Yang et al. 2018, section 3.1): train, fine-tune, evaluate, evaluate dynamically; at the end
-its table beside the measured one. Killed at any moment, the same command continues.
+    python -m fused_mos.reproduce ptb|wikitext2 --data DIR [--out DIR] [--time-limit SECONDS]
+
+Runs all stages: training, fine-tuning, evaluation and dynamic evaluation.
+
+If it was stopped or killed, the same command continues.
 """
 
 import dataclasses
@@ -29,7 +32,7 @@ PAPER = {
 }
 """Validation and test perplexity of AWD-LSTM-MoS (Yang et al. 2018, tables 1 and 2)."""
 
-if TYPE_CHECKING:  # which knows no Literal of names that are computed
+if TYPE_CHECKING:  # mypy rejects a Literal with computed values
     from .data import Corpus
 
     Recipe = str
@@ -40,23 +43,24 @@ else:
 @dataclasses.dataclass
 class Flags:
     recipe: Annotated[Recipe, tyro.conf.Positional]
-    """Recipe to reproduce: the paper's ptb or wikitext2, or a recipe for a CPU, of which the paper has no numbers."""
+    """Recipe to run: the paper's ptb or wikitext2, or a smaller one for a CPU, which has no results in the paper."""
     data: Path
     """Folder with train.txt, valid.txt and test.txt."""
     out: Path | None = None
-    """Folder of the run; by default runs/reproduce-CORPUS-RECIPE, with the name of the corpus's folder."""
+    """Folder of the run. By default runs/reproduce-CORPUS-RECIPE, where CORPUS is the name of the data folder."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, …; auto uses a GPU if there is one."""
     precision: Precision = "float32"
-    """Precision of matrix products in training; evaluation is float32."""
+    """Precision of matrix products in training; evaluation is always float32."""
     cuda_graphs: bool = True
-    """Record steps as CUDA graphs and replay them: the same losses, less work for the host. Does nothing on a CPU."""
+    """Record training steps as CUDA graphs and replay them: the same losses, less CPU overhead.
+    No effect on a CPU."""
     tune: bool = False
-    """Search the numbers of dynamic evaluation on the validation text instead of taking the recipe's."""
+    """Search the hyperparameters of dynamic evaluation on the validation text, instead of taking the recipe's."""
     time_limit: float = setting(0.0, NOT_NEGATIVE)
-    """Seconds after which to save and exit; the same command continues. 0: none."""
+    """Save and exit after this many seconds; 0 sets no limit. The same command continues."""
     checkpoint_max_mib: int = setting(0, NOT_NEGATIVE)
-    """Split checkpoints into files of at most this size; 0: one file."""
+    """Split checkpoints into files of at most this many MiB; 0 writes a single file."""
 
     @property
     def folder(self) -> Path:
@@ -64,10 +68,10 @@ class Flags:
 
 
 def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
-    """Runs what is left of the stages; returns the evaluations by stage and split.
+    """Runs the stages that are not done yet; returns all evaluations by stage and split.
 
-    Raises TimeLimitReached or Stopped, with everything saved; ConfigError, CheckpointError or FolderInUse where the
-    folder is that of another run, or written by another process.
+    Raises TimeLimitReached or Stopped after saving everything; ConfigError or CheckpointError if the folder belongs to
+    another run, FolderInUse if another process writes to it.
     """
     from .data import Corpus
     from .training import folder as run_folder
@@ -99,7 +103,7 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
         if state.has_begun(asked.run_folder):
             epochs = stages.saved_config(asked.run_folder).optim.epochs
             if epochs != recipe.optim.epochs:
-                what = f"epochs of {asked.run_folder} are {epochs}, and those of the recipe {recipe.optim.epochs}"
+                what = f"epochs must be {recipe.optim.epochs}, as in the recipe, but {asked.run_folder} has {epochs}"
                 raise ConfigError(f"{what}; name another --out")
         stages.train_to_the_end(asked)
 
@@ -121,14 +125,14 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
 
 @dataclasses.dataclass
 class Perplexities:
-    """What the table takes of an evaluation's record."""
+    """The fields of an evaluation's record that the table shows."""
 
-    ppl: float | None = setting(None, NUMBER)  # None: infinite, which JSON cannot say
+    ppl: float | None = setting(None, NUMBER)  # None: infinite, which JSON cannot express
     ppl_published: float | None = setting(None, NUMBER)
 
 
 def _read_results(path: Path) -> dict[str, Any]:
-    """What reproduction.json holds. Raises FileError, or ConfigError where it is not of this form."""
+    """Reads reproduction.json. Raises FileError, or ConfigError if it has another format."""
     results = files.read_sealed(path)
     try:
         results.get("made with", {}).items()
@@ -141,8 +145,8 @@ def _read_results(path: Path) -> dict[str, Any]:
 
 
 def _check_made_with(results: dict[str, Any], config: Flags, corpus: "Corpus") -> None:
-    """Notes what the evaluations depend on, or raises ConfigError where those in reproduction.json were made with
-    another recipe, rule or text."""
+    """Records what the evaluations depend on. Raises ConfigError if those in reproduction.json were made with another
+    recipe, --tune or text."""
     from .data import digest
 
     texts = {f"{split}.txt": digest(getattr(corpus, split)) for split in ("valid", "test")}
@@ -153,11 +157,11 @@ def _check_made_with(results: dict[str, Any], config: Flags, corpus: "Corpus") -
             raise ConfigError(f"data: {config.data} has another {name} than {config.folder} was evaluated on")
         if before.get(name) != now[name]:
             change = f"it was {before.get(name)}, got {now[name]}"
-            raise ConfigError(f"{name} cannot change when a reproduction goes on: {change}; name another --out")
+            raise ConfigError(f"{name} cannot change when a reproduction continues: {change}; name another --out")
 
 
 def evaluated(config: Flags, folder: Path, split: str, dynamic: bool, time_limit: float) -> dict[str, Any]:
-    """Evaluates the best model of the run in `folder`."""
+    """Evaluates the best model of the run in `folder` and returns its record."""
     from .training import evaluation
     from .training.run import load_run
 
@@ -169,7 +173,7 @@ def evaluated(config: Flags, folder: Path, split: str, dynamic: bool, time_limit
 
 
 def table(recipe: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Markdown: perplexities, exact and as the published code counts, and the paper's."""
+    """Returns a Markdown table of perplexities: exact, as the published code counts them, and the paper's."""
     paper = PAPER.get(recipe, {})
     lines = [
         f"| {recipe}, valid / test perplexity | exact | as the published code counts |" + (" paper |" if paper else "")
@@ -190,7 +194,7 @@ def work(arguments: list[str]) -> None:
     check(config)
     text = table(config.recipe, reproduce(config))
     files.write_text(config.folder / "reproduction.md", text + "\n")
-    show(f"\n{text}\n\nalso in {config.folder / 'reproduction.md'}, all numbers in reproduction.json")
+    show(f"\n{text}\n\nsaved to {config.folder / 'reproduction.md'}, with all numbers in reproduction.json")
 
 
 def main(arguments: list[str] | None = None) -> int:

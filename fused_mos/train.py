@@ -1,7 +1,11 @@
-"""python -m fused_mos.train --recipe NAME --data DIR [--any-field VALUE …] [--out DIR] | --resume DIR
+"""Train a language model on a corpus of words.
 
-Trains a language model. The same command goes on with a run that was stopped or killed. Without --recipe and --data,
-and where there is no folder `data`, it trains for a minute on the text that every machine with Python has.
+    python -m fused_mos.train --recipe NAME --data DIR [--out DIR] [--FLAG VALUE ...]
+    python -m fused_mos.train --resume DIR
+
+If a run was stopped or killed, the same command continues it.
+
+Without --recipe and --data, and without a folder `data`, it trains for a minute on sample text.
 """
 
 import dataclasses
@@ -18,7 +22,7 @@ SAMPLE_FOLDER = Path("runs/sample")
 
 
 def sample() -> TrainConfig:
-    """A run of the recipe `demo` on the sample text."""
+    """Returns the configuration of the recipe `demo` on the sample text."""
     from .data import sample
 
     return dataclasses.replace(RECIPES["demo"](), data=sample.cached_corpus(), out=SAMPLE_FOLDER)
@@ -31,11 +35,11 @@ def saved_config(folder: Path) -> TrainConfig:
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The recipe (or the run to resume) gives the defaults; every other flag overrides one field."""
+    """Takes the defaults from the recipe, or from the run to resume; every other flag overrides one field."""
     from .training import flags
 
     arguments, columns = flags.without_micro_batch_columns(arguments)
-    config = flags.parse(TrainConfig, "train", "Train a language model.", arguments, RECIPES, saved_config, sample)
+    config = flags.parse(TrainConfig, "train", __doc__, arguments, RECIPES, saved_config, sample)
     return flags.in_micro_batches(config, columns)
 
 
@@ -46,10 +50,10 @@ def work(arguments: list[str]) -> None:
 
     on_sample = sample.is_sample(config.data)
     if on_sample:
-        show(f"training on {sample.NAME}, the sample text", flush=True)
+        show(f"training on the sample text, {sample.NAME}", flush=True)
     stages.train(config)
     if on_sample:
-        show("for a model of your own text, name its folder: python -m fused_mos.train --data DIR")
+        show("to train on your own text, pass its folder: python -m fused_mos.train --data DIR")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,11 +1,15 @@
-"""[torchrun --nproc-per-node=P -m] python -m fused_mos.train_1b --recipe NAME --data DIR --out DIR [--any-field VALUE
-…]
+"""Train a language model on the One Billion Word benchmark, or on a corpus in the same format.
 
-Trains a language model on the One Billion Word benchmark, or a corpus of its form, that fused_mos.data.lm1b has
-prepared. The same command continues a run. Exit status: 0 at the end or the time limit, 2 for an error, 143 or 130
-after SIGTERM or SIGINT, with everything saved. (Send signals to torchrun itself: it starts ranks anew that end with
-another status than 0, if it may.) Without --recipe and --data, and where there is no folder `lm1b`, it trains for two
-minutes on the text that every machine with Python has.
+    python -m fused_mos.train_1b --recipe NAME --data DIR [--out DIR] [--FLAG VALUE ...]
+    torchrun --nproc-per-node=P -m fused_mos.train_1b --recipe NAME --data DIR ...
+
+DIR of --data was written by fused_mos.data.lm1b prepare. The same command continues a run.
+
+Exit status: 0 at the end or the time limit, 2 for an error, 130 or 143 after SIGINT or SIGTERM.
+
+Send signals to torchrun itself: with --max-restarts, it restarts ranks whose status is not 0.
+
+Without --recipe and --data, and without a folder `lm1b`, it trains for two minutes on sample text.
 """
 
 import dataclasses
@@ -23,8 +27,8 @@ if TYPE_CHECKING:
 SAMPLE_FOLDER = Path("runs/sample-1b")
 
 HOW_TO_GET_THE_CORPUS = """
-This was the sample text. The benchmark itself, 0.8 billion words:
-  python -m fused_mos.data.lm1b download --out data                            # 1.8 GB; resumes
+That was the sample text. To train on the benchmark itself, 0.8 billion words:
+  python -m fused_mos.data.lm1b download --out data                            # 1.8 GB; can be interrupted
   python -m fused_mos.data.lm1b prepare --source data --out lm1b --top 100000  # or --min-count 3: all 793,471 words
   python -m fused_mos.train_1b --recipe lm1b-mos --data lm1b --out runs/mos"""
 
@@ -32,7 +36,7 @@ Flags = LM1BConfig
 
 
 def sample() -> LM1BConfig:
-    """A run of the recipe `lm1b-tiny` on the sample text."""
+    """Returns the configuration of the recipe `lm1b-tiny` on the sample text."""
     from .data import sample
 
     return dataclasses.replace(RECIPES["lm1b-tiny"](), data=sample.cached_benchmark(), out=SAMPLE_FOLDER, epochs=10)
@@ -45,11 +49,10 @@ def saved_config(folder: Path) -> LM1BConfig:
 
 
 def parse(arguments: list[str]) -> LM1BConfig:
-    """The recipe (or the run to resume) gives the defaults; every other flag overrides one field."""
+    """Takes the defaults from the recipe, or from the run to resume; every other flag overrides one field."""
     from .training import flags
 
-    description = "Train a language model on the One Billion Word benchmark."
-    return flags.parse(LM1BConfig, "train_1b", description, arguments, RECIPES, saved_config, sample)
+    return flags.parse(LM1BConfig, "train_1b", __doc__, arguments, RECIPES, saved_config, sample)
 
 
 def train(config: LM1BConfig, ranks: "Ranks") -> None:
@@ -66,18 +69,18 @@ def train(config: LM1BConfig, ranks: "Ranks") -> None:
         result = trainer.final_evaluation()
     else:
         if on_sample:
-            tell(f"training {config.recipe} on {sample.NAME}, the sample text")
+            tell(f"training {config.recipe} on the sample text, {sample.NAME}")
         n_words = len(trainer.corpus.vocabulary)
         tell(f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {n_words:,} words")
-        tell(f"ranks on {ranks.device.type}: {ranks.n_data} with text of their own × {ranks.n_vocab} sharing a decoder")
-        tell(f"memory of one:\n{trainer.memory}")
+        tell(f"ranks on {ranks.device.type}: {ranks.n_data} data-parallel × {ranks.n_vocab} sharing a decoder")
+        tell(f"memory per rank:\n{trainer.memory}")
         if trainer.resumed:
             done, steps = trainer.progress.step, trainer.total_steps
-            tell(f"goes on at step {done} of {steps}" if done < steps else f"trained for {done} steps already")
+            tell(f"continues at step {done} of {steps}" if done < steps else f"already trained for {done} steps")
         result = trainer.run()
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
     tell(f"{result['head']}: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words{speed}")
-    if config.evaluate:  # after the line: what cannot be kept is shown
+    if config.evaluate:  # after printing, so that the result is shown even if it cannot be saved
         trainer.write_result(result)
     if on_sample:
         tell(HOW_TO_GET_THE_CORPUS)
@@ -91,7 +94,7 @@ def work(arguments: list[str]) -> int:
     try:
         train(config, ranks)
     except OtherRankFailed:
-        return 2  # the other one tells
+        return 2  # that rank prints the error
     finally:
         ranks.close()
     return 0

@@ -52,7 +52,7 @@ def _keep(monkeypatch, module, name):
 
 def perplexities(printed):
     """Before and after training."""
-    before, after = map(float, re.findall(r"perplexity (?:of a token )?([\d.]+)", printed))
+    before, after = map(float, re.findall(r"perplexity (?:per token before training )?([\d.]+)", printed))
     return before, after
 
 

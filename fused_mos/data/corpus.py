@@ -1,7 +1,7 @@
-"""A folder of train.txt, valid.txt and test.txt as tensors of word indices, batches and BPTT segments.
+"""Reads a folder of train.txt, valid.txt and test.txt into tensors of word indices, batches and BPTT segments.
 
-Words are split at white space and each line ends with `<eos>`, as the paper counts them. The vocabulary is
-that of train.txt, in order of first appearance, as in the paper's published code.
+Words are split at white space, and each line ends with `<eos>`, as in the paper. The vocabulary is the words of
+train.txt in order of first appearance, as in the paper's published code.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ SPLITS = ("train", "valid", "test")
 
 
 class CorpusError(UserError, ValueError):
-    """A corpus that cannot be used, with the file and the reason."""
+    """The corpus cannot be used. The message names the file and the reason."""
 
 
 class Vocabulary:
-    """Words and their indices, 0 … V − 1."""
+    """Words and their indices 0, …, V − 1."""
 
     def __init__(self, words: Iterable[str]):
         self.words = list(words)
@@ -40,22 +40,23 @@ class Vocabulary:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the words and their order, which is that of the file that `save` writes."""
+        """SHA-256 of the words in order, equal to that of the file that `save` writes."""
         return hashlib.sha256(self._text.encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """One word a line. Raises FileError."""
+        """Writes one word a line. Raises FileError."""
         files.write_text(path, self._text)
 
     @classmethod
     def load(cls, path: Path, mark: str = EOS) -> "Vocabulary":
-        """Raises FileError, or CorpusError, also where it lacks the mark that every text begins after."""
+        """Reads what `save` wrote. Raises FileError, or CorpusError, also for a vocabulary without `mark`, the token
+        that precedes every text."""
         try:
             vocabulary = cls(files.read_text(path).removesuffix("\n").split("\n"))
         except ValueError as error:
-            raise CorpusError(f"{path} is no vocabulary: {error}") from None
+            raise CorpusError(f"{path} is not a vocabulary: {error}") from None
         if mark not in vocabulary.index:
-            raise CorpusError(f"{path} is no vocabulary: it lacks {mark}")
+            raise CorpusError(f"{path} is not a vocabulary: it lacks {mark}")
         return vocabulary
 
 
@@ -64,10 +65,10 @@ class Corpus:
 
     Args:
         folder: holds train.txt, valid.txt and test.txt, UTF-8.
-        map_unknown: what to do with a word of valid.txt or test.txt that train.txt lacks: False raises, True
-            counts it as `<unk>`, which train.txt must contain. (Mapping changes what a perplexity means.)
+        map_unknown: what to do with a word of valid.txt or test.txt that is not in train.txt. False raises; True
+            replaces it by `<unk>`, which train.txt must contain. (Replacing changes the meaning of a perplexity.)
 
-    Raises CorpusError naming the folder, the file or the word, and what to do.
+    Raises CorpusError, naming the folder, the file or the word, and what to do.
     """
 
     def __init__(self, folder: str | Path, map_unknown: bool = False):
@@ -80,8 +81,8 @@ class Corpus:
 
 
 def read_text(folder: Path, split: str, vocabulary: Vocabulary, map_unknown: bool = False) -> Tensor:
-    """Word indices (n,) of "train", "valid" or "test" of a folder, by a vocabulary that is known; no other file is
-    read. Raises CorpusError."""
+    """Returns the word indices (n,) of the split "train", "valid" or "test" under a given vocabulary. Reads only that
+    file. Raises CorpusError."""
     _check_folder(folder, (split,))
     return _tokens(folder / f"{split}.txt", vocabulary, map_unknown)
 
@@ -118,10 +119,10 @@ def _tokens(path: Path, vocabulary: Vocabulary, map_unknown: bool) -> Tensor:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, its words and `<eos>`)."""
+    """Yields each line's number and words, ending with `<eos>`."""
     number = 0
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:  # without a byte-order mark
+        with path.open(encoding="utf-8-sig", newline="\n") as file:  # utf-8-sig skips a byte-order mark
             for number, line in enumerate(file, start=1):
                 yield number, [*line.split(), EOS]
     except UnicodeDecodeError as error:
@@ -131,14 +132,14 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def digest(tokens: Tensor) -> str:
-    """sha256 of a text (n,): which it is."""
+    """SHA-256 of a text (n,)."""
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 def batchify(tokens: Tensor, batch_size: int, least: int = 2) -> Tensor:
-    """Cuts a stream into `batch_size` parallel columns: (n,) -> (n // batch_size, batch_size), the rest dropped.
+    """Cuts a text into `batch_size` parallel columns: (n,) -> (n // batch_size, batch_size). The rest is dropped.
 
-    Raises CorpusError if columns have fewer rows than `least`; with one, there is no word to predict.
+    Raises CorpusError if columns have fewer than `least` rows; with a single row there is no word to predict.
     """
     steps = tokens.numel() // batch_size
     if steps < least:
@@ -150,15 +151,15 @@ def batchify(tokens: Tensor, batch_size: int, least: int = 2) -> Tensor:
 
 
 def segment(source: Tensor, start: int, length: int) -> tuple[Tensor, Tensor]:
-    """Input and target of a BPTT segment: rows [start, start + length) of source (T, B), and the rows after them;
-    shorter at the end of the source."""
+    """Returns input and target of a BPTT segment: rows [start, start + length) of source (T, B), and each one's next
+    row. The segment is shorter at the end of the source."""
     length = min(length, source.shape[0] - 1 - start)
     return source[start : start + length], source[start + 1 : start + 1 + length]
 
 
 def random_bptt_length(bptt: int, longest: int, generator: torch.Generator) -> int:
-    """A random segment length (Merity et al. 2017, section 4.1): max(5, int(N(base, 5))) and at most `longest`,
-    with base = bptt at probability 0.95, else bptt / 2."""
+    """Draws a segment length (Merity et al. 2017, section 4.1): max(5, int(N(base, 5))), but at most `longest`, where
+    base is bptt with probability 0.95 and bptt / 2 otherwise."""
     base = bptt if torch.rand((), generator=generator).item() < 0.95 else bptt / 2
     length = int(base + 5 * torch.randn((), generator=generator).item())
     return min(max(5, length), longest)

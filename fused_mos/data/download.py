@@ -1,4 +1,4 @@
-"""The archive of the One Billion Word benchmark, fetched from its public home: see `lm1b`, whose command this is."""
+"""Downloads the archive of the One Billion Word benchmark; a command of `lm1b`."""
 
 import dataclasses
 import gzip
@@ -20,7 +20,7 @@ from ..runtime.text import show
 from .corpus import CorpusError
 
 BLOCK_BYTES = 2 << 20
-"""Read at once, so that memory does not grow with a file."""
+"""Bytes to read at once, so that memory does not grow with the size of a file."""
 
 FOLDER = "1-billion-word-language-modeling-benchmark-r13output"
 URL = f"http://www.statmt.org/lm-benchmark/{FOLDER}.tar.gz"
@@ -28,19 +28,19 @@ URL = f"http://www.statmt.org/lm-benchmark/{FOLDER}.tar.gz"
 
 @dataclasses.dataclass
 class Download:
-    """Fetches the benchmark's archive, checks and extracts it."""
+    """Download, verify and extract the benchmark's archive."""
 
     out: Path
-    """Folder to write."""
+    """Folder to write to."""
     url: str = URL
-    """Address of the archive."""
+    """URL of the archive."""
     sha256: str | None = None
-    """Digest that the archive must have; without it the digest found is only printed."""
+    """SHA-256 that the archive must have; without it, the actual one is only printed."""
 
 
 def download(config: Download) -> Path:
-    """Returns the folder that the archive is extracted to. Raises CorpusError, FileError or FolderInUse; the same call
-    continues."""
+    """Returns the folder of the extracted archive. Raises CorpusError, FileError or FolderInUse; calling it again
+    continues the download."""
     name = PurePosixPath(urlsplit(config.url).path).name
     if urlsplit(config.url).scheme not in ("http", "https") or not name:
         raise CorpusError(f"url must be the http address of a file, got {config.url!r}")
@@ -57,10 +57,11 @@ def _download(config: Download, name: str) -> Path:
         _fetch(config.url, fetched)
     digest = files.sha256(fetched)
     if config.sha256 is None:
-        show(f"{name}: sha256 {digest}; with --sha256 it is compared")
+        show(f"{name}: sha256 {digest}; to verify it, pass --sha256")
     elif digest != config.sha256.lower():
         raise CorpusError(
-            f"{fetched}: its sha256 is {digest}, not {config.sha256}; delete it to fetch it again, or correct --sha256"
+            f"{fetched}: its sha256 is {digest}, not {config.sha256}; delete it to download it again, or correct "
+            "--sha256"
         )
     with files.explained(archive):
         files.rename(fetched, archive)
@@ -69,12 +70,12 @@ def _download(config: Download, name: str) -> Path:
 
 
 def _validator(partial: Path) -> Path:
-    """The file that says which version of the archive the server has sent a part of, by its ETag or date."""
+    """File that records the version of a partial download, by the server's ETag or date."""
     return partial.with_name(f"{partial.name}.version")
 
 
 def _fetch(url: str, path: Path) -> None:
-    """Fetches what `path` lacks of a file; all of it, where the server has another version now."""
+    """Downloads the rest of the file, or all of it if the server has another version now."""
     size, version = path.stat().st_size if path.is_file() else 0, _validator(path)
     headers = {"Range": f"bytes={size}-"} if size else {}
     if size and version.is_file():
@@ -92,7 +93,7 @@ def _fetch(url: str, path: Path) -> None:
                 path.open("ab" if size else "wb", buffering=0) as file,
                 bar(desc="download", total=total, initial=size, unit="bytes") as progress,
             ):
-                if not size:  # now that nothing is left of another version
+                if not size:  # after truncating, so that nothing of another version is left
                     _note_version(response.headers, version)
                 while block := response.read1(BLOCK_BYTES):
                     with files.explained(path):
@@ -106,30 +107,30 @@ def _fetch(url: str, path: Path) -> None:
             raise CorpusError(
                 f"{url}: the server answers {error.code} {error.reason}; try again later, or another --url"
             ) from None
-        # there is nothing behind what it has
+        # the server has no bytes beyond those in `path`
         of = (error.headers["Content-Range"] or "").rpartition("/")[2]
         if of.isdecimal() and int(of) != size:
             raise CorpusError(f"{url} has {int(of):,} bytes, and {path} {size:,}; delete that file") from None
     except (files.FileError, CorpusError):
         raise
     except (OSError, http.client.HTTPException) as error:
-        raise CorpusError(f"{url}: {error}; the same command continues") from None
+        raise CorpusError(f"{url}: {error}; run the same command to continue") from None
     else:
         if total not in (None, size):
             raise CorpusError(
-                f"{url}: the connection ended after {size:,} of {total:,} bytes; the same command continues"
+                f"{url}: the connection ended after {size:,} of {total:,} bytes; run the same command to continue"
             )
 
 
 def _first_byte(content_range: str | None) -> int | None:
-    """Where a part of a file begins that a server sends."""
+    """Offset of the first byte that the server sends."""
     match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range or "")
     return int(match[1]) if match else None
 
 
 def _note_version(headers: Mapping[str, str], path: Path) -> None:
     etag = headers.get("ETag", "")
-    name = headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag  # a weak tag is of no use
+    name = headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag  # If-Range takes no weak tag
     if name:
         files.write_text(path, name)
     else:
@@ -137,7 +138,7 @@ def _note_version(headers: Mapping[str, str], path: Path) -> None:
 
 
 def _extract(archive: Path, out: Path) -> Path:
-    """Extracts the regular files below the benchmark's folder that are not there in their full size."""
+    """Extracts the benchmark's regular files, except those that already exist in full size."""
     n_files = 0
     try:
         with gzip.open(archive) as file, tarfile.open(fileobj=file) as tar:
@@ -148,14 +149,14 @@ def _extract(archive: Path, out: Path) -> Path:
                 n_files += 1
                 if not (out / path).is_file() or (out / path).stat().st_size != member.size:
                     files.make_folder((out / path).parent)
-                    content = cast(IO[bytes], tar.extractfile(member))  # that of a regular file is not None
+                    content = cast(IO[bytes], tar.extractfile(member))  # never None for a regular file
                     with files.writing(out / path) as extracted:
                         shutil.copyfileobj(content, extracted, BLOCK_BYTES)
-            while file.read(BLOCK_BYTES):  # to its end, where the check sum is
+            while file.read(BLOCK_BYTES):  # gzip verifies its checksum at the end of the file
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise CorpusError(
-            f"{archive} is damaged ({error}); delete it and {out / FOLDER}, and the same command fetches it again"
+            f"{archive} is damaged ({error}); delete it and {out / FOLDER}, and run the same command to download again"
         ) from None
     if not n_files:
         raise CorpusError(f"{archive} has no file in {FOLDER}; url must be that of the benchmark")

@@ -1,8 +1,11 @@
-"""python -m fused_mos.data.lm1b prepare --source DIR --out DIR [--min-count 3 | --top N | --vocabulary FILE]
-python -m fused_mos.data.lm1b download --out DIR
+"""Download the One Billion Word benchmark (Chelba et al. 2013), and prepare it for training.
 
-The One Billion Word benchmark (Chelba et al. 2013) as files of token ids, one for each of its shards. Every sentence is
-`<S>`, its words and `</S>`, raw little-endian int32. Killed at any moment, the same command continues.
+    python -m fused_mos.data.lm1b download --out DIR
+    python -m fused_mos.data.lm1b prepare --source DIR --out DIR [--min-count N | --top N]
+
+Prepared shards are token ids in little-endian int32; each sentence is `<S>`, its words and `</S>`.
+
+If a command was stopped or killed, the same command continues.
 """
 
 import codecs
@@ -32,32 +35,32 @@ SHARDS = {
     "train": [f"news.en-{i:05}-of-00100" for i in range(1, 100)],
     "heldout": [f"news.en.heldout-{i:05}-of-00050" for i in range(50)],
 }
-"""The benchmark's files: the held-out ones are what would be training shard 0."""
+"""File names of the benchmark's shards. The held-out shards take the place of training shard 0."""
 MIN_COUNT = 3
 ENTRY = {"file", "tokens", "sentences", "unknown", "empty", "sha256", "vocabulary", "source"}
-"""Keys of what is kept of a shard."""
+"""Keys of a shard's JSON file."""
 START, END = b"\xfe", b"\xff"
-"""Stand for the marks of a sentence until it is encoded: no word of a UTF-8 text can be one of these."""
+"""Placeholders for the marks of a sentence until it is encoded. No UTF-8 text contains these bytes."""
 
 
 @dataclasses.dataclass
 class Prepare:
-    """Counts words and writes the vocabulary, the shards' token ids and, at the end, manifest.json."""
+    """Write the vocabulary, the shards' token ids and manifest.json."""
 
     source: Path
-    """The benchmark's folder, or the one that it was extracted to."""
+    """Folder of the benchmark, or the folder into which it was extracted."""
     out: Path
-    """Folder to write; what an earlier run finished there is kept."""
+    """Folder to write to. Finished parts of an earlier run are kept."""
     min_count: int | None = None
-    """The vocabulary is the words that the training shards have at least so often; 3 by default."""
+    """Choose as vocabulary all words that occur at least this often in the training shards; 3 by default."""
     top: int | None = None
-    """Or: the most frequent words, so many with the three marks."""
+    """Or choose the most frequent words; this number includes the marks <S>, </S> and <UNK>."""
     vocabulary: Path | None = None
-    """Or: the words of this file, one a line, the three marks among them. Line numbers are ids."""
+    """Or read the vocabulary from this file: one word a line, including the three marks. Line numbers become ids."""
     workers: int | None = None
-    """Processes; by default one for each processor that this one may use."""
+    """Number of processes; by default one for each available processor."""
     allow_missing: bool = False
-    """Go on with fewer shards than the benchmark has."""
+    """Accept fewer shards than the benchmark has."""
 
     def check(self) -> None:
         given = [
@@ -66,7 +69,7 @@ class Prepare:
         if len(given) > 1:
             (a, first), (b, second) = given[:2]
             raise CorpusError(
-                f"--{a.replace('_', '-')} {first} and --{b} {second} both choose the vocabulary; give one of them"
+                f"--{a.replace('_', '-')} {first} and --{b} {second} both choose the vocabulary; pass only one of them"
             )
         for name, least in (("min_count", 1), ("top", len(MARKS) + 1), ("workers", 1)):
             value = getattr(self, name)
@@ -76,7 +79,7 @@ class Prepare:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of sentences, and what is made of it: how often it has each word, and its token ids."""
+    """A file of sentences, and the files made from it: its word counts and its token ids."""
 
     path: Path
     n_bytes: int
@@ -84,8 +87,8 @@ class Shard:
     tokens: Path
 
     def blocks(self, hashed: Any) -> Iterator[bytes]:
-        """Its lines, some MiB at a time, without a byte-order mark. `hashed` of hashlib is updated with all bytes.
-        Raises CorpusError where they are not UTF-8."""
+        """Yields its lines, some MiB at a time, without a byte-order mark. Updates the hashlib object `hashed` with all
+        bytes. Raises CorpusError if they are not UTF-8."""
         before = 0
         with self.path.open("rb") as file:
             while block := file.read(BLOCK_BYTES) + file.readline():
@@ -102,7 +105,7 @@ class Shard:
 
 
 class Index(dict):
-    """Ids of words. Those that the vocabulary lacks, or that look like a mark, are `<UNK>`."""
+    """Maps words to ids. Words outside the vocabulary, or that look like a mark, become `<UNK>`."""
 
     def __init__(self, words: list[bytes]):
         super().__init__((word, i) for i, word in enumerate(words))
@@ -113,7 +116,7 @@ class Index(dict):
         return self.unknown
 
     def encode(self, lines: bytes) -> np.ndarray:
-        """Token ids of whole lines, without the blank ones."""
+        """Returns the token ids of whole lines, skipping blank ones."""
         words = (START + b" " + lines.replace(b"\n", b" " + END + b" " + START + b" ")).split()
         ids = np.fromiter(map(self.__getitem__, words), "<i4", len(words))[:-1]
         blank = np.flatnonzero((ids[:-1] == self.bos) & (ids[1:] == self.eos))
@@ -121,8 +124,8 @@ class Index(dict):
 
 
 def prepare(config: Prepare) -> dict[str, Any]:
-    """Returns what it writes to manifest.json. Raises CorpusError, FileError or FolderInUse; the same call
-    continues."""
+    """Prepares the corpus and returns the content of manifest.json. Raises CorpusError, FileError or FolderInUse;
+    calling it again continues the work."""
     config.check()
     shards = {split: _find_shards(config, split) for split in FOLDERS}
     words = _read_vocabulary(config.vocabulary) if config.vocabulary else None
@@ -131,10 +134,10 @@ def prepare(config: Prepare) -> dict[str, Any]:
 
 
 def _prepare(config: Prepare, shards: dict[str, list[Shard]], words: list[bytes] | None) -> dict[str, Any]:
-    """`words` are those of config.vocabulary; where it names none, they are counted."""
+    """Prepares the shards. `words` are those of config.vocabulary; None counts words to choose the vocabulary."""
     for name in ("counts", *FOLDERS):
         files.make_folder(config.out / name)
-    source_digest = functools.cache(lambda shard: files.sha256(shard.path))  # of shards that seem to be done
+    source_digest = functools.cache(lambda shard: files.sha256(shard.path))  # only shards that seem finished need it
     if words is None:
         words = _count_vocabulary(config, shards["train"], source_digest)
     text = b"\n".join(words) + b"\n"
@@ -177,8 +180,8 @@ def _find_shards(config: Prepare, split: str) -> list[Shard]:
         listed = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         have = len(names) - len(missing)
         raise CorpusError(
-            f"{folder} has {have} of {len(names)} shards and lacks {listed}; complete it, or give --allow-missing to "
-            "do with fewer"
+            f"{folder} has {have} of {len(names)} shards and lacks {listed}; complete it, or pass --allow-missing to "
+            "accept fewer"
         )
     shards = []
     for name in sorted({*names} - {*missing}):
@@ -217,8 +220,8 @@ SourceDigest = Callable[[Shard], str]
 
 
 def _count_vocabulary(config: Prepare, shards: list[Shard], source_digest: SourceDigest) -> list[bytes]:
-    """The marks, then the words of the training shards by falling count; those of the same count in the order of their
-    bytes."""
+    """Returns the marks, then the words of the training shards by decreasing count; words with equal counts are in byte
+    order."""
     pending = [shard for shard in shards if not _is_counted(shard, source_digest)]
     _each(_count, pending, config.workers, f"count {len(pending)} of {len(shards)} shards", lambda n_words: n_words)
     counts: dict[bytes, int] = defaultdict(int)
@@ -234,20 +237,19 @@ def _count_vocabulary(config: Prepare, shards: list[Shard], source_digest: Sourc
     if not words:
         most = max(counts.values(), default=0)
         raise CorpusError(
-            f"no word is in the training shards {least} times, the most frequent one is there {most} times; lower "
+            f"no word occurs {least} times in the training shards, the most frequent one occurs {most} times; lower "
             "min_count"
         )
     words = [*marks, *words]
     if config.top and config.top > len(words):
         raise CorpusError(
-            f"top {config.top} is more than the {len(words)} that the words of the training shards and the marks "
-            "make; lower it"
+            f"top must be at most {len(words)}, the number of words in the training shards and marks, got {config.top}"
         )
     return words[: config.top]
 
 
 def _is_counted(shard: Shard, source_digest: SourceDigest) -> bool:
-    """True if an earlier run has counted this very source, and its counts are undamaged."""
+    """True if an earlier run has counted this same source, and the counts are undamaged."""
     if not shard.counts.is_file():
         return False
     first, _, lines = shard.counts.read_bytes().partition(b"\n")
@@ -259,8 +261,7 @@ def _counts_header(shard: Shard, lines: bytes, source_sha256: str) -> bytes:
 
 
 def _count(shard: Shard) -> int:
-    """Writes how often the shard has each word, behind its own name, size and digests, and returns how many words it
-    has."""
+    """Writes the shard's word counts, after a line with its name, size and digests. Returns the number of words."""
     counts: Counter[bytes] = Counter()
     source_sha256 = hashlib.sha256()
     for block in shard.blocks(source_sha256):
@@ -272,7 +273,8 @@ def _count(shard: Shard) -> int:
 
 
 def _finished(shard: Shard, digest: str, source_digest: SourceDigest) -> dict[str, Any] | None:
-    """What an earlier run says of the shard, if its token ids are those of this source and vocabulary, undamaged."""
+    """Returns the shard's JSON from an earlier run, or None unless its token ids are undamaged and those of this source
+    and vocabulary."""
     try:
         entry = files.read_sealed(shard.tokens.with_suffix(".json"))
         if entry.keys() != ENTRY or (entry["vocabulary"], 4 * entry["tokens"]) != (digest, shard.tokens.stat().st_size):
@@ -285,18 +287,18 @@ def _finished(shard: Shard, digest: str, source_digest: SourceDigest) -> dict[st
 
 @functools.lru_cache(maxsize=1)
 def _index(path: Path, digest: str) -> Index:
-    """Built once in a process. The digest tells vocabularies apart that take turns at the same path."""
+    """Builds the index once in a process. The digest distinguishes vocabularies that are written to the same path."""
     return Index(path.read_bytes().removesuffix(b"\n").split(b"\n"))
 
 
 def _tokenise(shard: Shard, digest: str) -> dict[str, Any]:
-    """Writes the shard's token ids, and what is returned to the JSON file beside them."""
+    """Writes the shard's token ids and, beside them, the JSON file whose content it returns."""
     out = shard.tokens.parents[1]
     index = _index(out / "vocabulary.txt", digest)
     lines = 0
     totals = dict.fromkeys(("tokens", "sentences", "unknown"), 0)
     source_sha256, sha256 = hashlib.sha256(), hashlib.sha256()
-    shard.tokens.with_suffix(".json").unlink(missing_ok=True)  # it speaks of other tokens
+    shard.tokens.with_suffix(".json").unlink(missing_ok=True)  # it describes the old tokens
     with files.writing(shard.tokens) as file:
         for block in shard.blocks(source_sha256):
             ids = index.encode(block)
@@ -327,8 +329,8 @@ def _each(
     description: str,
     n_words: Callable[[Any], int],
 ) -> dict[Shard, Any]:
-    """The function's result for every shard, computed in processes, or in this one where one is enough. Prints the
-    speed."""
+    """Returns the function's result for every shard, computed in worker processes, or in this one if one is enough.
+    Prints the speed."""
     if not shards:
         return {}
     start, results, n_bytes = time.monotonic(), {}, sum(shard.n_bytes for shard in shards)
@@ -363,7 +365,7 @@ def work(arguments: list[str]) -> None:
         )
         share = unknown / (tokens - 2 * sentences)
         show(
-            f"{split}: {tokens:,} tokens in {sentences:,} sentences, {share:.2%} of the words {UNKNOWN}, "
+            f"{split}: {tokens:,} tokens in {sentences:,} sentences, {share:.2%} of the words are {UNKNOWN}, "
             f"{empty:,} blank lines skipped"
         )
 

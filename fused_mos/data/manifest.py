@@ -1,4 +1,4 @@
-"""What `prepare` says at its end of a corpus in the form of the One Billion Word benchmark: manifest.json."""
+"""The file manifest.json, which describes a corpus prepared by `lm1b.prepare`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,24 +10,23 @@ FOLDERS = {"train": "training-monolingual.tokenized.shuffled", "heldout": "heldo
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `prepare` wrote to the folder. Raises CorpusError."""
+    """Returns the manifest that `prepare` wrote to the folder. Raises CorpusError."""
     path = folder / "manifest.json"
     if not path.is_file():
-        raise CorpusError(f"there is no {path}; run python -m fused_mos.data.lm1b prepare first, to its end")
+        raise CorpusError(f"there is no {path}; first run python -m fused_mos.data.lm1b prepare to its end")
     try:
         manifest = files.read_sealed(path)
     except files.FileError as error:
         raise CorpusError(f"{error}, or run python -m fused_mos.data.lm1b prepare again") from None
     if manifest.get("format") != 1 or not _is_complete(manifest):
         raise CorpusError(
-            f"{path} is not of format 1, which python -m fused_mos.data.lm1b prepare writes; run it first, with "
-            "another --out"
+            f"{path} is not of format 1, which python -m fused_mos.data.lm1b prepare writes; run it with another --out"
         )
     return manifest
 
 
 def _is_complete(manifest: dict[str, Any]) -> bool:
-    """True if the manifest says of the vocabulary and of each shard, at least one a split, what is read of it."""
+    """True if the manifest has all fields of the vocabulary and of each shard, with at least one shard per split."""
     try:
         texts = [manifest["vocabulary"]["sha256"]]
         for split in FOLDERS:

@@ -1,7 +1,6 @@
-"""A real text that every machine with Python has: the language reference behind `help("topics")`.
+"""The sample text, which ships with Python: the language reference behind `help("topics")`.
 
-CPython ships it as pydoc_data.topics: some 80 articles, 65,000 white-space words. It is what the commands train on
-where nobody names a corpus.
+CPython has it as pydoc_data.topics, about 80 articles and 65,000 words. The commands train on it if no corpus is given.
 """
 
 import platform
@@ -15,13 +14,13 @@ from . import lm1b
 from .corpus import SPLITS, UNKNOWN, CorpusError
 
 TOKEN = re.compile(r"[a-z_]+|\d+|([^\sa-z_\d])\1*")
-"""A word, a number, or a run of one punctuation mark (headings are underlined with runs)."""
+"""A word, a number, or a run of one punctuation mark (runs underline headings)."""
 
 NAME = "Python's own documentation"
 
 
 def paragraphs() -> list[list[str]]:
-    """Lower-cased words, numbers (as N, as in the Penn Treebank) and punctuation, paragraph by paragraph.
+    """Returns the tokens of each paragraph: lower-cased words, numbers (as N, like Penn Treebank) and punctuation.
 
     Raises CorpusError if this Python has no pydoc_data.
     """
@@ -29,7 +28,7 @@ def paragraphs() -> list[list[str]]:
         from pydoc_data.topics import topics
     except ImportError:
         raise CorpusError(
-            "this Python ships no pydoc_data.topics, the sample text; Debian has it in libpython3-stdlib, "
+            "this Python has no pydoc_data.topics, the sample text; install it (Debian: libpython3-stdlib) "
             "or name a corpus with --data"
         ) from None
     found = (
@@ -41,10 +40,10 @@ def paragraphs() -> list[list[str]]:
 
 
 def texts(min_count: int = 3) -> dict[str, str]:
-    """The text's train, valid and test, a paragraph a line.
+    """Returns the splits train, valid and test, one paragraph a line.
 
-    Of each ten paragraphs one goes to valid and one to test, which keeps the three alike. Words that train.txt
-    has fewer than `min_count` times, anywhere, become `<unk>`.
+    One paragraph in ten goes to valid and one to test, so that the splits are alike. Words that occur fewer than
+    `min_count` times in train become `<unk>` in all splits.
 
     Raises CorpusError if this Python has no pydoc_data.
     """
@@ -66,7 +65,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def is_corpus(folder: Path) -> bool:
-    """True if `folder` has nothing else than `write_corpus` writes, all of it or what a kill left."""
+    """True if `folder` only has files that `write_corpus` writes, even if it was killed before it wrote them all."""
     if not folder.is_dir():
         return False
     known = {f"{split}.txt": text.encode() for split, text in texts().items()}
@@ -75,8 +74,8 @@ def is_corpus(folder: Path) -> bool:
 
 
 def write_benchmark(folder: Path) -> None:
-    """Writes the text in the form of the One Billion Word benchmark: shuffled paragraphs, one a line, in three training
-    shards and a held-out one. Raises CorpusError if this Python has no pydoc_data, FileError."""
+    """Writes the text in the format of the One Billion Word benchmark: shuffled paragraphs, one a line, in three
+    training shards and a held-out one. Raises FileError, or CorpusError if this Python has no pydoc_data."""
     lines = [" ".join(paragraph) + "\n" for paragraph in paragraphs()]
     random.Random(0).shuffle(lines)
     shards = [("train", name) for name in lm1b.SHARDS["train"][:3]] + [("heldout", lm1b.SHARDS["heldout"][0])]
@@ -88,7 +87,7 @@ def write_benchmark(folder: Path) -> None:
 
 
 def _folders() -> tuple[Path, Path]:
-    """Where the user's cache has the corpus, and its benchmark form."""
+    """Returns the folders of the corpus and of its benchmark format in the user's cache."""
     cache, python = files.cache_folder(), f"python-{platform.python_version()}"
     return cache / f"sample-{python}", cache / f"sample-1b-{python}"
 
@@ -100,7 +99,7 @@ def is_sample(data: Path) -> bool:
 
 
 def cached_corpus() -> Path:
-    """Returns a folder of `write_corpus` in the user's cache, which is written once."""
+    """Returns a folder in the user's cache with the files of `write_corpus`, which are written once."""
     folder, _ = _folders()
     with files.FolderLock(folder, wait=True):
         if not all((folder / f"{split}.txt").is_file() for split in SPLITS):
@@ -109,7 +108,7 @@ def cached_corpus() -> Path:
 
 
 def cached_benchmark() -> Path:
-    """Returns a prepared corpus of `write_benchmark` in the user's cache, which is written once."""
+    """Returns a folder in the user's cache with the prepared text of `write_benchmark`, which is written once."""
     _, folder = _folders()
     with files.FolderLock(folder, wait=True):
         if not (folder / "prepared" / "manifest.json").is_file():

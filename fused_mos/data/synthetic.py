@@ -1,10 +1,10 @@
-"""A language whose rank and entropy are known, for seeing what the rank of a softmax costs (Yang et al. 2018, section
-2).
+"""Write texts of a language whose rank and entropy are known (Yang et al. 2018, section 2).
 
-    python -m fused_mos.data.synthetic --out FOLDER [--n-words 1000] [--rank 65] [--concentration 2.5]
+    python -m fused_mos.data.synthetic --out DIR [--n-words 1000] [--rank 65] [--concentration 2.5]
 
-writes train.txt, valid.txt and test.txt, which fused_mos.train reads, and language.json with the perplexity that no
-model can beat.
+Writes train.txt, valid.txt and test.txt, to measure with fused_mos.train what a low rank costs.
+
+language.json has the perplexity that no model can beat.
 """
 
 import dataclasses
@@ -19,26 +19,26 @@ from ..runtime import UserError, command, files
 from ..runtime.text import show
 
 LARGEST = 2**31
-"""Sizes are below this."""
+"""Upper bound of sizes, exclusive."""
 
 
 class SyntheticLanguage:
-    """Each word depends on the one before it alone, and the matrix of log p(next word | word) has the given rank.
+    """A bigram language, in which the matrix of log p(next word | word) has the given rank.
 
-    Its logits are products of Gaussian vectors of rank − 1 features, so that a softmax over that many can be right, and
-    over fewer cannot: all that a row of logits is free to do is to be shifted (section 2.2). The row's normaliser is
-    the one dimension more.
+    Its logits are products of Gaussian vectors with rank − 1 features. A softmax over that many features can express
+    it, and one over fewer cannot, since log-probabilities determine a row of logits up to a shift (section 2.2). The
+    normalisers of the rows add one to the rank.
 
     Args:
-        n_words: words V, of which the first ends a line.
-        rank: of the matrix of log-probabilities, from 2 to V.
+        n_words: vocabulary size V; the first word ends a line.
+        rank: rank of the matrix of log-probabilities, from 2 to V.
         concentration: standard deviation of the logits, in nats; 0 would be uniform.
-        seed: of the language, not of its texts.
+        seed: seed of the language, not of its texts.
 
     Attributes:
         log_prob: (V, V) float64; row u holds log p(v | u).
-        stationary: (V,) float64, how often each word occurs in a long text.
-        entropy: of a word given the one before it, in nats: what no model's loss can be below.
+        stationary: (V,) float64, relative frequency of each word in a long text.
+        entropy: entropy of a word given the previous one, in nats. No model's expected loss is lower.
 
     Raises ValueError for an argument out of its range.
     """
@@ -50,7 +50,7 @@ class SyntheticLanguage:
             raise ValueError(f"rank must be from 2 to n_words = {n_words}, got {rank}")
         if not (concentration > 0 and math.isfinite(concentration)):
             raise ValueError(f"concentration must be positive and finite, got {concentration}")
-        if not 0 <= seed < 2**62:  # with room for the seeds of its texts
+        if not 0 <= seed < 2**62:  # leaves room for the seeds of its texts
             raise ValueError(f"seed must be in [0, 2**62), got {seed}")
         generator = torch.Generator().manual_seed(seed)
         context, word = (torch.randn(n_words, rank - 1, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -64,8 +64,7 @@ class SyntheticLanguage:
         return len(self.log_prob)
 
     def cross_entropy(self, log_prob: Tensor) -> float:
-        """Expected loss in nats a word of a model with these log-probabilities (V, V), exactly: over all texts, not
-        over a sample."""
+        """Returns the exact expected loss, in nats per word, of a model with these log-probabilities (V, V)."""
         if log_prob.shape != self.log_prob.shape:
             raise ValueError(
                 f"log_prob must be (n_words, n_words) = {tuple(self.log_prob.shape)}, got {tuple(log_prob.shape)}"
@@ -73,10 +72,10 @@ class SyntheticLanguage:
         return -(self.stationary @ (self.log_prob.exp() * log_prob.double()).sum(1)).item()
 
     def sample(self, n: int, seed: int) -> Tensor:
-        """A text of n words (n,) int64, which begins in the stationary distribution. Each seed is another text."""
+        """Returns a text (n,) int64 of n words, whose first word is drawn from the stationary distribution."""
         uniform = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         until = self.log_prob.exp().cumsum(1).clamp_(max=1)
-        until[:, -1] = 1  # where rounding left it below
+        until[:, -1] = 1  # rounding may leave it below
         words = torch.empty(n, dtype=torch.int64)
         cumulative = self.stationary.cumsum(0)
         for i, u in enumerate(uniform):
@@ -86,7 +85,7 @@ class SyntheticLanguage:
 
 
 def _stationary(transition: Tensor) -> Tensor:
-    """The distribution that stays itself, of a matrix all of whose entries are positive: unique."""
+    """Returns the unique stationary distribution of a transition matrix with positive entries."""
     n = len(transition)
     equations = torch.cat(
         [transition.T - torch.eye(n, dtype=transition.dtype), torch.ones(1, n, dtype=transition.dtype)]
@@ -102,22 +101,22 @@ class Flags:
     out: Path
     """Folder to write to."""
     n_words: int = 1000
-    """Size of the vocabulary; the first word is the end of a line."""
+    """Vocabulary size; the first word is the end of a line."""
     rank: int = 65
-    """Rank of the matrix of log-probabilities: a softmax needs rank − 1 features."""
+    """Rank of the matrix of log-probabilities. A softmax needs rank − 1 features to express it."""
     concentration: float = 2.5
     """Standard deviation of the logits, in nats."""
     seed: int = 0
-    """Seed of the language and its texts."""
+    """Random seed of the language and its texts."""
     train: int = 1_000_000
-    """Words of train.txt."""
+    """Number of words in train.txt."""
     heldout: int = 100_000
-    """Words of valid.txt and of test.txt."""
+    """Number of words in each of valid.txt and test.txt."""
 
 
 def write(config: Flags) -> dict[str, float]:
-    """Writes the folder and returns what language.json holds. Raises ValueError for a text too short to contain each
-    word, FolderOccupied for a folder that holds something else than such a language, FolderInUse."""
+    """Writes the folder and returns the content of language.json. Raises ValueError for sizes out of range, or a text
+    too short to contain each word; FolderOccupied for a folder with other content; FolderInUse."""
     for name in ("train", "heldout"):
         if not 1 <= getattr(config, name) < LARGEST:
             raise ValueError(f"{name} must be in [1, 2**31), got {getattr(config, name)}")
@@ -130,8 +129,8 @@ def write(config: Flags) -> dict[str, float]:
     }
     if missing := config.n_words - len(texts["train"].unique()):
         raise ValueError(
-            f"train must be longer for each of n_words = {config.n_words} words to occur in it: {config.train} words "
-            f"lack {missing}"
+            f"train must be long enough for all n_words = {config.n_words} words to occur, got {config.train}, with "
+            f"{missing} words missing"
         )
     files.refuse_foreign(config.out, lambda path: path.name == "language.json")
     facts = {
@@ -143,11 +142,11 @@ def write(config: Flags) -> dict[str, float]:
         "seed": config.seed,
     }
     with files.FolderLock(config.out):
-        # first: what a kill leaves can be told from a folder of something else
+        # written first, so that a folder left by a kill is recognised
         files.write_json(config.out / "language.json", facts)
         words = ["\n"] + [f"w{i} " for i in range(1, config.n_words)]
         for split, tokens in texts.items():
-            # a line's end is a word, and the corpus ends the last line by itself
+            # a newline is a word; Corpus adds the one that ends the last line
             files.write_text(config.out / f"{split}.txt", "".join(words[i] for i in tokens.tolist()))
     return facts
 
@@ -159,7 +158,7 @@ def work(arguments: list[str]) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     show(
-        f"{config.out}: {config.n_words} words, rank {config.rank}; no model's perplexity can be below "
+        f"{config.out}: {config.n_words} words, rank {config.rank}; the lowest possible perplexity is "
         f"{facts['perplexity']:.2f}"
     )
 

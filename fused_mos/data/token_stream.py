@@ -1,8 +1,7 @@
-"""The prepared One Billion Word shards as parallel columns of text, read from memory-mapped files.
+"""Reads prepared One Billion Word shards as parallel columns of text, from memory-mapped files.
 
-A *column* is one line of text that a row of the batch reads on and on. Columns are numbered over the whole job: each
-rank reads its own span of them, so what a column reads, and its hidden state, do not depend on how many ranks there
-are.
+A *column* is one of the parallel texts of a batch. Columns are numbered over all ranks, and each rank reads a range of
+them, so a column's text and hidden state do not depend on the number of ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,24 +20,25 @@ from .lm1b import BOS
 from .manifest import read_manifest
 
 COUNTED_AT_ONCE = 1 << 22
-"""Tokens of which numpy makes a copy in 8 bytes each."""
+"""Tokens to count at once: numpy copies them to 8 bytes each."""
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A shard of int32 words: each sentence <S>, its words, </S>."""
+    """A shard of int32 token ids. Each sentence is <S>, its words and </S>."""
 
     path: Path
     n_tokens: int
     sha256: str
 
     def open(self) -> np.ndarray:
-        """(n_tokens,) int32, memory-mapped. Raises CorpusError where the file is not of the manifest's length."""
+        """Returns the tokens (n_tokens,) int32, memory-mapped. Raises CorpusError if the file is missing or its length
+        is not that in the manifest."""
         try:
             size = self.path.stat().st_size
         except FileNotFoundError:
             raise CorpusError(
-                f"the shard {self.path} is missing; prepare the corpus again, finished shards are kept"
+                f"the shard {self.path} is missing; prepare the corpus again (finished shards are kept)"
             ) from None
         if size != 4 * self.n_tokens:
             raise CorpusError(
@@ -47,7 +47,8 @@ class TokenFile:
         return np.memmap(self.path, dtype="<i4", mode="r")
 
     def check(self, progress: Callable[[int], Any]) -> None:
-        """Raises CorpusError unless the content is that of the manifest. `progress` is told the bytes read."""
+        """Raises CorpusError unless the content has the manifest's digest. Calls `progress` with the number of bytes
+        after each read."""
         self.open()
         if (digest := sha256(self.path, progress)) != self.sha256:
             raise CorpusError(
@@ -57,9 +58,9 @@ class TokenFile:
 
 
 class PreparedCorpus:
-    """What `python -m fused_mos.data.lm1b prepare` wrote to `folder`.
+    """A corpus written to `folder` by `python -m fused_mos.data.lm1b prepare`.
 
-    Raises CorpusError where the folder is not a prepared corpus, or a file of it is missing or of another length.
+    Raises CorpusError if the folder is not a prepared corpus, or a file is missing or has the wrong length.
     """
 
     def __init__(self, folder: Path):
@@ -80,7 +81,7 @@ class PreparedCorpus:
             file.open()
 
     def check(self, rank: int = 0, n_ranks: int = 1) -> None:
-        """Compares the digests of the files that are this rank's to check; see `TokenFile.check`."""
+        """Verifies the digests of this rank's share of the files; see `TokenFile.check`."""
         files = [*self.train, *self.heldout][rank::n_ranks]
         n_bytes = 4 * sum(f.n_tokens for f in files)
         with bar(desc="check shards", unit="bytes", total=n_bytes, leave=False, disable=rank > 0) as shown:
@@ -88,7 +89,7 @@ class PreparedCorpus:
                 file.check(shown.update)
 
     def count_targets(self, rank: int = 0, n_ranks: int = 1) -> Tensor:
-        """How often each word is to be predicted in the training shards that are this rank's to count, (V,) int64."""
+        """Returns how often each word is a target in this rank's share of the training shards, (V,) int64."""
         counts = np.zeros(len(self.vocabulary), dtype=np.int64)
         for file in self.train[rank::n_ranks]:
             text = file.open()
@@ -100,11 +101,11 @@ class PreparedCorpus:
 
 @dataclass
 class Position:
-    """Where training stands in the corpus: what a checkpoint keeps of the data, the same on all ranks."""
+    """Position of training in the corpus, the same on all ranks; part of a checkpoint."""
 
     epoch: int = 0
-    shard: int = 0  # of the epoch's order
-    row: int = 0  # of the shard
+    shard: int = 0  # index in the epoch's order
+    row: int = 0  # row within the shard
 
 
 class Segment(NamedTuple):
@@ -112,27 +113,27 @@ class Segment(NamedTuple):
 
     inputs: Tensor  # (T, columns of this rank) int64
     targets: Tensor  # (T, columns of this rank) int64
-    words: int  # to predict, in the columns of all ranks
+    words: int  # number of targets in the columns of all ranks
 
 
 @dataclass
 class TrainStream:
-    """Segments of training text, shard after shard, in an order that the seed and the epoch give.
+    """Yields segments of training text, shard after shard, in an order that depends on the seed and the epoch.
 
-    Each shard is cut into as many columns as the whole batch has; the last few tokens, fewer than columns, are left
-    out. A hidden state is carried from a shard to the next. The last segment of a shard may have a single row. (The
-    published code of AWD-LSTM skips such a segment: its temporal regularisation would be NaN. There is none here.)
+    Each shard is cut into `n_columns` columns; the remaining tokens, fewer than n_columns, are left out. The hidden
+    state is carried from shard to shard. The last segment of a shard may have a single row. (AWD-LSTM's published code
+    skips such segments, since its temporal regularisation would be NaN. There is none here.)
 
     Args:
         files: the training shards.
-        n_columns: of the batch over all ranks.
-        columns: those of this rank.
-        bptt: rows of a segment; the last of a shard may have fewer.
-        bos: the token that is no word to predict.
-        seed: of the order.
+        n_columns: number of columns over all ranks.
+        columns: the columns of this rank.
+        bptt: rows in a segment; the last one of a shard may have fewer.
+        bos: the token <S>, which is never a target.
+        seed: seed of the order.
         position: where to start.
 
-    Raises CorpusError where a shard is too short for `n_columns` columns.
+    Raises CorpusError if a shard is too short for `n_columns` columns.
     """
 
     files: list[TokenFile]
@@ -152,7 +153,7 @@ class TrainStream:
                 )
 
     def go_to(self, position: Position) -> None:
-        """The segments go on from `position`. Raises ValueError where the text has no such."""
+        """Continues from `position`. Raises ValueError if it is outside the text."""
         shards = len(self.files)
         if not (0 <= position.epoch < 2**62 and 0 <= position.shard < shards):
             raise ValueError(f"position must be in one of {shards} shards of an epoch, got {position}")
@@ -171,16 +172,16 @@ class TrainStream:
 
     @property
     def fraction(self) -> float:
-        """Epochs done, with the share of the present one."""
+        """Number of epochs done, including the fraction of the current one."""
         done = sum(
             self.files[i].n_tokens // self.n_columns - 1 for i in self.order(self.position.epoch)[: self.position.shard]
         )
         return self.position.epoch + (done + self.position.row) / self.rows_per_epoch
 
     def segments(self) -> Iterator[Segment]:
-        """The segments from `position`, which is moved before each is handed out, to the end of the epoch.
+        """Yields the segments from `position` to the end of the epoch. `position` moves before each is yielded.
 
-        All ranks have all of the text, so each counts the words of all by itself instead of asking the others.
+        Each rank counts the words of all ranks itself, since it has all of the text.
         """
         position, order = self.position, self.order(self.position.epoch)
         while position.shard < len(order):
@@ -205,12 +206,14 @@ class TrainStream:
 def evaluation_segments(
     file: TokenFile, bos: int, n_columns: int, columns: range, bptt: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A held-out shard as segments (T, columns of this rank) of all its sentences: the columns start with sentences, so
-    that every word is predicted once whatever their number. Behind the end of a column stands `bos`, which is no
-    target."""
+    """Yields a whole held-out shard as segments (T, columns of this rank).
+
+    Each column starts with a sentence, so every word is predicted once for any number of columns. Shorter columns are
+    padded with `bos`, which is never a target.
+    """
     text = file.open()
     starts = np.flatnonzero(text == bos)
-    # the sentences nearest to equal shares of the tokens; a column may have none
+    # columns start at the sentences nearest to equal shares of the tokens; a column may be empty
     bounds = np.append(
         starts[np.minimum(np.searchsorted(starts, np.arange(n_columns) * len(text) / n_columns), len(starts) - 1)],
         len(text),

@@ -1,4 +1,4 @@
-"""A function over many items in worker processes, which end with their parent however that ends."""
+"""Maps a function over items in worker processes, which end when their parent does, even if it is killed."""
 
 import multiprocessing
 import os
@@ -18,15 +18,15 @@ Result = TypeVar("Result")
 
 
 def usable_processors() -> int:
-    """Processors that this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Yields (item, result) as they come. Raises CorpusError where a worker is killed, and what `function` raises."""
-    # a server that has imported this package forks workers at once; where there is none, each imports it
+    """Yields (item, result) as they finish. Raises CorpusError if a worker is killed, and what `function` raises."""
+    # a fork server imports this package once for all workers; with spawn, each worker imports it
     context = multiprocessing.get_context(
         "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     )
@@ -39,7 +39,7 @@ def in_processes(
                 yield futures[future], future.result()
         except BrokenProcessPool:
             raise CorpusError(
-                "a worker process was killed, perhaps for want of memory; run the same command, which continues"
+                "a worker process was killed, perhaps for lack of memory; run the same command to continue"
             ) from None
         except (KeyboardInterrupt, signals.Stopped, GeneratorExit):
             ours.close()
@@ -49,7 +49,7 @@ def in_processes(
 
 
 def _start_worker(pipe: Connection) -> None:
-    """Leaves Ctrl-C to the parent. Its end of the pipe closes where the parent stops or is killed, and the worker ends
-    with it."""
+    """Leaves Ctrl-C to the parent. When the parent stops or is killed, its end of the pipe closes, and the worker
+    exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: pipe.poll(None) and os._exit(1), daemon=True).start()

@@ -1,6 +1,6 @@
-"""How commands run: the errors they show, the files they leave, their progress bars, and the signals that stop them.
+"""The runtime of commands: error messages, durable files, progress bars and signals.
 
-Nothing here knows a model or a corpus, or imports torch.
+Nothing here depends on models or corpora, or imports torch.
 """
 
 from .errors import UserError

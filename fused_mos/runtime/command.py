@@ -1,4 +1,4 @@
-"""The frame of every command: it parses flags, prints errors in one line, and ends with the right status."""
+"""The frame of every command: parses flags, prints errors in one line, and returns the exit status."""
 
 import argparse
 import contextlib
@@ -15,27 +15,30 @@ from .text import show
 Config = TypeVar("Config")
 
 program = ""
-"""What usage lines call the command, where that is not `python -m` and its module."""
+"""Name of the command in usage lines; by default `python -m` and its module."""
 
-CONTINUES = "the same command continues"
+CONTINUES = "run the same command to continue"
 
-BROKEN_PIPE = 128 + 13  # as of a program that SIGPIPE ends
+BROKEN_PIPE = 128 + 13  # status of a program killed by SIGPIPE
 
 
 def parse(
     config_type: type[Config] | UnionType, command: str, description: str, arguments: list[str], **options: Any
 ) -> Config:
-    """Flags as a dataclass, by tyro, those of a nested dataclass without its name in front. Exits with status 0 after
-    --help, with 2 for a flag that does not exist.
+    """Parses flags into a dataclass with tyro. Flags of nested dataclasses have no prefix. Exits with status 0 after
+    --help, and with 2 for an unknown flag.
 
     Args:
-        config_type: a dataclass, or a union of them for subcommands; its fields' docstrings are the help.
-        options: for `tyro.cli`, such as `default`.
+        config_type: a dataclass, or a union of dataclasses for subcommands. The docstrings of its fields are the help.
+        command: module of the command, for usage lines.
+        description: help text of the command.
+        arguments: the command line.
+        options: further arguments of `tyro.cli`, such as `default`.
     """
-    import tyro  # here: it takes a while, and not every use of a command's module parses
+    import tyro  # imported here: it is slow, and not every import of a command's module parses flags
 
     return tyro.cli(
-        cast(type[Config], config_type),  # whose stubs know no union
+        cast(type[Config], config_type),  # tyro's stubs do not accept unions
         prog=program or f"python -m fused_mos.{command}",
         description=description,
         args=arguments,
@@ -47,18 +50,18 @@ def parse(
 def run(work: Callable[[list[str]], int | None], arguments: list[str] | None = None, interrupted: str = "") -> int:
     """Runs a command and returns its exit status.
 
-    | what happens | what the user sees | status |
+    | event | output | status |
     |---|---|---|
-    | `work` returns | | what it returns, or 0 |
-    | UserError, OSError, no memory left | `error: …` on stderr | 2 |
-    | TimeLimitReached | on stdout that the same command continues | 0 |
+    | `work` returns | | its return value, or 0 |
+    | UserError, OSError, out of memory | `error: …` on stderr | 2 |
+    | TimeLimitReached | on stdout, how to continue | 0 |
     | SIGINT, SIGTERM | `stopped; ` and `interrupted` on stderr | 130, 143 |
-    | nobody reads stdout any longer | nothing | 141 |
+    | stdout was closed by its reader | nothing | 141 |
 
     Args:
-        work: takes the command line's arguments.
-        arguments: those of this process by default.
-        interrupted: how to go on after a signal; "" for a command that leaves nothing to go on with.
+        work: the command; takes the command line's arguments.
+        arguments: the command line; by default that of this process.
+        interrupted: tells the user how to continue after a signal; "" if nothing was saved.
     """
     _repair_streams()
     rank = os.environ.get("RANK", "0")
@@ -68,7 +71,7 @@ def run(work: Callable[[list[str]], int | None], arguments: list[str] | None = N
             sys.stdout.flush()
             return status or 0
     except BrokenPipeError:
-        # what is still buffered goes nowhere, so that the interpreter's last flush finds nothing to complain of
+        # discard what is still buffered, so that the interpreter's last flush does not fail
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
@@ -91,7 +94,8 @@ def run(work: Callable[[list[str]], int | None], arguments: list[str] | None = N
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """True for what Python or torch, which this module does not import, raise where they get no memory."""
+    """True for the errors of Python and torch when an allocation fails; torch's are matched by name and message, since
+    this module does not import torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return any(words in str(error) for words in ("can't allocate memory", "Storage size calculation overflowed"))
@@ -104,10 +108,9 @@ def _in_words(error: Exception) -> str:
 
 
 def _repair_streams() -> None:
-    """Makes prints work whatever the caller did: closed streams go nowhere, characters that an encoding lacks become
+    """Makes printing safe: discards output to closed streams, and replaces characters that the encoding lacks by
     question marks."""
-    # files that are opened later must not get the numbers of closed streams, or what others write there would be in
-    # them
+    # occupy the descriptors 0 to 2: a file opened later must not get one, or prints would end up in it
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -120,7 +123,8 @@ def _repair_streams() -> None:
 
 
 def peek(arguments: list[str], *names: str) -> dict[str, str | None]:
-    """The values of some flags, without their dashes, before all flags are known; None for one that is not given."""
+    """Returns the values of a few flags before the full parse. `names` are without dashes; a flag that is not given is
+    None."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in names:
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", dest=name)

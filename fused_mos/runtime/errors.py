@@ -1,5 +1,5 @@
-"""The base of all errors that a user can mend."""
+"""The base class of all errors that a user can fix."""
 
 
 class UserError(Exception):
-    """Says in one line what was wrong and what to do; a command prints that line and exits with status 2."""
+    """Tells in one line what is wrong and what to do. A command prints that line and exits with status 2."""

@@ -1,6 +1,6 @@
-"""Durable files: complete or absent after a kill at any moment, and one writer a folder.
+"""Durable files, which are complete or absent after a kill at any moment, and folders with one writer at a time.
 
-A file is written beside its name, forced to the disk, and renamed; then its folder is forced to the disk, too.
+A file is written under a temporary name, flushed to disk and renamed; then its folder is flushed to disk, too.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from .text import show
 
 try:
     import fcntl
-except ImportError:  # not a Unix: nothing to lock with
+except ImportError:  # not Unix: no locks
     fcntl = None  # type: ignore[assignment]
 
 PARTIAL = ".partial"
 """Suffix of a file or folder that is being written."""
 
 LOCK = ".lock"
-"""Name of the file in a folder that its writer holds locked."""
+"""Name of the lock file in a folder."""
 
 
 class FileError(UserError, OSError):
-    """A file that could not be written, with its path and the reason."""
+    """A file cannot be read or written. The message names its path and the reason."""
 
 
 class FolderInUse(UserError):
@@ -42,12 +42,11 @@ class FolderInUse(UserError):
 
 
 class FolderOccupied(UserError):
-    """The folder holds what its writer does not know."""
+    """The folder has content that its writer does not recognise."""
 
 
 def refuse_foreign(folder: Path, belongs: Callable[[Path], bool]) -> None:
-    """Raises FolderOccupied if the folder holds something, but nothing that `belongs` to what is to be written, or is
-    no folder."""
+    """Raises FolderOccupied if `folder` is not a folder, or has content of which nothing satisfies `belongs`."""
     if not folder.exists():
         return
     if folder.is_dir():
@@ -58,8 +57,8 @@ def refuse_foreign(folder: Path, belongs: Callable[[Path], bool]) -> None:
 
 
 def real(path: Path) -> Path:
-    """The path without symbolic links; as it is where they lead in a circle, for which Path.resolve raises RuntimeError
-    before Python 3.13."""
+    """Resolves symbolic links. Unlike Path.resolve before Python 3.13, it does not raise RuntimeError for links in a
+    circle."""
     return Path(os.path.realpath(path))
 
 
@@ -67,15 +66,15 @@ def real(path: Path) -> Path:
 
 
 def check_regular(path: Path) -> None:
-    """Raises FileError for a pipe or a device, also behind a symbolic link: reading it might never end."""
+    """Raises FileError for a pipe or a device, or a symbolic link to one: reading it might never end."""
     with explained(path):
         mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, reading tells
-        raise FileError(f"{path} is no regular file; restore it or move it away")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # for a folder, reading raises
+        raise FileError(f"{path} is not a regular file; restore it or move it away")
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text. Raises FileError."""
+    """Reads a UTF-8 text. Raises FileError."""
     check_regular(path)
     with explained(path):
         content = path.read_bytes()
@@ -87,7 +86,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """The value of a JSON file, which must be of this kind. Raises FileError."""
+    """Reads a JSON file, whose value must be of type `kind`. Raises FileError."""
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -98,24 +97,22 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote, without the digest; also a file that has none, as versions before 0.2 wrote it. Raises
-    FileError where content and digest do not fit."""
+    """Reads what `write_sealed` wrote, without the digest. Accepts files of versions before 0.2, which have no digest.
+    Raises FileError if the content does not match the digest."""
     value = read_json(path)
     seal = value.pop("digest", None)
     if seal not in (None, _json_digest(value)):
-        raise FileError(
-            f"{path} is damaged: its content does not have the digest that it was written with; restore it or "
-            "move it away"
-        )
+        raise FileError(f"{path} is damaged: its content does not match its digest; restore it or move it away")
     return value
 
 
 DIGEST_BLOCK = 1 << 24
-"""Bytes read at once for a file's digest."""
+"""Bytes to read at once for a file's digest."""
 
 
 def sha256(path: Path, progress: Callable[[int], Any] = lambda n_bytes: None) -> str:
-    """SHA-256 of a file, in hexadecimal digits. `progress` is told the bytes read. Raises FileError."""
+    """SHA-256 of a file, in hexadecimal digits. Calls `progress` with the number of bytes after each read. Raises
+    FileError."""
     check_regular(path)
     digest = hashlib.sha256()
     with explained(path), path.open("rb") as file:
@@ -130,23 +127,23 @@ def sha256(path: Path, progress: Callable[[int], Any] = lambda n_bytes: None) ->
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns an OSError of what is done inside into a FileError that names `path` and says what to do."""
+    """Turns an OSError within the block into a FileError that names `path` and tells what to do."""
     try:
         yield
     except (UserError, BrokenPipeError):
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what = f"the disk that holds {path} is full; free space and run the same command, which continues"
+            what = f"the disk that holds {path} is full; free space and run the same command to continue"
             raise FileError(what) from error
         raise FileError(f"{error.filename or path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path, last: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """Yields the path of a partial file, which takes the name `path` if the block ends without an exception; otherwise
-    the old file stays as it was. `last` is called once all of it is on the disk, before it takes the name. An OSError
-    becomes a FileError."""
+    """Yields a temporary path, which is renamed to `path` if the block ends without an exception. Otherwise an old file
+    at `path` stays unchanged. Calls `last` when the new file is on disk, just before renaming it. Raises FileError for
+    an OSError."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with explained(path):
@@ -163,29 +160,30 @@ def replacing(path: Path, last: Callable[[], None] = lambda: None) -> Iterator[P
 
 @contextlib.contextmanager
 def writing(path: Path, last: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` once all of it is on the disk, see `replacing`. Raises FileError."""
+    """Yields a binary file that replaces `path` at the end of the block, see `replacing`. Raises FileError."""
     with replacing(path, last) as partial, partial.open("wb") as file:
         yield file
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by a UTF-8 text. Raises FileError."""
+    """Writes a UTF-8 text to `path`, replacing an old file. Raises FileError."""
     with writing(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` by a value as indented JSON, see `to_json`. Raises FileError."""
+    """Writes a value to `path` as indented JSON, replacing an old file; see `to_json`. Raises FileError."""
     write_text(path, to_json(value, indent=2) + "\n")
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Replaces `path` by a value as indented JSON with its own digest, for `read_sealed`. Raises FileError."""
+    """Writes a value to `path` as indented JSON with a digest, which `read_sealed` verifies. Raises FileError."""
     write_json(path, value | {"digest": _json_digest(value)})
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """A value as JSON, which has no NaN and no infinity: they become null. `options` are those of json.dumps."""
+    """Returns a value as JSON. NaN and infinity become null, since JSON has neither. `options` are those of
+    json.dumps."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -202,8 +200,8 @@ def _json_digest(value: dict[str, Any]) -> str:
 
 
 def append_json(path: Path, record: Any) -> None:
-    """Adds a record to the JSON list in `path`, which begins empty. Processes that append at the same time wait for
-    each other, so that no record is lost. Raises FileError."""
+    """Appends a record to the JSON list in `path`, which is created if necessary. Concurrent processes wait for each
+    other, so that no record is lost. Raises FileError."""
     with explained(path), path.with_name(f".{path.name}{LOCK}").open("ab") as lock:
         _lock(lock, path, wait=True)
         records = read_json(path, list) if path.is_file() else []
@@ -211,7 +209,7 @@ def append_json(path: Path, record: Any) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Creates a folder and those above it that are missing, and forces their names to the disk. Raises FileError."""
+    """Creates a folder and its missing parents, and flushes their names to disk. Raises FileError."""
     with explained(path):
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
@@ -220,23 +218,23 @@ def make_folder(path: Path) -> None:
 
 
 def sync(file: IO[bytes]) -> None:
-    """Forces what was written to an open file to the disk."""
+    """Flushes an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def rename(old: Path, new: Path) -> None:
-    """Renames a complete file or folder, and forces the new name to the disk."""
+    """Renames a complete file or folder, and flushes the new name to disk."""
     os.replace(old, new)
     sync_folder(new.parent)
 
 
 def sync_folder(path: Path) -> None:
-    """Forces the names in a folder to the disk."""
+    """Flushes the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network file systems have no such thing
+    except OSError as error:  # some network file systems do not support this
         if error.errno != errno.EINVAL:
             raise
     finally:
@@ -244,8 +242,8 @@ def sync_folder(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """The user's cache of this package, which may be deleted at any time; a temporary one where there is no home that
-    can be written."""
+    """Returns the package's folder in the user's cache, which may be deleted at any time, or a temporary folder if
+    there is no writable home."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_mos"
         cache.mkdir(parents=True, exist_ok=True)
@@ -259,15 +257,19 @@ def cache_folder() -> Path:
 
 
 class FolderLock:
-    """The right to write to a folder, until `release`, the end of the block, or the end of the process, however it
-    ends.
+    """An exclusive lock on a folder, held until `release`, the end of the `with` block, or the end of the process, even
+    if it is killed.
 
-    A process may lock a folder that it has locked already: the folder is free again once each lock is released.
-    Creates the folder. With `wait`, waits for the other process instead of refusing. Raises FolderInUse where another
-    process has the lock, FileError where the folder cannot be made.
+    The lock is reentrant: the folder is free once the process has released it as often as locked. Creates the folder if
+    necessary.
+
+    Args:
+        wait: waits for another process to release the folder, instead of raising.
+
+    Raises FolderInUse if another process has the lock, FileError if the folder cannot be created.
     """
 
-    _held: dict[Path, tuple[BinaryIO, int]] = {}  # by folder: the locked file, and how many locks there are
+    _held: dict[Path, tuple[BinaryIO, int]] = {}  # by folder: the locked file, and the number of locks on it
 
     def __init__(self, folder: Path, wait: bool = False):
         self._folder: Path | None = None
@@ -278,7 +280,7 @@ class FolderLock:
         self._held[path], self._folder = (file, count + 1), path
 
     def release(self) -> None:
-        """Gives the right back; a second call does nothing."""
+        """Releases the lock; a second call does nothing."""
         if self._folder is None:
             return
         file, count = self._held.pop(self._folder)
@@ -300,7 +302,7 @@ class FolderLock:
 
 
 def _locked_file(folder: Path, wait: bool) -> BinaryIO:
-    """The folder's lock file, locked, with who has it: a process, its machine and its command."""
+    """Locks the folder's lock file, and writes the process, its machine and its command into it."""
     file = (folder / LOCK).open("ab+")
     try:
         _lock(file, folder, wait)
@@ -320,19 +322,18 @@ def _locked_file(folder: Path, wait: bool) -> BinaryIO:
 
 
 def _lock(file: BinaryIO, path: Path, wait: bool) -> None:
-    """Locks a file that stands for `path`. Raises BlockingIOError without `wait` if another process has the lock."""
+    """Locks the lock file of `path`. Without `wait`, raises BlockingIOError if another process has the lock."""
     if fcntl is None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:  # a file system without locks must not keep anybody from working
+    except OSError as error:  # on file systems without locks, warn and continue
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         show(f"warning: {path} cannot be locked ({error.strerror}); let no other process write to it", file=sys.stderr)
 
 
 def is_leftover(path: Path) -> bool:
-    """True if `path` is a lock or an unfinished file, which a killed process may leave in a folder that holds nothing
-    else yet."""
-    # safetensors wrote such a name itself in versions before 0.2
+    """True if `path` is a lock or an unfinished file, such as a killed process may leave behind."""
+    # .tmp: names that safetensors wrote in our versions before 0.2
     return path.name == LOCK or PARTIAL in path.suffixes or re.fullmatch(r"\.tmp\w{6}", path.name) is not None

@@ -1,4 +1,4 @@
-"""Progress bars: in a terminal one line of 80 columns and more, in a pipe or a file a plain line every half minute."""
+"""Progress bars: a bar in a terminal, a plain line every half minute in a pipe or a file."""
 
 import sys
 from collections.abc import Iterable
@@ -9,14 +9,15 @@ from tqdm import tqdm
 from .text import printable, show
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Where nobody watches, a line every half minute is enough."""
+"""Interval of progress lines in a pipe or a file."""
 
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit} {elapsed}<{remaining} {rate_noinv_fmt}{postfix}"
-_LINE = "{desc}: {percentage:3.0f}% of {total_fmt}{unit}, {elapsed} passed, {remaining} left, {rate_noinv_fmt}{postfix}"
+_TIMES = "{elapsed} elapsed, {remaining} left"
+_LINE = "{desc}: {percentage:3.0f}% of {total_fmt}{unit}, " + _TIMES + ", {rate_noinv_fmt}{postfix}"
 
 
 class _Lines:
-    """Takes what tqdm would draw over itself, and writes each state as a line of its own."""
+    """A file for tqdm that writes each state of the bar as a line of its own."""
 
     def __init__(self, file: TextIO):
         self._file = file
@@ -33,18 +34,22 @@ class _Lines:
 def bar(
     iterable: Iterable[Any] | None = None, *, desc: str, unit: str, total: float | None = None, **options: Any
 ) -> tqdm:
-    """A progress bar on stderr. `unit` is what is counted, in the plural; `options` are tqdm's, such as `initial`,
-    `leave` and `disable`. Of large totals 1,234,567 words are shown as 1.23M."""
+    """Returns a progress bar on stderr.
+
+    Args:
+        unit: what is counted, in the plural. Totals from 1,000 on are shortened: 1,234,567 to 1.23M.
+        options: further arguments of tqdm, such as `initial`, `leave` and `disable`.
+    """
     watched = sys.stderr.isatty()
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)  # type: ignore[arg-type]
     shown: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.5, "bar_format": _BAR}
     if not watched:
         shown = {"file": _Lines(sys.stderr), "bar_format": _LINE, "miniters": 1, "mininterval": SECONDS_BETWEEN_LINES}
-        shown["delay"] = 1e-9  # no line before there is something to tell
+        shown["delay"] = 1e-9  # no line before the first progress
     shown["unit_scale"] = total is None or total >= 1000
     if total is None:
-        shown["bar_format"] = "{desc}: {n_fmt}{unit}, {elapsed} passed, {rate_noinv_fmt}{postfix}"
+        shown["bar_format"] = "{desc}: {n_fmt}{unit}, {elapsed} elapsed, {rate_noinv_fmt}{postfix}"
     return tqdm(iterable, desc=printable(desc), unit=f" {unit}", total=total, **{**shown, **options})
 
 

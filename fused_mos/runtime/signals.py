@@ -1,4 +1,4 @@
-"""Saving and stopping of long work: clocks, time limits, SIGINT and SIGTERM."""
+"""Saving and stopping long work: checkpoint intervals, time limits, SIGINT and SIGTERM."""
 
 import contextlib
 import math
@@ -12,15 +12,15 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_noted: list[int] = []  # signals that arrived while work notes them
+_noted: list[int] = []  # signals that arrived within a `noting` block
 
 
 class TimeLimitReached(Exception):
-    """Long work has saved its state and stopped; it can be continued."""
+    """The time limit has ended the work, after its state was saved; it can be continued."""
 
 
 class Stopped(Exception):
-    """A signal has ended the work; what a command saves, it has saved.
+    """A signal has ended the work, after its state was saved.
 
     Attributes:
         signum: the signal.
@@ -33,23 +33,23 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def noting() -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM are noted, for the work to save its state and stop (`check`, or a
-    `CheckpointClock`). A second one of the same kind acts at once. What the caller has ignored stays ignored, as SIGINT
-    in a script's background jobs.
+    """Within the block, notes SIGINT and SIGTERM so that the work can save its state and stop, by `check` or a
+    `CheckpointClock`. A second signal of the same kind takes effect immediately. Signals that were ignored before stay
+    ignored, such as SIGINT in background jobs of a script.
 
-    Raises Stopped at the end of the block if a signal was noted and nobody has looked. Threads other than the main one
-    cannot take signals: there it does nothing.
+    Raises Stopped at the end of the block if a signal was noted and not acted upon. Does nothing in threads other than
+    the main one, which cannot handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[int, Any] = {}  # what `signal.signal` returns
+    before: dict[int, Any] = {}  # previous handlers
 
     def note(signum: int, frame: FrameType | None) -> None:
         _noted.append(signum)
         signal.signal(signum, before[signum])
-        with contextlib.suppress(OSError):  # no print: the signal may have come in the middle of one
-            os.write(2, b"\nstopping as soon as everything is saved; once more stops at once\n")
+        with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
+            os.write(2, b"\nsaving before stopping; a second signal stops immediately\n")
 
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -64,7 +64,7 @@ def noting() -> Iterator[None]:
 
 
 def noted() -> int:
-    """The number of a signal that was noted, or 0."""
+    """Returns the number of the first noted signal, or 0."""
     return _noted[0] if _noted else 0
 
 
@@ -76,7 +76,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
-    """Within the block SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt: what is open is closed."""
+    """Within the block, SIGTERM raises Stopped, as SIGINT raises KeyboardInterrupt, so that open files are closed."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
         yield
         return
@@ -92,11 +92,11 @@ def raising() -> Iterator[None]:
 
 
 class CheckpointClock:
-    """Says when long work saves its state, and when it stops.
+    """Decides when long work saves its state and when it stops.
 
     Args:
-        minutes: between checkpoints; 0 saves at every tick.
-        time_limit: seconds from now on after which to stop; 0: never.
+        minutes: minutes between checkpoints; 0 saves at every tick.
+        time_limit: seconds from now until the work stops; 0 sets no limit.
     """
 
     def __init__(self, minutes: float, time_limit: float = 0.0):
@@ -116,7 +116,7 @@ class CheckpointClock:
         self._saved = time.monotonic()
 
     def tick(self, save: Callable[[], None]) -> None:
-        """Saves if it is time. Raises Stopped or TimeLimitReached, after saving."""
+        """Calls `save` if a checkpoint is due. Raises Stopped or TimeLimitReached after saving."""
         stop, signum = self.over, noted()
         if stop or self.due or signum:
             save()

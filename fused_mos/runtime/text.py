@@ -1,18 +1,18 @@
-"""Text for a terminal. All that a command prints goes through `show`, `progress.say` or `progress.bar`, since words,
-paths and messages may come from a file that somebody else made."""
+"""Safe text for a terminal. Commands print only through `show`, `progress.say` and `progress.bar`, since words, paths
+and messages may come from files of others and contain control characters."""
 
 import sys
 from typing import TextIO
 
-_JOINERS = "\u200c\u200d"  # which spelling needs in Persian and in the scripts of India
+_JOINERS = "\u200c\u200d"  # part of correct spelling in Persian and in Indic scripts
 
 
 def printable(text: object) -> str:
-    """The text in one line, with each character that a terminal would obey instead of showing it as its escape: ESC
-    and the other control characters, those that change the direction of writing, and those that nobody sees."""
+    """Returns the text in one line, with control, bidirectional and invisible characters as escapes, which a terminal
+    would obey instead of showing."""
     return "".join(c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def show(text: object = "", *, end: str = "\n", file: TextIO | None = None, flush: bool = False) -> None:
-    """`print` for what a terminal may be told: lines of `printable` text, by default to stdout."""
+    """Prints the text with each line made `printable`, by default to stdout."""
     print("\n".join(map(printable, str(text).split("\n"))), end=end, file=file or sys.stdout, flush=flush)

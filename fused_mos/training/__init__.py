@@ -21,7 +21,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Imports the trainer when it is asked for: a command's --help does without."""
+    """Imports the trainer on first use, so that a command's --help stays fast."""
     if name == "Trainer":
         from .trainer import Trainer
 

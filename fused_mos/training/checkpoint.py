@@ -1,5 +1,7 @@
-"""Checkpoints: safetensors and JSON, written atomically, with a digest that is checked when they are loaded; loading
-one executes no code."""
+"""Checkpoints: safetensors files with JSON metadata, written atomically.
+
+Loading verifies a digest, and executes no code.
+"""
 
 import contextlib
 import hashlib
@@ -19,14 +21,14 @@ from .errors import CheckpointError
 from .finite import first_not_finite
 
 PREVIOUS = ".previous"
-"""Suffix of the checkpoint before the last one, where that is kept."""
+"""Suffix of the second-last checkpoint, if it is kept."""
 
 MOST_HEADER_BYTES = 100_000_000
-"""No longer header is a safetensors file's."""
+"""The safetensors format allows no longer header."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was loaded."""
+    """A loaded checkpoint."""
 
     tensors: dict[str, Tensor]  # on the CPU
     meta: dict[str, Any]
@@ -39,14 +41,17 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(
     path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], max_mib: int = 0, keep_previous: bool = False
 ) -> None:
-    """Writes to a file beside `path` and renames it, so that a kill at any moment leaves the old or the new one whole.
+    """Saves a checkpoint. A kill at any moment leaves either the old or the new checkpoint, never a partial one.
 
-    With `max_mib`, a larger checkpoint is cut into files of that size, PATH.DIGEST.000 …, which joined in order are the
-    plain one; PATH then is a safetensors file without tensors that names them. With `keep_previous`, the checkpoint
-    that is replaced stays as PATH.previous. Raises FileError.
+    Args:
+        max_mib: splits a larger checkpoint into parts PATH.DIGEST.000, … of this size. PATH then is a safetensors file
+            without tensors that lists the parts; joined in order, they make up the unsplit file. 0: never.
+        keep_previous: keeps the checkpoint that is replaced as PATH.previous.
+
+    Raises FileError.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    # within the JSON: safetensors writes several entries in an order that changes from file to file
+    # all metadata in one entry: safetensors writes several in an order that changes from file to file
     text = files.to_json(meta | {"sha256": _digest(tensors, meta)})
     content = safetensors.torch.save(tensors, {"fused_mos": text})
     size = max_mib << 20
@@ -65,13 +70,13 @@ def save_checkpoint(
 
 
 def _keep(path: Path) -> None:
-    """Makes PATH.previous another name of `path`, if there is one, so that there is no moment without `path`."""
+    """Links PATH.previous to the checkpoint at `path`, if there is one. `path` itself exists all the time."""
     if not path.is_file():
         return
     previous = _previous(path)
     link = previous.with_name(previous.name + files.PARTIAL)
     link.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # a file system without links keeps no older one
+    with contextlib.suppress(OSError):  # on file systems without links, no previous checkpoint is kept
         os.link(path, link)
         os.replace(link, previous)
 
@@ -81,7 +86,7 @@ def _previous(path: Path) -> Path:
 
 
 def _digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
-    """SHA-256 of contiguous tensors on the CPU, with their names, types and shapes, and of a checkpoint's JSON."""
+    """SHA-256 of a checkpoint: its JSON, and its contiguous CPU tensors with their names, dtypes and shapes."""
     hashed = hashlib.sha256(files.to_json(meta).encode())
     for name, tensor in sorted(tensors.items()):
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -90,19 +95,19 @@ def _digest(tensors: dict[str, Tensor], meta: dict[str, Any]) -> str:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of the checkpoint `path`; where it is in parts, of the file that names them with theirs."""
+    """SHA-256 of the file `path`. A checkpoint in parts has the parts' digest in this file."""
     return files.sha256(path)
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Deletes the checkpoint, the one before it, and their parts, if any."""
+    """Deletes the checkpoint and the previous one, with their parts, if any."""
     path.unlink(missing_ok=True)
     _previous(path).unlink(missing_ok=True)
     _remove_unused_parts(path)
 
 
 def _remove_unused_parts(path: Path) -> None:
-    """Deletes the parts of checkpoints that are gone."""
+    """Deletes parts that belong to no existing checkpoint."""
     parts = set(path.parent.glob(f"{path.name}.*.[0-9][0-9][0-9]"))
     if not parts:
         return
@@ -123,8 +128,14 @@ def exists(path: Path) -> bool:
 
 
 def load_latest(path: Path, *keys: str, quietly: bool = False) -> Checkpoint:
-    """Loads a checkpoint or, where that is damaged or missing, the one before it, and says so on stderr. Raises
-    CheckpointError for the first where both are."""
+    """Loads the checkpoint `path`. If it is damaged or missing, loads the previous one with a warning on stderr.
+
+    Args:
+        keys: that the checkpoint's JSON must have.
+        quietly: without the warning.
+
+    Raises CheckpointError for `path` if both are damaged or missing.
+    """
     try:
         return Checkpoint(*load_checkpoint(path, *keys), path)
     except CheckpointError as error:
@@ -134,28 +145,28 @@ def load_latest(path: Path, *keys: str, quietly: bool = False) -> Checkpoint:
         except CheckpointError:
             raise error from None
         if not quietly:
-            show(f"warning: {error}; going on from the one before it, {previous}", file=sys.stderr)
+            show(f"warning: {error}; continuing from the previous one, {previous}", file=sys.stderr)
         return loaded
 
 
 def load_checkpoint(path: Path, *keys: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the JSON of a checkpoint; the latter must have these keys. Raises CheckpointError,
-    also where a number in it is not finite."""
+    """Returns the tensors, on the CPU, and the JSON of a checkpoint. Raises CheckpointError if it is missing or
+    damaged, if the JSON lacks one of `keys`, or if a tensor is not finite."""
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         metadata = _metadata(path)
         names = _part_names(metadata)
-        # read instead of mapped: a mapped tensor would change, or be gone, with the file
+        # read, not mapped: a mapped tensor would change or vanish with the file
         content = _joined([path.with_name(name) for name in names]) if names else path.read_bytes()
         if names and hashlib.sha256(content).hexdigest() != metadata["sha256"]:
-            raise ValueError("its parts are not those that it was saved with")
+            raise ValueError("its parts do not match its digest")
         tensors = safetensors.torch.load(content)
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         meta = json.loads(metadata["fused_mos"])
         digest = meta.pop("sha256", None)
         if digest not in (None, _digest(tensors, meta)):  # versions before 0.2 wrote none
-            raise ValueError("its content does not have the digest that it was saved with")
+            raise ValueError("its content does not match its digest")
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} lacks its part {error.filename}; nothing was changed") from None
     except OSError as error:
@@ -175,7 +186,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _part_names(metadata: dict[str, str]) -> list[str]:
-    """File names of a checkpoint's parts, each once, none of which leads out of its folder. Raises ValueError."""
+    """Names of a checkpoint's parts: distinct file names without a path. Raises ValueError."""
     try:
         names = json.loads(metadata.get("parts", "[]"))
     except RecursionError as error:
@@ -192,8 +203,8 @@ def _is_file_name(name: str) -> bool:
 
 
 def _joined(parts: list[Path]) -> bytes:
-    """The content of a checkpoint's parts. Raises OSError, or ValueError, before it has read much, where they have
-    other than the bytes that the header in the first ones says."""
+    """Returns the joined content of a checkpoint's parts. Raises OSError, or ValueError if their size is not that in
+    the header; it checks the size before it reads the rest."""
     size = sum(part.stat().st_size for part in parts)
     for part in parts:
         files.check_regular(part)
@@ -216,20 +227,21 @@ def _first_bytes(parts: list[Path], n: int) -> bytes:
 
 
 def group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix.`, without it."""
+    """Returns the tensors whose names begin with `prefix.`, with that prefix removed."""
     return {name.removeprefix(prefix + "."): t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
 def load_parameters(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies `tensors` into the model's parameters, tied ones once. Raises CheckpointError unless they fit."""
+    """Copies `tensors` into the model's parameters; tied ones are stored once. Raises CheckpointError unless they
+    fit."""
     check_fit(model, tensors, path)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensors[name])
 
 
 def check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises CheckpointError unless `tensors` have the names, shapes and types of the model's parameters, tied ones
-    once."""
+    """Raises CheckpointError unless `tensors` have the names, shapes and dtypes of the model's parameters, where tied
+    ones count once."""
     parameters = dict(model.named_parameters())
     for name in sorted(parameters.keys() ^ tensors.keys()):
         raise CheckpointError(
@@ -244,10 +256,10 @@ def check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def fitting(tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """The tensor of this name. Raises ValueError unless it has the shape and type of `like`."""
+    """Returns the tensor of this name. Raises ValueError unless it has the shape and dtype of `like`."""
     tensor = tensors[name]
     if tensor.shape != like.shape:
-        raise ValueError(f"{name} is {tuple(tensor.shape)} there and {tuple(like.shape)} here")
+        raise ValueError(f"{name} must be {tuple(like.shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != like.dtype:
-        raise ValueError(f"{name} is {tensor.dtype} there and {like.dtype} here")
+        raise ValueError(f"{name} must be {like.dtype}, got {tensor.dtype}")
     return tensor

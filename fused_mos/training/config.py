@@ -1,7 +1,7 @@
-"""Configuration of a training run, and the recipes: plain functions that return one.
+"""The configuration of a training run, and the recipes: plain functions that return one.
 
-The docstring below each field is its help line; the symbol or flag in parentheses is that of the paper and
-its published code.
+The docstring below each field is its help text. Parentheses give the symbol in the paper or the flag of its published
+code. The help breaks lines where a docstring does, so each line there is a whole sentence.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ LatentName = Literal["tanh", "linear", "residual"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 MOST_LAYERS = 1000
-"""LSTM layers of a model: more would take minutes to make, however narrow."""
+"""Maximum number of LSTM layers: more would take minutes to construct, however narrow."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,24 @@ class ModelConfig:
     """The AWD-LSTM and its head. Defaults: the paper's Penn Treebank model."""
 
     head: HeadName = "mos"
-    """Output layer: Mixture of Softmaxes, Mixture of Contexts, or one softmax (whose last LSTM layer is as wide as the
-    embedding)."""
+    """Output layer: Mixture of Softmaxes (mos), Mixture of Contexts (moc) or a single softmax.
+    For softmax, the last LSTM layer must be as wide as the embedding."""
     n_experts: int = setting(15, SIZE)
-    """Softmaxes in the mixture (K, n_experts)."""
+    """Number of experts in the mixture (K, n_experts)."""
     embedding_size: int = setting(280, SIZE)
-    """Size of word embeddings and latent vectors (d, emsize)."""
+    """Size of the word embeddings and the latent vectors (d, emsize)."""
     hidden_sizes: tuple[int, ...] = (960, 960, 620)
     """Width of each LSTM layer (nhid, nhid, nhidlast)."""
     latent: LatentName = "tanh"
-    """Latent vectors of a mixture, from the context h: the paper's tanh(W h + c); linear, without tanh; or residual,
-    h + U h with U = 0 at the start, which needs a last LSTM layer as wide as the embedding."""
+    """How a mixture computes its latent vectors from the last LSTM layer's output h.
+    tanh: tanh(W h + c), as in the paper. linear: W h + c. residual: h + U h, where U starts at 0.
+    For residual, the last LSTM layer must be as wide as the embedding."""
     latent_norm: bool = False
-    """Divide each W h + c by its root mean square, which keeps tanh from saturating under Adam. Not for residual."""
+    """Divide W h + c by its root mean square, which keeps tanh from saturating under Adam. Not for residual."""
     rank: int | None = setting(None, SIZE)
-    """Rank of each W or U, as a product of two matrices; None: whole matrices."""
+    """Factorise each W or U into two matrices of this rank; None keeps full matrices."""
     dropoute: float = setting(0.1, SHARE)
-    """Dropout of whole words from the embedding (dropoute)."""
+    """Dropout of whole words in the embedding (dropoute)."""
     dropouti: float = setting(0.4, SHARE)
     """Locked dropout of the embedded input (dropouti)."""
     dropouth: float = setting(0.225, SHARE)
@@ -60,12 +61,12 @@ class ModelConfig:
     tied: bool = True
     """Share the embedding's weight with the decoder (tied)."""
     backend: str = setting("auto", may_change=True)
-    """Implementation of the head; fused_mos.backends() lists them."""
+    """Backend that computes the head; fused_mos.backends() lists them."""
     grad_filter_eps: float = setting(0.0, SHARE)
-    """Drop experts of responsibility below this from the backward pass; 0 is exact."""
+    """Skip experts whose responsibility is below this in the backward pass; 0 is exact."""
 
     def check(self) -> None:
-        """Raises ConfigError for a value that no model can have."""
+        """Raises ConfigError for values that no model can have."""
         settings.check(self)
         if not self.hidden_sizes or not all(SIZE.holds(width) for width in self.hidden_sizes):
             raise ConfigError(f"hidden_sizes must be one or more widths in [1, 2**31), got {self.hidden_sizes}")
@@ -81,27 +82,27 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """NT-ASGD and its regularisers. Defaults: the paper's Penn Treebank training."""
+    """NT-ASGD and regularisation. Defaults: the paper's Penn Treebank training."""
 
     lr: float = setting(20.0, POSITIVE)
     """Learning rate of SGD and ASGD (lr)."""
     finetune_lr: float = setting(25.0, POSITIVE)
-    """Learning rate that fine-tuning takes for lr."""
+    """Learning rate of fine-tuning."""
     batch_size: int = setting(12, POSITIVE)
-    """Parallel columns of text (batch_size)."""
+    """Batch size: columns of text that are read in parallel (batch_size)."""
     micro_batches: int = setting(1, POSITIVE)
-    """Parts of a batch's columns that are computed one after the other, their gradients accumulated, to save memory.
-    (The published code's small_batch_size, the columns of a part, is taken, too.)"""
+    """Split each batch into this many micro-batches and accumulate their gradients, to save memory.
+    --small-batch-size, the published code's number of columns in a micro-batch, is accepted instead."""
     epochs: int = setting(1000, POSITIVE, may_change=True)
-    """Epochs at most (epochs)."""
+    """Maximum number of epochs (epochs)."""
     bptt: int = setting(70, POSITIVE)
-    """Mean length of a segment of truncated backpropagation (bptt)."""
+    """Mean segment length of truncated backpropagation (bptt)."""
     bptt_delta: int = setting(40, NOT_NEGATIVE)
-    """Segments are at most bptt + this long (max_seq_len_delta)."""
+    """Maximum segment length, as an excess over bptt (max_seq_len_delta)."""
     clip: float = setting(0.25, NOT_NEGATIVE)
-    """Largest norm of the gradient; 0: no clipping (clip)."""
+    """Maximum norm of the gradient; 0 disables clipping (clip)."""
     weight_decay: float = setting(1.2e-6, NOT_NEGATIVE)
-    """L2 decay of all weights (wdecay)."""
+    """L2 penalty on all weights (wdecay)."""
     alpha: float = setting(2.0, NOT_NEGATIVE)
     """Weight of activation regularisation, AR (alpha)."""
     beta: float = setting(1.0, NOT_NEGATIVE)
@@ -112,47 +113,48 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of a run that both trainers have."""
+    """The settings that the runs of both trainers share."""
 
     recipe: str = ""
-    """Named set of defaults for all other flags."""
+    """Recipe that sets the defaults of all other flags."""
     data: Path = setting(Path("data"), may_change=True)
     """Folder of the corpus."""
     out: Path | None = setting(None, may_change=True)
-    """Folder of the run: a new one, or one in which the same command goes on."""
+    """Folder of the run. If the same command has begun a run there, that run continues."""
     resume: Path | None = setting(None, may_change=True)
-    """Go on with the run in this folder: short for the command that began it."""
+    """Continue the run in this folder: short for repeating the command that began it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     init_bias: bool = False
-    """Start the head's bias at the logarithms of the words' frequencies in the training text, instead of 0: Adam takes
-    thousands of steps to learn it. Acts at the start of a run that begins with a new model."""
+    """Initialise the head's bias to the log-frequencies of the training words instead of 0. Recommended with Adam.
+    No effect on a run that continues or fine-tunes."""
     seed: int = setting(0, SEED)
-    """Seed."""
+    """Random seed."""
     device: str = setting("auto", may_change=True)
-    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, …; auto uses a GPU if there is one."""
     precision: Precision = "float32"
-    """Precision of matrix products in training: float32, tf32 (GPU alone), or bfloat16 in the head, and then tf32 in
-    the LSTM on a GPU. Parameters, cell states, losses and evaluation are float32."""
+    """Precision of matrix products in training. tf32 needs a GPU.
+    bfloat16 is for the head; the LSTM then uses bfloat16 on a CPU and tf32 on a GPU.
+    Parameters, cell states, losses and evaluation are always float32."""
     cuda_graphs: bool = setting(True, may_change=True)
-    """Record steps as CUDA graphs and replay them: the same losses, less work for the host. Does nothing on a CPU, with
-    grad_filter_eps or with several ranks."""
+    """Record training steps as CUDA graphs and replay them: the same losses, less CPU overhead.
+    No effect on a CPU, with grad_filter_eps, or with several ranks."""
     log_interval: int = setting(50, POSITIVE, may_change=True)
     """Steps between lines of metrics.jsonl (log-interval)."""
     checkpoint_minutes: float = setting(5.0, NOT_NEGATIVE, may_change=True)
-    """Minutes between checkpoints; 0 writes one after every step."""
+    """Minutes between checkpoints; 0 saves after every step."""
     time_limit: float = setting(0.0, NOT_NEGATIVE, may_change=True)
-    """Seconds after which the run saves and exits, looked at after every step; the same command continues. 0: none."""
+    """Save and exit after this many seconds; 0 sets no limit. The same command continues the run."""
 
     @property
     def run_folder(self) -> Path:
-        """Where the run is: by default named after the corpus and what makes it this run."""
+        """Folder of the run; by default its name tells the corpus, the recipe and the seed."""
         return self.out or self.resume or Path("runs") / "-".join([files.real(self.data).name, *self._names()])
 
     def _names(self) -> list[str]:
         return [self.recipe, f"seed{self.seed}"]
 
     def check(self) -> None:
-        """Raises ConfigError for a value that no run can have."""
+        """Raises ConfigError for values that no run can have."""
         settings.check(self)
         self.model.check()
 
@@ -162,35 +164,35 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """A run of the AWD-LSTM on a corpus of three files."""
+    """A run of the AWD-LSTM on train.txt, valid.txt and test.txt."""
 
     recipe: str = "ptb-small"
-    """Named set of defaults for all other flags."""
+    """Recipe that sets the defaults of all other flags."""
     data: Path = setting(Path("data"), may_change=True)
     """Folder with train.txt, valid.txt and test.txt."""
     out: Path | None = setting(None, may_change=True)
-    """Folder of the run: a new one, or one in which the same command goes on. By default
-    runs/CORPUS-RECIPE-HEAD-seedSEED, with the name of the corpus's folder."""
+    """Folder of the run. If the same command has begun a run there, that run continues.
+    By default runs/CORPUS-RECIPE-HEAD-seedSEED, where CORPUS is the name of the data folder."""
     start: Path | None = setting(None, may_change=True)
-    """Fine-tune: start from the best model of the run in this folder, average from the first step, and stop where
-    averaging would have started."""
+    """Fine-tune the best model of the run in this folder.
+    Weights are averaged from the first step, and training ends where averaging would otherwise have started."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = setting(28, SEED)
-    """Seed of initialisation, dropout and segment lengths (seed)."""
+    """Random seed of initialisation, dropout and segment lengths (seed)."""
     map_unknown: bool = False
-    """Count words of valid.txt and test.txt that train.txt lacks as <unk>, instead of refusing them."""
+    """Read words of valid.txt and test.txt that are missing from train.txt as <unk>, instead of refusing them."""
     valid_batch_size: int = setting(10, POSITIVE)
-    """Columns of validation text (eval_batch_size)."""
+    """Batch size of validation (eval_batch_size)."""
     test_batch_size: int = setting(1, POSITIVE)
-    """Columns of test text (test_batch_size)."""
+    """Batch size of the test (test_batch_size)."""
     checkpoint_max_mib: int = setting(0, NOT_NEGATIVE, may_change=True)
-    """Split checkpoints into files of at most this size; 0: one file."""
+    """Split checkpoints into files of at most this many MiB; 0 writes a single file."""
     profile: int = setting(0, NOT_NEGATIVE, may_change=True)
-    """Steps whose time to measure stage by stage, into profile.json; training goes on after them. Hooks order sums
-    anew, so the losses' last digits may differ."""
+    """Time this many steps stage by stage and write profile.json.
+    The profiler changes the order of some sums, so the last digits of losses may differ."""
 
     def check(self) -> None:
-        """Raises ConfigError for a value that no run can have."""
+        """Raises ConfigError for values that no run can have."""
         super().check()
         optim = self.optim
         if optim.batch_size % optim.micro_batches:
@@ -201,13 +203,13 @@ class TrainConfig(RunConfig):
 
     @classmethod
     def from_json(cls, values: Any) -> "TrainConfig":
-        """The inverse of `to_json`, also of versions before 0.2. Raises ConfigError for a field that this version does
-        not know, or a value of another type."""
+        """The inverse of `to_json`; reads files of versions before 0.2, too. Raises ConfigError for an unknown field or
+        a value of the wrong type."""
         return settings.from_json(cls, values, _renewed)
 
 
 def _renewed(values: dict[str, Any]) -> dict[str, Any]:
-    """The saved configuration of a version before 0.2, whose name for micro-batches was another, as that of today."""
+    """Translates a configuration saved before version 0.2, which had another name for micro-batches."""
     optim = values.get("optim")
     if isinstance(optim, dict) and "small_batch_size" in optim:
         optim = dict(optim)
@@ -223,7 +225,7 @@ def ptb() -> TrainConfig:
 
 
 def wikitext2() -> TrainConfig:
-    """The paper's WikiText-2 model, 34,909,528 parameters, in the pieces that its code computes on one GPU."""
+    """The paper's WikiText-2 model, 34,909,528 parameters, with the micro-batches of its published code."""
     return TrainConfig(
         recipe="wikitext2",
         seed=1882,
@@ -252,7 +254,7 @@ def ptb_small() -> TrainConfig:
 
 
 def wikitext2_small() -> TrainConfig:
-    """A WikiText-2 model for a CPU: some three epochs in an hour on two cores."""
+    """A WikiText-2 model for a CPU: about three epochs an hour on two cores."""
     return TrainConfig(
         recipe="wikitext2-small",
         seed=1882,
@@ -272,11 +274,11 @@ def wikitext2_small() -> TrainConfig:
 
 
 def demo() -> TrainConfig:
-    """A minute on two cores, for a text of some 100,000 words; the embedding is small, so that the softmax
-    bottleneck binds."""
+    """A model that trains in a minute on two cores, for about 100,000 words of text. Its small embedding makes the
+    softmax bottleneck visible."""
     return TrainConfig(
         recipe="demo",
-        init_bias=True,  # no worse after ten epochs (three seeds), and ahead from the first one on
+        init_bias=True,  # ahead from the first epoch, and no worse after ten (three seeds)
         model=ModelConfig(
             n_experts=5,
             embedding_size=32,
@@ -303,5 +305,5 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 
 
 def dynamic_rule(recipe: str) -> DynamicRule:
-    """The numbers of dynamic evaluation that go with a recipe (Krause et al. 2018; the paper's on WikiText-2)."""
+    """Hyperparameters of dynamic evaluation for a recipe (Krause et al. 2018; for WikiText-2, the paper's)."""
     return DynamicRule(lamb=0.02, epsilon=0.002) if recipe.startswith("wikitext2") else DynamicRule()

@@ -1,4 +1,4 @@
-"""Dynamic evaluation of a run: with progress, checkpoints beside the run, and the search for its rule."""
+"""Dynamic evaluation of a run, with progress bars and checkpoints, and the search for its hyperparameters."""
 
 import dataclasses
 import hashlib
@@ -27,48 +27,50 @@ from .settings import COUNT, read_record, setting
 
 STATISTICS_BATCH_SIZE = 100
 STATISTICS_BPTT = 5
-"""Columns and segment length over which the training set's gradients are measured, as in the published runs; a rule's
-own bptt leaves them as they are."""
+"""Batch size and segment length for the training set's gradient statistics, as in the published runs. They do not
+depend on a rule's bptt."""
 
 SCREENING_SHARE = 0.1
 """Share of the validation text that the search reads first."""
 
 POSTFIX_INTERVAL = 100
-"""Segments between looks at the perplexity, for which the host must wait for the device."""
+"""Segments between updates of the perplexity in the progress bar: each makes the host wait for the device."""
 
 LEAST_GAIN = 1e-3
-"""Nats by which a rule must be better for the climb to go on: a field that no longer matters is not halved forever."""
+"""Improvement in nats that lets the search continue, so that it does not halve a field forever that has no effect."""
 
 FINALISTS = 3
-"""Rules that the search then tries on the whole validation text."""
+"""Number of best rules to try on the whole validation text in the end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """A rule that the search has tried, as tuning.json keeps it."""
+    """A rule that the search has tried, as stored in tuning.json."""
 
     rule: DynamicRule
-    text: str  # the name of the text
+    text: str  # name of the text
     loss: float
 
 
 @dataclasses.dataclass
 class TuningRecord:
-    """What tuning.json keeps beside its key."""
+    """Content of tuning.json beside its key."""
 
     tried: tuple[Tried, ...]
 
 
 @dataclasses.dataclass
 class RowRecord:
-    """How far a checkpoint's work has come."""
+    """Progress in a checkpoint."""
 
     row: int = setting(0, COUNT)
 
 
 class DynamicRun:
-    """Dynamic evaluation of the best model of a run. Its files lie in RUN/dynamic, which it locks, and belong to that
-    model alone. Raises FolderInUse, and CheckpointError or FileError for files that are damaged."""
+    """Dynamic evaluation of the best model of a run. It keeps checkpoints of this model in RUN/dynamic, which it locks.
+
+    Raises FolderInUse if another process has the lock, CheckpointError or FileError for damaged files.
+    """
 
     def __init__(self, run: Run, clock: signals.CheckpointClock):
         self.run, self.clock = run, clock
@@ -79,7 +81,7 @@ class DynamicRun:
         self.train_digest, self.valid_digest = digest(run.text("train")), digest(run.text("valid"))
 
     def statistics(self) -> list[Tensor]:
-        """Root mean squares of the training set's gradients, kept for later evaluations."""
+        """Returns the root mean squares of the training set's gradients, and saves them for later evaluations."""
         path = self.folder / "gradient-statistics.safetensors"
         source = batchify(self.run.text("train"), STATISTICS_BATCH_SIZE).to(self.run.device)
         self._reset()
@@ -97,9 +99,13 @@ class DynamicRun:
         return statistics.root_mean_squares()
 
     def evaluate(self, tokens: Tensor, rule: DynamicRule, name: str) -> float:
-        """Mean NLL in nats of `tokens` (n,) under a model that learns them as it reads; `name` is that of the text.
+        """Returns the mean NLL in nats of the text `tokens` (n,) under a model that learns from it as it reads.
 
-        Raises ConfigError where the rule makes the model diverge."""
+        Args:
+            name: name of the text, for file names and the progress bar.
+
+        Raises ConfigError if the model diverges under this rule.
+        """
         key = hashlib.sha256(
             json.dumps([digest(tokens), self.train_digest, dataclasses.astuple(rule)]).encode()
         ).hexdigest()[:12]
@@ -126,7 +132,7 @@ class DynamicRun:
                 )
         finally:
             self._reset()
-        remove_checkpoint(path)  # the result is what counts now
+        remove_checkpoint(path)
         if not math.isfinite(evaluation.loss):
             raise self._diverged(rule)
         return evaluation.loss
@@ -135,9 +141,11 @@ class DynamicRun:
         return ConfigError(f"dynamic evaluation diverges with {rule}; try a lower --lr or a higher --epsilon")
 
     def tune(self, start: DynamicRule) -> DynamicRule:
-        """The rule with the lowest loss on the validation text: a climb from `start` on its first part, by halves and
-        doubles of one field at a time, then the best few on all of it. What was tried is kept in
-        dynamic/tuning.json."""
+        """Searches the rule with the lowest loss on the validation text.
+
+        Starting from `start`, it halves or doubles one field at a time while the loss on the first part of the text
+        falls, then compares the best few rules on the whole text. Losses are kept in dynamic/tuning.json.
+        """
         valid = self.run.text("valid")
         first = valid[: max(int(valid.numel() * SCREENING_SHARE), 2)]
         path = self.folder / "tuning.json"
@@ -149,7 +157,7 @@ class DynamicRun:
                 try:
                     known = self.evaluate(tokens, rule, name)
                 except ConfigError:
-                    if not tried:  # the rule that the search starts from
+                    if not tried:  # it is the user's rule that diverges
                         raise
                     known = sys.float_info.max  # JSON has no infinity
                 tried.append(Tried(rule, name, known))
@@ -177,11 +185,11 @@ class DynamicRun:
         try:
             return list(read_record(TuningRecord, {"tried": content.get("tried")}).tried)
         except ValueError as error:
-            raise CheckpointError(f"{path} is of another version: {error}; delete it to search anew") from None
+            raise CheckpointError(f"{path} is of another version: {error}; delete it to search again") from None
 
     @property
     def _key(self) -> dict[str, str]:
-        """Tells for which model and texts the search has tried rules: others have other bests."""
+        """Identifies the model and texts of a search: the losses of others do not count."""
         return {"model": self.model_digest, "train": self.train_digest, "valid": self.valid_digest}
 
     def _work(
@@ -192,7 +200,7 @@ class DynamicRun:
         save: Callable[[], None],
         postfix: Callable[[], str] | None = None,
     ) -> None:
-        """Runs to the end, saving at intervals and once at the end."""
+        """Runs `work` to the end, with a checkpoint at intervals and at the end."""
         rows = source.shape[0] - 1
         if work.row == rows:
             return
@@ -206,7 +214,7 @@ class DynamicRun:
                 if postfix and i % POSTFIX_INTERVAL == 0:
                     shown.set_postfix_str(postfix(), refresh=False)
                 self.clock.tick(save)
-            save()  # in the block: a signal after the last tick finds it done
+            save()  # within the block, so that a signal after the last tick finds everything saved
 
     def _reset(self) -> None:
         with torch.no_grad():
@@ -224,8 +232,8 @@ class DynamicRun:
         expected: dict[str, Any],
         state: dict[str, Tensor],
     ) -> None:
-        """Lets `work` go on from the checkpoint, if that is of this model and has what is `expected`: writes its
-        tensors into those of `state`."""
+        """Lets `work` continue from the checkpoint, if there is one of this model with the `expected` values in its
+        JSON. Copies its tensors into those of `state`."""
         if not path.is_file():
             return
         try:
@@ -239,10 +247,10 @@ class DynamicRun:
                 raise ValueError(f"it lacks {min(missing)}")
             saved = {name: fitting(tensors, name, like) for name, like in state.items()}
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; delete it to compute it anew") from None
+            raise CheckpointError(f"{error}; delete it to recompute it") from None
         except ValueError as error:
             raise CheckpointError(
-                f"checkpoint {path} is of another version: {error}; delete it to compute it anew"
+                f"checkpoint {path} is of another version: {error}; delete it to recompute it"
             ) from None
         work.row = row
         for name, tensor in saved.items():

@@ -1,14 +1,14 @@
-"""Errors of a run that its user can mend."""
+"""Errors of a run that its user can fix."""
 
 from ..runtime import UserError
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be run, with the field and its value."""
+    """The configuration cannot be run. The message names the field and its value."""
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that is missing, damaged, or of another model, with its path."""
+    """A checkpoint is missing, damaged, or of another model. The message names its path."""
 
 
 class TrainingDiverged(UserError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The experts of a run's model, over a whole text: numbers, and with `experts_page` a plot and coloured text."""
+"""Analyses the experts of a run's model over a text: statistics and, with `experts_page`, a plot and coloured text."""
 
 import math
 from typing import Any, NamedTuple
@@ -18,22 +18,22 @@ from .run import Run
 
 WORDS_IN_PLOT = 48
 LISTED_WORDS = 12
-"""Words listed for each expert, and neighbours for each word."""
+"""Number of words listed for each expert, and of neighbours for each word."""
 RARE = 10
-"""Words seen less often than this are not called characteristic of an expert."""
+"""Words that occur less often than this are never listed as characteristic of an expert."""
 
 
 class Reading(NamedTuple):
-    """A text of n words as the model predicted it."""
+    """A text of n words, and the experts' shares in each of its predictions."""
 
     tokens: Tensor  # (n,)
     shares: ExpertShares  # prior and responsibility (n, K), log_likelihood (n,)
 
 
 def inspect_run(run: Run, split: str, n_words: int, nearest: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Reads a split and writes RUN/experts; returns what is in its experts.json. Raises ConfigError."""
+    """Reads a split, writes the folder RUN/experts, and returns the content of its experts.json. Raises ConfigError."""
     if run.config.model.head != "mos":
-        raise ConfigError(f"head must be mos, whose experts each predict words; this run's is {run.config.model.head}")
+        raise ConfigError(f"head must be mos, the only one whose experts predict words, got {run.config.model.head}")
     index = run.vocabulary.index
     if unknown := [word for word in nearest if word not in index]:
         raise ConfigError(f"nearest: {unknown[0]!r} is not one of the model's {len(index):,} words")
@@ -41,8 +41,8 @@ def inspect_run(run: Run, split: str, n_words: int, nearest: tuple[str, ...] = (
     report = summary(run, reading, nearest)
     folder, title = run.folder / "experts", f"{run.folder.name}, {split}"
     words = [run.vocabulary.words[i] for i in reading.tokens[: max(n_words, WORDS_IN_PLOT)]]
-    labels = [printable(word) for word in words[:WORDS_IN_PLOT]]  # matplotlib warns of others, and names them
-    with files.FolderLock(folder, wait=True):  # the files of two that write at once would be mixed
+    labels = [printable(word) for word in words[:WORDS_IN_PLOT]]  # matplotlib warns of other characters
+    with files.FolderLock(folder, wait=True):  # two processes at once would mix their files
         plot_experts(reading.shares, labels, folder / "experts.png")
         files.write_json(folder / "experts.json", {"split": split, **report})
         files.write_text(folder / "index.html", page(reading.shares, words[:n_words], report, title))
@@ -51,7 +51,7 @@ def inspect_run(run: Run, split: str, n_words: int, nearest: tuple[str, ...] = (
 
 @torch.no_grad()
 def read(run: Run, tokens: Tensor) -> Reading:
-    """The experts' shares in every word of `tokens` (n + 1,) after the first, in their order."""
+    """Returns the experts' shares in every word of `tokens` (n + 1,) after the first."""
     source, bptt = batchify(tokens, 1).to(run.device), run.config.optim.bptt
     hidden, parts, rows = run.model.initial_hidden(1), [], source.shape[0] - 1
     with bar(desc="read", total=rows, unit="words", leave=False) as shown:
@@ -64,8 +64,8 @@ def read(run: Run, tokens: Tensor) -> Reading:
 
 
 def summary(run: Run, reading: Reading, nearest: tuple[str, ...]) -> dict[str, Any]:
-    """Mean shares; the words that each expert speaks most, and those of which it speaks the largest part; how much of
-    the text and of what each expert speaks are function words, content words and others; neighbours of words."""
+    """Returns the experts' mean shares, the words that each predicts most, the words in which its share is largest, the
+    shares of function words, content words and others, and nearest neighbours of words."""
     tokens, (prior, responsibility, log_likelihood) = reading
     words, n_words = run.vocabulary.words, len(run.vocabulary)
     spoken = torch.zeros(n_words, prior.shape[1], dtype=torch.float64).index_add_(0, tokens, responsibility.double())

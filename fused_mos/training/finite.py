@@ -1,4 +1,4 @@
-"""The one rule for numbers that are not finite: they end a run, and no checkpoint holds them."""
+"""Detection of NaN and infinity: they end a run, and are never saved in a checkpoint."""
 
 import contextlib
 import math
@@ -11,12 +11,12 @@ from .errors import TrainingDiverged
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor of floating-point numbers that has a NaN or an infinity, or None."""
+    """Returns the name of the first floating-point tensor with a NaN or an infinity, or None."""
     for name, tensor in tensors.items():
-        # least and largest number instead of isfinite: no copy of a large tensor, and NaN is both
+        # aminmax instead of isfinite: it makes no copy of a large tensor, and propagates NaN
         if tensor.is_floating_point() and tensor.numel():
             if tensor.element_size() == 1:
-                tensor = tensor.float()  # of 8 bits torch tells no extremes
+                tensor = tensor.float()  # torch has no aminmax of 8-bit floats
             if not all(math.isfinite(extreme.item()) for extreme in tensor.detach().aminmax()):
                 return name
     return None
@@ -24,8 +24,8 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 @contextlib.contextmanager
 def explained(tensors: Callable[[], Mapping[str, Tensor]], diverged: Callable[[str], Exception]) -> Iterator[None]:
-    """Turns the ValueError of a head that is given NaN, which it looks for on a CPU alone, into the error that
-    `diverged` makes of what happened. Where all `tensors` are finite, the ValueError is another."""
+    """Replaces the ValueError of a head that finds NaN in its input, which it checks on a CPU only, by the error that
+    `diverged` returns for a message. A ValueError passes through if all `tensors` are finite."""
     try:
         yield
     except ValueError as error:
@@ -35,7 +35,7 @@ def explained(tensors: Callable[[], Mapping[str, Tensor]], diverged: Callable[[s
 
 
 def diverged(what: str, step: int, checkpoints: Path) -> TrainingDiverged:
-    """The error of a run whose `checkpoints` are from before what happened."""
+    """Returns the error of a run that diverged. Its folder `checkpoints` only has checkpoints from before that."""
     return TrainingDiverged(
         f"training diverged at step {step}: {what}; the checkpoints in {checkpoints} are from before that; try a lower "
         "--lr or --clip, and another --out"

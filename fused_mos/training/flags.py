@@ -1,4 +1,4 @@
-"""From the flags of a command to the configuration of a run, the same for both trainers."""
+"""Parses the flags of both trainers into the configuration of a run."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from .errors import ConfigError
 Config = TypeVar("Config", bound=RunConfig)
 
 RENAMED = {"--accumulate": "--micro-batches"}
-"""Flags of versions before 0.2."""
+"""Flag names of versions before 0.2."""
 
 
 def parse(
@@ -25,15 +25,15 @@ def parse(
     saved_config: Callable[[Path], Config],
     sample: Callable[[], Config],
 ) -> Config:
-    """The configuration that flags ask for: a recipe's, or with --resume that of a run, with the fields that flags
-    name.
+    """Returns the configuration of a recipe, or with --resume of a run, with the fields replaced that flags name.
 
     Args:
-        config_type: gives the flags and their help.
-        name: the command.
-        saved_config: reads that of the run in a folder.
-        sample: makes one for the text that every machine has. It is the default where neither a recipe nor a corpus is
-            named and there is no folder of the default name.
+        config_type: defines the flags and their help.
+        name: name of the command.
+        description: the command's help text, which ends with a newline.
+        saved_config: reads the configuration of the run in a folder.
+        sample: makes the configuration for the sample text. It is the default if neither a recipe nor a corpus is given
+            and there is no folder of the default name.
 
     Raises ConfigError.
     """
@@ -48,7 +48,7 @@ def parse(
         default = recipes[chosen["recipe"] or config_type().recipe]()
     else:
         default = sample()
-    description = f"{description} Recipes: {', '.join(recipes)}."
+    description = f"{description}\nRecipes: {', '.join(recipes)}."
     config = command.parse(config_type, name, description, arguments, default=default)
     config.check()
     return config
@@ -60,8 +60,8 @@ def _renamed(argument: str) -> str:
 
 
 def without_micro_batch_columns(arguments: list[str]) -> tuple[list[str], int]:
-    """Takes the published code's flag --small-batch-size, the columns of a micro-batch, out of the arguments. Returns
-    the others and its value, 0 where it is not given."""
+    """Removes the published code's flag --small-batch-size, the number of columns in a micro-batch. Returns the other
+    arguments and the flag's value, or 0 if it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--small-batch-size", "--small_batch_size", type=int, default=0)
     known, others = parser.parse_known_args(arguments)
@@ -69,7 +69,7 @@ def without_micro_batch_columns(arguments: list[str]) -> tuple[list[str], int]:
 
 
 def in_micro_batches(config: TrainConfig, columns: int) -> TrainConfig:
-    """The configuration with micro-batches of so many columns; as it is for 0. Raises ConfigError."""
+    """Returns the configuration with micro-batches of `columns` columns; 0 leaves it unchanged. Raises ConfigError."""
     if not columns:
         return config
     batch_size = config.optim.batch_size

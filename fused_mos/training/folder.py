@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, and what is in it already."""
+"""The folder of a run: its lock, and the check that it holds nothing else."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,23 +8,23 @@ from .errors import ConfigError
 
 
 def claim(folder: Path, belongs: Callable[[Path], bool]) -> files.FolderLock:
-    """Locks the folder of a run, which is created if need be, for this process to write to.
+    """Locks the folder of a run for this process, and creates it if necessary.
 
     Args:
-        belongs: whether a path in the folder is that of a run that can go on, or of one killed in its first moments.
+        belongs: returns True for a path that a run has written, even one killed in its first moments.
 
-    Raises ConfigError, without touching the folder, if it holds something else alone; FolderInUse while another process
-    writes to it; FileError where it cannot be created.
+    Raises ConfigError if the folder has content, but nothing of a run, and leaves it untouched; FolderInUse if another
+    process writes to it; FileError if it cannot be created.
     """
     check_free(folder, belongs)
     lock = files.FolderLock(folder)
-    check_free(folder, belongs)  # what another process wrote meanwhile
+    check_free(folder, belongs)  # again, since another process may have written to it before the lock
     return lock
 
 
 def check_name(argument: str, folder: Path) -> None:
-    """Raises ConfigError, naming the argument, for a folder whose name is not UTF-8: TensorBoard could not write to it,
-    and safetensors not read from it."""
+    """Raises ConfigError, naming the argument, if the folder's name is not UTF-8: TensorBoard cannot write to such a
+    folder, and safetensors cannot read from it."""
     try:
         str(folder).encode()
     except UnicodeEncodeError:
@@ -32,7 +32,7 @@ def check_name(argument: str, folder: Path) -> None:
 
 
 def check_free(folder: Path, belongs: Callable[[Path], bool]) -> None:
-    """Raises ConfigError if the folder holds something, but nothing of a run, or cannot be a run's."""
+    """Raises ConfigError if the folder has content, but nothing of a run, or a name that is not UTF-8."""
     check_name("out", folder)
     try:
         files.refuse_foreign(folder, belongs)

@@ -1,9 +1,9 @@
-"""Steps as CUDA graphs: recorded once for each length of a segment, and from then on enqueued by a single call.
+"""Steps as CUDA graphs: recorded once for each segment length, then launched by a single call.
 
-A graph repeats kernels at the addresses that they were recorded with. So a function that is replayed takes its segments
-from buffers that stay, writes what outlives it into tensors that stay, and depends on no number of the host that
-changes. Its random numbers come from torch's default generator, which every graph registers by itself: a replay draws
-what an ordinary call would have drawn, and advances the generator as far.
+A graph repeats its kernels at the recorded addresses. A replayed function must therefore read its inputs from permanent
+buffers, write results to permanent tensors, and not depend on host values that change. Its random numbers come from
+torch's default generator, which every graph registers: a replay draws the numbers that an ordinary call would have
+drawn, and advances the generator by as many.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,31 +16,31 @@ from .config import RunConfig
 from .errors import CaptureFailed
 
 MAX_GRAPHS = 64
-"""Graphs of one function. Lengths beyond them run without: some thirty lengths come often, and a graph that is thrown
-away to make room costs more than the steps that it saves."""
+"""Maximum number of graphs of one function; further lengths run without a graph. About thirty lengths are frequent, and
+evicting a graph for a rare length costs more than replaying saves."""
 
 
 class Recorder(Protocol):
-    """Records work once, to be repeated. `CudaRecorder` is the real one; tests without a GPU have another."""
+    """Records work once, to be repeated. `CudaRecorder` does so on a GPU; tests without a GPU have their own."""
 
     def run(self, function: Callable[[], None]) -> None:
-        """Runs the function as a GPU's libraries have to have run it before it is recorded."""
+        """Runs the function once, as a warm-up that libraries need before recording."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Calls the function without effect on any tensor; what is returned repeats the work."""
+        """Records the function without changing any tensor. Returns a function that repeats the work."""
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share one pool of memory: they run one after another, and what one leaves in the pool is
-    read by no other."""
+    """Records CUDA graphs in one shared memory pool. This is safe because they run one after another, and none reads
+    what another has left in the pool."""
 
     def __init__(self, device: torch.device):
         self._device = device
         with torch.cuda.device(device):
-            # the same for warm-up and capture, so that what cuBLAS keeps for a stream exists before the capture
+            # one stream for warm-up and capture: cuBLAS allocates its workspace of a stream before the capture
             self._stream = torch.cuda.Stream()
             self._pool = torch.cuda.graph_pool_handle()
-        # torch refuses a pool whose graphs are all gone, as those of an evaluation are before training begins
+        # torch refuses a pool without living graphs, as after an evaluation before training begins
         self._keeps_pool: torch.cuda.CUDAGraph | None = None
 
     def run(self, function: Callable[[], None]) -> None:
@@ -59,20 +59,20 @@ class CudaRecorder:
 
 
 def recorder_for(config: RunConfig, device: torch.device) -> Recorder | None:
-    """A recorder for the steps of a run; None without a GPU, where the run wants none, and with `grad_filter_eps`, for
-    which the host reads how many rows are left."""
+    """Returns a recorder for the steps of a run. Returns None without a GPU, with cuda_graphs=False, and with
+    grad_filter_eps, for which the host must read how many rows are left."""
     if device.type != "cuda" or not config.cuda_graphs or config.model.grad_filter_eps:
         return None
     return CudaRecorder(device)
 
 
 class Replayed:
-    """A function of a segment, replayed: its first call with a length runs as it is, which compiles kernels and lets
-    libraries choose theirs; the second records it.
+    """A function of a segment that is recorded and replayed. The first call with a length runs without recording, to
+    compile and select kernels; the second call records.
 
     Args:
-        function: takes tensors (T, …) and returns nothing; see the module for what it may do.
-        recorder: records it.
+        function: takes tensors (T, …) and returns nothing. The module's docstring says what it must not do.
+        recorder: records the function.
         longest: largest T.
     """
 
@@ -108,16 +108,16 @@ class Replayed:
             return self._recorder.record(lambda: self._function(*segment))
         except Exception as error:
             reason = error
-            while isinstance(reason.__context__, Exception):  # the end of a capture complains of what went before
+            while isinstance(reason.__context__, Exception):  # ending a failed capture raises on top of the cause
                 reason = reason.__context__
             text = (str(reason) or type(reason).__name__).splitlines()[0]
             raise CaptureFailed(
                 f"cuda_graphs: a step of {len(segment[0])} rows cannot be recorded as a CUDA graph: {text}; "
-                "--no-cuda-graphs trains without"
+                "train with --no-cuda-graphs"
             ) from error
 
 
 def allocate_gradients(parameters: Iterable[Tensor]) -> None:
-    """Gives each parameter a gradient of zeros, for graphs to write to and an optimizer to find there."""
+    """Gives each parameter a gradient of zeros, as the permanent tensor that graphs write to."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Progress of a run, and the words and seconds that it has trained."""
+"""Progress of a run: steps, words and seconds of training."""
 
 import time
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from .settings import COUNT, NOT_NEGATIVE, NUMBER, setting
 
 @dataclass
 class Progress:
-    """Counts of a run, part of its checkpoint. The trainers' subclasses add where in the text it stands."""
+    """Counters of a run, saved in its checkpoint. The trainers' subclasses add the position in the text."""
 
     step: int = setting(0, COUNT)
     words: int = setting(0, COUNT)  # predicted
@@ -18,15 +18,15 @@ class Progress:
     best: float | None = setting(None, NUMBER)  # lowest validation loss
     interval_words: int = setting(0, COUNT)  # since the last line of metrics.jsonl
     interval_seconds: float = setting(0.0, NOT_NEGATIVE)
-    metrics_bytes: int = setting(0, COUNT)  # of metrics.jsonl, which belong to the checkpoint
+    metrics_bytes: int = setting(0, COUNT)  # length of metrics.jsonl at the checkpoint
 
     @property
     def words_per_second(self) -> float | None:
-        """Speed over the whole run, or None before its first step."""
+        """Mean speed of the whole run, or None before its first step."""
         return self.words / self.seconds if self.seconds else None
 
     def count(self, words: int) -> None:
-        """A step over so many words is done."""
+        """Counts a finished step of `words` words."""
         self.step += 1
         self.words += words
         self.interval_words += words
@@ -36,18 +36,18 @@ class Progress:
 
 
 class Stopwatch:
-    """Adds to a run's seconds of training. What lies between `start` and `lap`, or between two laps, counts."""
+    """Measures a run's seconds of training: the time from `start` to the first `lap`, and from lap to lap."""
 
     def __init__(self, progress: Progress, device: torch.device):
         self._progress, self._device = progress, device
         self.start()
 
     def start(self) -> None:
-        """Training goes on after something else, which does not count."""
+        """Starts or resumes the measurement; the time since the last lap does not count."""
         self._since = time.monotonic()
 
     def lap(self, wait: bool = False) -> None:
-        """Counts the time until now; with `wait`, until a GPU has done its work."""
+        """Counts the time until now. With `wait`, first waits until the GPU has finished its work."""
         if wait and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.monotonic()

@@ -13,11 +13,11 @@ from ..runtime.text import show
 from .settings import NUMBER
 
 BLOCK = 1 << 16
-"""Bytes read at once to find the end of a line."""
+"""Bytes to read at once when searching for the end of a line."""
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean NLL in nats; infinite where that overflows."""
+    """exp of a mean NLL in nats, or infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -27,15 +27,17 @@ def tag(kind: str, name: str) -> str:
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl and the same numbers to TensorBoard.
+    """Appends records to metrics.jsonl, and the same numbers to TensorBoard.
 
-    `offset` says how many bytes of the file belong to the checkpoint being resumed; what a killed run wrote after them
-    is cut off, so that no step appears twice. Where the file has fewer, its complete lines stay, and a warning says
-    that others are lost.
+    Args:
+        folder: of the run.
+        offset: length of metrics.jsonl at the checkpoint from which the run continues. Anything after it is cut off, so
+            that no step appears twice. A shorter file keeps its complete lines, with a warning about the lost ones.
+        step: of that checkpoint.
     """
 
     def __init__(self, folder: Path, offset: int = 0, step: int = 0):
-        from torch.utils.tensorboard import SummaryWriter  # here: it takes a second, and --help does not need it
+        from torch.utils.tensorboard import SummaryWriter  # imported here: it takes a second that --help can spare
 
         self._path = folder / "metrics.jsonl"
         with files.explained(self._path):
@@ -56,7 +58,7 @@ class MetricsLog:
                 self._events.add_scalar(tag(kind, name), value, step)
 
     def sync(self) -> int:
-        """Forces everything to disk; returns the length of metrics.jsonl."""
+        """Flushes everything to disk and returns the length of metrics.jsonl."""
         with files.explained(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -69,7 +71,7 @@ class MetricsLog:
 
 
 def _end_of_lines(file: BinaryIO, end: int) -> int:
-    """Where the last complete line before the byte `end` ends."""
+    """Returns the offset after the last complete line within the first `end` bytes."""
     while end:
         start = max(0, end - BLOCK)
         file.seek(start)
@@ -80,7 +82,7 @@ def _end_of_lines(file: BinaryIO, end: int) -> int:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, without lines that are damaged. Raises FileError."""
+    """Returns the records of metrics.jsonl, skipping damaged lines. Raises FileError."""
     path, records = folder / "metrics.jsonl", []
     files.check_regular(path)
     with files.explained(path), path.open("rb") as file:
@@ -91,7 +93,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _points(metrics: list[dict[str, Any]], kind: str, x: str) -> list[tuple[float, float]]:
-    """(x, perplexity) of the records of a kind that have both: JSON has no infinity, and a file may hold anything."""
+    """Returns (x, perplexity) of all records of a kind that have both as finite numbers."""
 
     def is_number(value: Any) -> bool:
         return type(value) in (int, float) and NUMBER.holds(value)
@@ -100,8 +102,8 @@ def _points(metrics: list[dict[str, Any]], kind: str, x: str) -> list[tuple[floa
 
 
 def plot_learning_curves(folders: dict[str, Path], path: Path) -> None:
-    """Writes a PNG of training and validation perplexity against epochs: a colour for each of the runs, which are
-    named by their heads. Raises FileError."""
+    """Plots training and validation perplexity against epochs to a PNG, one colour per run; runs are named by their
+    heads. Raises FileError."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

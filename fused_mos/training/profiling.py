@@ -1,4 +1,4 @@
-"""The time of a training step, stage by stage."""
+"""Times a training step stage by stage."""
 
 import statistics
 import time
@@ -13,13 +13,12 @@ from ..lm import AWDLSTM
 class StepProfile:
     """Times the stages of `steps` training steps.
 
-    Stages follow one another: each `mark` says that what came since the last one was its stage. The layers and the head
-    of the model mark themselves, by hooks, forward and backward. On a GPU the marks are events in its stream, so that
-    nothing waits for it until `report` is called.
+    Each `mark` names the stage that ends with it. Hooks mark the model's layers and its head, forward and backward. On
+    a GPU the marks are CUDA events, so the host does not wait until `report` is called.
     """
 
     WARM_UP = 3
-    """Steps that are not counted: they allocate, and choose algorithms."""
+    """First steps that are not counted: they allocate memory and select algorithms."""
 
     def __init__(self, model: AWDLSTM, steps: int):
         self.device = model.encoder.weight.device
@@ -42,14 +41,14 @@ class StepProfile:
         self._marks[-1].append((stage, self._now()))
 
     def stop(self, words: int) -> None:
-        """The end of a step of so many words."""
+        """Ends a step of `words` words."""
         self._words.append(words)
         if self.done:
             for handle in self._handles:
                 handle.remove()
 
     def report(self) -> dict[str, Any]:
-        """Milliseconds a step, and the share of each stage: medians over the steps, in the order of the stages."""
+        """Returns the milliseconds per step and the share of each stage, as medians over the steps."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         steps = [self._stages(marks) for marks in self._marks[self.WARM_UP :]]
@@ -99,7 +98,7 @@ class StepProfile:
 def as_table(report: dict[str, Any]) -> str:
     step = report["step_ms"]
     lines = [
-        f"profile of {report['steps']} steps on {report['device']}: {step['median']:.2f} ms a step "
+        f"profile of {report['steps']} steps on {report['device']}: {step['median']:.2f} ms per step "
         f"({step['min']:.2f}–{step['max']:.2f}), "
         f"{report['words_per_step']:.0f} words, {report['words_per_second']:,.0f} words/s"
     ]

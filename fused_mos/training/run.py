@@ -1,4 +1,4 @@
-"""The folder of a run, read by the commands that come after it."""
+"""Reads the folder of a run, for evaluation and the other commands that follow training."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,8 @@ from .settings import COUNT, NUMBER, setting
 
 @dataclasses.dataclass
 class Run:
-    """The best model of a run, in evaluation mode, its vocabulary, and the texts of its corpus, read when asked for."""
+    """The best model of a run, in evaluation mode, with its vocabulary and its corpus, whose texts are read on first
+    use."""
 
     folder: Path
     config: TrainConfig
@@ -32,7 +33,7 @@ class Run:
     _texts: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def text(self, split: str) -> Tensor:
-        """Word indices (n,) of "train", "valid" or "test", for which that file alone is read. Raises CorpusError."""
+        """Returns the word indices (n,) of "train", "valid" or "test"; reads only that file. Raises CorpusError."""
         if split not in self._texts:
             try:
                 self._texts[split] = read_text(self.data, split, self.vocabulary, self.config.map_unknown)
@@ -42,7 +43,7 @@ class Run:
 
 
 def load_run(folder: Path, data: Path | None = None, device: str = "auto", backend: str | None = None) -> Run:
-    """Loads the best model of the run in `folder`. `data` and `backend` replace those of the run.
+    """Loads the best model of the run in `folder`. `data` and `backend` override those of the run.
 
     Raises CheckpointError, ConfigError or CorpusError.
     """
@@ -54,7 +55,7 @@ def load_run(folder: Path, data: Path | None = None, device: str = "auto", backe
     if best.meta.get("vocabulary", vocabulary.digest) != vocabulary.digest:
         raise CheckpointError(f"the words of {folder / 'vocabulary.txt'} are not those that {best.path} was trained on")
     options = dataclasses.asdict(config.model) | ({"backend": backend} if backend else {})
-    with torch.device("meta"):  # first: the sizes of a configuration may be of any model, and take any memory
+    with torch.device("meta"):  # check the shapes first: a wrong configuration could take any amount of memory
         check_fit(AWDLSTM(len(vocabulary), **options), best.tensors, best.path)
     model = AWDLSTM(len(vocabulary), **options).to(place).eval()
     allow_tf32(place, False)
@@ -64,15 +65,15 @@ def load_run(folder: Path, data: Path | None = None, device: str = "auto", backe
 
 @dataclasses.dataclass
 class BestRecord:
-    """What best.safetensors says of the model."""
+    """Metadata of best.safetensors."""
 
     epoch: int = setting(0, COUNT)
-    valid_loss: float | None = setting(None, NUMBER)  # None: of a converted model
+    valid_loss: float | None = setting(None, NUMBER)  # None for a converted model
 
 
 def load_best(folder: Path, config: TrainConfig, validated: bool = False) -> Checkpoint:
-    """The best model of the run in `folder`, whose configuration is `config`. Raises CheckpointError, also where it is
-    that of another run, or, with `validated`, has no validation loss."""
+    """Loads the best model of the run in `folder` with the configuration `config`. Raises CheckpointError, even for an
+    intact checkpoint if it belongs to another run or, with `validated`, has no validation loss."""
     path = folder / "best.safetensors"
     best = Checkpoint(*load_checkpoint(path, "config", "epoch", "valid_loss"), path)
     try:
@@ -81,14 +82,14 @@ def load_best(folder: Path, config: TrainConfig, validated: bool = False) -> Che
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
     if validated and record.valid_loss is None:
-        raise CheckpointError(f"{path} is a converted model, not the best one of the run in {folder}; bring that back")
+        raise CheckpointError(f"{path} is a converted model, not the best one of the run in {folder}; restore that one")
     for name, there, here in settings.changes(saved, config):
         raise CheckpointError(f"{best.path} is of another run than {folder}: its {name} is {there}, the run's {here}")
     return best
 
 
 def _vocabulary(folder: Path, config: TrainConfig, data: Path | None) -> Vocabulary:
-    """The run's vocabulary.txt, or, for a run converted without a corpus, the words of the corpus."""
+    """Returns the run's vocabulary or, for a run converted without a corpus, that of the corpus."""
     path = folder / "vocabulary.txt"
     if path.is_file():
         return Vocabulary.load(path)
@@ -103,8 +104,8 @@ def _with_hint(error: CorpusError) -> CorpusError:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """Reads config.json. Raises CheckpointError where the folder is not a run's, ConfigError where its configuration is
-    not of this version or out of its ranges, FileError where the file is damaged."""
+    """Reads config.json. Raises CheckpointError if the folder is not a run's, ConfigError if the configuration is of
+    another version or out of range, FileError if the file is damaged."""
     check_name("run", folder)
     path = folder / "config.json"
     if not path.is_file():
@@ -112,14 +113,14 @@ def read_config(folder: Path) -> TrainConfig:
     values = files.read_json(path)
     if "vocab_parallel" in values:
         command = f"python -m fused_mos.train_1b --resume {folder} --evaluate"
-        raise ConfigError(f"{folder} is a run of train_1b, which only {command} can read")
+        raise ConfigError(f"{folder} is a run of train_1b; evaluate it with {command}")
     config = TrainConfig.from_json(values)
     config.check()
     return config
 
 
 def check_vocabulary(corpus: Corpus, path: Path) -> None:
-    """Raises CheckpointError unless the corpus has the words of the run's vocabulary.txt. A converted run may lack
-    it."""
+    """Raises CheckpointError unless the corpus has the words of the run's vocabulary.txt. A converted run may have no
+    such file."""
     if path.is_file() and Vocabulary.load(path).words != corpus.vocabulary.words:
         raise CheckpointError(f"the vocabulary of the corpus is not the one in {path}; name the run's own --data")

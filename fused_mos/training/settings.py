@@ -1,10 +1,10 @@
-"""Configurations as frozen dataclasses: ranges beside the fields, JSON, and what may change when a run goes on.
+"""Configurations as dataclasses whose fields declare their range, and whether they may change when a run continues.
 
     lr: float = setting(20.0, POSITIVE)
     epochs: int = setting(1, POSITIVE, may_change=True)
 
-A field whose type is a Literal takes its values alone. `check` looks at all of that, `changes` at what may change.
-Whatever else a run keeps as JSON is a dataclass with such fields, too: `read_record` lets no other value in.
+`check` verifies ranges and the values of Literal fields; `check_same_run` verifies that nothing else has changed. All
+other JSON of a run is also read into such dataclasses, by `read_record`, which refuses values of a wrong type or range.
 """
 
 import dataclasses
@@ -22,38 +22,37 @@ Record = TypeVar("Record")
 
 
 class Range(NamedTuple):
-    """Values that a number may have. NaN is in no range, and infinity in none either."""
+    """A range of allowed numbers. No range contains NaN or infinity."""
 
-    words: str  # after "must"
+    words: str  # completes "… must"
     holds: Callable[[float], bool]
 
 
 LARGEST = 1e30
-"""No number of a configuration may be larger, so that its products are finite in float32, too."""
+"""Largest number in a configuration, so that products of such numbers stay finite in float32."""
 
 POSITIVE = Range("be positive", lambda value: 0 < value < math.inf)
-SIZE = Range("be in [1, 2**31)", lambda value: 0 < value < 2**31)  # of a tensor's dimension
+SIZE = Range("be in [1, 2**31)", lambda value: 0 < value < 2**31)  # dimension of a tensor
 NOT_NEGATIVE = Range("not be negative", lambda value: 0 <= value < math.inf)
 SHARE = Range("be in [0, 1)", lambda value: 0 <= value < 1)
 SEED = Range("be in [0, 2**63)", lambda value: 0 <= value < 2**63)  # what torch takes
-COUNT = Range("be in [0, 2**62)", lambda value: 0 <= value < 2**62)  # which still fits 64 bits when it grows
+COUNT = Range("be in [0, 2**62)", lambda value: 0 <= value < 2**62)  # with room to grow within 64 bits
 NUMBER = Range("be a number", lambda value: -LARGEST <= value <= LARGEST)
 
 
 def setting(default: Any, allowed: Range | None = None, *, may_change: bool = False) -> Any:
-    """A field of a dataclass: its default, the range of its values, and whether a run may go on with another value."""
+    """Declares a dataclass field: its default, its range, and whether a run may continue with another value."""
     return dataclasses.field(default=default, metadata={"allowed": allowed, "may_change": may_change})
 
 
 def check(config: Any) -> None:
-    """Raises ConfigError for a value, also of a nested configuration, that is out of its field's range, or none of its
-    Literal's."""
+    """Raises ConfigError for a value outside its field's range or Literal, nested configurations included."""
     for fault in _faults(config):
         raise ConfigError(fault)
 
 
 def _faults(record: Any) -> Iterator[str]:
-    """What is wrong with the values of a dataclass, whose types are right."""
+    """Yields an error message for each wrong value of a dataclass whose types are right."""
     hints = get_type_hints(type(record))
     for field in dataclasses.fields(record):
         value, allowed = getattr(record, field.name), field.metadata.get("allowed")
@@ -68,7 +67,7 @@ def _faults(record: Any) -> Iterator[str]:
 
 
 def _wanted(number: float, allowed: Range) -> str | None:
-    """What a number must do that is out of its range."""
+    """Returns what a number outside its range must satisfy, or None for a number within it."""
     if number == math.inf:
         return "be finite"
     if number > LARGEST:
@@ -77,7 +76,7 @@ def _wanted(number: float, allowed: Range) -> str | None:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A configuration as JSON has it: paths are strings."""
+    """Returns a configuration as a JSON object, with paths as strings."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -88,11 +87,11 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(config_type: type[Config], values: Any, renew: Callable[[dict[str, Any]], Any] = dict) -> Config:
-    """The inverse of `to_json`. A field that is missing has its default. Raises ConfigError for a field that this
-    version does not know, or a value of another type.
+    """The inverse of `to_json`. Missing fields get their defaults. Raises ConfigError for an unknown field or a value
+    of the wrong type.
 
     Args:
-        renew: returns the values of an earlier version as this one has them.
+        renew: translates the values of earlier versions.
     """
     try:
         return _dataclass(config_type, renew(_as_dict(values, "it")), "it")
@@ -101,8 +100,8 @@ def from_json(config_type: type[Config], values: Any, renew: Callable[[dict[str,
 
 
 def read_record(record_type: type[Record], values: Any) -> Record:
-    """A dataclass from the JSON of `dataclasses.asdict`, which must have all of its fields, each of its type and in its
-    range. Raises ValueError, naming the field."""
+    """Returns a dataclass from the JSON of `dataclasses.asdict`. Raises ValueError, naming the field, unless all fields
+    are there, each with the right type and in its range."""
     try:
         record = _dataclass(record_type, values, "it", complete=True)
     except TypeError as error:
@@ -116,7 +115,7 @@ WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a
 
 
 def _dataclass(kind: Any, values: Any, name: str, complete: bool = False) -> Any:
-    """Raises TypeError for a value of another type than its field, and, with `complete`, for a field without one."""
+    """Raises TypeError for a value of the wrong type and, with `complete`, for a missing field."""
     hints, values = get_type_hints(kind), _as_dict(values, name)
     if unknown := values.keys() - hints.keys():
         raise TypeError(f"{min(unknown)!r} is not a field of {kind.__name__}")
@@ -132,7 +131,7 @@ def _as_dict(values: Any, name: str) -> dict[str, Any]:
 
 
 def _typed(hint: Any, value: Any, name: str, complete: bool) -> Any:
-    """A value of JSON as the type that its field is declared with. Raises TypeError."""
+    """Converts a JSON value to the declared type of its field. Raises TypeError."""
     kind, arguments = get_origin(hint) or hint, get_args(hint)
     if kind is UnionType:  # X | None
         return None if value is None else _typed(arguments[0], value, name, complete)
@@ -156,7 +155,8 @@ def _typed(hint: Any, value: Any, name: str, complete: bool) -> Any:
 
 
 def changes(saved: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(field, saved value, asked value) where they differ and may not, also in nested configurations."""
+    """Yields (field, saved value, requested value) for each field that differs but may not, in nested configurations,
+    too."""
     for field in dataclasses.fields(saved):
         before, now = getattr(saved, field.name), getattr(asked, field.name)
         if dataclasses.is_dataclass(before):
@@ -166,6 +166,6 @@ def changes(saved: Any, asked: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def check_same_run(saved: Any, asked: Any) -> None:
-    """Raises ConfigError, naming the field and both values, if `asked` would be another run than `saved`."""
+    """Raises ConfigError, naming the field and both values, unless `asked` can continue the run `saved`."""
     for name, before, now in changes(saved, asked):
-        raise ConfigError(f"{name} cannot change when a run goes on: it was {before}, got {now}; name another --out")
+        raise ConfigError(f"{name} cannot change when a run continues: it was {before}, got {now}; name another --out")

@@ -1,4 +1,4 @@
-"""The stages of a run of the AWD-LSTM, as commands call them: training and fine-tuning, begun or continued."""
+"""Training and fine-tuning of an AWD-LSTM, started or continued, as the commands call them."""
 
 import dataclasses
 from pathlib import Path
@@ -15,14 +15,14 @@ from .trainer import Trainer
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains to the end, tells what comes out, and returns it (`Trainer.run`)."""
+    """Trains to the end, prints the result, and returns it (see `Trainer.run`)."""
     trainer = Trainer(config)
     n_parameters = sum(p.numel() for p in trainer.model.parameters())
     epoch = trainer.progress.epoch
     where = ""
     if trainer.resumed:
         left = config.optim.epochs - epoch
-        where = f", goes on after {epoch} epochs" if left > 0 else f", trained for {epoch} epochs already"
+        where = f", continues after {epoch} epochs" if left > 0 else f", already trained for {epoch} epochs"
     say(f"run folder {trainer.folder}, device {trainer.device}, {n_parameters:,} parameters{where}")
     result = trainer.run()
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
@@ -31,16 +31,16 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def saved_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in `folder`, as its last checkpoint has it. Raises CheckpointError, ConfigError."""
+    """Returns the configuration in the last checkpoint of the run in `folder`. Raises CheckpointError, ConfigError."""
     check_name("resume", folder)
     if not has_begun(folder) and (folder / "config.json").is_file():
-        read_config(folder)  # which says so where it is a run of train_1b
+        read_config(folder)  # raises a helpful error for a run of train_1b
     saved = load_latest(last_path(folder), "config", quietly=True).meta["config"]
     return dataclasses.replace(TrainConfig.from_json(saved), out=folder, resume=None, time_limit=0.0, profile=0)
 
 
 def finetuning_config(folder: Path) -> TrainConfig:
-    """The configuration that fine-tunes the run in `folder`. Raises CheckpointError or ConfigError."""
+    """Returns the configuration for fine-tuning the run in `folder`. Raises CheckpointError or ConfigError."""
     config = read_config(folder)
     optim = dataclasses.replace(config.optim, lr=config.optim.finetune_lr)
     return dataclasses.replace(
@@ -49,8 +49,8 @@ def finetuning_config(folder: Path) -> TrainConfig:
 
 
 def train_to_the_end(config: TrainConfig) -> None:
-    """Trains from the start or from the folder's last checkpoint; not at all if the run is finished. Raises what
-    Trainer raises, also where the finished run is another one."""
+    """Trains from the start or from the folder's last checkpoint; does nothing if the run is finished. Raises what
+    Trainer raises, even for a finished run if it is another one."""
     folder = config.run_folder
     begun = load_last(config, Corpus(config.data, config.map_unknown)) is not None
     if begun and (folder / "result.json").is_file():

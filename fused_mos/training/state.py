@@ -1,4 +1,4 @@
-"""The state of a run: what its checkpoint last.safetensors holds, and the way back."""
+"""The state of a run: saving it to the checkpoint last.safetensors, and restoring it."""
 
 import dataclasses
 from pathlib import Path
@@ -21,17 +21,17 @@ from .settings import COUNT, NOT_NEGATIVE, NUMBER, read_record, setting
 
 @dataclasses.dataclass
 class Progress(meter.Progress):
-    """Progress of a run; with the parameters, optimizer, hidden and random states this is all of its state."""
+    """Progress of a run. The rest of its state: parameters, optimizer, hidden states and random generators."""
 
-    epoch: int = setting(0, COUNT)  # epochs finished
-    stopped: bool = False  # by the rule that ends fine-tuning
+    epoch: int = setting(0, COUNT)  # finished epochs
+    stopped: bool = False  # True once the rule that ends fine-tuning has fired
     row: int = setting(0, COUNT)  # rows of the training text done in the current epoch
     peak_memory_mib: float = setting(0.0, NOT_NEGATIVE)
 
 
 @dataclasses.dataclass
 class OptimizerRecord:
-    """What JSON holds of the optimizer's state."""
+    """The part of the optimizer's state that is saved as JSON."""
 
     averaging: bool = False
     averaged_steps: int = setting(0, COUNT)
@@ -39,20 +39,20 @@ class OptimizerRecord:
 
 
 class RunTensors:
-    """A run's state as named tensors, and the way back; parameters go back by `checkpoint.load_parameters`."""
+    """Collects a run's state as named tensors, and restores it; `checkpoint.load_parameters` restores parameters."""
 
     def __init__(self, model: AWDLSTM, optimizer: NTASGD, bptt_generator: torch.Generator, device: torch.device):
         self.model, self.optimizer, self.bptt_generator, self.device = model, optimizer, bptt_generator, device
 
     def parameters(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())  # a tied weight once
+        return dict(self.model.named_parameters())  # lists a tied weight once
 
     def to_save(self, hidden: list[Hidden], interval_loss: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors, and what JSON can hold of the optimizer's state: `restore` takes both.
+        """Returns the tensors and the JSON part of the optimizer's state, for `restore`.
 
         Args:
-            hidden: that of each micro-batch.
-            interval_loss: (), summed since the last line of metrics.jsonl.
+            hidden: hidden state of each micro-batch.
+            interval_loss: (), sum of losses since the last line of metrics.jsonl.
         """
         optimizer_tensors, optimizer_meta = self.optimizer.state_dict()
         tensors = {f"model.{name}": t for name, t in self.parameters().items()}
@@ -69,9 +69,8 @@ class RunTensors:
     def restore(
         self, tensors: dict[str, Tensor], optimizer_meta: dict[str, Any], hidden: list[Hidden], interval_loss: Tensor
     ) -> None:
-        """Sets the optimizer's and the random states, and writes the hidden states and the interval's loss into the
-        tensors that `to_save` was given. Raises KeyError, ValueError, TypeError or RuntimeError where something is
-        missing or of another shape, type or range."""
+        """Restores the optimizer and the random generators, and copies into `hidden` and `interval_loss`. Raises
+        KeyError, ValueError, TypeError or RuntimeError if something is missing or has another shape, type or range."""
         record = read_record(OptimizerRecord, optimizer_meta)
         self.optimizer.load_state_dict(group(tensors, "optimizer"), dataclasses.asdict(record))
         for i, layers in enumerate(hidden):
@@ -88,18 +87,18 @@ class RunTensors:
 
 
 def last_path(folder: Path) -> Path:
-    """The last checkpoint of the run in `folder`."""
+    """Path of the last checkpoint of the run in `folder`."""
     return folder / "last.safetensors"
 
 
 def has_begun(folder: Path) -> bool:
-    """True if there is a run in `folder` that can go on."""
+    """True if there is a run in `folder` that can continue."""
     return checkpoint.exists(last_path(folder))
 
 
 def load_last(config: TrainConfig, corpus: Corpus) -> Checkpoint | None:
-    """The checkpoint that a run goes on from, or None for a new run: the last one, or the one before it where that is
-    damaged. Raises CheckpointError, and ConfigError where the checkpoint is that of another run."""
+    """Loads the checkpoint that a run continues from: the last one or, if that is damaged, the previous one. Returns
+    None for a new run. Raises CheckpointError, or ConfigError if the checkpoint is that of another run."""
     folder = config.run_folder
     if not has_begun(folder) and not config.resume:
         return None
@@ -115,13 +114,13 @@ def load_last(config: TrainConfig, corpus: Corpus) -> Checkpoint | None:
 
 
 def start_digest(config: TrainConfig) -> str | None:
-    """Digest of the model that fine-tuning starts from; None without fine-tuning, or where that model is gone."""
+    """Digest of the model that fine-tuning starts from; None without fine-tuning, or if that model is gone."""
     best = config.start and config.start / "best.safetensors"
     return checkpoint.digest(best) if best and best.is_file() else None
 
 
 def _check_start(saved: TrainConfig, saved_digest: str | None, config: TrainConfig) -> None:
-    """Raises ConfigError unless the run, and the command that goes on with it, start from the same model."""
+    """Raises ConfigError unless the saved run and the command that continues it start from the same model."""
     if bool(saved.start) != bool(config.start):
         kind = "fine-tuning another" if config.start else "no fine-tuning"
         raise ConfigError(
@@ -132,17 +131,16 @@ def _check_start(saved: TrainConfig, saved_digest: str | None, config: TrainConf
     now = start_digest(config)
     if saved_digest and now:
         same = saved_digest == now
-    else:  # of a version before 0.2, or the model is gone: the folder must do, unless it has moved
+    else:  # saved before version 0.2, or the model is gone: compare folders, unless the folder has moved
         same = files.real(saved.start) == files.real(config.start) or not saved.start.exists()
     if not same:
         raise ConfigError(
             f"out: the fine-tuning in {config.run_folder} began from another model than the best one that "
-            f"{config.start} has now; go on with it by --resume {config.run_folder}, or name another --out"
+            f"{config.start} has now; continue it with --resume {config.run_folder}, or name another --out"
         )
 
 
 def is_of_run(path: Path) -> bool:
-    """True for the paths that let a run in their folder begin or go on: its checkpoint, or what a kill left of the
-    first one."""
+    """True if `path` is the last checkpoint of a run, or left over from a run killed while writing its first one."""
     last = last_path(path.parent)
     return path == last or path.name.startswith(f"{last.name}.")

@@ -1,4 +1,4 @@
-"""The training loop of AWD-LSTM-MoS: SGD → NT-ASGD over randomised BPTT segments, resumable at any moment."""
+"""The training loop of AWD-LSTM-MoS: SGD, then NT-ASGD, over BPTT segments of random length; resumable at any step."""
 
 import dataclasses
 import math
@@ -39,7 +39,7 @@ from .state import Progress, RunTensors, has_begun, is_of_run, last_path, load_l
 
 @dataclasses.dataclass
 class PendingInterval:
-    """Numbers for a line of metrics.jsonl whose loss is on its way from the device."""
+    """A line of metrics.jsonl whose loss is still being copied from the device."""
 
     step: int
     words: int
@@ -48,10 +48,10 @@ class PendingInterval:
 
 
 class Trainer:
-    """A run in its folder: config.json, vocabulary.txt, metrics.jsonl, tensorboard/, best.safetensors,
-    last.safetensors, learning-curve.png and, at the end, result.json.
+    """Trains a model and writes its run folder: config.json, vocabulary.txt, metrics.jsonl, tensorboard/,
+    best.safetensors, last.safetensors, learning-curve.png and, at the end, result.json.
 
-    Goes on where the folder's last checkpoint stands, if it has one. Holds the folder's lock until `run` ends.
+    If the folder has a checkpoint, training continues from it. The folder stays locked until `run` ends.
 
     Raises ConfigError, CorpusError, CheckpointError or FolderInUse before anything in the folder is changed.
     """
@@ -69,11 +69,11 @@ class Trainer:
 
         self.corpus = Corpus(config.data, config.map_unknown)
         for split, batch_size in (("valid", config.valid_batch_size), ("test", config.test_batch_size)):
-            # too short a text is better found now than after an epoch
+            # fails for a text that is too short, here rather than after an epoch
             batchify(getattr(self.corpus, split), batch_size)
         self.train_digest = digest(self.corpus.train)
         self.source = batchify(self.corpus.train, config.optim.batch_size, least=3).to(self.device)
-        # a run remembers where its texts are, wherever it is continued from
+        # absolute paths, so that the run can be continued from any working directory
         self.config = config = dataclasses.replace(
             config, data=config.data.absolute(), start=config.start and config.start.absolute()
         )
@@ -111,9 +111,9 @@ class Trainer:
                 raise files.FolderInUse(f"another process has begun a run in {self.folder}; name another --out")
         self._lock = lock
         self.resumed = saved is not None
-        # where it goes on from the checkpoint before the last one, that is the one to keep
+        # after resuming from the previous checkpoint, keep that one: the last one is damaged
         self._keep_previous = saved is None or saved.path == last_path(self.folder)
-        if not self.resumed:  # before anything else, so that there is no moment from which a run cannot go on
+        if not self.resumed:  # before any other file, so that a run killed at any moment can continue
             self._write_last()
         self.stopwatch = meter.Stopwatch(self.progress, self.device)
         self.corpus.vocabulary.save(self.folder / "vocabulary.txt")
@@ -131,26 +131,26 @@ class Trainer:
 
     @property
     def _micro_batch(self) -> int:
-        """Columns that are computed at once."""
+        """Number of columns in a micro-batch."""
         return self.config.optim.batch_size // self.config.optim.micro_batches
 
     def _initial_hidden(self) -> list[Hidden]:
-        """One hidden state per micro-batch: each is a slice of columns with a state of its own."""
+        """Returns a hidden state for each micro-batch."""
         return [
             self.model.initial_hidden(self._micro_batch)
             for _ in range(0, self.config.optim.batch_size, self._micro_batch)
         ]
 
     def run(self) -> dict[str, Any]:
-        """Trains to the last epoch, evaluates the best model, and returns what it writes to result.json.
+        """Trains to the last epoch, evaluates the best model, and returns the content of result.json.
 
-        Raises TimeLimitReached or Stopped, with everything saved, TrainingDiverged, CaptureFailed, or CheckpointError
-        where the best model is gone.
+        Raises TimeLimitReached or Stopped after saving everything, TrainingDiverged, CaptureFailed, or CheckpointError
+        if the best model is gone.
         """
         try:
             with signals.noting():
                 if self.config.start and self.progress.best is None:
-                    # the model that is fine-tuned is the best until another is better
+                    # the starting model is the best one so far
                     self._keep_if_best(self._validate(), epoch=0)
                     self._save_last()
                 while self.progress.epoch < self.config.optim.epochs and not self.progress.stopped:
@@ -174,7 +174,7 @@ class Trainer:
             initial=progress.row * columns,
         ) as shown:
             self.stopwatch.start()
-            # a single row that is left at the end would take a full step; as in the published code, it takes none
+            # as in the published code, a single row left at the end is skipped: it would take a full step
             while progress.row < rows - 2:
                 length = self.train_step()
                 self.stopwatch.lap()
@@ -191,10 +191,14 @@ class Trainer:
         self.stopwatch.start()
 
     def train_step(self, length: int | None = None) -> int:
-        """One segment of all columns, of `length` rows or as many as are drawn: forward, backward, clip, step. Returns
-        the segment's rows, fewer where the text ends.
+        """Takes one training step: forward, backward, clipping, optimizer. Returns the rows of its segment, which may
+        be fewer at the end of the text.
 
-        All but the optimizer may be a graph's replay: its learning rate, a number of the host, follows the length.
+        Everything but the optimizer may be a graph's replay. The optimizer is not recorded, since its learning rate is
+        a host value that follows the segment length.
+
+        Args:
+            length: of the segment; by default it is random.
         """
         optim, progress = self.config.optim, self.progress
         if self.profile:
@@ -203,7 +207,7 @@ class Trainer:
         inputs, targets = segment(self.source, progress.row, drawn)
         with explained(self.tensors.parameters, self._diverged):
             (self.graphs or self._gradients)(inputs, targets)
-        # the rate follows the drawn length, also where the text ends before it, as in the published code
+        # as in the published code, the learning rate follows the drawn length even if the text ends before it
         self.optimizer.step(scale=drawn / optim.bptt)
         self._mark("optimizer")
         progress.row += inputs.shape[0]
@@ -213,8 +217,8 @@ class Trainer:
         return inputs.shape[0]
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> None:
-        """The clipped gradients of a segment (T, B), the hidden states after it, and the interval's loss with it: in
-        tensors that stay, since a graph may repeat this."""
+        """Computes the clipped gradients of a segment (T, B), updates the hidden states, and adds to the interval's
+        loss. It writes to permanent tensors only, since a graph may replay it."""
         optim, mark = self.config.optim, self._mark
         self.optimizer.zero_grad(set_to_none=self.graphs is None)
         mark("data")
@@ -240,7 +244,7 @@ class Trainer:
             self.profile.mark(stage)
 
     def _end_profile_step(self, profile: StepProfile, words: int) -> None:
-        """Writes the profile once it has seen its steps."""
+        """Writes profile.json after the last profiled step."""
         profile.stop(words)
         if profile.done:
             report, self.profile = profile.report(), None
@@ -251,7 +255,7 @@ class Trainer:
         return diverged(what, self.progress.step, self.folder)
 
     def _end_interval(self) -> None:
-        """Keeps the interval's numbers. On a GPU its loss is written an interval later, so that the host need not wait
+        """Ends the interval and logs it. On a GPU its loss is logged one interval later, so that the host does not wait
         for it."""
         self._write_interval()
         progress = self.progress
@@ -268,7 +272,7 @@ class Trainer:
             self._write_interval()
 
     def _write_interval(self) -> None:
-        """Writes the pending interval to the logs."""
+        """Writes the pending interval to the logs, if there is one."""
         if self.pending_interval is None:
             return
         pending, self.pending_interval = self.pending_interval, None
@@ -303,8 +307,8 @@ class Trainer:
         return better
 
     def _finish_epoch(self) -> None:
-        """Validates with the averages if there are any, keeps the best model, and may start averaging or end
-        fine-tuning."""
+        """Validates, with the averaged weights if there are any, and saves the best model. It may start averaging or
+        end fine-tuning."""
         progress = self.progress
         self._write_interval()
         try:
@@ -312,7 +316,7 @@ class Trainer:
                 loss = self._validate()
                 better = self._keep_if_best(loss, progress.epoch + 1)
         except signals.Stopped:
-            self._save_last()  # its row is the epoch's last: a run that goes on validates first
+            self._save_last()  # at the last row of the epoch: when the run continues, it validates first
             raise
         averaging = self.optimizer.averaging
         fires = self.optimizer.record(loss)
@@ -359,7 +363,7 @@ class Trainer:
         return result
 
     def _save_last(self) -> None:
-        """Saves the run and what its logs have so far. Raises TrainingDiverged if a number of it is not finite."""
+        """Saves the run and flushes its logs. Raises TrainingDiverged if a tensor is not finite."""
         self._write_interval()
         self.progress.metrics_bytes = self.metrics.sync()
         self._write_last()
@@ -391,11 +395,11 @@ class Trainer:
             self.tensors.restore(tensors, meta["optimizer"], self.hidden, self.interval_loss)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"checkpoint {path} is of another version or model: {error}") from None
-        if self.progress.best is not None:  # better found now than at the run's end
+        if self.progress.best is not None:  # check the best model here rather than at the run's end
             best = load_best(self.folder, self.config, validated=True)
-            # a newer one, of an epoch that this run trains again, is as good or better
+            # a newer one, from an epoch that this run is about to repeat, is at least as good
             if best.meta["valid_loss"] > self.progress.best:
                 raise CheckpointError(
                     f"{best.path} is older than {path}: its validation loss is {best.meta['valid_loss']:.4f}, and the "
-                    f"run's best is {self.progress.best:.4f}; bring the newer one back"
+                    f"run's best is {self.progress.best:.4f}; restore the newer one"
                 )

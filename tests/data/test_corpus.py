@@ -47,7 +47,7 @@ def test_vocabulary_round_trip(tmp_path):
     with pytest.raises(ValueError, match="distinct"):
         Vocabulary(["a", "a"])
     (tmp_path / "v.txt").write_text("a\na\n")
-    with pytest.raises(CorpusError, match="v.txt is no vocabulary: words must be distinct"):
+    with pytest.raises(CorpusError, match="v.txt is not a vocabulary: words must be distinct"):
         Vocabulary.load(tmp_path / "v.txt")
 
 

@@ -101,7 +101,7 @@ def test_an_interrupted_download_continues(ranges, server, tmp_path, capsys):
     server.ranges, server.sends = ranges, 100
     assert download(server, tmp_path) == 2
     assert (
-        f"the connection ended after 100 of {len(server.content)} bytes; the same command continues"
+        f"the connection ended after 100 of {len(server.content)} bytes; run the same command to continue"
         in capsys.readouterr().err
     )
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "archive.tar.gz.partial"}
@@ -157,4 +157,4 @@ def test_downloads_that_fail(server, tmp_path, capsys):
         (tmp_path / "archive.tar.gz.partial").symlink_to("/dev/full")
         assert f"the disk that holds {tmp_path / 'archive.tar.gz.partial'} is full" in error()
     server.server_close()
-    assert error().endswith("the same command continues")
+    assert error().endswith("run the same command to continue")

@@ -129,8 +129,8 @@ def test_the_command_sums_up(source, tmp_path, capsys):
     assert lm1b.main(flags) == 0
     output = capsys.readouterr().out
     assert "count 2 of 2 shards: 17 words in" in output and "tokenise 3 of 3 shards: 20 words in" in output
-    assert "train: 25 tokens in 4 sentences, 47.06% of the words <UNK>, 1 blank lines skipped" in output
-    assert "heldout: 5 tokens in 1 sentences, 33.33% of the words <UNK>, 0 blank lines skipped" in output
+    assert "train: 25 tokens in 4 sentences, 47.06% of the words are <UNK>, 1 blank lines skipped" in output
+    assert "heldout: 5 tokens in 1 sentences, 33.33% of the words are <UNK>, 0 blank lines skipped" in output
 
 
 def test_vocabularies(run, tmp_path):
@@ -203,7 +203,7 @@ def test_what_is_finished_is_not_done_again(source, run, tmp_path, monkeypatch):
 
 
 def test_tokens_of_another_vocabulary_are_never_taken_for_finished(run, tmp_path, monkeypatch):
-    """Stopped between a shard's tokens and what is said of them, with a vocabulary that comes and goes."""
+    """Stopped between writing a shard's tokens and their description, with a vocabulary that changes back and forth."""
     first = run(min_count=1)
     with monkeypatch.context() as patch:
         patch.setattr(lm1b.files, "write_json", interrupt)
@@ -223,7 +223,7 @@ def test_a_stop_between_two_vocabularies_leaves_no_manifest(run, tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             run(top=4)
     with pytest.raises(
-        CorpusError, match="there is no .*manifest.json; run python -m fused_mos.data.lm1b prepare first"
+        CorpusError, match="there is no .*manifest.json; first run python -m fused_mos.data.lm1b prepare"
     ):
         read_manifest(out)
     words = decoded(out, run(top=4)["train"][0])
@@ -238,7 +238,7 @@ def test_ctrl_c_says_how_to_continue(source, tmp_path, monkeypatch, capsys):
         )
         == 130
     )
-    assert "the same command continues" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
 
 
 def count_or_die(shard):
@@ -259,7 +259,7 @@ def test_a_worker_is_killed_and_the_next_run_continues(tmp_path, monkeypatch):
     source, out = write_shards(tmp_path / "source", TRAIN * 3), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(lm1b, "_count", count_or_die)
-        with pytest.raises(CorpusError, match="a worker process was killed.*the same command, which continues"):
+        with pytest.raises(CorpusError, match="a worker process was killed.*the same command to continue"):
             prepare_with(source, out, workers=2)
     finished = {name: value for name, value in files(out).items() if name.endswith("tsv")}
     assert 1 <= len(finished) < 6
@@ -305,9 +305,7 @@ def test_a_full_disk(name, workers, source, tmp_path, capsys):
     ]
     assert lm1b.main(flags) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert errors == [
-        f"error: the disk that holds {path} is full; free space and run the same command, which continues"
-    ]
+    assert errors == [f"error: the disk that holds {path} is full; free space and run the same command to continue"]
     assert not path.exists() and not [p for p in (tmp_path / "out").rglob("*") if p.suffix == ".partial"]
     assert lm1b.main(flags) == 0
 
@@ -322,9 +320,9 @@ def test_a_full_disk(name, workers, source, tmp_path, capsys):
         ({"workers": 0}, "workers must be at least 1, got 0"),
         (
             {"min_count": 6},
-            "no word is in the training shards 6 times, the most frequent one is there 4 times; lower min_count",
+            "no word occurs 6 times in the training shards, the most frequent one occurs 4 times; lower min_count",
         ),
-        ({"top": 12}, "top 12 is more than the 11 that"),
+        ({"top": 12}, "top must be at most 11, .*, got 12"),
     ],
 )
 def test_options_that_do_not_fit(options, message, run):
@@ -400,7 +398,7 @@ def test_manifests_that_do_not_fit(content, tmp_path):
 
 @pytest.mark.parametrize("name", ["counts/*.tsv", "train/*.tokens", "*/*.json", "source"])
 def test_a_flipped_bit_of_what_an_earlier_run_left_is_noticed(name, source, run, tmp_path):
-    """Of its counts, token ids or their description, or of the source itself: what is damaged is made again."""
+    """Damages counts, token ids, their description or the source: whatever is damaged is made again."""
     out, draw = tmp_path / "out", random.Random(0)
     manifest = run(min_count=1)
     before = {key: value[0] for key, value in files(out).items()}

@@ -27,7 +27,7 @@ def test_rank_and_entropy(n_words, rank):
 
 
 def test_no_model_beats_the_entropy():
-    """Of log-probabilities (V, V) drawn around the true ones, the true ones have the smallest cross-entropy."""
+    """The true log-probabilities have a smaller cross-entropy than others drawn around them."""
     language = SyntheticLanguage(50, 6)
     noise = torch.randn(50, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gaps = [
@@ -101,7 +101,7 @@ def test_written_texts_are_read_back(tmp_path, capsys):
         (["--rank", "1"], "rank must be from 2 to n_words = 30, got 1"),
         (["--concentration", "0"], r"concentration must be positive and finite, got 0"),
         (["--concentration", "nan"], r"concentration must be positive and finite, got nan"),
-        (["--train", "20"], "train must be longer for each of n_words = 30 words to occur in it: 20 words lack"),
+        (["--train", "20"], "train must be long enough for all n_words = 30 words to occur, got 20, with"),
     ],
 )
 def test_what_cannot_be_written(changed, message, tmp_path, capsys):

@@ -20,7 +20,7 @@ def outcome(error):
     def work(arguments):
         raise error
 
-    return command.run(work, [], "the same command continues")
+    return command.run(work, [], "run the same command to continue")
 
 
 def test_errors_and_stops_have_their_status_and_line(capsys):
@@ -28,14 +28,14 @@ def test_errors_and_stops_have_their_status_and_line(capsys):
     for error, status, text in (
         (UserError("lr must be positive, got 0"), 2, "error: lr must be positive, got 0\n"),
         (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied\n"),
-        (KeyboardInterrupt(), 130, "\nstopped; the same command continues\n"),
-        (signals.Stopped(signal.SIGTERM), 143, "\nstopped; the same command continues\n"),
-        (signals.Stopped(signal.SIGINT), 130, "\nstopped; the same command continues\n"),
+        (KeyboardInterrupt(), 130, "\nstopped; run the same command to continue\n"),
+        (signals.Stopped(signal.SIGTERM), 143, "\nstopped; run the same command to continue\n"),
+        (signals.Stopped(signal.SIGINT), 130, "\nstopped; run the same command to continue\n"),
     ):
         assert outcome(error) == status
         assert capsys.readouterr().err == text
     assert outcome(signals.TimeLimitReached()) == 0
-    assert capsys.readouterr().out == "time limit reached; the same command continues\n"
+    assert capsys.readouterr().out == "time limit reached; run the same command to continue\n"
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         outcome(ZeroDivisionError())
 
@@ -93,7 +93,7 @@ def test_the_list_of_commands(capsys):
         assert f"  {name:<11}{what}" in lines
     assert all(len(line) <= 100 for line in lines)
     assert package_command.main(["trian"]) == 2
-    assert "error: 'trian' is none of the commands demo, train," in capsys.readouterr().err
+    assert "error: COMMAND must be one of demo, train," in capsys.readouterr().err
 
 
 def test_a_command_is_the_module(tmp_path, monkeypatch, capsys):

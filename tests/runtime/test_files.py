@@ -64,7 +64,7 @@ def test_content_and_name_are_on_the_disk_before_the_call_returns(tmp_path, monk
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (errno.ENOSPC, "the disk that holds {path} is full; free space and run the same command, which continues"),
+        (errno.ENOSPC, "the disk that holds {path} is full; free space and run the same command to continue"),
         (errno.EACCES, "{path}: Permission denied"),
     ],
 )

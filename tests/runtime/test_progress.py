@@ -34,7 +34,7 @@ def test_a_pipe_gets_plain_lines(monkeypatch, capsys):
     assert "\r" not in error.getvalue() and all(line.endswith("\n") and line.strip() for line in lines)
     assert len(lines) == 1, "the last state, for half a minute has not passed"
     assert re.fullmatch(
-        r"train: 100% of 5\.00M words, \d\d:\d\d passed, 00:00 left, [\d.]+[kMG]? words/s, ppl 12\.3\n", lines[-1]
+        r"train: 100% of 5\.00M words, \d\d:\d\d elapsed, 00:00 left, [\d.]+[kMG]? words/s, ppl 12\.3\n", lines[-1]
     )
     assert capsys.readouterr().out == "a line\n" * 5
 

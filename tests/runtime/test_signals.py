@@ -87,7 +87,7 @@ def test_the_clock():
 
 
 def test_these_tests_pass_in_a_background_job_of_a_script(request):
-    """Which ignores SIGINT from its start, and so does what it starts."""
+    """Such a job ignores SIGINT from its start, and so do its children."""
     arguments = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "a_signal_waits", __file__]
     ignoring = ["bash", "-c", "trap '' INT TERM; exec \"$@\"", "bash"]
     result = subprocess.run([*ignoring, *arguments], capture_output=True, text=True, cwd=request.config.rootpath)

@@ -1,4 +1,4 @@
-"""What a terminal is told."""
+"""Text that is safe for a terminal."""
 
 import ast
 from pathlib import Path
@@ -29,7 +29,7 @@ EVIL = {
 
 @pytest.mark.parametrize("text", EVIL.values(), ids=EVIL)
 def test_a_terminal_is_not_commanded(text, capsys):
-    """By nothing that prints: text, an error, a line above a bar, a bar's description."""
+    """Nothing sends such text to the terminal unescaped: prints, errors, lines above a bar, and bars' descriptions."""
 
     def fails(arguments):
         raise UserError(f"the word {text}")
@@ -58,7 +58,7 @@ def test_lines_stay_lines(capsys):
 
 
 def test_nothing_else_prints():
-    """A call of print would show words of a file as they are."""
+    """Calls of print would show a file's control characters unescaped."""
     package = Path(fused_mos.__file__).parent
     exempt = {package / "runtime" / "text.py", package / "__main__.py"}  # the one that prints, and a list of commands
     for path in set(package.rglob("*.py")) - exempt:

@@ -1,7 +1,7 @@
-"""What stands for CUDA graphs where there is no GPU: a log of operations that is repeated on the tensors of its making.
+"""A stand-in for CUDA graphs without a GPU: a log of operations that is replayed on the same tensors.
 
-As with a graph, nothing of Python runs again: a step that takes a number of the host, a tensor that is replaced, or a
-new hidden state that is not written where the next step reads it, shows in the numbers.
+As with a graph, no Python code runs again. So mistakes show in the results: a step that uses a host value, a tensor
+that is replaced, or a new hidden state that is not written where the next step reads it.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-"""Tags of operations that a GPU's host would wait for."""
+"""Tags of operations that would make the host wait for a GPU."""
 
 
 class OperationLog(TorchDispatchMode):
-    """Notes operations. `undo` takes back what they did to tensors that were there before; `replay` does them again."""
+    """Logs operations. `undo` restores the tensors that existed before; `replay` repeats the operations."""
 
     def __init__(self):
         super().__init__()

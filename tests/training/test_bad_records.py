@@ -1,5 +1,5 @@
-"""What a run keeps as JSON, with values of another type or out of their range under a right digest: one line on stderr
-and exit status 2, whatever field it is."""
+"""JSON of a run with a correct digest, but a value of the wrong type or out of range. For every field, the command
+prints one line on stderr and exits with status 2."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def with_field(values, names, value):
 
 
 def is_of_its_type(names, default, value):
-    """What may be let in: by the default's type, where the names do not say more."""
+    """Values that are allowed, by the type of the default unless the names tell more."""
     if names[-1] in ("out", "resume", "start"):
         return value is None or isinstance(value, str)
     if isinstance(default, tuple):
@@ -167,7 +167,7 @@ def test_a_best_model_with_wrong_values(checkpoint_of, capsys):
     refused(train, ["--resume", run], capsys, "best.safetensors is a converted model, not the best one")
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool):
         run = checkpoint_of("best.safetensors", {"encoder.weight": tensors["encoder.weight"].to(dtype)})
-        refused(evaluate, [run], capsys, f"encoder.weight is {dtype} there and torch.float32 here")
+        refused(evaluate, [run], capsys, f"encoder.weight must be torch.float32, got {dtype}")
     nan = torch.full_like(tensors["encoder.weight"], math.nan).to(torch.float8_e5m2)
     refused(evaluate, [checkpoint_of("best.safetensors", {"encoder.weight": nan})], capsys, "are not finite")
 
@@ -180,7 +180,7 @@ def test_sizes_that_are_not_those_of_the_best_model(checkpoint_of, monkeypatch, 
     run = checkpoint_of("best.safetensors", (), "config", "model", "hidden_sizes", [2**20, 10])
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(with_field(config, ("model", "hidden_sizes"), [2**20, 10])))
-    refused(evaluate, [run], capsys, "does not fit the model: ", "is (48, 8) there and (4194304, 8) here")
+    refused(evaluate, [run], capsys, "does not fit the model: ", "must be (4194304, 8), got (48, 8)")
     assert set(made) == {"meta"}
 
 
@@ -207,7 +207,7 @@ def test_work_of_dynamic_evaluation_with_wrong_values(finished_run, monkeypatch,
         harmed = tensors | {name: value} if name in tensors else tensors
         harmed = {key: tensor for key, tensor in harmed.items() if tensor is not None}
         save_checkpoint(path, harmed, meta | {name: value} if name == "row" else meta)
-        refused(evaluate, arguments, capsys, path, another, name, "delete it to compute it anew")
+        refused(evaluate, arguments, capsys, path, another, name, "delete it to recompute it")
     del meta["row"]
     save_checkpoint(path, tensors, meta)
     refused(evaluate, arguments, capsys, path, another, "row")
@@ -246,14 +246,14 @@ def test_a_search_with_wrong_values(finished_run, monkeypatch, capsys):
         [with_field(first, ("rule", "lr"), "x")],
     ):
         files.write_sealed(path, content | {"tried": tried})
-        refused(evaluate, arguments, capsys, path, "is of another version: ", "delete it to search anew")
+        refused(evaluate, arguments, capsys, path, "is of another version: ", "delete it to search again")
 
 
 # ------------------------------------------------------------------------------------------------------ logs and tables
 
 
 def test_a_learning_curve_of_wrong_values(tmp_path):
-    """Points that are none are left out."""
+    """Points that are not finite numbers are left out."""
     lines = [json.dumps({"kind": kind, "step": 1, "ppl": 3, "epoch": 2, "epoch_fraction": 0.5, "averaging": True})
              for kind in ("train", "valid")]  # fmt: skip
     for kind in ("train", "valid", ["x"], None):

@@ -1,5 +1,5 @@
-"""What a One Billion Word run keeps as JSON, with wrong values under a right digest: one line and exit status 2. And
-ranks that find no torchrun."""
+"""JSON of a One Billion Word run with wrong values and a correct digest: one line and exit status 2. Also ranks without
+torchrun."""
 
 import contextlib
 import datetime
@@ -19,7 +19,7 @@ from fused_mos.training.lm1b import ranks
 
 @pytest.fixture
 def edited(two_checkpoints, monkeypatch):
-    """Writes state.json of a folder's last checkpoint anew, with other values; NaN stays in it."""
+    """Rewrites state.json of a folder's last checkpoint with other values; NaN is kept."""
     out, flags = two_checkpoints
     shutil.rmtree(out / "checkpoints" / "step-00000003")
     monkeypatch.setattr(files, "to_json", lambda value, **options: json.dumps(value, **options))
@@ -59,7 +59,7 @@ def test_wrong_progress(edited, capsys):
 
 @pytest.mark.trains
 def test_a_position_outside_of_the_text(edited, capsys):
-    """The segments of a shard that is not there would be awaited forever."""
+    """The segments of a missing shard would be awaited forever."""
     progress = edited("checkpoints")["progress"]
     for name in ("epoch", "shard", "row"):
         numbers, others = (-1, 10**9) if name != "epoch" else (-1, 10**400), ("x", None, 1.5)
@@ -96,7 +96,7 @@ def test_a_wrong_best_model(edited, capsys):
 
 
 def hang_up(server):
-    """On everyone who calls, until the socket is closed or nobody has called for a while."""
+    """Hangs up on every caller, until the socket is closed or nobody has called for a while."""
     with contextlib.suppress(OSError):
         while True:
             server.accept()[0].close()
@@ -104,7 +104,7 @@ def hang_up(server):
 
 @pytest.mark.parametrize("torchrun", ["is gone", "goes"])
 def test_ranks_without_torchrun_end(torchrun, flags, tmp_path, monkeypatch, capfd):
-    """A kill has ended it before they came to its store, or while they look for each other there."""
+    """torchrun was killed before the ranks reached its store, or while they look for each other there."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         environment = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}

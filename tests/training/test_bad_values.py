@@ -17,8 +17,8 @@ VALUES = [
     ("--lr inf", "lr must be finite, got inf"),
     ("--lr 1e38", "lr must be at most 1e+30, got 1e+38"),
     ("--seed 99999999999999999999", "seed must be in [0, 2**63), got 99999999999999999999"),
-    ("--device meta", "device must be auto, cpu, cuda, cuda:1 …, got 'meta'"),
-    ("--n-experts 100000000", "take fewer experts or smaller sizes"),
+    ("--device meta", "device must be auto, cpu, cuda, cuda:1, …, got 'meta'"),
+    ("--n-experts 100000000", "choose fewer experts or smaller sizes"),
     ("--n-experts 2000000000 --embedding-size 2000000000", "there is not enough memory"),
     ("--embedding-size 1000000000000000000", "embedding_size must be in [1, 2**31), got 1000000000000000000"),
     ("--hidden-sizes 3 1000000000000000000000", "hidden_sizes must be one or more widths in [1, 2**31)"),
@@ -102,9 +102,9 @@ def test_damaged_files_of_a_run(finished_run, capsys):
         (json.dumps(config | {"optim": config["optim"] | {"bptt": 0}}).encode(), "{bptt must be positive, got 0}"),
     ):
         with_content("config.json", content, *((c, "", message) for c in (evaluate, generate, experts, finetune)))
-    with_content("vocabulary.txt", b"w1\nw1\n", (generate, "", "is no vocabulary: words must be distinct"))
+    with_content("vocabulary.txt", b"w1\nw1\n", (generate, "", "is not a vocabulary: words must be distinct"))
     for command in (generate, evaluate, experts):
-        with_content("vocabulary.txt", b"w1\nw2\n", (command, "", "is no vocabulary: it lacks <eos>"))
+        with_content("vocabulary.txt", b"w1\nw2\n", (command, "", "is not a vocabulary: it lacks <eos>"))
     with_content("vocabulary.txt", b"w1\n\xff\n", (evaluate, "", "is not UTF-8 text (line 2"))
     with_content("evaluation.json", b"{}", (evaluate, "", "must hold a list, got a dict"))
 
@@ -119,7 +119,7 @@ def test_a_damaged_search_and_damaged_statistics_are_told_before_the_work(finish
     refused(evaluate, [run, "--dynamic", "--tune"], capsys, run / "dynamic" / "tuning.json", "it is not JSON")
     statistics = run / "dynamic" / "gradient-statistics.safetensors"
     statistics.write_bytes((run / "best.safetensors").read_bytes()[:-9])
-    refused(evaluate, [run, "--dynamic"], capsys, statistics, "truncated or damaged", "delete it to compute it anew")
+    refused(evaluate, [run, "--dynamic"], capsys, statistics, "truncated or damaged", "delete it to recompute it")
 
 
 @pytest.mark.trains
@@ -149,7 +149,7 @@ def test_a_seal_tells_of_every_change(tmp_path):
     files.write_sealed(path, value)
     assert files.read_sealed(path) == value | {"ppl": None}
     path.write_text(path.read_text().replace("0.1", "0.2"))
-    with pytest.raises(files.FileError, match="does not have the digest"):
+    with pytest.raises(files.FileError, match="does not match its digest"):
         files.read_sealed(path)
     files.write_json(path, {"words": 3})  # as versions before 0.2 wrote it
     assert files.read_sealed(path) == {"words": 3}
@@ -178,7 +178,7 @@ def test_a_manifest_that_lacks_something(prepared, flags, tmp_path, capsys):
         other = words.replace(b"<S>", b"<s>")
         (prepared / "vocabulary.txt").write_bytes(other)
         path.write_text(json.dumps(manifest | {"vocabulary": {"sha256": hashlib.sha256(other).hexdigest()}}))
-        refused(train_1b, [*flags, "--out", tmp_path / "run"], capsys, "is no vocabulary: it lacks <S>")
+        refused(train_1b, [*flags, "--out", tmp_path / "run"], capsys, "is not a vocabulary: it lacks <S>")
     finally:
         path.write_bytes(before)
         (prepared / "vocabulary.txt").write_bytes(words)

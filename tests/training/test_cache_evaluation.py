@@ -1,4 +1,4 @@
-"""The command that evaluates, with a continuous cache."""
+"""The command `evaluate` with a continuous cache."""
 
 import functools
 import json
@@ -118,8 +118,8 @@ def test_words_that_come_again_are_likelier(trained, corpus_folder, capsys):
 
 
 def test_the_search(trained, corpus_folder, monkeypatch, capsys):
-    """The best pair of the grid and of what is given, by one reading of the validation text; the test text then is read
-    with it."""
+    """The search finds the best pair among the grid and the given values, and reads the validation text once. Then the
+    test text is read with that pair."""
     (corpus_folder / "valid.txt").write_text("w3 w17 w31 w17 w3 w31 w3 w3\n" * 12)
     monkeypatch.setattr(cache_module, "THETAS", (0.0, 0.5))
     monkeypatch.setattr(cache_module, "LAMBDAS", (0.0, 0.2))
@@ -167,7 +167,7 @@ def test_a_missing_text_is_told_before_the_search(trained, corpus_folder, monkey
         ("--cache --lambdasm 1", "lambdasm must be in [0, 1), got 1.0"),
         ("--cache --lambdasm -0.5", "lambdasm must be in [0, 1), got -0.5"),
         ("--cache --lambdasm nan", "lambdasm must be in [0, 1), got nan"),
-        ("--cache --dynamic", "--dynamic and --cache are two kinds of evaluation; give one of them"),
+        ("--cache --dynamic", "--dynamic and --cache cannot be combined; pass only one of them"),
         ("--cache --bptt 7", "lr, lamb, epsilon and bptt are for --dynamic evaluation"),
         ("--theta 0.4", "window, theta and lambdasm are for --cache, got CacheRule(window=2000, theta=0.4"),
         ("--dynamic --window 9", "window, theta and lambdasm are for --cache, got CacheRule(window=9"),

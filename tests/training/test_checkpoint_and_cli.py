@@ -19,7 +19,7 @@ def contents(folder):
 
 @pytest.fixture
 def finished(finished_run):
-    """A finished run, without the checkpoint before the last one, to which it would go back."""
+    """A finished run without its previous checkpoint, to which it would fall back."""
     folder = finished_run(1)
     (folder / "last.safetensors.previous").unlink()
     return folder
@@ -158,7 +158,7 @@ def test_an_occupied_folder_is_not_overwritten(finished, small_flags, capsys):
         (["--lr", "nan"], ("lr must be positive, got nan",)),
         (["--small-batch-size", "4"], ("small_batch_size must divide batch_size = 6, got 4",)),
         (["--time-limit", "-1"], ("time_limit must not be negative, got -1",)),
-        (["--precision", "tf32", "--device", "cpu"], ("precision tf32 is that of NVIDIA GPUs, got device cpu",)),
+        (["--precision", "tf32", "--device", "cpu"], ("precision tf32 needs an NVIDIA GPU, got device cpu",)),
         (["--backend", "fast"], ("backend must be one of", "'fast'")),
         (["--backend", "cuda"], ("backend 'cuda' is not available",)),
         (["--device", "abacus"], ("device 'abacus' cannot be used",)),

@@ -1,4 +1,4 @@
-"""What every command that works for long promises: the same command goes on, another one is refused, signals save."""
+"""The contract of all long-running commands: the same command continues, another one is refused, signals save."""
 
 import contextlib
 import dataclasses
@@ -60,7 +60,7 @@ def trained(small_flags, tmp_path, monkeypatch):
 
 
 def signalled(monkeypatch, number, after, owner=Trainer, name="train_step"):
-    """Sends a signal to this process in the call `after` of a method, which then does its work."""
+    """Sends a signal to this process at call number `after` of a method, which then does its work."""
     original, calls = getattr(owner, name), []
 
     def method(self, *arguments, **options):
@@ -82,14 +82,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, status, small_flags
     with monkeypatch.context() as patch:
         signalled(patch, number, after=7)
         assert train.main([*flags, "--out", str(out)]) == status
-    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert "stopped; run the same command to continue" in capsys.readouterr().err
     assert load_checkpoint(out / "last.safetensors")[1]["progress"]["step"] == 7
     assert train.main([*flags, "--out", str(out)]) == 0
     assert losses(out) == losses(tmp_path / "whole")
 
 
 def test_a_signal_in_the_validation_saves_the_epoch(small_flags, tmp_path, monkeypatch):
-    """While averages stand in for the parameters: what is saved must not be the averages."""
+    """The signal comes while averages replace the parameters; the averages must not be saved."""
     flags, out, whole = [*small_flags, "--epochs", "4"], tmp_path / "run", tmp_path / "whole"
     assert train.main([*flags, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
@@ -169,9 +169,9 @@ def test_another_configuration_is_refused_by_name(trained, small_flags, tmp_path
     flags = [*small_flags, "--epochs", "1", "--out", str(trained)]
     before = (trained / "last.safetensors").read_bytes()
     for changed, message in (
-        (["--lr", "3"], "lr cannot change when a run goes on: it was 10.0, got 3.0; name another --out"),
-        (["--n-experts", "2"], "n_experts cannot change when a run goes on: it was 3, got 2"),
-        (["--micro-batches", "3"], "micro_batches cannot change when a run goes on: it was 1, got 3"),
+        (["--lr", "3"], "lr cannot change when a run continues: it was 10.0, got 3.0; name another --out"),
+        (["--n-experts", "2"], "n_experts cannot change when a run continues: it was 3, got 2"),
+        (["--micro-batches", "3"], "micro_batches cannot change when a run continues: it was 1, got 3"),
     ):
         assert train.main([*flags, *changed]) == 2
         assert f"error: {message}" in capsys.readouterr().err
@@ -191,9 +191,9 @@ def test_resume_is_short_for_the_command(flags, tmp_path, capsys):
     out = tmp_path / "run"
     assert train_1b.main([*flags, "--out", str(out), "--max-steps", "3"]) == 0
     assert train_1b.main(["--resume", str(out), "--max-steps", "5"]) == 0
-    assert "goes on at step 3 of 5" in capsys.readouterr().out
+    assert "continues at step 3 of 5" in capsys.readouterr().out
     assert train_1b.main(["--resume", str(out), "--lr", "0.5"]) == 2
-    assert "lr cannot change when a run goes on: it was 0.01, got 0.5" in capsys.readouterr().err
+    assert "lr cannot change when a run continues: it was 0.01, got 0.5" in capsys.readouterr().err
     assert train_1b.main(["--resume", str(tmp_path / "nowhere")]) == 2
     assert "there is no checkpoint in" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()
 
@@ -240,7 +240,7 @@ def test_readers_are_never_refused(trained, capsys):
 
 @pytest.mark.processes
 def test_a_folder_is_locked_until_its_result_is_written(flags, tmp_path, monkeypatch, small_flags, corpus_folder):
-    """Also while the best model is evaluated, and between the stages of a reproduction."""
+    """The lock is also held while the best model is evaluated, and between the stages of a reproduction."""
     held = []
 
     def look(owner, name, folder):
@@ -266,7 +266,7 @@ def test_a_folder_is_locked_until_its_result_is_written(flags, tmp_path, monkeyp
 
 
 def test_of_two_that_begin_at_once_one_is_refused(small_flags, finished_run, tmp_path, monkeypatch):
-    """The other one has written its first checkpoint after this one has looked for one."""
+    """The other process writes its first checkpoint just after this one has looked for one."""
     out, claim, other = tmp_path / "late", folder_module.claim, finished_run(1)
 
     def late(folder, belongs):
@@ -333,7 +333,7 @@ def test_earlier_names_of_micro_batches_are_taken(small_flags, flags, capsys):
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(small_flags, tmp_path):
-    """Its configuration has the old name, a relative path and no `resume`; the losses are those of a run of today."""
+    """Its configuration has the old name, a relative path and no `resume`; the losses equal those of a new run."""
     flags, whole, old = [*small_flags, "--micro-batches", "2"], tmp_path / "whole", tmp_path / "old"
     assert train.main([*flags, "--epochs", "2", "--out", str(whole)]) == 0
     assert train.main([*flags, "--epochs", "1", "--out", str(old)]) == 0
@@ -359,7 +359,7 @@ def empty_place(tmp_path, monkeypatch):
 def test_train_alone_trains_on_the_sample_text(empty_place, capsys):
     assert train.main(["--epochs", "1", "--time-limit", "1e-9"]) == 0
     out = capsys.readouterr().out
-    assert "training on Python's own documentation, the sample text" in out and "time limit reached" in out
+    assert "training on the sample text, Python's own documentation" in out and "time limit reached" in out
     config = json.loads((empty_place / "runs" / "sample" / "config.json").read_text())
     assert config["recipe"] == "demo" and config["data"].startswith(str(empty_place / "cache"))
     # wherever the run is, the text is said to be the sample, and no other text is
@@ -377,14 +377,14 @@ def test_train_1b_alone_trains_on_the_sample_text(empty_place, capsys):
     assert train_1b.main(["--max-steps", "2", "--eval-batch-size", "2"]) == 0
     out = capsys.readouterr().out
     assert (
-        "training lm1b-tiny on Python's own documentation, the sample text" in out
+        "training lm1b-tiny on the sample text, Python's own documentation" in out
         and "held-out ppl" in out
         and "python -m fused_mos.data.lm1b download" in out
     )
     assert (empty_place / "runs" / "sample-1b" / "result.json").is_file()
     for arguments in (["--recipe", "lm1b-tiny"], ["--data", "nowhere"]):
         assert train_1b.main(arguments) == 2
-        assert "manifest.json; run python -m fused_mos.data.lm1b prepare first, to its end" in capsys.readouterr().err
+        assert "manifest.json; first run python -m fused_mos.data.lm1b prepare to its end" in capsys.readouterr().err
 
 
 def test_prepare_ends_its_workers_at_a_signal(prepared, tmp_path, monkeypatch, capsys):
@@ -399,7 +399,7 @@ def test_prepare_ends_its_workers_at_a_signal(prepared, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(lm1b, "_tokenise", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         assert lm1b.main([*arguments, "--workers", "1"]) == 143
-    assert "stopped; the same command continues" in capsys.readouterr().err
+    assert "stopped; run the same command to continue" in capsys.readouterr().err
     assert lm1b.main(arguments) == 0
     assert not signals.noted()
 
@@ -459,4 +459,4 @@ def test_a_longer_run_is_no_reproduction(small_flags, corpus_folder, tmp_path, m
     out = tmp_path / "all"
     assert train.main([*small_flags, "--epochs", "2", "--out", str(out)]) == 0
     assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(out)]) == 2
-    assert f"epochs of {out} are 2, and those of the recipe 1; name another --out" in capsys.readouterr().err
+    assert f"epochs must be 1, as in the recipe, but {out} has 2; name another --out" in capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""Files of a run that were damaged, exchanged or lost: noticed, told in one line, and survived where an older one is
-kept."""
+"""Files of a run that were damaged, exchanged or lost: each is noticed and reported in one line, and the run continues
+if an older file is kept."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ def the_line(capsys):
 
 @pytest.mark.parametrize("max_mib", [0, 1], ids=["whole", "in parts"])
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(max_mib, tmp_path):
-    """Header, tensors and JSON; of the name of the digest alone it is not, which harms nothing."""
+    """Flips bits of header, tensors and JSON. Flips in the digest's key go unnoticed, but do no harm."""
     draw, path = random.Random(0), tmp_path / "x.safetensors"
     tensors = {"a": torch.randn(300, 1000), "b": torch.tensor(4), "c": torch.randn(7).bfloat16()}
     save_checkpoint(path, tensors, {"row": 12, "history": [0.5]}, max_mib)
@@ -59,7 +59,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(max_mib, tmp_path):
 
 
 def test_a_checkpoint_without_a_digest_is_taken(tmp_path):
-    """As versions before 0.2 wrote them."""
+    """Versions before 0.2 wrote such checkpoints."""
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(3)}, tmp_path / "x", {"fused_mos": '{"row": 3}'})
@@ -79,7 +79,7 @@ def test_the_checkpoint_before_the_last_one_is_kept(max_mib, tmp_path, capsys):
     latest = load_latest(path)
     assert latest.meta == {"n": 2} and latest.tensors["a"][0, 0] == 2
     assert f"warning: checkpoint {path} " in (error := capsys.readouterr().err)
-    assert f"going on from the one before it, {latest.path}" in error
+    assert f"continuing from the previous one, {latest.path}" in error
     flip(latest.path, random.Random(0), first=latest.path.stat().st_size - 90)
     with pytest.raises(CheckpointError, match=f"{path} (is truncated or damaged|lacks its part)"):
         load_latest(path)
@@ -87,7 +87,7 @@ def test_the_checkpoint_before_the_last_one_is_kept(max_mib, tmp_path, capsys):
 
 @pytest.mark.trains
 def test_a_save_that_fails_keeps_both_checkpoints(tmp_path, monkeypatch):
-    """The one before the last is replaced when the new one is on the disk, not before."""
+    """The previous checkpoint is replaced only when the new one is on disk."""
     path, previous = tmp_path / "last.safetensors", tmp_path / "last.safetensors.previous"
     for step in (1, 2):
         save_checkpoint(path, {"x": torch.full((4,), float(step))}, {"step": step}, keep_previous=True)
@@ -127,7 +127,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_last_one(harm, small_flags
     last.unlink() if harm == "missing" else flip(last, random.Random(1), first=5000)
     capsys.readouterr()
     assert train.main(["--resume", str(out), "--epochs", "4"]) == 0
-    assert capsys.readouterr().err.count("going on from the one before it") == 1
+    assert capsys.readouterr().err.count("continuing from the previous one") == 1
     assert losses(out) == losses(whole)
     for name in ("best.safetensors", "last.safetensors"):
         a, b = load_checkpoint(whole / name)[0], load_checkpoint(out / name)[0]
@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_the_last_one(harm, small_flags
 
 @pytest.mark.trains
 def test_the_best_model_must_be_that_of_the_run(finished_run, small_flags, tmp_path, capsys):
-    """Of another run of equal shapes, older than the last checkpoint, of another type, or with NaN."""
+    """It may be of another run of equal shapes, older than the last checkpoint, of another dtype, or contain NaN."""
     run, other = finished_run(2), tmp_path / "other"
     assert train.main([*small_flags, "--seed", "5", "--epochs", "1", "--out", str(other)]) == 0
     best = run / "best.safetensors"
@@ -154,7 +154,7 @@ def test_the_best_model_must_be_that_of_the_run(finished_run, small_flags, tmp_p
 
     save_checkpoint(best, {name: tensor.half() for name, tensor in tensors.items()}, meta)
     assert evaluate.main([str(run)]) == 2
-    assert "torch.float16 there and torch.float32 here" in the_line(capsys)
+    assert "must be torch.float32, got torch.float16" in the_line(capsys)
 
     save_checkpoint(best, tensors | {"encoder.weight": torch.full_like(tensors["encoder.weight"], torch.nan)}, meta)
     assert evaluate.main([str(run)]) == 2
@@ -171,7 +171,7 @@ def test_the_best_model_must_be_that_of_the_run(finished_run, small_flags, tmp_p
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("hidden.0.1.c", torch.zeros(1, 1, 10), "hidden.0.1.c is (1, 1, 10) there and (1, 6, 10) here"),
+        ("hidden.0.1.c", torch.zeros(1, 1, 10), "hidden.0.1.c must be (1, 6, 10), got (1, 1, 10)"),
         ("random.torch", torch.zeros(9, dtype=torch.uint8), "RNG state size to be 9"),
         ("optimizer.average.0", torch.zeros(2), "average.0 is (2,) there"),
     ],
@@ -218,7 +218,7 @@ def test_checkpoints_follow_the_umask(small_flags, tmp_path):
 
 
 def test_a_log_with_fewer_bytes_than_recorded(tmp_path, capsys):
-    """It keeps its complete lines, and no number makes it longer."""
+    """It keeps its complete lines, and is not extended to the recorded length."""
     log = MetricsLog(tmp_path)
     for step in range(3):
         log.write("train", step, loss=torch.inf)
@@ -252,7 +252,7 @@ def test_train_1b_goes_on_from_the_checkpoint_before_the_last_one(file, two_chec
     capsys.readouterr()
     assert train_1b.main([*flags, "--max-steps", "8"]) == 0
     captured = capsys.readouterr()
-    assert "goes on at step 3 of 8" in captured.out
+    assert "continues at step 3 of 8" in captured.out
     assert f"warning: checkpoint {checkpoints / 'step-00000005'} is damaged" in captured.err
     assert [loss for loss in losses(out) if loss[0] == "train"] == [
         loss for loss in losses(tmp_path / "whole") if loss[0] == "train"
@@ -287,7 +287,7 @@ def test_a_state_json_that_lacks_something_and_a_best_model_of_another_run(two_c
     shutil.rmtree(best)
     shutil.copytree(others_best, out / "best" / others_best.name)
     assert train_1b.main([*flags, "--max-steps", "5", "--evaluate"]) == 2
-    assert "seed cannot change when a run goes on: it was 4, got 1" in the_line(capsys)
+    assert "seed cannot change when a run continues: it was 4, got 1" in the_line(capsys)
     for key in ("config", "progress", "vocabulary", "shards", "random"):
         for path in (out / "checkpoints").glob("*/state.json"):
             state = json.loads(path.read_text())

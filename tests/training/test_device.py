@@ -1,4 +1,4 @@
-"""Copies to a GPU, as torch is asked for them. No GPU is needed: what would run there is answered here."""
+"""Copies to a GPU, as requested from torch. No GPU is needed: a stand-in answers in its place."""
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -8,7 +8,7 @@ from fused_mos.training.lm1b.ranks import Ranks
 
 
 class NotedCopies(TorchFunctionMode):
-    """Answers for a GPU: notes whether a copy there is from pinned, contiguous memory and not waited for."""
+    """Stands in for a GPU: notes whether a copy to it is from pinned, contiguous memory and asynchronous."""
 
     def __init__(self):
         super().__init__()

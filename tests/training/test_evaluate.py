@@ -96,7 +96,7 @@ def test_a_time_limit_cuts_a_dynamic_evaluation_into_pieces(trained, capsys):
         assert evaluate.main([*flags, "--time-limit", "0.02"]) == 0
         pieces += 1
     assert pieces > 2 and results(trained) == whole * 2
-    assert "the same command continues" in capsys.readouterr().out
+    assert "run the same command to continue" in capsys.readouterr().out
 
 
 def test_statistics_of_another_model_are_not_used(trained):
@@ -110,7 +110,7 @@ def test_statistics_of_another_model_are_not_used(trained):
 
 
 def test_statistics_of_another_text_are_not_used(trained, corpus_folder):
-    """The same words in another order: the same vocabulary, and no other sign of it."""
+    """The text has the same words in another order, so the vocabulary does not reveal the change."""
     first = DynamicRun(load_run(trained), CheckpointClock(5)).statistics()
     lines = (corpus_folder / "train.txt").read_text().splitlines()
     (corpus_folder / "train.txt").write_text("\n".join([*lines[:-3], lines[-2], lines[-3], lines[-1]]) + "\n")
@@ -150,7 +150,7 @@ def test_only_what_was_begun_is_said_to_go_on(trained, monkeypatch, capsys):
 
     for name, flags, said in (
         ("static_evaluation", [], "\nstopped\n"),
-        ("dynamic_evaluation", ["--dynamic"], "\nstopped; the same command continues\n"),
+        ("dynamic_evaluation", ["--dynamic"], "\nstopped; run the same command to continue\n"),
     ):
         monkeypatch.setattr(f"fused_mos.training.evaluation.{name}", interrupted)
         assert evaluate.main([str(trained), *flags]) == 130
@@ -214,7 +214,7 @@ def test_tuning_finds_a_better_rule_and_keeps_what_it_tried(trained, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tune"], "--tune searches the numbers of --dynamic or --cache; give one of them with it"),
+        (["--tune"], "--tune searches hyperparameters of --dynamic or --cache; pass one of them, too"),
         (["--dynamic", "--lamb", "0"], "lamb must be positive, got 0.0"),
         (["--data", "nowhere"], "data folder nowhere does not exist"),
         (["--bptt", "7"], "are for --dynamic evaluation"),

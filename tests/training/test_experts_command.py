@@ -136,7 +136,7 @@ def test_errors(trained, small_flags, tmp_path, capsys):
     for flags, message in (
         ([str(trained), "--nearest", "zebra"], "nearest: 'zebra' is not one of the model's 42 words"),
         ([str(trained), "--words", "0"], "words must be positive, got 0"),
-        ([str(other)], "head must be mos, whose experts each predict words; this run's is softmax"),
+        ([str(other)], "head must be mos, the only one whose experts predict words, got softmax"),
     ):
         capsys.readouterr()
         assert experts.main(flags) == 2

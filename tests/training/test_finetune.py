@@ -91,14 +91,14 @@ def test_errors_name_what_is_missing(tmp_path, trained, capsys):
     for arguments, message in (
         ([], "name the folder of the run to fine-tune first"),
         (["--lr", "3", str(trained)], "name the folder of the run to fine-tune first"),
-        ([str(trained), "--recipe", "ptb"], "recipe is that of the run, demo, got ptb"),
+        ([str(trained), "--recipe", "ptb"], "recipe must be that of the run, demo, got ptb"),
         (
             [str(trained), "--out", str(trained)],
-            "lr cannot change when a run goes on: it was 10.0, got 12.5; name another --out",
+            "lr cannot change when a run continues: it was 10.0, got 12.5; name another --out",
         ),  # it is no fine-tuning of this run
         ([str(tmp_path / "none")], "is not the folder of a run: it has no config.json"),
         ([str(trained), "--lr", "-1"], "lr must be positive, got -1.0"),
-        ([str(trained), "--finetune-lr", "3"], "here name --lr 3"),
+        ([str(trained), "--finetune-lr", "3"], "to fine-tune, pass --lr 3"),
         ([str(trained), "--embedding-size", "9"], "does not fit the model"),
     ):
         assert finetune.main(arguments) == 2
@@ -109,7 +109,7 @@ def test_errors_name_what_is_missing(tmp_path, trained, capsys):
 
 
 def test_another_runs_fine_tuning_does_not_go_on(trained, tmp_path, capsys):
-    """Also where both runs have the same flags; a run that has moved is the same one."""
+    """Both runs may have the same flags. A run that has moved is still the same run."""
     flags, other = ["--epochs", "1", "--lr", "3"], tmp_path / "other"
     assert finetune.main([str(trained), *flags]) == 0
     shutil.copytree(trained, other, ignore=shutil.ignore_patterns("finetune"))

@@ -26,7 +26,7 @@ def test_the_command(small_flags, tmp_path, capsys):
 
 
 def test_words_do_not_command_the_terminal(finished_run, capsys):
-    """Those of a vocabulary that somebody else wrote: OSC 52 would write the clipboard."""
+    """Escape sequences in a foreign vocabulary are not printed: OSC 52 would write to the clipboard."""
     folder, evil = finished_run(3), "\x1b]52;c;ZXZpbA==\x07\x9b2J\u202e"
     path = folder / "vocabulary.txt"
     words = [word if word == "<eos>" else word + evil for word in path.read_text().splitlines()]

@@ -165,7 +165,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_capture_that_fails_ends_the_run_and_names_the_flag(gpu_flags, tmp_path):
-    """In a process of its own: what a failed capture leaves of torch's allocator is not to be used."""
+    """Runs in its own process, since a failed capture leaves torch's allocator unusable."""
     command = [sys.executable, "-c", FAILING, *gpu_flags, "--out", str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "--no-cuda-graphs trains without" in result.stderr
+    assert result.returncode == 2 and "train with --no-cuda-graphs" in result.stderr

@@ -1,4 +1,4 @@
-"""Replayed steps without a GPU: by a log of operations that stands for a graph, they give the bits of ordinary ones."""
+"""Replayed steps without a GPU: with a log of operations instead of a graph, they equal ordinary steps bit for bit."""
 
 import pytest
 import torch
@@ -55,9 +55,7 @@ class FailingRecorder(LogRecorder):
 def test_a_capture_that_fails_names_the_flag():
     step = Replayed(lambda x: None, FailingRecorder(), longest=4)
     step(torch.zeros(3, 2))
-    message = (
-        "of 3 rows cannot be .*: operation not permitted when stream is capturing; --no-cuda-graphs trains without"
-    )
+    message = "of 3 rows cannot be .*: operation not permitted when stream is capturing; train with --no-cuda-graphs"
     with pytest.raises(CaptureFailed, match=message):
         step(torch.zeros(3, 2))
 
@@ -76,7 +74,7 @@ def test_who_records(small_flags, monkeypatch):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The places that read numbers on the CPU alone do as on a GPU."""
+    """Code that reads values only on a CPU behaves as on a GPU."""
     monkeypatch.setattr("fused_mos._inputs.values_can_be_read", lambda *_: False)
     monkeypatch.setattr(
         "fused_mos._backends.from_rows.scaled", lambda gradients, factor, *_: [g * factor for g in gradients]
@@ -133,7 +131,7 @@ def test_a_replayed_run_has_the_bits_of_an_ordinary_one(variant, recorder, small
 def test_a_run_resumed_in_an_epoch_has_the_bits_of_an_unbroken_one(
     first, second, recorder, small_flags, tmp_path, monkeypatch
 ):
-    """Also where it began without graphs: the flag may change."""
+    """The flag may change: the run may have begun without graphs."""
     Trainer(parse([*small_flags, "--no-cuda-graphs", "--out", str(tmp_path / "whole")])).run()
     broken, original = tmp_path / "broken", Trainer.train_step
 

@@ -68,7 +68,7 @@ def test_train_1b_goes_on_bit_by_bit(chunk, flags, tmp_path):
 
 @pytest.mark.trains
 def test_a_run_of_before_these_fields_goes_on(finished_run, small_flags, tmp_path):
-    """It is the run that it would have been: its models, too, are those of the fields' defaults."""
+    """It continues unchanged: the new fields' defaults describe its model."""
     run, whole = finished_run(1), tmp_path / "whole"
 
     def without_the_fields(config):

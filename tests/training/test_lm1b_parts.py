@@ -1,4 +1,4 @@
-"""What a One Billion Word run is made of: its stream of text, and its loss."""
+"""The parts of a One Billion Word run: its stream of text and its loss."""
 
 import dataclasses
 import re
@@ -47,7 +47,7 @@ def test_a_stream_goes_on_from_any_position(prepared):
 
 
 def test_a_last_segment_of_one_row_is_read(prepared):
-    """So that an epoch has every row, whatever bptt is."""
+    """So an epoch has every row, for any bptt."""
     corpus = PreparedCorpus(prepared)
     for file in corpus.train:
         rows = file.n_tokens // 6 - 1
@@ -56,7 +56,7 @@ def test_a_last_segment_of_one_row_is_read(prepared):
 
 
 def test_each_rank_counts_the_words_of_all(prepared):
-    """Of all columns, whichever it reads itself, so that none needs to ask the others before its backward pass."""
+    """Each rank counts the words of all columns, so that it need not ask others before its backward pass."""
     corpus = PreparedCorpus(prepared)
     segments = [
         list(TrainStream(corpus.train, 6, columns, 9, corpus.bos, seed=3).segments())
@@ -112,7 +112,7 @@ def test_files_are_checked(prepared, tmp_path, flags, capsys):
         ),
         (
             lambda file: (tmp_path / "copy" / "manifest.json").unlink(),
-            "run python -m fused_mos.data.lm1b prepare first",
+            "first run python -m fused_mos.data.lm1b prepare",
         ),
     ):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The memory that `train_1b` expects its head to take, beside what a step of it takes. (Of whole runs:
+"""The memory that `train_1b` estimates for its head, compared with what a step takes. (For whole runs:
 test_train_1b.py.)"""
 
 import dataclasses
@@ -14,7 +14,7 @@ from fused_mos.training.lm1b import RECIPES, memory
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors that operations have made, at their most."""
+    """Peak bytes of the tensors that operations have allocated."""
 
     def __init__(self, given):
         super().__init__()
@@ -39,7 +39,7 @@ class LiveMemory(TorchDispatchMode):
     ids=str,
 )
 def test_the_memory_table_has_room_for_the_vectors(options, precision):
-    """Of a head's step: `train_1b` refuses runs by this table, so it must not have much more, either."""
+    """Compares with a head's step. `train_1b` refuses runs by this estimate, so it must not be much higher, either."""
     recipe = RECIPES["lm1b-tiny"]()
     model = dataclasses.replace(recipe.model, n_experts=7, hidden_sizes=(16, 96), **options)
     config = dataclasses.replace(recipe, model=model, precision=precision, batch_size=200)

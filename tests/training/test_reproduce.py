@@ -30,7 +30,7 @@ def test_all_stages_in_pieces_are_those_of_one_go(small_recipe, corpus_folder, t
     while not (pieces / "reproduction.md").exists():
         assert reproduce.main(["demo", "--data", str(corpus_folder), "--out", str(pieces), "--time-limit", "0.05"]) == 0
         count += 1
-    assert count > 3 and "time limit reached; the same command continues" in capsys.readouterr().out
+    assert count > 3 and "time limit reached; run the same command to continue" in capsys.readouterr().out
     results = json.loads((whole / "reproduction.json").read_text())
     assert json.loads((pieces / "reproduction.json").read_text()) == results
     table = (whole / "reproduction.md").read_text()
@@ -68,12 +68,13 @@ def test_another_reproduction_is_refused_by_name(small_recipe, corpus_folder, tm
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
         assert reproduce.main(["demo", *flags]) == 130
-    assert "recipe cannot change when a run goes on: it was demo, got other" in refused("ptb", *flags)
+    assert "recipe cannot change when a run continues: it was demo, got other" in refused("ptb", *flags)
     assert reproduce.main(["demo", *flags]) == 0
     results = (out / "reproduction.json").read_text()
-    assert "recipe cannot change when a reproduction goes on: it was demo, got ptb" in refused("ptb", *flags)
-    assert "tune cannot change when a reproduction goes on: it was False, got True" in refused("demo", *flags, "--tune")
-    assert "precision cannot change when a run goes on: it was float32" in refused(
+    assert "recipe cannot change when a reproduction continues: it was demo, got ptb" in refused("ptb", *flags)
+    tune = refused("demo", *flags, "--tune")
+    assert "tune cannot change when a reproduction continues: it was False, got True" in tune
+    assert "precision cannot change when a run continues: it was float32" in refused(
         "demo", *flags, "--precision", "bfloat16"
     )
     for name in ("train", "test"):

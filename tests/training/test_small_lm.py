@@ -1,4 +1,4 @@
-"""The steps of the small models: drawn beforehand and replayed, they are what they are one by one."""
+"""The steps of the small models: replayed steps equal ordinary ones."""
 
 import copy
 import sys
@@ -72,7 +72,7 @@ def trained(model, text, recorder=None, first=N_STEPS, device="cpu"):
 @pytest.mark.parametrize("body", ["lstm", "transformer"])
 @pytest.mark.parametrize("head", ["softmax", "moc", "mos"])
 def test_replayed_steps_have_the_bits_of_steps(body, head, text, as_on_a_gpu):
-    """Of windows, rates, dropout and the optimizer's state: nothing is left of the warm-up."""
+    """Windows, learning rates, dropout and the optimizer's state are the same; the warm-up leaves no trace."""
     model, recorder = LanguageModel(shape(body, head)), LogRecorder()
     losses, parameters = trained(model, text, recorder, first=3)
     assert (recorder.n_run, recorder.n_recorded, recorder.n_replayed) == (3, 1, N_STEPS)

@@ -43,7 +43,7 @@ def name_parts(path, names, digest="0" * 64):
 @pytest.mark.parametrize("special", ["pipe", "device", "twice", "hard links", "headless", "folder", "long header"])
 def test_parts_that_are_none(special, tmp_path):
     path, names = tmp_path / "x.safetensors", ["part"]
-    message = "part is no regular file"
+    message = "part is not a regular file"
     if special == "pipe":
         os.mkfifo(tmp_path / "part")
     elif special == "device":
@@ -85,7 +85,7 @@ def test_a_deep_list_of_parts(tmp_path):
 
 
 def test_a_header_that_is_cut_over_parts(tmp_path):
-    """As of a checkpoint of many tensors."""
+    """A checkpoint of many tensors has a long header."""
     path, tensors = (
         tmp_path / "x.safetensors",
         {f"a tensor with a long name, {i}": torch.ones(60) for i in range(12_000)},
@@ -132,7 +132,7 @@ def test_files_without_an_end_are_not_read(read, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero", "pipe"):
-        with pytest.raises(files.FileError, match=f"{name} is no regular file"):
+        with pytest.raises(files.FileError, match=f"{name} is not a regular file"):
             read(tmp_path / name)
     with pytest.raises(files.FileError, match="No such file"):
         read(tmp_path / "none")
@@ -142,14 +142,14 @@ def test_files_without_an_end_are_not_read(read, tmp_path):
 
 @pytest.mark.trains
 def test_pipes_among_the_files_of_ranks(two_checkpoints, capsys):
-    """Also one that state.json does not name: the reader looks at all."""
+    """Includes a file that state.json does not name, since the reader opens all files."""
     out, flags = two_checkpoints
     (best,) = (out / "best").iterdir()
     os.mkfifo(best / "more.safetensors")
-    refused(train_1b, [*flags, "--evaluate"], capsys, f"{best / 'more.safetensors'} is no regular file")
+    refused(train_1b, [*flags, "--evaluate"], capsys, f"{best / 'more.safetensors'} is not a regular file")
     (best / "more.safetensors").unlink()
     for checkpoint in (out / "checkpoints").iterdir():
         (checkpoint / "state.json").unlink()
         os.mkfifo(checkpoint / "state.json")
-    refused(train_1b, [*flags, "--max-steps", "9"], capsys, "state.json is no regular file")
-    refused(train_1b, ["--resume", out], capsys, "state.json is no regular file")
+    refused(train_1b, [*flags, "--max-steps", "9"], capsys, "state.json is not a regular file")
+    refused(train_1b, ["--resume", out], capsys, "state.json is not a regular file")

@@ -123,8 +123,8 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("averaging", [False, True])
 def test_a_step_draws_masks_for_each_part_and_reads_no_number_back(averaging, small_flags, tmp_path, monkeypatch):
-    """On a GPU, reading a number would make the host wait for the device. The two places that read on the CPU alone do
-    as on a GPU."""
+    """On a GPU, reading a value would make the host wait for the device. The two places that read values only on a CPU
+    are made to behave as on a GPU."""
     monkeypatch.setattr("fused_mos.training.trainer.random_bptt_length", lambda *_: 12)
     monkeypatch.setattr("fused_mos._inputs.values_can_be_read", lambda *_: False)
     monkeypatch.setattr(

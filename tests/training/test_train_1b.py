@@ -60,7 +60,7 @@ def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
     result = json.loads((out / "result.json").read_text())
     assert (
         f"mos: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words" in printed
-        and "in all" in printed
+        and "GiB of" in printed
     )
     assert result["heldout_ppl"] < 12 and result["vocabulary"] == 43
     assert result["heldout_words"] == sum(int((file.open() != 0).sum()) for file in PreparedCorpus(prepared).heldout)
@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monke
 
         monkeypatch.setattr(LM1BTrainer, "train_step", stopping)
         assert train_1b.main([*flags, "--out", str(out)]) == status
-        assert "stopped; the same command continues" in capsys.readouterr().err
+        assert "stopped; run the same command to continue" in capsys.readouterr().err
         assert sorted(path.name for path in (out / "checkpoints").iterdir())[-1] == f"step-{at + 1:08}"
     monkeypatch.setattr(LM1BTrainer, "train_step", original)
     assert train_1b.main([*flags, "--out", str(out), "--time-limit", "1e-9"]) == 0
@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_bit_identically(optimizer, flags, tmp_path, monke
 @pytest.mark.trains
 @pytest.mark.parametrize("variant", ["", "--micro-batches 2", "--head-chunk 18 --precision bfloat16 --optimizer sgd"])
 def test_a_replayed_run_has_the_bits_of_an_ordinary_one(variant, flags, tmp_path, trainer_of, monkeypatch):
-    """By the stand-in for CUDA graphs; stopped in between, and with a last segment of another length in each shard."""
+    """Replays the stand-in for CUDA graphs, with a stop in between, and shorter last segments of shards."""
     recorder = LogRecorder()
     monkeypatch.setattr("fused_mos._inputs.values_can_be_read", lambda *_: False)  # as on a GPU
     monkeypatch.setattr(
@@ -153,7 +153,7 @@ def test_a_kill_at_the_first_step_or_in_the_first_checkpoint_costs_nothing(flags
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, capsys):
-    """In torch's writer, and in ours."""
+    """The disk is full in torch's writer, and in ours."""
     out, full = tmp_path / "run", OSError(errno.ENOSPC, "No space left on device")
     assert train_1b.main([*flags, "--max-steps", "3", "--out", str(out)]) == 0
     before = {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()}
@@ -171,14 +171,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch, ca
             patch.setattr(what, failing)
             assert train_1b.main([*flags, "--checkpoint-minutes", "0", "--out", str(out)]) == 2
         assert re.search(
-            r"error: checkpoint \S* could not be written \(the disk is full\); the last complete one is as it was\n",
+            r"error: checkpoint \S* could not be written \(the disk is full\); the last complete one is unchanged\n",
             capsys.readouterr().err,
         )
         assert {path: path.read_bytes() for path in (out / "checkpoints").rglob("*") if path.is_file()} == before
 
 
 def test_the_first_update_is_that_of_plain_adam(flags, trainer_of, tmp_path):
-    """Also after the checkpoint that is written before it, for which the optimizer's state is made."""
+    """The checkpoint before the first step, for which the optimizer's state is created, does not change it."""
     trainer = trainer_of([*flags, "--weight-decay", "0.1", "--warmup-steps", "0", "--clip", "0"], tmp_path / "run")
     trainer._save()
     plain = [p.detach().clone().requires_grad_() for p in trainer.model.parameters()]
@@ -295,10 +295,10 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
     write_benchmark(tmp_path / "source", seed=1)
     lm1b.prepare(lm1b.Prepare(tmp_path / "source", tmp_path / "other", workers=1, allow_missing=True))
     for changed, message in (
-        (["--lr", "0.5"], "lr cannot change when a run goes on: it was 0.01, got 0.5"),
+        (["--lr", "0.5"], "lr cannot change when a run continues: it was 0.01, got 0.5"),
         (
             ["--hidden-sizes", "12", "11"],
-            "hidden_sizes cannot change when a run goes on: it was (12, 10), got (12, 11)",
+            "hidden_sizes cannot change when a run continues: it was (12, 10), got (12, 11)",
         ),
         (["--data", str(tmp_path / "other")], "is not the corpus that"),
     ):
@@ -408,7 +408,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
         ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20:(.|\n)*it would fit with --micro-batches \d+"
     ):
         memory.check(full, 793_471, OneRank)
-    with pytest.raises(ConfigError, match="take a smaller embedding or vocabulary"):
+    with pytest.raises(ConfigError, match="choose a smaller embedding or vocabulary"):
         memory.check(dataclasses.replace(full, memory_gib=4), 793_471, OneRank)
     text = memory.check(dataclasses.replace(full, memory_gib=80), 793_471, OneRank)
     assert "of 80.00" in text and "evaluation" not in text

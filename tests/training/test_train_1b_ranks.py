@@ -94,8 +94,8 @@ def kill_one_rank(agent, out, draw, saving):
 
 
 def unbroken_by_kills(flags, tmp_path, kills, seed):
-    """Runs with torchrun's restarts, killed so often; every loss is that of an unbroken run of two ranks, bit for
-    bit."""
+    """Runs with torchrun's restarts under repeated kills. Every loss equals that of an uninterrupted run of two ranks,
+    bit for bit."""
     whole, out, draw = tmp_path / "whole", tmp_path / "broken", random.Random(seed)
     flags = [*flags, "--dropout", "0.2", "--checkpoint-minutes", "0"]
     finish(torchrun(2, [*flags, "--out", str(whole)]))
@@ -140,7 +140,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_for_good(flags, tmp_path):
         time.sleep(0.05)
     agent.send_signal(signal.SIGTERM)
     _, error = agent.communicate(timeout=60)
-    assert b"stopped; the same command continues" in error and agent.returncode
+    assert b"stopped; run the same command to continue" in error and agent.returncode
     *_, checkpoint = sorted((out / "checkpoints").iterdir())
     assert int(checkpoint.name.removeprefix("step-")) >= 5 and (checkpoint / "state.json").is_file()
 

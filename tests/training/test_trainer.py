@@ -118,7 +118,7 @@ def test_killed_runs_resume_bit_identically(small_flags, tmp_path):
 
 
 def test_a_kill_before_the_first_due_checkpoint_costs_nothing_but_time(small_flags, tmp_path):
-    """With the default, minutes between checkpoints."""
+    """Runs with the default interval between checkpoints, in minutes."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(small_flags, whole)
     killed_at([*small_flags, "--out", str(broken)], broken, 1)
@@ -141,7 +141,7 @@ def test_a_run_in_pieces_is_the_whole_run(small_flags, tmp_path, capsys):
     whole, pieces, flags = tmp_path / "whole", tmp_path / "pieces", [*small_flags, "--hidden-sizes", "300", "10"]
     run(flags, whole)
     assert main([*flags, "--out", str(pieces), "--time-limit", "1e-9", "--checkpoint-max-mib", "1"]) == 0
-    assert "time limit reached; the same command continues" in capsys.readouterr().out
+    assert "time limit reached; run the same command to continue" in capsys.readouterr().out
     assert len(losses(pieces)) == 1 and len(list(pieces.glob("last.safetensors.*"))) > 1
     count = 1
     while not (pieces / "result.json").exists():
@@ -182,7 +182,7 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoints(small_flags, tmp_pat
 
 @pytest.mark.parametrize("where", ["validation", "a checkpoint"])
 def test_a_run_that_diverges_ends_in_one_line(where, small_flags, tmp_path, monkeypatch, capsys):
-    """Also where averages are what is no longer finite, which training itself does not see."""
+    """The averages may be what is no longer finite, which training itself does not notice."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
 

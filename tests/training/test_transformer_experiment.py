@@ -1,5 +1,5 @@
-"""experiments.transformer and what it shares with experiments.adam: equal parameters, the switch from a softmax to a
-mixture, and a folder of runs that goes on."""
+"""experiments.transformer, and its common code with experiments.adam: equal parameters, the switch from a softmax to a
+mixture, and a folder of runs that is continued."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from fused_mos import MoS
 
 @pytest.fixture
 def run(corpus_folder, tmp_path, monkeypatch):
-    """Runs the experiment with these flags more, and returns what it wrote."""
+    """Runs the experiment with additional flags, and returns what it wrote."""
 
     def run(*flags):
         flags = ["--data", str(corpus_folder), "--ds", "16", "--seeds", "0", *flags, "--device", "cpu"]

@@ -11,7 +11,7 @@ __all__ = ["RECIPES", "LM1BConfig", "LM1BTrainer"]
 
 
 def __getattr__(name: str) -> object:
-    """Imports the trainer when it is asked for: a command's --help does without."""
+    """Imports the trainer on first use, so that a command's --help stays fast."""
     if name == "LM1BTrainer":
         from .trainer import LM1BTrainer
 

@@ -1,4 +1,4 @@
-"""The model of a run that has the lowest held-out loss so far, in RUN/best."""
+"""The best model of a run, with the lowest held-out loss so far, in RUN/best."""
 
 import dataclasses
 from pathlib import Path
@@ -13,26 +13,26 @@ from .ranks import Ranks
 from .state import RunTensors, check_identity, identity
 
 OTHER_RANKS = 1e-4
-"""Share by which a loss may be another on another number of ranks."""
+"""Relative difference that a loss may have on another number of ranks."""
 
 
 @dataclasses.dataclass
 class BestRecord:
-    """What state.json says of the model."""
+    """The fields of the model's state.json."""
 
     step: int = setting(0, COUNT)
     loss: float = setting(0.0, NUMBER)  # held-out
 
 
 class BestModel:
-    """Saves a run's parameters as its best model, and reads them back, all ranks together."""
+    """Saves a run's parameters as its best model and loads them again. All ranks call it together."""
 
     def __init__(self, config: LM1BConfig, corpus: PreparedCorpus, tensors: RunTensors, ranks: Ranks):
         self.config, self.corpus, self.tensors, self.ranks = config, corpus, tensors, ranks
         self.folder = config.run_folder / "best"
 
     def save(self, step: int, loss: float) -> None:
-        """Saves the model after `step`, whose held-out loss is `loss`, in place of the one before. Raises
+        """Saves the model after `step`, with the held-out loss `loss`, in place of the previous one. Raises
         CheckpointError."""
         state = {"step": step, "loss": loss, **identity(self.config, self.corpus)}
         checkpoint.save(self.folder / checkpoint.step_name(step), self.tensors.parameters(), state, self.ranks)
@@ -40,11 +40,11 @@ class BestModel:
             checkpoint.remove_older(self.folder)
 
     def load(self, least: float | None, run: Path) -> BestRecord:
-        """Reads it into the run's parameters and returns its step and loss.
+        """Loads the best model into the run's parameters, and returns its step and loss.
 
         Args:
-            least: the lowest loss that the run knows of, if any; an older model than that is refused.
-            run: the checkpoint that says so.
+            least: lowest loss in the run's checkpoint, if any. A model with a higher loss is outdated and refused.
+            run: path of that checkpoint.
 
         Raises CheckpointError or ConfigError.
         """
@@ -58,12 +58,12 @@ class BestModel:
             record = read_record(BestRecord, {name: state[name] for name in ("step", "loss")})
         except ValueError as error:
             raise CheckpointError(f"checkpoint {path} is of another version: {error}") from None
-        if "config" in state:  # versions before 0.2 did not keep it
+        if "config" in state:  # versions before 0.2 did not save it
             check_identity(state, path, self.config, self.corpus)
         if least is not None and record.loss > least * (1 + OTHER_RANKS):
             raise CheckpointError(
                 f"{path} is older than {run}: its loss is {record.loss:.4f}, and the run's best is {least:.4f}; "
-                "bring the newer one back"
+                "restore the newer one"
             )
         checkpoint.load(path, self.tensors.parameters())
         if name := first_not_finite(self.tensors.own_parameters()):

@@ -1,12 +1,11 @@
-"""Checkpoints of many ranks, by torch.distributed.checkpoint in safetensors files: any number of ranks can read them,
-and loading runs no code.
+"""Checkpoints of many ranks: torch.distributed.checkpoint in safetensors files, readable by any number of ranks.
 
     RUN/checkpoints/step-00001200/shard-00001-model-00001-of-00001.safetensors …   each rank's share
-                                  state.json                                       all else
+                                  state.json                                       everything else
 
-A checkpoint is written beside its name and renamed when it is complete, so a kill at any moment leaves the last one
-whole. state.json has the digests of all files and of itself, which are checked when a run goes on. The checkpoint
-before the last one is kept, in case that one is damaged.
+A checkpoint is written to a partial folder and renamed when it is complete, so a kill at any moment leaves the last one
+intact. state.json has the digests of all files and of itself, which are verified when a run continues. The previous
+checkpoint is kept in case the last one is damaged. Loading executes no code.
 """
 
 import errno
@@ -30,16 +29,23 @@ from .ranks import OtherRankFailed, Ranks
 FOLDER = "checkpoints"
 STATE = "state.json"
 DAMAGED = ".damaged"
-"""Suffix of a checkpoint that a run could not go on from."""
+"""Suffix of a damaged checkpoint that a run could not continue from."""
 KEPT = 2
-"""Checkpoints of a run that are kept."""
+"""Number of checkpoints to keep."""
 COMPLETE = re.compile(r"step-\d{8,}")
-"""Names of checkpoints that were written to the end."""
+"""Names of complete checkpoints."""
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: Ranks) -> None:
-    """Writes a checkpoint, all ranks together; `tensors` are DTensors or the same on all ranks, and not scalars. One of
-    this name stays as it is, unless it is damaged: it is of the same step. Raises CheckpointError, on all ranks."""
+    """Writes a checkpoint, all ranks together. An existing one of this name is from the same step; it is kept unless it
+    is damaged.
+
+    Args:
+        tensors: DTensors, or tensors that are the same on all ranks; no scalars.
+        state: the content of state.json.
+
+    Raises CheckpointError on all ranks.
+    """
     if ranks.sums(ranks.is_main and path.exists()).item():
         try:
             _verify(path, ranks)
@@ -57,7 +63,7 @@ def save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], ranks: R
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Reads a checkpoint into `tensors`, in place, whatever number of ranks wrote it. Raises CheckpointError, on all
+    """Loads a checkpoint, written by any number of ranks, into `tensors` in place. Raises CheckpointError on all
     ranks."""
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
@@ -68,7 +74,7 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_state(path: Path, *keys: str) -> dict[str, Any]:
-    """The content of state.json, which must have these keys. Raises CheckpointError."""
+    """Returns the content of state.json. Raises CheckpointError, also if it lacks one of `keys`."""
     try:
         state = files.read_sealed(path / STATE)
     except OSError as error:
@@ -79,8 +85,8 @@ def read_state(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def newest(folder: Path, ranks: Ranks) -> Path | None:
-    """The last complete checkpoint, as the main rank sees it, or the one before it where that is damaged, and says so
-    on stderr. Raises CheckpointError or OtherRankFailed, on all ranks, where all are damaged."""
+    """Returns the last complete checkpoint that the main rank finds or, if that is damaged, the previous one with a
+    warning on stderr. Raises CheckpointError or OtherRankFailed, on all ranks, if all are damaged."""
     steps = [int(name.removeprefix("step-")) for name in _complete_names(folder)[:KEPT]] if ranks.is_main else []
     shared = ranks.sums(*(step + 1 for step in steps), *[0] * (KEPT - len(steps))).tolist()
     paths = [folder / step_name(int(number) - 1) for number in shared if number]
@@ -93,30 +99,31 @@ def newest(folder: Path, ranks: Ranks) -> Path | None:
                 raise
             if ranks.is_main:
                 why = error if isinstance(error, CheckpointError) else f"checkpoint {path} is damaged"
-                show(f"warning: {why}; going on from the one before it, {older}", file=sys.stderr)
+                show(f"warning: {why}; continuing from the previous one, {older}", file=sys.stderr)
     return None
 
 
 def _verify(path: Path, ranks: Ranks) -> None:
-    """Compares digests, each rank those of some files. Raises CheckpointError or OtherRankFailed, on all ranks."""
+    """Verifies the digests; each rank checks some of the files. Raises CheckpointError or OtherRankFailed, on all
+    ranks."""
     error = None
     try:
-        digests = read_state(path).get("files", {})  # versions before 0.2 wrote none
+        digests = read_state(path).get("files", {})  # versions before 0.2 saved none
         if not isinstance(digests, dict):
             raise CheckpointError(f"checkpoint {path} is of another version: files must be an object, got {digests!r}")
-        for file in path.glob("*.safetensors"):  # all of them are read
+        for file in path.glob("*.safetensors"):  # loading reads every one of them
             files.check_regular(file)
         for name, digest in sorted(digests.items())[ranks.rank :: ranks.n_ranks]:
             if files.sha256(path / Path(name).name) != digest:
                 raise CheckpointError(f"checkpoint {path} is damaged (the content of {name}); nothing was changed")
-    except (CheckpointError, OSError, ValueError) as failure:  # ValueError: of a name that no file can have
+    except (CheckpointError, OSError, ValueError) as failure:  # ValueError: an impossible file name
         error = failure if isinstance(failure, CheckpointError) else CheckpointError(f"checkpoint {path}: {failure}")
     ranks.agree(error)
 
 
 def saved_config(folder: Path) -> LM1BConfig:
-    """The configuration of the run in `folder`, as its last checkpoint has it, or the one before it where that is
-    damaged. Raises CheckpointError, ConfigError."""
+    """Returns the configuration in the last checkpoint of the run in `folder` or, if that is damaged, in the previous
+    one. Raises CheckpointError, ConfigError."""
     error = CheckpointError(f"there is no checkpoint in {folder / FOLDER}")
     for i, name in enumerate(_complete_names(folder / FOLDER)):
         try:
@@ -127,7 +134,7 @@ def saved_config(folder: Path) -> LM1BConfig:
 
 
 def _complete_names(folder: Path) -> list[str]:
-    """Names of complete checkpoints, the last one first."""
+    """Returns the names of complete checkpoints, the last one first."""
     names = (path.name for path in folder.glob("step-*") if COMPLETE.fullmatch(path.name))
     return sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)
 
@@ -137,7 +144,7 @@ def step_name(step: int) -> str:
 
 
 def set_aside_newer(folder: Path, path: Path) -> None:
-    """Renames the checkpoints after `path`, which are damaged: one of their names may be written again."""
+    """Renames the damaged checkpoints after `path`, since the run will write their names again."""
     names = _complete_names(folder)
     for name in names[: names.index(path.name)]:
         _set_aside(folder / name)
@@ -150,7 +157,7 @@ def _set_aside(path: Path) -> None:
 
 
 def remove_older(folder: Path, kept: int = 1) -> None:
-    """Deletes all but the last checkpoints, so many, and what kills have left."""
+    """Deletes all but the last `kept` checkpoints, and leftovers of killed runs."""
     names = _complete_names(folder)[:kept]
     for path in folder.glob("step-*"):
         if path.name not in names:
@@ -170,7 +177,8 @@ def _complete(partial: Path, path: Path, state: dict[str, Any]) -> None:
 
 
 def _main_does(ranks: Ranks, path: Path, action: Callable[[], None], error: BaseException | None = None) -> None:
-    """The main rank acts, unless there is an error; all ranks raise CheckpointError if it fails."""
+    """Runs `action` on the main rank, unless there is an `error` already. If anything failed, all ranks raise: the
+    failing ones CheckpointError, the others OtherRankFailed."""
     if ranks.is_main and error is None:
         try:
             action()
@@ -180,18 +188,18 @@ def _main_does(ranks: Ranks, path: Path, action: Callable[[], None], error: Base
     if error is not None:
         shutil.rmtree(path.with_name(path.name + files.PARTIAL), ignore_errors=True)
         wrapped = CheckpointError(
-            f"checkpoint {path} could not be written ({_reason(error)}); the last complete one is as it was"
+            f"checkpoint {path} could not be written ({_reason(error)}); the last complete one is unchanged"
         )
     ranks.agree(wrapped)
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line; a full disk in words."""
+    """Returns the innermost cause in one line, or "the disk is full"."""
     if isinstance(error, CheckpointException):
         first = next(iter(error.failures.values()))
         error = first[0] if isinstance(first, tuple) else first
     if isinstance(error, files.FileError) and error.__cause__:
-        error = error.__cause__  # the file's own error would tell the user what to do a second time
+        error = error.__cause__  # FileError itself would repeat the advice to the user
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         return "the disk is full"
     return str(error).strip().split("\n")[-1] or type(error).__name__

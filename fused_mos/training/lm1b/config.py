@@ -1,6 +1,8 @@
-"""Configuration of a run on One Billion Words, and the recipes. The paper says of this corpus: 100,000 words, a tied
-embedding, two LSTM layers of 1,024, SGD at 20 with batches of 60 and gradients of norm 0.25 at most, 7 experts. What it
-does not say (bptt, dropout) is ours."""
+"""The configuration of a run on One Billion Words, and the recipes.
+
+The paper gives for this corpus: 100,000 words, a tied embedding, two LSTM layers of 1,024, 7 experts, SGD at a learning
+rate of 20, batches of 60 and gradients clipped at norm 0.25. It does not give bptt and dropout; those are our choice.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,81 +15,82 @@ from ..errors import ConfigError
 from ..settings import NOT_NEGATIVE, POSITIVE, SEED, setting
 
 NO_DROPOUT = ModelConfig(dropoute=0.0, dropouti=0.0, dropouth=0.0, dropout=0.0, dropoutl=0.0, wdrop=0.0)
-"""A model of this size sees few of 0.8 billion words twice."""
+"""With 0.8 billion words, training hardly sees a text twice, so nothing needs regularising."""
 
 
 @dataclass(frozen=True)
 class LM1BConfig(RunConfig):
-    """A run on the One Billion Word benchmark, or a corpus in its form."""
+    """A run on the One Billion Word benchmark, or on a corpus in the same format."""
 
     recipe: str = "lm1b-mos"
-    """Named set of defaults for all other flags."""
+    """Recipe that sets the defaults of all other flags."""
     data: Path = setting(Path("lm1b"), may_change=True)
-    """Folder that python -m fused_mos.data.lm1b prepare wrote. On many machines, each reads its own copy, or a shared
-    one."""
+    """Folder written by python -m fused_mos.data.lm1b prepare.
+    With several machines, each may read its own copy or a shared one."""
     out: Path | None = setting(None, may_change=True)
-    """Folder of the run, on a file system that all ranks share: a new one, or one in which the same command goes on. By
-    default runs/CORPUS-RECIPE-seedSEED, with the name of the corpus's folder."""
+    """Folder of the run, which all ranks share. If the same command has begun a run there, that run continues.
+    By default runs/CORPUS-RECIPE-seedSEED, where CORPUS is the name of the data folder."""
     evaluate: bool = setting(False, may_change=True)
-    """Instead of training, evaluate the best model of the run on all held-out shards."""
+    """Evaluate the best model of the run on all held-out shards instead of training."""
     model: ModelConfig = field(
         default_factory=lambda: replace(NO_DROPOUT, n_experts=7, embedding_size=900, hidden_sizes=(1024, 1024))
     )
     optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
-    """PyTorch's optimizer, fused where it has that."""
+    """Optimizer, in PyTorch's fused implementation where there is one."""
     lr: float = setting(20.0, POSITIVE)
     """Learning rate."""
     initial_accumulator: float = setting(0.0, NOT_NEGATIVE)
-    """First value of adagrad's sums of squared gradients. With 0, the first step moves every parameter by lr."""
+    """Initial value of adagrad's sums of squared gradients. With 0, the first step moves every parameter by lr."""
     warmup_steps: int = setting(0, NOT_NEGATIVE)
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0 to lr."""
     decay: Literal["none", "linear", "cosine"] = "none"
-    """Fall of the learning rate from the end of the warm-up to 0 at the end of the run."""
+    """Decay of the learning rate, from the end of the warm-up to 0 at the end of the run."""
     weight_decay: float = setting(0.0, NOT_NEGATIVE)
-    """L2 decay of all weights (for adam decoupled, as AdamW's)."""
+    """L2 penalty on all weights; for adam, decoupled weight decay (AdamW)."""
     clip: float = setting(0.25, NOT_NEGATIVE)
-    """Largest norm of the gradient; 0: no clipping."""
+    """Maximum norm of the gradient; 0 disables clipping."""
     batch_size: int = setting(60, POSITIVE)
-    """Columns of text over all ranks."""
+    """Batch size over all ranks: columns of text that are read in parallel."""
     micro_batches: int = setting(1, POSITIVE, may_change=True)
-    """Parts of a rank's columns that are computed one after the other, their gradients accumulated, to save memory.
-    (--accumulate, its earlier name, is taken, too.)"""
+    """Split each rank's batch into this many micro-batches and accumulate their gradients, to save memory.
+    The earlier name --accumulate is accepted, too."""
     head_chunk: int = setting(0, NOT_NEGATIVE, may_change=True)
-    """Tokens for which the head is computed at once, its vectors recomputed in the backward pass; 0: all, and kept."""
+    """Compute the head for this many tokens at a time, to save memory; 0 computes all at once."""
     bptt: int = setting(35, POSITIVE)
-    """Rows of a segment of truncated backpropagation."""
+    """Segment length of truncated backpropagation."""
     epochs: int = setting(1, POSITIVE, may_change=True)
-    """Passes over the training shards. A run that goes on with more, or with other max_steps, takes the learning rate
-    of the new length from there on."""
+    """Passes over the training shards.
+    If a run continues with other epochs or max_steps, its learning rate follows the new length from there on."""
     max_steps: int = setting(0, NOT_NEGATIVE, may_change=True)
-    """Steps at most; 0: no limit."""
+    """Maximum number of steps; 0 sets no limit."""
     vocab_parallel: int = setting(1, POSITIVE, may_change=True)
-    """Ranks that share one copy of the decoder and embedding, and read the same text. The others are copies (data
-    parallelism)."""
+    """Number of ranks that share one copy of the decoder and embedding, and read the same text.
+    Such groups of ranks are data-parallel."""
     seed: int = setting(1, SEED)
-    """Seed of initialisation, dropout and the order of shards."""
+    """Random seed of initialisation, dropout and the order of shards."""
     device: str = setting("auto", may_change=True)
-    """cpu or cuda; auto takes GPUs if there are any. Each rank of a machine takes the GPU of its LOCAL_RANK."""
+    """cpu or cuda; auto uses GPUs if there are any. Each rank uses the GPU numbered by its LOCAL_RANK."""
     eval_interval: int = setting(2000, POSITIVE, may_change=True)
-    """Steps between evaluations on the held-out text; there is one more at the end."""
+    """Steps between evaluations on held-out text; one more follows at the end."""
     eval_shards: int = setting(1, NOT_NEGATIVE, may_change=True)
-    """Held-out shards to evaluate on in training; 0: all. The first is the usual test shard of the full benchmark."""
+    """Number of held-out shards to evaluate on during training; 0 takes all.
+    The first one is the usual test shard of the full benchmark."""
     eval_batch_size: int = setting(60, POSITIVE, may_change=True)
-    """Columns of held-out text over all ranks."""
+    """Batch size of evaluation over all ranks."""
     checkpoint_minutes: float = setting(15.0, NOT_NEGATIVE, may_change=True)
-    """Minutes between checkpoints; 0 writes one after every step."""
+    """Minutes between checkpoints; 0 saves after every step."""
     memory_gib: float = setting(0.0, NOT_NEGATIVE, may_change=True)
-    """Memory that a rank may use; 0: what the device has, shared by the ranks on it. A run that needs more is
-    refused."""
+    """Memory limit of a rank in GiB; a run that needs more is refused.
+    0 takes the device's memory, divided by the number of ranks that share it."""
 
     def check(self) -> None:
-        """Raises ConfigError for a value that no run can have."""
+        """Raises ConfigError for values that no run can have."""
         super().check()
         if not self.model.tied:
             raise ConfigError("tied must be True: the recipes share the embedding's weight with the decoder, got False")
 
     def check_ranks(self, n_ranks: int) -> None:
-        """Raises ConfigError where the columns cannot be shared out."""
+        """Raises ConfigError if the columns cannot be divided among the ranks."""
         n_data = n_ranks // self.vocab_parallel
         if self.eval_batch_size < n_data:
             raise ConfigError(
@@ -104,13 +107,13 @@ class LM1BConfig(RunConfig):
 
     @classmethod
     def from_json(cls, values: Any) -> "LM1BConfig":
-        """The inverse of `to_json`, also of versions before 0.2. Raises ConfigError for a field that this version does
-        not know, or a value of another type."""
+        """The inverse of `to_json`; reads files of versions before 0.2, too. Raises ConfigError for an unknown field or
+        a value of the wrong type."""
         return settings.from_json(cls, values, _renewed)
 
 
 def _renewed(values: dict[str, Any]) -> dict[str, Any]:
-    """The saved configuration of a version before 0.2, whose name for micro-batches was another, as that of today."""
+    """Translates a configuration saved before version 0.2, which had another name for micro-batches."""
     values = dict(values)
     if (parts := values.pop("accumulate", None)) is not None:
         values["micro_batches"] = parts
@@ -129,10 +132,11 @@ def lm1b_softmax() -> LM1BConfig:
 
 
 def lm1b_full() -> LM1BConfig:
-    """A model of all 793,471 words: a billion parameters.
+    """A model with all 793,471 words, a billion parameters.
 
-    Adagrad as in Jozefowicz et al. 2016, for SGD hardly moves rare words: lr 0.2, and 1 to start with where losses are
-    summed over the 20 rows of a segment. Ours is their mean, with gradients a 20th and squares a 400th of those."""
+    It trains with Adagrad, as in Jozefowicz et al. 2016, since SGD hardly moves rare words. They take lr 0.2 and an
+    initial accumulator of 1 for losses summed over the 20 rows of a segment. Our loss is the mean, so gradients are 20
+    times smaller and their squares 400 times."""
     model = replace(NO_DROPOUT, n_experts=7, embedding_size=1024, hidden_sizes=(1024, 1024))
     return LM1BConfig(
         recipe="lm1b-full",
@@ -148,8 +152,10 @@ def lm1b_full() -> LM1BConfig:
 
 
 def lm1b_tiny() -> LM1BConfig:
-    """Minutes on a CPU, for a few shards and vocabularies of some 10,000 words. The paper's SGD: with Adam, at 0.0007
-    to 0.005, MoS of this size needs init_bias, or stays for long at the perplexity of the words' frequencies."""
+    """A model that trains in minutes on a CPU, for a few shards and about 10,000 words.
+
+    It keeps the paper's SGD. With Adam at learning rates of 0.0007 to 0.005, a MoS of this size needs init_bias:
+    without it, the perplexity long stays that of the word frequencies."""
     model = replace(NO_DROPOUT, n_experts=3, embedding_size=96, hidden_sizes=(192, 128))
     return LM1BConfig(
         recipe="lm1b-tiny",

@@ -1,4 +1,4 @@
-"""Evaluation of held-out shards by all ranks."""
+"""Evaluation on held-out shards, by all ranks together."""
 
 import torch
 
@@ -11,7 +11,7 @@ from .ranks import Ranks
 
 
 def check_columns(batch_size: int, shards: list[TokenFile]) -> None:
-    """Raises ConfigError for so many columns that some would be empty whatever shard they read."""
+    """Raises ConfigError if there are more columns than tokens in any shard, so that some would always be empty."""
     longest = max(shard.n_tokens for shard in shards)
     if batch_size > longest:
         raise ConfigError(
@@ -21,8 +21,10 @@ def check_columns(batch_size: int, shards: list[TokenFile]) -> None:
 
 @torch.no_grad()
 def evaluate(loss: SummedLoss, shards: list[TokenFile], batch_size: int, bptt: int, ranks: Ranks) -> tuple[float, int]:
-    """Mean NLL in nats over every word of the shards, </S> and <UNK> among them, and how many that are. Each shard is
-    read as `batch_size` columns over all ranks, in segments of `bptt`; the hidden state starts anew with each."""
+    """Returns the mean NLL in nats over every word of the shards, including </S> and <UNK>, and the number of words.
+
+    Each shard is read as `batch_size` columns over all ranks in segments of `bptt`, starting with a zero hidden state.
+    """
     model, bos, device = loss.model, loss.ignored, ranks.device
     model.eval()
     allow_tf32(device, False)

@@ -1,6 +1,6 @@
-"""The exchange between ranks that ends each step's backward pass. It is the one time that a step waits.
+"""The exchange between ranks after each backward pass, the only point at which a step waits.
 
-It is one tensor of numbers; with a sharded decoder, one of gradients before it.
+It all-reduces one tensor of numbers and, with a sharded decoder, one of gradients before it.
 """
 
 import math
@@ -16,15 +16,15 @@ from .ranks import Ranks
 
 
 class StepDecision(NamedTuple):
-    """The actions of all ranks after a step, if one of them has reason to act."""
+    """What all ranks do after a step, because at least one has a reason to."""
 
-    signum: int  # of a signal that ends the run, or 0
+    signum: int  # signal that ends the run, or 0
     save: bool
-    stop: bool  # the time is up
+    stop: bool  # the time limit is reached
 
 
 class StepTotals(NamedTuple):
-    """A step over all ranks."""
+    """Results of a step over all ranks."""
 
     nll: float  # summed over the words
     gradient_norm: float
@@ -33,19 +33,22 @@ class StepTotals(NamedTuple):
 
 def exchange(
     nll: Tensor,  # (), summed over this rank's words
-    sharded: list[Tensor],  # gradients of this rank's parts of parameters
-    whole: list[Tensor],  # gradients of parameters that all ranks have
+    sharded: list[Tensor],  # gradients of this rank's shards of parameters
+    whole: list[Tensor],  # gradients of parameters that all ranks have in full
     ranks: Ranks,
     clock: signals.CheckpointClock,
 ) -> StepTotals:
-    """Sums a step over all ranks, and has them decide alike. `whole` becomes the mean over ranks that share a decoder:
-    theirs are the same up to rounding, on which some kernels do not decide alike."""
+    """Sums a step's results over all ranks, and makes them take the same decision.
+
+    With a sharded decoder, `whole` is replaced by its mean over the ranks that share the decoder. Their gradients are
+    equal up to the rounding of non-deterministic kernels; the mean keeps parameters identical.
+    """
     if ranks.n_vocab > 1:
         _average(whole, ranks)
     squares = [
         torch.nn.utils.get_total_norm(grads).double() ** 2 if grads else nll.new_zeros(()) for grads in (sharded, whole)
     ]
-    times = (clock.due, clock.over) if ranks.is_main else (0, 0)  # clocks differ
+    times = (clock.due, clock.over) if ranks.is_main else (0, 0)  # only the main rank's clock counts: clocks differ
     stops = [signals.noted() == number for number in signals.SIGNALS]
     square = squares[0] / ranks.n_data + squares[1] / ranks.n_ranks
     numbers = ranks.sums(nll / ranks.n_vocab, square, *stops, *times)
@@ -55,7 +58,7 @@ def exchange(
 
 
 def _average(gradients: list[Tensor], ranks: Ranks) -> None:
-    """Puts the mean over the ranks that share a decoder in each gradient's place, by one exchange."""
+    """Replaces each gradient by its mean over the ranks that share a decoder, in one all-reduce."""
     together = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(together, group=ranks.mesh["vocab"].get_group())
     together.div_(ranks.n_vocab)

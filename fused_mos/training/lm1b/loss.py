@@ -1,4 +1,4 @@
-"""The model's loss as one module, which DistributedDataParallel wraps, and the head in chunks of columns."""
+"""The model's loss as a module for DistributedDataParallel to wrap, with the head optionally computed in chunks."""
 
 from collections.abc import Iterable
 
@@ -10,10 +10,10 @@ from ...lm.awd_lstm import Hidden, detach
 
 
 class SummedLoss(nn.Module):
-    """Σ −log p over the targets (T, B) that are not `ignored`, and the hidden state, cut off.
+    """Returns Σ −log p over the targets (T, B) that are not `ignored`, and the detached hidden state.
 
-    With `head_chunk`, the head sees so many tokens at once, whole columns, and only the gradients of a chunk outlive
-    it. Its (N, K, D) vectors are gone before the next chunk's are made, at the same number of products.
+    With `head_chunk`, the head processes about that many tokens at a time, in whole columns. Its (N, K, D) vectors are
+    freed before the next chunk, and only gradients are kept; the number of matrix products stays the same.
     """
 
     def __init__(self, model: AWDLSTM, ignored: int, head_chunk: int = 0):
@@ -37,8 +37,8 @@ class SummedLoss(nn.Module):
 
 
 class _ChunkedNLL(torch.autograd.Function):
-    """Forms the gradients of the features and the head's parameters chunk by chunk in the forward pass; backward scales
-    them."""
+    """Computes the gradients of the features and the head's parameters chunk by chunk in the forward pass. The backward
+    pass only scales them."""
 
     @staticmethod
     def forward(ctx, loss: SummedLoss, features: Tensor, target: Tensor, columns: int, *parameters: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class _ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_features, *gradients = ctx.saved_tensors
-        # in place, for the decoder's gradient is large and a loss is differentiated once
+        # in place, since the decoder's gradient is large; a loss is differentiated only once
         return None, grad_features * grad, None, None, *(g.mul_(grad) for g in gradients)
 
 

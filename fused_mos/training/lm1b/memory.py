@@ -1,7 +1,7 @@
-"""The memory that a rank of a run will need on its device, before it starts.
+"""Estimates the memory that each rank of a run will need on its device, before the run starts.
 
-The estimate follows from the shapes: exact for what stays (parameters, gradients, optimizer), within some tens of
-percent for what a step makes.
+The estimate follows from the shapes. It is exact for parameters, gradients and optimizer, and within some tens of
+percent for the tensors of a step.
 """
 
 import dataclasses
@@ -18,17 +18,22 @@ from .config import LM1BConfig
 from .ranks import Ranks
 
 OPTIMIZER_COPIES = {"sgd": 0, "adagrad": 1, "adam": 2}
-"""Numbers that the optimizer keeps for each parameter."""
+"""Number of optimizer states per parameter."""
 
 CPU_WORKSPACE, TILED_WORKSPACE = 208 << 20, 256 << 20
-"""Bytes that the head's kernels use beside their inputs and outputs; those of Triton ask the GPU."""
+"""Workspace of the head's kernels in bytes; Triton's kernels choose theirs by the GPU."""
 
 PROCESS = {"cuda": 1200 << 20, "cpu": 500 << 20}
-"""Bytes of a process that has done nothing yet: libraries, and on a GPU its context and cuDNN's workspace."""
+"""Bytes of an idle process: libraries, and on a GPU the context and cuDNN's workspace."""
 
 
 def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> dict[str, int]:
-    """Bytes of each kind on one rank."""
+    """Returns the bytes of each kind of memory on one rank.
+
+    Args:
+        n_words: size of the vocabulary.
+        n_data: number of data-parallel ranks.
+    """
     model, item = config.model, 4
     d, k = model.embedding_size, model.n_experts
     with torch.device("meta"):
@@ -42,14 +47,13 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
     in_head = min(tokens, config.head_chunk or tokens)
     half = 2 if config.precision == "bfloat16" else 0
 
-    # of a layer: its input, the gates and the cell states that it keeps, its output, and in the backward pass the
-    # gates' gradients
+    # each layer: input, gates, cell states and output, and in the backward pass the gradients of the gates
     lstm = sum(tokens * (size + 10 * width) for size, width in zip([d, *widths[:-1]], widths)) * item
     vectors_of_token = {"mos": k * d, "moc": (k + 1) * d, "softmax": 0}[model.head]
-    inner_of_token = k * (model.rank or 0)  # between the two matrices of a rank
+    inner_of_token = k * (model.rank or 0)  # between the two factors of a low-rank map
     vectors = in_head * vectors_of_token
-    # before and after tanh, their gradient; with a norm its input, and in its backward pass two terms more; 16-bit
-    # copies of two
+    # vectors before and after tanh, and their gradient; latent_norm adds its input and two terms of its backward pass;
+    # bfloat16 adds copies of two
     of_vectors = vectors * ((6 if model.latent_norm else 3) * item + 2 * half)
     head = of_vectors + (in_head * inner_of_token + tokens * widths[-1]) * 2 * item
     kept = {
@@ -59,25 +63,26 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
         "process": PROCESS[device_type],
     }
     step = {
-        # the decoder's and the embedding's, before they are added to .grad; with chunks one more sum
+        # gradients of decoder and embedding before they are added to .grad; chunks need one more sum
         "tied gradient's terms": rows * d * (item * (2 if in_head < tokens else 1) + item + 2 * half),
         "LSTM activations": lstm,
         "head activations": head,
         "head workspace": _head_workspace(device_type),
     }
-    if config.vocab_parallel > 1:  # gradients that are exchanged together, when the rest of a step is gone
+    if config.vocab_parallel > 1:  # buffer of the gradient exchange, after the step's tensors are freed
         step["exchange, beyond"] = max((n_parameters - rows * (d + 1)) * item - sum(step.values()), 0)
     single = n_data * config.vocab_parallel == 1
     if device_type == "cuda" and single and config.cuda_graphs and not model.grad_filter_eps:
-        # the last segment of a shard runs without, and a graph's memory is for graphs alone
+        # the last segment of a shard runs without a graph, and cannot use the graphs' memory pool
         step["a segment beside graphs"] = sum(step.values())
-    # the last layer's output, and the head's vectors before and after tanh; the rest of a training step is gone then
-    evaluated = config.bptt * -(-config.eval_batch_size // n_data)  # tokens of a segment of held-out text
+    # evaluation needs the last layer's output and the head's vectors before and after tanh, after the step's tensors
+    # are freed
+    evaluated = config.bptt * -(-config.eval_batch_size // n_data)  # tokens in a segment of held-out text
     evaluated_at_once = min(evaluated, config.head_chunk or evaluated)
     evaluation = (evaluated * widths[-1] + evaluated_at_once * (2 * vectors_of_token + inner_of_token)) * item
     if evaluation > sum(step.values()):
         step["evaluation, beyond"] = evaluation - sum(step.values())
-    if device_type == "cpu":  # where a GPU's tensors are written, and made, is the host's memory
+    if device_type == "cpu":  # a run on a GPU initialises and saves tensors in host memory instead
         writing = 2 * (kept["parameters"] + kept["optimizer"]) - sum(step.values())
         making = whole_bytes - sum(kept.values()) - sum(step.values())
         step["a checkpoint, beyond"] = max(writing, making, 0)
@@ -93,14 +98,15 @@ def _head_workspace(device_type: str) -> int:
 
 
 def available(config: LM1BConfig, ranks: Ranks) -> int:
-    """Bytes that a rank may use."""
+    """Returns the bytes that a rank may use."""
     if config.memory_gib:
         return int(config.memory_gib * 2**30)
     return memory_bytes(ranks.device) // (1 if ranks.device.type == "cuda" else ranks.n_local)
 
 
 def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
-    """The table as text. Raises ConfigError, with the nearest setting that fits, where it exceeds what there is."""
+    """Returns the table as text. Raises ConfigError, suggesting the nearest setting that fits, if a rank needs more
+    memory than it may use."""
     limit = ranks.least(available(config, ranks))
     needed = table(config, n_words, ranks.n_data, ranks.device.type)
     if sum(needed.values()) <= limit:
@@ -113,13 +119,13 @@ def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
             flags = " ".join(_flag(name, value) for name, value in change.items())
             raise ConfigError(message + f"it would fit with {flags}")
     raise ConfigError(
-        message + "no smaller batch, other optimizer or vocab_parallel would make it fit; take a smaller embedding or "
-        "vocabulary"
+        message + "no smaller batch, other optimizer or vocab_parallel would make it fit; choose a smaller embedding "
+        "or vocabulary"
     )
 
 
 def _smaller(config: LM1BConfig, n_data: int) -> Iterator[dict[str, Any]]:
-    """Changes of fields that save memory, those that leave the results as they are first."""
+    """Yields changes of fields that save memory; first those that do not change the results."""
     yield {"cuda_graphs": False}
     if config.eval_batch_size > config.batch_size:
         yield {"eval_batch_size": config.batch_size}
@@ -142,7 +148,7 @@ def _flag(name: str, value: Any) -> str:
 
 def as_text(needed: dict[str, int], limit: int) -> str:
     lines = [f"  {name:<24}{_gib(size):>9} GiB" for name, size in needed.items()]
-    return "\n".join([*lines, f"  {'in all':<24}{_gib(sum(needed.values())):>9} GiB of {_gib(limit)}"])
+    return "\n".join([*lines, f"  {'total':<24}{_gib(sum(needed.values())):>9} GiB of {_gib(limit)}"])
 
 
 def _gib(size: int) -> str:

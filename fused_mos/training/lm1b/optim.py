@@ -1,4 +1,4 @@
-"""The optimizer of a One Billion Word run, and its learning rate."""
+"""The optimizer of a One Billion Word run, and its learning rate schedule."""
 
 import math
 
@@ -14,7 +14,7 @@ def make_optimizer(config: LM1BConfig, model: AWDLSTM, device: torch.device) -> 
         return torch.optim.SGD(parameters, lr, weight_decay=decay, fused=True)
     if config.optimizer == "adam":
         return torch.optim.AdamW(parameters, lr, weight_decay=decay, fused=True)
-    start, fused = config.initial_accumulator, device.type == "cpu"  # where alone Adagrad is fused
+    start, fused = config.initial_accumulator, device.type == "cpu"  # torch has a fused Adagrad only for CPUs
     return torch.optim.Adagrad(parameters, lr, weight_decay=decay, initial_accumulator_value=start, fused=fused)
 
 

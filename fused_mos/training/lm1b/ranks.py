@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started, in a mesh of data × vocabulary."""
+"""The processes of a run: a single one, or those started by torchrun, in a mesh of data × vocabulary."""
 
 import os
 import time
@@ -15,18 +15,18 @@ from ..device import device_named, on_device
 from ..errors import ConfigError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""After which a rank that waits for one that hangs gives up, so that torchrun can start anew. (A rank that dies is
+"""Time after which a rank stops waiting for one that hangs, so that torchrun can restart them. (A rank that dies is
 noticed at once.)"""
 
 
 class Ranks:
-    """This process among the others.
+    """This process and its place among all ranks.
 
-    Ranks that differ in `data` read different columns of text; those that differ in `vocab` hold different rows of the
-    decoder, and are otherwise copies of each other. A single process is a group of one, so that all code is the same.
+    Ranks that differ in `data` read different columns of text. Ranks that differ in `vocab` hold different rows of the
+    decoder, and are otherwise copies of each other. A single process is a group of one, so all code is the same.
 
-    Raises ConfigError where vocab_parallel does not divide the number of ranks, or this machine has fewer GPUs than
-    ranks; RanksNotMet where torchrun or a rank is gone.
+    Raises ConfigError if vocab_parallel does not divide the number of ranks, or this machine has fewer GPUs than ranks;
+    RanksNotMet if torchrun or a rank cannot be reached.
     """
 
     def __init__(self, device: str, vocab_parallel: int):
@@ -46,7 +46,7 @@ class Ranks:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             try:
-                self._shared, store, rank = _stores()  # the first outlives its maker: rank 0 may be the one that has it
+                self._shared, store, rank = _stores()  # kept alive, since rank 0 may be the one that hosts it
                 dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks, timeout=COLLECTIVE_TIMEOUT)
             except dist.DistError:
                 where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -64,7 +64,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """True for the rank that writes logs and talks to the user."""
+        """True for the main rank, which writes logs and prints messages."""
         return self.rank == 0
 
     def columns(self, n: int) -> range:
@@ -72,8 +72,8 @@ class Ranks:
         return range(self.data * n // self.n_data, (self.data + 1) * n // self.n_data)
 
     def sums(self, *numbers: float | Tensor) -> Tensor:
-        """The sums of scalars over all ranks, float64, in one exchange. Those of the host go to the device in one
-        copy."""
+        """Returns the sums of scalars over all ranks, in float64, by one all-reduce. Python numbers go to the device in
+        one copy."""
         of_host = [0.0 if isinstance(n, Tensor) else float(n) for n in numbers]
         total = on_device(torch.tensor(of_host, dtype=torch.float64), self.device)
         for place, number in zip(total.unbind(), numbers):
@@ -83,14 +83,14 @@ class Ranks:
         return total
 
     def add_up(self, counts: Tensor) -> Tensor:
-        """The sum of a tensor of the host over all ranks, on the device."""
+        """Returns the sum of a CPU tensor over all ranks, on the device."""
         total = counts.to(self.device, copy=True)
         dist.all_reduce(total)
         return total
 
     def agree(self, error: Exception | None) -> None:
-        """Raises on every rank if there is an error on any: this rank's own, or one that says that another rank has
-        it."""
+        """Raises on every rank if any rank has an error: `error` itself on the ranks that have one, OtherRankFailed on
+        the others."""
         failed = self.sums(0.0 if error is None else 1.0)[0].item()
         if error is not None:
             raise error
@@ -98,15 +98,15 @@ class Ranks:
             raise OtherRankFailed
 
     def have_the_same(self, digest) -> bool:
-        """True if a hashlib digest is the same on all ranks."""
+        """Returns True if a hashlib digest is the same on all ranks."""
         number = int.from_bytes(digest.digest()[:7], "big")
         extremes = torch.tensor([number, -number], device=self.device)
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         return bool(extremes[0] == -extremes[1])
 
     def least(self, number: int) -> int:
-        """The least of all ranks' numbers."""
-        # float64: the flag that it comes from may be any number, also one that no int64 can be
+        """Returns the smallest of all ranks' numbers."""
+        # float64, since a number that comes from a flag may exceed int64
         least = torch.tensor(float(number), dtype=torch.float64, device=self.device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         return int(least)
@@ -116,10 +116,10 @@ class Ranks:
 
 
 def _stores() -> tuple[dist.Store, dist.Store, int]:
-    """torchrun's store, one that no earlier start has written to, and this process's rank.
+    """Returns torchrun's store, a fresh store for this start, and this process's rank.
 
-    torchrun keeps one store through all its restarts, and gloo, asking it for the other ranks' addresses, may be told
-    those of ranks that are dead. So the first rank opens a store of its own, and says in torchrun's where it is.
+    torchrun keeps one store through all restarts, in which gloo may find addresses of ranks that are dead. So rank 0
+    opens a fresh store for each start, and publishes its port in torchrun's.
     """
     shared, rank, n_ranks = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     host, key = os.environ["MASTER_ADDR"], f"fused_mos/port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
@@ -128,8 +128,7 @@ def _stores() -> tuple[dist.Store, dist.Store, int]:
         shared.set(key, str(own.port))
         return shared, own, rank
     deadline = time.monotonic() + COLLECTIVE_TIMEOUT.total_seconds()
-    # a start for which machines came or went has the count of the one before: ask until the answer is no longer the
-    # store of that one
+    # a restart because machines joined or left keeps the old count: ask until the port is no longer the old store's
     while True:
         port = int(shared.get(key))
         try:
@@ -146,4 +145,4 @@ class RanksNotMet(UserError, RuntimeError):
 
 
 class OtherRankFailed(RuntimeError):
-    """Another rank has met an error, of which it tells itself."""
+    """Another rank has failed; that rank reports the error."""

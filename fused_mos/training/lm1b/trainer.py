@@ -1,5 +1,5 @@
-"""The loop of a One Billion Word run: data-parallel, with a decoder that may be sharded, resumable on any number of
-ranks."""
+"""The training loop for One Billion Words: data-parallel, with an optionally sharded decoder, and resumable on any
+number of ranks."""
 
 import dataclasses
 import hashlib
@@ -47,8 +47,8 @@ from .state import Progress, RunTensors, check_identity, identity, initialize, s
 
 
 class LM1BTrainer:
-    """A run in its folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/, learning-curve.png and, at
-    the end, result.json.
+    """Trains a model and writes its run folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, best/,
+    learning-curve.png and, at the end, result.json.
 
     Raises ConfigError, CorpusError or CheckpointError, on all ranks, before anything in the folder is changed.
     """
@@ -76,7 +76,7 @@ class LM1BTrainer:
         )
         self.memory = "" if config.evaluate else memory.check(config, len(self.corpus.vocabulary), ranks)
         torch.manual_seed(config.seed)
-        # on the CPU: the same on every device
+        # initialised on the CPU, so that it is the same on every device
         products = recurrent_products(self.device, config.precision)
         self.model = AWDLSTM(len(self.corpus.vocabulary), **dataclasses.asdict(config.model), products=products)
         self.shard = parallelize(self.model, ranks.mesh["vocab"].get_group()) if ranks.n_vocab > 1 else None
@@ -90,7 +90,7 @@ class LM1BTrainer:
         self.parts = [range(start, start + self._part) for start in range(0, len(self.stream.columns), self._part)]
         self.hidden = [self.model.initial_hidden(self._part) for _ in self.parts]
         self.nll = torch.zeros((), dtype=torch.float64, device=self.device)
-        """Of a step, summed over this rank's words."""
+        """Loss of a step, summed over this rank's words."""
         self.loss_scale = torch.ones((), device=self.device)
         self.metrics: MetricsLog | None = None
         self._lock = None if config.evaluate else self._claim_folder()
@@ -103,12 +103,12 @@ class LM1BTrainer:
             self.model.head.init_bias(ranks.add_up(self.corpus.count_targets(ranks.rank, ranks.n_ranks)))
         self.stopwatch = meter.Stopwatch(self.progress, self.device)
         self.distributed: DistributedDataParallel | None = None
-        if ranks.n_data > 1:  # only now: it makes the parameters of all ranks the same
+        if ranks.n_data > 1:  # only after loading: it copies rank 0's parameters to all ranks
             group, devices = ranks.mesh["data"].get_group(), [self.device] if self.device.type == "cuda" else None
             self.distributed = DistributedDataParallel(
                 self.loss, devices, process_group=group, gradient_as_bucket_view=True
             )
-        # what ranks exchange within a step, and DistributedDataParallel's hooks, is not recorded
+        # collectives within a step and DistributedDataParallel's hooks cannot be recorded
         recorder = recorder_for(config, self.device) if ranks.n_ranks == 1 else None
         self.graphs: Replayed | None = None
         if recorder:
@@ -121,7 +121,7 @@ class LM1BTrainer:
 
     @property
     def n_parameters(self) -> int:
-        """Parameters of the whole model, of which this rank may hold a part."""
+        """Number of parameters of the whole model, of which this rank may hold a shard."""
         own = sum(p.numel() for p in self.model.parameters())
         if self.shard is None:
             return own
@@ -132,7 +132,7 @@ class LM1BTrainer:
         error = None
         try:
             corpus = PreparedCorpus(self.config.data)
-            corpus.check(self.ranks.local_rank, self.ranks.n_local)  # each machine its own files
+            corpus.check(self.ranks.local_rank, self.ranks.n_local)  # each machine checks all of its files
         except CorpusError as failure:
             error = failure
         self.ranks.agree(error)
@@ -142,7 +142,7 @@ class LM1BTrainer:
         return corpus
 
     def _claim_folder(self) -> files.FolderLock | None:
-        """Locks the run's folder for the main rank; on all ranks raises what the main rank meets."""
+        """Locks the run's folder for the main rank. If that fails, all ranks raise."""
         lock, error = None, None
         if self.ranks.is_main:
             try:
@@ -153,20 +153,19 @@ class LM1BTrainer:
         return lock
 
     def _seed_dropout(self, step: int) -> None:
-        """Each group of ranks that reads other text draws other masks."""
+        """Seeds dropout. Ranks that read different text draw different masks."""
         torch.manual_seed(hash((self.config.seed, step, self.ranks.data)) % 2**63)
 
     # --------------------------------------------------------------------------------------------------------- training
 
     def run(self) -> dict[str, Any]:
-        """Trains to the end, evaluates the best model on the held-out shards, and returns what it writes to
-        result.json.
+        """Trains to the end, evaluates the best model on the held-out shards, and returns the content of result.json.
 
-        Raises Stopped or TimeLimitReached, with everything saved, TrainingDiverged, CaptureFailed, or CheckpointError
-        where the disk is full.
+        Raises Stopped or TimeLimitReached after saving everything, TrainingDiverged, CaptureFailed, or CheckpointError
+        if the disk is full.
         """
         if not self.resumed:
-            self._save()  # before anything else, so that there is no moment from which a run cannot go on
+            self._save()  # before any other file, so that a run killed at any moment can continue
         if self.ranks.is_main:
             files.write_json(self.folder / "config.json", saved_form(self.config))
             self.metrics = MetricsLog(self.folder, self.progress.metrics_bytes, self.progress.step)
@@ -222,16 +221,17 @@ class LM1BTrainer:
                         break
 
     def train_step(self, segment: Segment) -> StepDecision:
-        """One segment of this rank's columns. Returns what is to be done after it, the same on all ranks.
+        """Takes one training step on a segment of this rank's columns. Returns what to do after it, the same on all
+        ranks.
 
-        On a single rank, forward and backward pass may be a graph's replay.
+        On a single rank, the forward and backward pass may be a graph's replay.
         """
         ranks, config, progress = self.ranks, self.config, self.progress
         self.model.train()
         allow_tf32(self.device, config.precision != "float32")
         inputs, targets = on_device(segment.inputs, self.device), on_device(segment.targets, self.device)
         words = max(segment.words, 1)
-        # DistributedDataParallel takes the mean over ranks of what is here a sum over words
+        # times n_data, since DistributedDataParallel averages over ranks and the loss is a sum over words
         self.loss_scale.fill_(ranks.n_data / words)
         with explained(self.tensors.own_parameters, self._diverged):
             (self.graphs or self._gradients)(inputs, targets)
@@ -252,11 +252,11 @@ class LM1BTrainer:
         return diverged(what, self.progress.step, self.checkpoints)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> None:
-        """The gradients of a segment (T, columns of this rank), its `nll`, and the hidden states after it: in tensors
-        that stay, since a graph may repeat this."""
+        """Computes the gradients of a segment (T, columns of this rank), its `nll`, and the new hidden states. It
+        writes to permanent tensors only, since a graph may replay it."""
         distributed = self.distributed
         forward = self.loss if distributed is None else distributed
-        # in several parts DistributedDataParallel would make new gradients beside those in its buckets
+        # with micro-batches, DistributedDataParallel would allocate new gradients beside those in its buckets
         in_place = self.graphs is not None or distributed is not None and len(self.parts) > 1
         self.optimizer.zero_grad(set_to_none=not in_place)
         self.nll.zero_()
@@ -299,7 +299,8 @@ class LM1BTrainer:
     # ------------------------------------------------------------------------------------------------------- evaluation
 
     def _evaluate(self, shards: list[TokenFile]) -> tuple[float, int]:
-        """Mean NLL and number of words. Raises TrainingDiverged, on all ranks, where it is not finite."""
+        """Returns the mean NLL and the number of words. Raises TrainingDiverged, on all ranks, if the NLL is not
+        finite."""
         with explained(self.tensors.own_parameters, self._diverged):
             loss, words = evaluate(self.loss, shards, self.config.eval_batch_size, self.config.bptt, self.ranks)
         if not math.isfinite(loss):
@@ -316,7 +317,7 @@ class LM1BTrainer:
         if better:
             progress.best = loss
             self.best.save(progress.step, loss)
-        if self.metrics:  # the main rank's
+        if self.metrics:  # only the main rank has them
             epoch = self.stream.fraction
             self.metrics.write(
                 "valid", progress.step, loss=loss, ppl=perplexity(loss), words=words, epoch=epoch, averaging=False
@@ -328,7 +329,8 @@ class LM1BTrainer:
             )
 
     def final_evaluation(self) -> dict[str, Any]:
-        """The best model on all held-out shards. Raises CheckpointError where there is none."""
+        """Evaluates the best model on all held-out shards and returns the content of result.json. Raises
+        CheckpointError if there is no best model."""
         best = self.best.load(self.progress.best, self.resumed or self.checkpoints)
         loss, words = self._evaluate(self.corpus.heldout)
         progress = self.progress
@@ -352,14 +354,14 @@ class LM1BTrainer:
         return result
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Writes result.json, by the main rank. Raises FileError."""
+        """Writes result.json on the main rank. Raises FileError."""
         if self.ranks.is_main:
             files.write_json(self.folder / "result.json", result)
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
-        """Saves the run, in place of its older checkpoints. Raises TrainingDiverged if a number of it is not finite."""
+        """Saves a checkpoint and deletes older ones. Raises TrainingDiverged if a tensor is not finite."""
         progress = self.progress
         name = first_not_finite(self.tensors.own_parameters() | self.tensors.own_optimizer_state())
         self.ranks.agree(self._diverged(f"{name} is no longer finite") if name else None)
