@@ -1,7 +1,8 @@
 """python -m fused_mos.reproduce ptb|wikitext2 --data DIR [--out DIR] [--time-limit SECONDS]
 
 All stages of the paper (Yang et al. 2018, section 3.1): train, fine-tune, evaluate, evaluate dynamically; at the end
-its table beside the measured one. Killed at any moment, the same command continues.
+its table beside the measured one. Killed at any moment, the same command continues. Before it begins, it measures and
+prints how long all of this will take.
 """
 
 import dataclasses
@@ -53,8 +54,10 @@ class Flags:
     """Record steps as CUDA graphs and replay them: the same losses, less work for the host. Does nothing on a CPU."""
     tune: bool = False
     """Search the numbers of dynamic evaluation on the validation text instead of taking the recipe's."""
+    estimate: bool = True
+    """Before the first stage begins, time a few steps of each and print how long all will take."""
     time_limit: float = setting(0.0, NOT_NEGATIVE)
-    """Seconds after which to save and exit; the same command continues. 0: none."""
+    """Seconds after which to save and exit, not counting those of the estimate; the same command continues. 0: none."""
     checkpoint_max_mib: int = setting(0, NOT_NEGATIVE)
     """Split checkpoints into files of at most this size; 0: one file."""
 
@@ -72,8 +75,7 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
     from .data import Corpus
     from .training import folder as run_folder
     from .training import stages, state
-
-    started = time.monotonic()
+    from .training.forecast import forecast
 
     def seconds_left() -> float:
         left = config.time_limit - (time.monotonic() - started)
@@ -85,17 +87,19 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
     corpus = Corpus(config.data, recipe.map_unknown)
     trained, finetuned = config.folder, config.folder / "finetune"
 
-    def train(run: TrainConfig) -> None:
-        asked = dataclasses.replace(
+    def asked_for(run: TrainConfig) -> TrainConfig:
+        return dataclasses.replace(
             run,
             data=config.data,
             device=config.device,
             precision=config.precision,
             cuda_graphs=config.cuda_graphs,
             checkpoint_max_mib=config.checkpoint_max_mib,
-            time_limit=seconds_left(),
             optim=dataclasses.replace(run.optim, epochs=recipe.optim.epochs),
         )
+
+    def train(run: TrainConfig) -> None:
+        asked = dataclasses.replace(asked_for(run), time_limit=seconds_left())
         if state.has_begun(asked.run_folder):
             epochs = stages.saved_config(asked.run_folder).optim.epochs
             if epochs != recipe.optim.epochs:
@@ -107,6 +111,9 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
         path = trained / "reproduction.json"
         results = _read_results(path) if path.is_file() else {}
         _check_made_with(results, config, corpus)
+        if config.estimate and not state.has_begun(trained):
+            say(forecast(asked_for(recipe), dynamic_rule(config.recipe)).report())
+        started = time.monotonic()
         train(dataclasses.replace(recipe, out=trained))
         train(stages.finetuning_config(trained))
         for stage, run in zip(STAGES, (trained, finetuned, finetuned)):
