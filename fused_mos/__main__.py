@@ -19,6 +19,7 @@ COMMANDS = {
     "lm1b": ("data.lm1b", "Download and prepare the One Billion Word benchmark."),
     "train-1b": ("train_1b", "Train on the One Billion Word benchmark, on one device or many."),
     "synthetic": ("data.synthetic", "Texts of a language whose rank and entropy are known."),
+    "info": ("info", "Versions, machine and backends, for a bug report."),
     "tune": ("tune", "Tile sizes of the Triton kernels for the GPU at hand."),
 }
 """Name: the module below fused_mos whose `main` it is, and what it does."""
