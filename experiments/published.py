@@ -11,6 +11,7 @@ laptop. Results already in the JSON file are not measured again.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -39,6 +40,7 @@ from .published_code import PublishedTraining, options
 ROOT = Path(__file__).parents[1]
 DEALS = 100_000
 """Random permutations in the test of the difference."""
+ROUNDED = "fused_mos, head in plain PyTorch"
 TRAININGS = "valid perplexity by epoch, as the published code counts"
 
 
@@ -58,6 +60,8 @@ class Config:
     """Epochs to train each; 0 skips the training."""
     seeds: tuple[int, ...] = (28,)
     """Seeds of the training runs."""
+    rounding: bool = False
+    """Train ours a second time with the head in plain PyTorch: the same draws, rounded differently."""
     precisions: tuple[str, ...] = ("float32",)
     """Precisions in which our steps are timed: float32, tf32 (GPU), bfloat16."""
     runs: Path = Path("runs/published")
@@ -147,10 +151,11 @@ def train_published(config: Config, seed: int) -> list[float]:
     return found
 
 
-def train_ours(config: Config, seed: int) -> list[float]:
+def train_ours(config: Config, seed: int, backend: str = "auto") -> list[float]:
     """Return the validation perplexity after each epoch, counted as the published code counts."""
-    folder = config.runs / f"{config.name}-{seed}"
+    folder = config.runs / "-".join([config.name, str(seed), *([] if backend == "auto" else [backend])])
     default = config.recipe_config(out=folder, seed=seed)
+    default = dataclasses.replace(default, model=dataclasses.replace(default.model, backend=backend))
     trainer = Trainer(dataclasses.replace(default, optim=dataclasses.replace(default.optim, epochs=config.epochs)))
     trainer.run()
     rows = trainer.corpus.valid.numel() // default.valid_batch_size
@@ -195,14 +200,26 @@ def main() -> int:
         save()
     if config.epochs:
         trainings = facts.setdefault(TRAININGS, {})
+        contenders: dict[str, Callable[[Config, int], list[float]]] = {
+            "fused_mos": train_ours,
+            "published": train_published,
+        }
+        if config.rounding:
+            contenders[ROUNDED] = functools.partial(train_ours, backend="tiled")
         for seed in config.seeds:
-            for name, train in (("fused_mos", train_ours), ("published", train_published)):
+            for name, train in contenders.items():
                 if len(trainings.setdefault(name, {}).get(str(seed), [])) < config.epochs:
                     trainings[name][str(seed)] = train(config, seed)
                     save()
         if len(config.seeds) > 1:
-            facts["ours minus published, nats"] = difference(trainings, config.seeds, config.epochs)
-            save()
+            epochs = range(1, config.epochs + 1)
+            facts["ours minus published, nats"] = [difference(trainings, config.seeds, epoch) for epoch in epochs]
+        if config.rounding:
+            facts["change by rounding, %"] = {
+                seed: [round(100 * abs(a / b - 1), 2) for a, b in zip(changed, trainings["fused_mos"][seed])]
+                for seed, changed in trainings[ROUNDED].items()
+            }
+        save()
     print(json.dumps(facts, indent=1))
     return 0
 
