@@ -109,6 +109,32 @@ def published() -> str:
     )
 
 
+def same_draws() -> str:
+    facts = load("same-draws.json")
+    apart = facts["largest relative difference of a parameter"]
+    return table(
+        ["steps with", f"largest relative difference of a parameter after {facts['steps']} steps"],
+        [[name, f"{value:.0e}"] for name, value in apart.items()],
+    )
+
+
+def published_seeds() -> str:
+    """Validation perplexities of both codes over seeds, and how far apart their mean losses are."""
+    facts = load("published.json")["demo-1500"]
+    trainings = facts["valid perplexity by epoch, as the published code counts"]
+    differences = facts["ours minus published, nats"]
+    found = []
+    for i, difference in enumerate(differences):
+        row = [str(difference["epochs"])]
+        for name in (OURS, "published"):
+            values = [epochs[i] for epochs in trainings[name].values()]
+            row.append(f"{statistics.median(values):.0f} ({min(values):.0f}–{max(values):.0f})")
+        row.append(f"{difference['mean']:+.2f} ± {difference['standard error']:.2f}")
+        found.append([*row, f"{difference['p, by permutation']:.2f}"])
+    n = differences[0]["seeds"]
+    return table(["epoch", f"{OURS}, {n} seeds", f"published code, {n} seeds", "mean difference, nats", "p"], found)
+
+
 def adam() -> str:
     """Test perplexities with AdamW, at equal steps and, for some heads, at equal time."""
     rows = load("adam.json")["rows"]
@@ -143,6 +169,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "heads": heads,
     "lm1b-heads": lm1b_heads,
     "published": published,
+    "published-seeds": published_seeds,
+    "same-draws": same_draws,
     "adam": adam,
     "transformer": transformer,
 }

@@ -19,6 +19,7 @@ COMMANDS = {
     "lm1b": ("data.lm1b", "Download and prepare the One Billion Word benchmark."),
     "train-1b": ("train_1b", "Train on the One Billion Word benchmark, on one device or many."),
     "synthetic": ("data.synthetic", "Write texts of a language whose rank and entropy are known."),
+    "info": ("info", "Print versions, machine and backends, for a bug report."),
     "tune": ("tune", "Tune the tile sizes of the Triton kernels for this GPU."),
 }
 """Each command's module, relative to fused_mos, and a line about it."""

@@ -2,7 +2,8 @@
 
     python -m fused_mos.reproduce ptb|wikitext2 --data DIR [--out DIR] [--time-limit SECONDS]
 
-Runs all stages: training, fine-tuning, evaluation and dynamic evaluation.
+Runs all stages: training, fine-tuning, evaluation and dynamic evaluation. Before the first one, it measures and prints
+how long all of them will take.
 
 If it was stopped or killed, the same command continues.
 """
@@ -57,8 +58,10 @@ class Flags:
     No effect on a CPU."""
     tune: bool = False
     """Search the hyperparameters of dynamic evaluation on the validation text, instead of taking the recipe's."""
+    estimate: bool = True
+    """Before the first stage, time a few steps of each stage and print how long all will take."""
     time_limit: float = setting(0.0, NOT_NEGATIVE)
-    """Save and exit after this many seconds; 0 sets no limit. The same command continues."""
+    """Save and exit after this many seconds, not counting the estimate; 0 sets no limit. The same command continues."""
     checkpoint_max_mib: int = setting(0, NOT_NEGATIVE)
     """Split checkpoints into files of at most this many MiB; 0 writes a single file."""
 
@@ -76,8 +79,7 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
     from .data import Corpus
     from .training import folder as run_folder
     from .training import stages, state
-
-    started = time.monotonic()
+    from .training.forecast import forecast
 
     def seconds_left() -> float:
         left = config.time_limit - (time.monotonic() - started)
@@ -89,17 +91,19 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
     corpus = Corpus(config.data, recipe.map_unknown)
     trained, finetuned = config.folder, config.folder / "finetune"
 
-    def train(run: TrainConfig) -> None:
-        asked = dataclasses.replace(
+    def asked_for(run: TrainConfig) -> TrainConfig:
+        return dataclasses.replace(
             run,
             data=config.data,
             device=config.device,
             precision=config.precision,
             cuda_graphs=config.cuda_graphs,
             checkpoint_max_mib=config.checkpoint_max_mib,
-            time_limit=seconds_left(),
             optim=dataclasses.replace(run.optim, epochs=recipe.optim.epochs),
         )
+
+    def train(run: TrainConfig) -> None:
+        asked = dataclasses.replace(asked_for(run), time_limit=seconds_left())
         if state.has_begun(asked.run_folder):
             epochs = stages.saved_config(asked.run_folder).optim.epochs
             if epochs != recipe.optim.epochs:
@@ -111,6 +115,9 @@ def reproduce(config: Flags) -> dict[str, dict[str, dict[str, Any]]]:
         path = trained / "reproduction.json"
         results = _read_results(path) if path.is_file() else {}
         _check_made_with(results, config, corpus)
+        if config.estimate and not state.has_begun(trained):
+            say(forecast(asked_for(recipe), dynamic_rule(config.recipe)).report())
+        started = time.monotonic()
         train(dataclasses.replace(recipe, out=trained))
         train(stages.finetuning_config(trained))
         for stage, run in zip(STAGES, (trained, finetuned, finetuned)):

@@ -1,6 +1,7 @@
 """The sdist and the wheel hold all files, and what is installed shares one pool of threads with torch."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,12 @@ def test_sdist_and_wheel_are_complete(tmp_path):
         installed = {name for name in wheel.namelist() if name.startswith("fused_mos/")}
     assert installed == {name for name in tracked if name.startswith("fused_mos/")}
     assert source.name == f"fused_mos-{fused_mos.__version__}"
+
+
+def test_the_version_is_the_same_everywhere():
+    released = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert fused_mos.__version__ == released[1] == cited[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -158,8 +158,12 @@ class Trainer:
                     self._finish_epoch()
                 return self._finish()
         finally:
-            self.metrics.close()
-            self._lock.release()
+            self.close()
+
+    def close(self) -> None:
+        """Closes the logs and releases the folder's lock, as `run` does at its end."""
+        self.metrics.close()
+        self._lock.release()
 
     def _train_epoch(self) -> None:
         config, progress = self.config, self.progress

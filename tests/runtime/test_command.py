@@ -6,11 +6,13 @@ import pkgutil
 import signal
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
 import fused_mos
 from fused_mos import __main__ as package_command
+from fused_mos import info
 from fused_mos.runtime import UserError, command, signals
 
 PRINTS = "import sys; from fused_mos.runtime import command\ndef work(_): {}\nsys.exit(command.run(work, []))"
@@ -141,3 +143,15 @@ def test_where_there_is_no_triton(tmp_path):
         assert result.stderr == "error: the kernels are Triton's, and there is no triton: pip install triton\n"
     completion = run("--print-completion", "bash")
     assert completion.returncode == 0 and "--compile-only" in completion.stdout and "--micro" in completion.stdout
+
+
+def test_info_tells_what_a_bug_report_needs(monkeypatch, capsys):
+    monkeypatch.setenv("FUSED_MOS_ISA", "avx2")
+    assert package_command.main(["info"]) == 0
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    told = {name: value.strip() for name, value in told.items()}
+    assert told["fused_mos"].startswith(f"{fused_mos.__version__}, ")
+    assert told["torch"] == metadata.version("torch") and told["FUSED_MOS_ISA"] == "avx2"
+    assert {f"backend {name}": state for name, state in fused_mos.backends().items()}.items() <= told.items()
+    monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package"))
+    assert info.facts()["no-such-package"] == "not installed"
