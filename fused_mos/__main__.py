@@ -21,7 +21,7 @@ COMMANDS = {
     "synthetic": ("data.synthetic", "Texts of a language whose rank and entropy are known."),
     "tune": ("tune", "Tile sizes of the Triton kernels for the GPU at hand."),
 }
-"""Name: the module below fused_mos whose `main` it is, and what it does."""
+"""Command: the module in fused_mos whose `main` runs it, and a line of help."""
 
 ALIASES = {"train_1b": "train-1b", "inspect": "experts", "prepare": "lm1b"}
 
@@ -41,13 +41,13 @@ def usage() -> str:
 
 
 def print_completion(shell: str) -> None:
-    """Prints a script that makes a shell complete commands and flags. Raises UserError for a shell that tyro does not
-    know."""
+    """Print the script that makes a shell complete commands and flags. Raises UserError for a shell that tyro does not
+    support."""
     import tyro
 
     if shell not in SHELLS:
         raise UserError(f"{COMPLETION} takes one of {', '.join(SHELLS)}, got {shell!r}")
-    # of all commands at once, as if they were one program with subcommands
+    # tyro completes one program, so all commands become its subcommands
     flags = {name: importlib.import_module(f".{module}", __package__).Flags for name, (module, _) in COMMANDS.items()}
     script = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(script):
@@ -55,7 +55,7 @@ def print_completion(shell: str) -> None:
             flags, prog="fused-mos", args=["--tyro-print-completion", shell], config=(tyro.conf.OmitArgPrefixes,)
         )
     for line in script.getvalue().splitlines():
-        # a help text of two lines would become two candidates
+        # bash would read a help text of two lines as two candidates
         print(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC") else line)
 
 

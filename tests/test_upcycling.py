@@ -255,7 +255,7 @@ def test_copies_with_noise():
         (
             parametrizations.weight_norm(nn.Linear(D, V)),
             TypeError,
-            "linear must have a floating-point Parameter as its weight, got a Tensor of torch.float32, of a param",
+            "linear must have a floating-point Parameter as its weight, got a Tensor of torch.float32 computed by a ",
         ),
     ],
 )
