@@ -341,7 +341,7 @@ def test_without_a_gpu():
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: torch finds no CUDA GPU"):
         F.mos_log_prob(*case.inputs(), backend="cuda")
     assert cuda._cuda.versions()[0] >= 11_000 and cuda.too_new(13_000, 13_020) is cuda.too_new(12_090, 12_040) is None
-    assert "built with CUDA 13.0 and the driver is for 12.8" in cuda.too_new(13_000, 12_080)
+    assert "built with CUDA 13.0, but the driver is for 12.8" in cuda.too_new(13_000, 12_080)
     made = plan(cuda._cuda, 1, 3, 32, 100)
     with pytest.raises(RuntimeError, match="CUDA error [0-9]+: .*driver"):
         made.log_prob(0, 0, 0, 0)
