@@ -55,8 +55,7 @@ def busy_microseconds(events: list[Event]) -> float:
 
 
 def summary(events: list[Event], calls: int) -> dict:
-    """For one call, the GPU's milliseconds, the number of kernels, and the longest kernels as [name, microseconds,
-    number]."""
+    """The GPU's milliseconds per call, the number of kernels, and the longest kernels as [name, microseconds, number]."""
     by_name: dict[str, list[float]] = {}
     for event in events:
         by_name.setdefault(event.name, []).append(event.end - event.start)

@@ -172,7 +172,7 @@ def available_bytes(device: str) -> int:
 
 
 def lacking(needed: int, device: str) -> str | None:
-    """Why a call that needs so many bytes cannot run, or None if they are free."""
+    """None if so many bytes are free, else the reason why a call that needs them cannot run."""
     free = available_bytes(device)
     return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free" if needed > free else None
 

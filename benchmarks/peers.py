@@ -156,7 +156,7 @@ def materialised(name: str, device_type: str) -> int:
 
 
 def unavailable(name: str, device_type: str) -> str | None:
-    """Why the baseline cannot run here, or None if it can."""
+    """None if the baseline can run here, else the reason why not."""
     if "linear_cross_entropy" in name and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
     if "chunked" in name and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -171,7 +171,7 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 
 def too_slow(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why no baseline finishes in reasonable time with this dtype, or None if they do."""
+    """None if baselines finish in reasonable time with this dtype, else the reason why not."""
     if device_type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "torch multiplies bfloat16 without oneDNN on this processor, many times slower than float32"
     return None

@@ -17,7 +17,7 @@ from .ops.sums import at_top
 
 
 class AllClasses(Vocabulary):
-    """What the fused and the reference vocabulary have in common."""
+    """Base class of the fused and the reference vocabulary."""
 
     def of_backend(self, operands: Operands) -> "AllClasses":
         return REFERENCE if operands.backend == "reference" else LOCAL

@@ -352,10 +352,10 @@ def test_without_a_gpu():
     ("right", "wrong"),
     [
         ("wait_for_copies<STAGES - 2>", "wait_for_copies<STAGES - 1>"),
-        ("device::sync_warp();  // the other lanes' copies", "//"),
+        ("device::sync_warp();  // all lanes' copies", "//"),
         ("    stream();\n    device::sync_block();", "    stream();"),
         ("    device::sync_grid();\n    for (int row", "    device::sync_block();\n    for (int row"),
-        ("device::sync_block();  // the statistics, or", "//"),
+        ("device::sync_block();  // all threads have read the statistics or", "//"),
     ],
 )
 def test_the_emulation_sees_a_barrier_too_few(right, wrong, tmp_path):

@@ -178,8 +178,8 @@ class Kernels(Protocol):
 
 
 def _why_missing(module: str, error: ImportError) -> str:
-    """Why a compiled module is missing: the reason that setup.py recorded when it could not build it, or that nothing
-    was compiled in this clone."""
+    """The reason why a compiled module is missing: the one that setup.py recorded when it could not build it, or that
+    nothing was compiled in this clone."""
     package = Path(__file__).parent.parent
     recorded = package / f"{module}_missing.txt"
     if recorded.exists():

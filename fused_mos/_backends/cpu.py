@@ -128,7 +128,7 @@ def _min_gradient_rows(dtype: torch.dtype) -> int:
 
 
 def _tokens_of_block(n_tokens: int, n_experts: int, weight: Tensor) -> int:
-    """How many tokens' exponentials over the whole vocabulary to hold at once; 0 if the workspace is too small."""
+    """Number of tokens whose exponentials over the whole vocabulary fit in the workspace; 0 if it is too small."""
     n_classes, n_features = weight.shape
     # a row's exponentials, the row packed twice (for the logits and for dE) and its gradient, all at most float32
     bytes_of_row = _exponential_bytes(weight.dtype) * padded_classes(n_classes) + 3 * 4 * n_features

@@ -15,7 +15,7 @@ MIN_ROWS = 40
 
 
 def _tokens_of_block(n_tokens: int, n_experts: int, n_classes: int, n_features: int) -> int:
-    """How many tokens' exponentials over the whole vocabulary fit in the workspace; 0 if not even one's do."""
+    """Number of tokens whose exponentials over the whole vocabulary fit in the workspace; 0 if it is too small."""
     bytes_of_row = 4 * (padded_classes(n_classes) + n_features)
     return equal_blocks(n_tokens, rows_of_block(cpu_operands.WORKSPACE_BYTES // bytes_of_row) // n_experts)
 

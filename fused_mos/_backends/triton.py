@@ -119,7 +119,7 @@ def _bias_in_columns(n_rows: int, weight: Tensor) -> bool:
 
 
 def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> int:
-    """How many rows' exponentials over the whole vocabulary to hold at once, for whole tokens; 0 if they do not fit."""
+    """Number of rows, of whole tokens, whose exponentials over the whole vocabulary fit in the workspace; 0 if none."""
     (n_classes, n_features), parts = weight.shape, multiplies_in_parts(n_rows, weight)
     itemsize = 6 if parts else weight.itemsize
     # besides its exponentials, a row has a number per tile of at least 64 classes, a copy of itself with extra columns,

@@ -204,7 +204,7 @@ def of_device(index: int) -> Architecture:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How to multiply operands of this dtype, one of PRECISIONS. float32 follows torch's setting for CUDA products.
+    """The precision of products of this dtype, one of PRECISIONS. float32 follows torch's setting for CUDA products.
 
     The setting is read by its new name, which also reflects `torch.set_float32_matmul_precision`. The old getter raises
     if TF32 was set by the new name.

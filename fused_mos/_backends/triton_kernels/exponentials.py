@@ -40,7 +40,7 @@ TOTALS = tl.constexpr(16)
 
 
 class Exponentials(NamedTuple):
-    """What the forward pass stores for a block of tokens: a = exp(l − reference)·d, and sums of the exponentials."""
+    """Results of the forward pass for a block of tokens: a = exp(l − reference)·d, and sums of the exponentials."""
 
     a_ptr: Tensor  # (R, n_columns): 0 at the target, until mix_kernel writes it, and beyond the last class
     tile_total_ptr: Tensor  # (tiles, R): Σ exp(l − reference) without the target's

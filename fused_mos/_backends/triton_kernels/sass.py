@@ -53,7 +53,7 @@ MULTIPROCESSORS = {
 
 
 def programs_per_multiprocessor(architecture: str, warps: int, registers: int, shared: int) -> int:
-    """How many programs with `warps` warps, `registers` registers per thread and `shared` bytes run side by side."""
+    """Number of programs, with `registers` per thread and `shared` bytes each, that run on a multiprocessor at once."""
     has = MULTIPROCESSORS[architecture]
     of_warp = -(-registers * 32 // 256) * 256  # registers are allocated in units of 256, by one of four schedulers
     warps_by_registers = has.registers // 4 // max(of_warp, 256) * 4
