@@ -55,7 +55,7 @@ def busy_microseconds(events: list[Event]) -> float:
 
 
 def summary(events: list[Event], calls: int) -> dict:
-    """The GPU's milliseconds per call, the number of kernels, and the longest kernels as [name, microseconds, number]."""
+    """GPU milliseconds per call, the number of kernels, and the longest kernels as [name, microseconds, number]."""
     by_name: dict[str, list[float]] = {}
     for event in events:
         by_name.setdefault(event.name, []).append(event.end - event.start)

@@ -51,7 +51,7 @@ def five_lines_cce(rows: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
 
 @_five_lines
 def five_lines_liger(rows: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """Liger's fused scaled cross-entropy, without a bias (less work than ours). On Hopper it pads D to multiples of 64."""
+    """Liger's fused scaled cross-entropy, which on Hopper pads D to a multiple of 64. No bias: less work than ours."""
     return _liger("LigerFusedLinearScaledCrossEntropyFunction").apply(rows, w, y)
 
 
