@@ -35,7 +35,7 @@ def row_of(case: Case, config: Config) -> dict:
         row = module.measure(*case.parts, *more)
     except Exception as error:  # any error; the other cases still run
         first = (str(error).strip().splitlines() or ["no message"])[0][:200]
-        known = getattr(error, "name_in_row", "")  # "unavailable", for an expected reason
+        known = getattr(error, "name_in_row", "")  # set for errors whose message is the reason
         row = {known: first} if known else {"failed": f"{type(error).__name__}: {first}"}
     return {"case": list(case.parts)} | row | {"seconds": round(time.perf_counter() - start, 1)}
 

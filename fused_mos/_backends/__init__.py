@@ -106,7 +106,7 @@ class Kernels(Protocol):
 
         The loss is the sum or mean of nll. With `loss_weights` (3, N), it is the sum of
         c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k², where c, λ and ζ are the rows of `loss_weights`: finite numbers of any
-        sign, 0 for ignored tokens. `mean` and `filter_eps` are then not used.
+        sign, 0 for ignored tokens. `mean` must then be False, and nothing is filtered.
         """
 
     def scaled(self, gradients, factor: Tensor, divisor: Tensor):

@@ -103,8 +103,8 @@ def too_old(gpu: str, capability: tuple[int, int]) -> str | None:
 
 
 def _sums_in_place(weight: Tensor, parts: bool, with_columns: bool, one_block: bool) -> bool:
-    """True if dE can be summed directly in its result, without a float32 copy: the result needs no padding, and either
-    it is float32 or a single block computes all of it."""
+    """True if dE can be summed directly in its result, without a float32 copy: the result needs no padding or
+    extra columns, and either it is float32 or a single block computes all of it."""
     n_classes, n_features = weight.shape
     dtype = torch.bfloat16 if parts else weight.dtype
     unpadded = (padded_classes(n_classes, dtype), row_length(n_features, dtype)) == (n_classes, n_features)
