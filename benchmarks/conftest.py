@@ -27,7 +27,7 @@ def measured_on() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     """Brand, family and model. The numbers tell generations apart if a virtual machine hides the full name."""
-    import cpuinfo  # which pytest-benchmark brings
+    import cpuinfo  # a dependency of pytest-benchmark
 
     about = cpuinfo.get_cpu_info()
     name, numbers = about.get("brand_raw", platform.machine()), [about.get("family"), about.get("model")]

@@ -168,7 +168,7 @@ struct Decoder {
   // Copies features chunk·64 … of the tile's classes, with zeros beyond the block's classes or the features.
   template <int BYTES>
   FUSED_MOS_DEVICE void copy(uint16_t* to, int tile, int chunk) const {
-    constexpr int ELEMENTS = BYTES / 2, COPIES = CHUNK / ELEMENTS;  // of a class
+    constexpr int ELEMENTS = BYTES / 2, COPIES = CHUNK / ELEMENTS;  // per class
     const auto* weight = static_cast<const uint16_t*>(a.weight);
 #pragma unroll(ROW_TILES > 8 ? 1 : 4)
     for (int i = lane; i < TILE * COPIES; i += 32) {

@@ -112,7 +112,7 @@ def _bfloat16_rows(matrix: Tensor) -> Tensor:
 
 @cache
 def kernel_for(device: torch.device) -> RecurrentKernel | None:
-    """The kernels for a GPU, A100 or newer, or None if the package was built without nvcc or the GPU is older."""
+    """The kernels for an A100 or newer GPU. None for other devices and older drivers, or if built without nvcc."""
     if _cuda is None or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     return None if too_new(*_cuda.versions()) else RecurrentKernel(_cuda, limits, on)

@@ -196,7 +196,7 @@ class _Unpickler:
         return self._popped(len(self._stack) - self._marks.pop())
 
     def _named(self, module: str, name: str) -> Name:
-        module = "builtins" if module == "__builtin__" else module  # as protocol 2 calls it
+        module = "builtins" if module == "__builtin__" else module  # the name in protocol 2
         path = f"{module}.{name}"
         if path not in _KNOWN and path not in self._classes:
             raise ValueError(f"it names {path[:100]}, which no model of the published code needs")
@@ -336,7 +336,7 @@ def _read_stream(file: _Reader, size: int, unpickler: _Unpickler) -> Any:
     pickles = io.BytesIO(file.read(_MAX_BYTES))
     if unpickler.load(pickles) != _MAGIC or unpickler.load(pickles) != _PROTOCOL:
         raise ValueError("torch.save did not write it")
-    unpickler.load(pickles)  # of the machine, which every PyTorch ignores
+    unpickler.load(pickles)  # information on the machine, which PyTorch ignores
     value, keys = unpickler.load(pickles), _as(list, unpickler.load(pickles))
     if sorted(_as(str, key) for key in keys) != sorted(unpickler.storages):
         raise ValueError("its storages are not those of its tensors")

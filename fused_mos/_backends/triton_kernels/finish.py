@@ -197,7 +197,7 @@ def column_sums_kernel(
     many numbers of one sign are added, and their rounding errors would add up too."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    excess = tl.zeros((ROWS, COLUMNS), tl.float32)  # of the total, by its roundings
+    excess = tl.zeros((ROWS, COLUMNS), tl.float32)  # rounding error of the total
     for first in range(0, n_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < n_rows)[:, None] & (column < n_columns)[None, :]

@@ -85,7 +85,7 @@ class Compiled:
     shared: int
     instructions: dict[str, int]
     sass: Sass | None = None
-    programs: int = 0  # that a multiprocessor holds
+    programs: int = 0  # programs that a multiprocessor holds
     written: int = 0  # bytes that a thread writes of a tile of exponentials or of dl
     capped: bool = False  # compiled with a soft cap
     error: str = ""  # why compilation failed; the numbers are then 0
