@@ -122,8 +122,7 @@ def maps_of(latents: nn.Sequential) -> nn.Linear | LowRank:
 
 
 def clear(latents: nn.Sequential) -> None:
-    """Set every expert's matrix to 0. Of a product A_k B_k only A_k becomes 0, so its gradient through B_k does not
-    vanish."""
+    """Set every expert's matrix to 0. Of a product A_k B_k only A_k becomes 0: it still gets a gradient through B_k."""
     maps = maps_of(latents)
     nn.init.zeros_(maps.up if isinstance(maps, LowRank) else maps.weight)
 
