@@ -1,7 +1,8 @@
 """The measuring process of benchmarks.gpu: measures the cases that are missing in its file.
 
 Exit status: 0 if none is left, 1 if the time is up, 2 if there is no GPU, 3 if a case broke the CUDA context and
-another process must continue."""
+another process must continue.
+"""
 
 import importlib
 import sys

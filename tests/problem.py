@@ -154,7 +154,8 @@ def check_forward_and_gradients(
 
     `relative_slack` is added to the criterion, relative to the largest number of a result and, in float32's rounding,
     to the largest weight in the sums of gradients. It is for random problems, where the unfused error can be small by
-    chance."""
+    chance.
+    """
     ours, our_grads = _computed(case, compute, dtype, backend, requires_grad)
     unfused, unfused_grads, oracle, oracle_grads = _expected(case, compute, dtype, requires_grad)
 

@@ -39,7 +39,8 @@ class LMHead(MoS):
 
     The logits are log p + Σ_k π_k L_k, with the experts' log-normalisers L_k. While all experts are equal, these are
     the logits of the original softmax. The second term does not change a softmax of the logits, but it matters to a
-    repetition penalty, which depends on their signs."""
+    repetition penalty, which depends on their signs.
+    """
 
     scale = 1.0
     request: LossRequest | None = None

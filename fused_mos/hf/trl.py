@@ -2,7 +2,8 @@
 
 TRL's trainers replace a model's forward by one that multiplies hidden states with the weight of the output embeddings.
 This would silently train and score a single softmax. So a model with a mixture intercepts TRL's call and answers it
-with its head."""
+with its head.
+"""
 
 import functools
 import inspect

@@ -50,13 +50,19 @@ class AWDLSTM(nn.Module):
         embedding_size: D, also the size of the head's latent vectors.
         hidden_sizes: width of each LSTM layer. With head="softmax" the last layer feeds the tied decoder directly and
             has the width of the embedding instead.
-        head: "mos", "moc" or "softmax". n_experts: K; ignored by "softmax". dropoute: embedding dropout, which drops
-        whole words. dropouti: locked dropout of the embeddings. dropouth: locked dropout between LSTM layers. dropout:
-        locked dropout of the last layer's output. dropoutl: locked dropout of the latent vectors. wdrop: dropout of the
-        recurrent weights. tied: whether the decoder shares the embedding's weight. backend: backend of the head, see
-        `fused_mos.backends()`. grad_filter_eps: see `functional.mos_nll_loss`. latent, latent_norm, rank: kind of a
-        mixture's latent vectors, see `fused_mos.MoS`. "residual" needs a last layer
-            as wide as the embedding. "softmax" takes only the defaults.
+        head: "mos", "moc" or "softmax".
+        n_experts: K; ignored by "softmax".
+        dropoute: embedding dropout, which drops whole words.
+        dropouti: locked dropout of the embeddings.
+        dropouth: locked dropout between LSTM layers.
+        dropout: locked dropout of the last layer's output.
+        dropoutl: locked dropout of the latent vectors.
+        wdrop: dropout of the recurrent weights.
+        tied: whether the decoder shares the embedding's weight.
+        backend: backend of the head, see `fused_mos.backends()`.
+        grad_filter_eps: see `functional.mos_nll_loss`.
+        latent, latent_norm, rank: kind of a mixture's latent vectors, see `fused_mos.MoS`. "residual" needs a last
+            layer as wide as the embedding. "softmax" takes only the defaults.
         products: dtype of the LSTM layers' matrix products in training, see `WeightDropLSTM`.
 
     Raises:

@@ -21,8 +21,7 @@ class WeightDropLSTM(nn.Module):
     its parameters' dtype even under torch.autocast, since a 16-bit cell state would lose small increments.
 
     products: torch.bfloat16 lets training round the operands of matrix products, including h, to bfloat16 if a kernel
-    is
-        faster that way. This applies to CPUs with AMX, AMD CPUs with bfloat16, and GPUs with float32 parameters, at
+        is faster that way. This applies to CPUs with AMX, AMD CPUs with bfloat16, and GPUs with float32 parameters, at
         most 16 columns and an even hidden_size of at most 1,152; there, double backward is not supported. Sums and cell
         states stay float32.
 

@@ -15,7 +15,8 @@ class NTASGD:
 
     The average is that of torch.optim.ASGD: over all iterates since averaging started, except the first. The steps
     differ: torch.optim.ASGD takes each step with the learning rate of the previous one, but the rescaling by BPTT
-    length is meant for the current segment. It also reads the learning rate back from the device at every step."""
+    length is meant for the current segment. It also reads the learning rate back from the device at every step.
+    """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, nonmono: int = 5):
         self.parameters: list[Tensor] = list(parameters)

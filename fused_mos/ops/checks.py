@@ -26,7 +26,8 @@ def operands(
     """Check the operands and return them contiguous. `prior_logits` is None for ops without a prior.
 
     Raises TypeError or ValueError for bad operands or a backend that cannot compute them, RuntimeError if the backend
-    is not available or a tensor's storage was freed."""
+    is not available or a tensor's storage was freed.
+    """
     named = check_shapes(latent, prior_logits, weight, bias)
     # meta tensors have no addresses; the audit of the kernels runs the host's part with them
     if latent.device.type != "meta" and _backends.resolve(backend, latent.device, latent.dtype) != backend:

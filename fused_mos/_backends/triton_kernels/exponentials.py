@@ -12,7 +12,8 @@ float32's range it can stand in for the maximum.
 
 Exponents have base 2: log2(e)·l − reference2 is one fused multiply-add, where reference2 is log2(e)·reference, rounded.
 The rounding error is large for a large logit, but it is the same for all of a row. Readers of `a` use the rounded
-number too (`loss.py`), so the error cancels."""
+number too (`loss.py`), so the error cancels.
+"""
 
 from typing import NamedTuple
 
