@@ -1,2 +1,2 @@
-"""Speed and memory: `pytest benchmarks --benchmark-only`, and scripts that run from the repository's root as
-`python -m benchmarks.NAME`."""
+"""Benchmarks of speed and memory. Run them by `pytest benchmarks --benchmark-only`, or as scripts from the repository's
+root by `python -m benchmarks.NAME`."""

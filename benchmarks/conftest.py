@@ -26,8 +26,8 @@ def measured_on() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """Brand, family and model; the numbers tell generations apart where a virtual machine hides the full name."""
-    import cpuinfo  # which pytest-benchmark brings
+    """Brand, family and model. The numbers tell generations apart if a virtual machine hides the full name."""
+    import cpuinfo  # a dependency of pytest-benchmark
 
     about = cpuinfo.get_cpu_info()
     name, numbers = about.get("brand_raw", platform.machine()), [about.get("family"), about.get("model")]
@@ -35,7 +35,7 @@ def _cpu_name() -> str:
 
 
 def _instruction_set() -> str:
-    """Instruction set of the native CPU kernels: their times depend on it more than on the processor's name."""
+    """Instruction set of the native CPU kernels. Their times depend on it more than on the processor's name."""
     try:
         from fused_mos._backends import cpu
     except ImportError:
@@ -57,7 +57,7 @@ def _commit() -> str:
 def _about(benchmark, request):
     benchmark.extra_info |= measured_on() | {"commit": _commit()}
     yield
-    if "contender" in benchmark.extra_info:  # the test got so far
+    if "contender" in benchmark.extra_info:  # the test got this far
         with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
             print(f"\n{_line(benchmark.extra_info)}", end="", flush=True)
 
@@ -81,10 +81,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def pytest_benchmark_group_stats(config, benchmarks, group_by):
-    """pytest-benchmark's own table would show a single round, out of turn."""
+    """Suppress pytest-benchmark's own table, which would show a single round, out of turn."""
     return []
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.clear()  # of which a name of the host is a part
+    machine_info.clear()  # it would include the host name
     machine_info |= measured_on() | {"backends": fused_mos.backends()}

@@ -1,11 +1,11 @@
-"""Times of the LSTM layers of the paper's models on a CPU, in a minute:
+"""Time the LSTM layers of the paper's models on a CPU, in a minute:
 
     python -m benchmarks.cpu_lstm
 
-By layer: our kernels with float32 and with bfloat16 products beside torch.lstm on the same weights, in turns. Times are
-of the whole layer, with the products over all steps; no weights are dropped. Milliseconds and ratios, torch.lstm's time
-over ours, each median (minimum–maximum); and the share of the float32 multiply-add peak that our float32 forward pass
-has.
+For each layer, our kernels with float32 and bfloat16 products and torch.lstm run on the same weights, in turns. Times
+are for the whole layer, including the products over all steps, without dropped weights. Shows milliseconds and speedups
+over torch.lstm, each as median (minimum–maximum), and the fraction of the float32 multiply-add peak that our float32
+forward pass reaches.
 """
 
 import statistics
@@ -28,10 +28,10 @@ def main() -> None:
 
 
 def measure(rounds: int = 7) -> None:
-    """Prints the times.
+    """Print the times.
 
     Args:
-        rounds: Times that each call is measured.
+        rounds: How often to measure each call.
     """
     n_threads = torch.get_num_threads()
     peak = statistics.median(_cpu.peak_gflops(n_threads, False) for _ in range(rounds))

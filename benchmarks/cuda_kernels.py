@@ -2,8 +2,8 @@
 
     python -m benchmarks.cuda_kernels [--out FILE.json]
 
-By architecture: registers, stack and spilled bytes of a thread; then blocks, shared memory of a block and workspace for
-the paper's decoders. Exit status 1 on a spill.
+Shows registers, stack and spilled bytes per thread for each architecture, then blocks, shared memory per block and
+workspace for the paper's decoders. The exit status is 1 if a kernel spills.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def kernels(module: Path) -> list[dict[str, object]]:
 def plans() -> list[dict[str, object]]:
     """Launch plans of log_prob for 1, 4 and 8 tokens."""
     found = []
-    for name in ("sm_80", "sm_90", "sm_100"):  # on GPUs of 99 KiB a block none fits
+    for name in ("sm_80", "sm_90", "sm_100"):  # none fits GPUs with 99 KiB per block
         architecture = ARCHITECTURES[name]
         for shape in ("ptb", "wikitext2", "lm1b", "lm1b-all-words"):
             _, k, d, v = SHAPES[shape]

@@ -2,8 +2,8 @@
 
     python -m benchmarks.full_vocabulary FOLDER [--words 100_000_000] [--batch-size 8] [--out FILE.json]
 
-The words are random (lm1b_corpus.py), the sizes are those of One Billion Words. It needs 23 GiB of memory, 15 GB of
-disk in FOLDER and ten minutes. Parts already in the JSON file are not repeated.
+The words are random (lm1b_corpus.py); the sizes are those of the One Billion Word benchmark. It needs 23 GiB of memory,
+15 GB of disk in FOLDER and ten minutes. Parts already in the JSON file are not repeated.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def processes(pid: int) -> list[int]:
 
 
 def own_mib(pid: int) -> float:
-    """Anonymous memory of a process, each shared page divided among its owners. (The system may drop file pages.)"""
+    """Anonymous memory of a process. Shared pages are divided among their owners. (The system may drop file pages.)"""
     try:
         return int(re.search(r"Pss_Anon:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1]) / 1024
     except (OSError, TypeError):

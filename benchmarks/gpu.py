@@ -1,15 +1,15 @@
 """Check and time the Triton kernels on a GPU; write all results as JSON, and plots of them:
 
-    python -m benchmarks.gpu                              # all that is not in the file yet, for 8 minutes
-    python -m benchmarks.gpu --only ptb 'step mean'       # cases whose names have these words
+    python -m benchmarks.gpu                              # everything not in the file yet, for 8 minutes
+    python -m benchmarks.gpu --only ptb 'step mean'       # cases whose names contain these words
     python -m benchmarks.gpu --steps sweep                # tile sizes, as entries of configurations.py
     python -m benchmarks.gpu_compare OTHER-TREE           # this source against another, in turns
 
-The file is written after each case. The same command goes on with the cases that it lacks, for the same GPU, versions
-and source; `--again` repeats them. A case that fails, hangs or crashes is a row with its error. `--dry-run` rehearses
-all of it on a CPU, in Triton's interpreter, at tiny shapes; its times mean nothing.
+The file is written after each case. For the same GPU, versions and source, the same command continues with the missing
+cases; `--again` repeats all. A case that fails, hangs or crashes becomes a row with its error. `--dry-run` rehearses
+everything on a CPU, in Triton's interpreter, at tiny shapes; its times mean nothing.
 
-Exit status: 0 when all cases are measured, 1 when some are left for another call, 2 for an error.
+Exit status: 0 if all cases are measured, 1 if some are left for another call, 2 on an error.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ from .gpu_device import ROOT, environment, gpu_name
 from .gpu_results import fail_running, read
 
 TIME_IS_UP, UNUSABLE, LOST = 1, 2, 3
-"""Exit statuses of the process that measures."""
+"""Exit statuses of the measuring process."""
 GRACE = 60.0
-"""Seconds beyond the time limit after which a case that still runs is cut off."""
+"""Seconds after the time limit at which a running case is ended."""
 
 
 @dataclasses.dataclass
 class Config:
     steps: tuple[str, ...] = STEPS
     """head: calls of the head and its peers; training: steps of the recipes; decode: few tokens; filter: the gradient
-    filter on RUN; checks: tests and compute-sanitizer. And sweep, only if it is named: tile sizes."""
+    filter on RUN; checks: tests and compute-sanitizer; sweep, only on request: tile sizes."""
 
     shapes: tuple[str, ...] = tuple(SHAPES)
     """Shapes of the head."""
@@ -51,34 +51,34 @@ class Config:
     """Products of the head: bfloat16, float16, tf32, float32."""
 
     only: tuple[str, ...] = ()
-    """Only cases whose name has all of these words."""
+    """Only cases whose name contains all of these words."""
 
     without: tuple[str, ...] = ()
-    """No cases whose name has one of these words."""
+    """No cases whose name contains any of these words."""
 
     again: bool = False
-    """Repeat cases that the file has."""
+    """Repeat cases that are in the file already."""
 
     minutes: float = 8.0
-    """Time after which no case is started; one that runs is cut off a minute later."""
+    """Minutes after which no case starts. A running case is ended a minute later."""
 
     run: Path | None = None
-    """Folder of a `python -m fused_mos.train` run, for the filter on a trained model."""
+    """Folder of a run of `python -m fused_mos.train`, for the filter on a trained model."""
 
     data: Path | None = None
-    """Folder of RUN's corpus; by default the one that it was trained on."""
+    """Folder of RUN's corpus; by default the one it was trained on."""
 
     out: Path | None = None
     """JSON file, benchmarks/results/gpu-NAME.json by default. The plots are written beside it."""
 
     commit: str = ""
-    """Commit that is measured, if git cannot tell."""
+    """Commit to record, if git cannot tell it."""
 
     dry_run: bool = False
     """Rehearse on a CPU."""
 
     def check(self) -> None:
-        """Raises ValueError for what does not exist."""
+        """Raise ValueError if a flag names something that does not exist."""
         for name, given, known in (
             ("steps", self.steps, SECONDS),
             ("shapes", self.shapes, SHAPES),
@@ -97,13 +97,13 @@ def results_path(config: Config) -> Path:
 
 
 def watch(command: list[str], path: Path, minutes: float, environment: dict[str, str]) -> int:
-    """Run the process that measures, and another for the rest if a case ended it or took too long. Returns its exit
-    status: 1 if the time is up before it is done."""
+    """Run the measuring process, and another one for the rest if a case ended it or took too long. Return its exit
+    status, 1 if the time was up before it was done."""
     deadline = time.monotonic() + 60 * minutes
     while True:
         left = max(deadline - time.monotonic(), 0.0)
         limit = ["--minutes", f"{left / 60:.3f}"]
-        # a group of its own, for what it starts, too: tests that outlive it would share the GPU with the next cases
+        # a process group of its own: tests that outlive the process would share the GPU with the next cases
         process = subprocess.Popen([*command, *limit], cwd=ROOT, env=environment, preexec_fn=os.setpgrp)
         try:
             why = _wait(process, path, deadline + GRACE)
@@ -111,9 +111,9 @@ def watch(command: list[str], path: Path, minutes: float, environment: dict[str,
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
-        command = [word for word in command if word != "--again"]  # what is repeated is no longer in the file
+        command = [word for word in command if word != "--again"]  # repeated cases are no longer in the file
         if why == "":
-            return TIME_IS_UP  # the case is not to blame: it runs again in the next call
+            return TIME_IS_UP  # not the fault of the case, which runs again in the next call
         if why is None and status in (0, TIME_IS_UP, UNUSABLE):
             return status
         if status != LOST or why:
@@ -125,7 +125,8 @@ def watch(command: list[str], path: Path, minutes: float, environment: dict[str,
 
 
 def _wait(process: subprocess.Popen, path: Path, deadline: float) -> str | None:
-    """Why the process must be ended: its case takes too long, or, "", the time is up. None if it ends by itself."""
+    """Wait for the process. Return None if it ends by itself, or why it must be ended: its case takes too long, or ""
+    if the time is up."""
     while True:
         try:
             process.wait(timeout=1.0)
@@ -148,7 +149,7 @@ def main() -> int:
     if not (config.dry_run or torch.cuda.is_available()):
         print("error: torch finds no CUDA GPU; --dry-run needs none", file=sys.stderr)
         return UNUSABLE
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the measuring process
     path = results_path(config)
     command = [sys.executable, "-m", "benchmarks.gpu_run", *sys.argv[1:], "--out", str(path)]
     return watch(command, path, config.minutes, environment(config.dry_run))

@@ -1,4 +1,4 @@
-"""The cases of benchmarks.gpu, in the order in which they are worth their time."""
+"""The cases of benchmarks.gpu, the most valuable first."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -17,7 +17,7 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {  # N, K, D, V
     "llama": (4_096, 1, 4_096, 128_256),
     "short": (14, 15, 280, 10_000),
 }
-"""Training steps of the paper and of larger models, one softmax of a language model, and a short segment."""
+"""Shapes of training steps: the paper's, larger models, a single softmax of a language model, and a short segment."""
 DECODE_SHAPES: dict[str, tuple[int, int, int, int]] = {
     f"{name}, {n} tokens": (n, *rest)
     for name, rest in {
@@ -64,9 +64,10 @@ CAPTURED = {
     },
     "reduce-overhead": {"log-sum-exp", "F.linear + F.cross_entropy"},
 }
-"""Peers whose mean step, like ours, is also replayed from a CUDA graph, or compiled with torch.compile(mode=...)."""
+"""Contenders, besides ours, whose mean step is also replayed from a CUDA graph or compiled with
+torch.compile(mode=...)."""
 SHAPES_OF = {"float32": ("ptb", "wikitext2", "short"), "tf32": ("ptb",), "float16": ("ptb",)}
-"""Shapes that a dtype is measured at, if not at all."""
+"""Shapes to measure a dtype at; dtypes not listed are measured at all shapes."""
 TRAININGS = (
     ("ptb", "float32"),
     ("ptb", "bfloat16"),
@@ -98,9 +99,9 @@ SWEPT = (
 )
 CHECKS = ("tests", "memcheck", "racecheck", "synccheck")
 STEPS = ("head", "training", "decode", "filter", "checks")
-"""Steps of a call without --steps."""
+"""Default of --steps."""
 SECONDS = {"head": 180, "training": 240, "decode": 120, "filter": 240, "checks": 520, "sweep": 520}
-"""Time that one case of a step may take before it is given up."""
+"""Time limit of a case, by step."""
 
 
 class Case(NamedTuple):
@@ -121,13 +122,13 @@ def _head(
 
 
 def peers(shape: str) -> tuple[str, ...]:
-    """Names in peers.py of the contenders at a shape."""
+    """Names, in peers.py, of the contenders at a shape."""
     return SINGLE_PEERS if SHAPES[shape][1] == 1 else MIXTURE_PEERS
 
 
 def _heads(dtypes: Iterable[str]) -> Iterator[Case]:
-    """Ours at all shapes; then shape by shape, so that what is compiled is compiled once, ours captured, the peers, and
-    the peers captured."""
+    """Ours at all shapes, then for each shape ours captured, the peers, and the peers captured. Going shape by shape
+    compiles everything once."""
     for dtype in dtypes:
         shapes = [name for name in SHAPES if name in SHAPES_OF.get(dtype, SHAPES)]
         for shape in shapes:
@@ -145,8 +146,8 @@ def cases(
     shapes: Iterable[str] = tuple(SHAPES),
     dtypes: Iterable[str] = ("bfloat16", "float32", "tf32"),
 ) -> list[Case]:
-    """All cases of some steps, shapes and dtypes: Penn Treebank's head and the first training steps, the other shapes,
-    then the rest."""
+    """All cases of the given steps, shapes and dtypes: first Penn Treebank's head and the first training steps, then
+    other shapes, then the rest."""
     shapes, dtypes = set(shapes), list(dtypes)
     heads = [case for case in _heads(dtypes) if case.parts[0] in shapes]
     trainings = [Case("training", parts) for parts in TRAININGS]

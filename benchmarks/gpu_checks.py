@@ -1,4 +1,4 @@
-"""The test suite on a GPU, and parts of it under compute-sanitizer."""
+"""Runs the test suite on a GPU, and parts of it under compute-sanitizer."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from .gpu_device import DRY_RUN, ROOT
 
 
 def run_tests(selection: list[str], wrapper: tuple[str, ...] = (), **environment: str) -> dict:
-    """Run pytest in a process of its own; return whether it passed, its summary and its failures."""
+    """Run pytest in a process of its own. Return whether it passed, its summary and its failures."""
     command = [*wrapper, sys.executable, "-m", "pytest", *selection]
     result = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     lines = (result.stdout + result.stderr).strip().splitlines()
@@ -19,7 +19,7 @@ def run_tests(selection: list[str], wrapper: tuple[str, ...] = (), **environment
 
 
 def tests() -> dict:
-    """All tests of the GPU's kernels but those of the interpreter and of compilation, which need no GPU."""
+    """Run all tests of the GPU's kernels, except those of the interpreter and of compilation, which need no GPU."""
     if DRY_RUN:
         return run_tests(["tests/test_gpu.py", "-k", "classes"])
     workers = ["-n", str(min(len(os.sched_getaffinity(0)), 14))] if importlib.util.find_spec("xdist") else []
@@ -28,8 +28,8 @@ def tests() -> dict:
 
 
 def sanitize(tool: str) -> dict:
-    """memcheck without torch's caching allocator, so that the ends of tensors are the ends of allocations; racecheck
-    and synccheck of the kernel that has barriers of its own, Triton's being its compiler's."""
+    """Run a tool of compute-sanitizer. memcheck runs without torch's caching allocator, to make tensors end where
+    allocations end. racecheck and synccheck run on our CUDA kernel; the barriers of Triton's are its compiler's."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"passed": None, "summary": "compute-sanitizer was not found"}
@@ -48,5 +48,5 @@ def sanitize(tool: str) -> dict:
 
 
 def measure(name: str) -> dict:
-    """The row of a check of gpu_cases."""
+    """The row of a check in gpu_cases."""
     return tests() if name == "tests" else sanitize(name)

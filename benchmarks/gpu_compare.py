@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_compare BEFORE [--after .] [--shapes ptb lm1b] [--operations 'step mean' forward]
 
-BEFORE and --after are folders with a fused_mos, such as `git worktree add BEFORE main` makes. In each round one process
-measures, then the other, while each waits for the other. A ratio is the time before over the time after, as median,
-minimum and maximum over the rounds: above 1, `after` is faster. `--dry-run` rehearses it on a CPU.
+BEFORE and --after are folders that contain fused_mos, for example from `git worktree add BEFORE main`. In each round
+one process measures while the other waits, then the reverse. Ratios are the time before over the time after, as median,
+minimum and maximum over the rounds; above 1, `after` is faster. `--dry-run` rehearses it on a CPU.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ TIMES = ("gpu ms", "wall ms", "host ms")
 @dataclasses.dataclass
 class Config:
     before: Annotated[Path, tyro.conf.Positional]
-    """Folder of the one source."""
+    """Folder of the old source."""
 
     after: Path = ROOT
-    """Folder of the other."""
+    """Folder of the new source."""
 
     shapes: tuple[str, ...] = ("ptb", "wikitext2", "lm1b", "gpt2", "llama")
     """Shapes of benchmarks.gpu."""
@@ -51,7 +51,7 @@ class Config:
     """Turns of each source."""
 
     minutes: float = 8.0
-    """Time after which no case is started."""
+    """Minutes after which no case starts."""
 
     out: Path | None = None
     """JSON file of the ratios."""
@@ -69,15 +69,15 @@ class Config:
 
 
 class Source:
-    """A process that measures one source when it is asked to."""
+    """A process that measures one source on request."""
 
     def __init__(self, tree: Path, dry_run: bool):
         self.tree, self.dry_run = tree.resolve(), dry_run
         self._process: subprocess.Popen | None = None
 
     def measure(self, *case: str) -> dict[str, Any]:
-        """Times of one case, after a warm-up at its first time; or, under "failed", why there are none. A process that
-        ended, or whose CUDA context is lost, is followed by another."""
+        """Times of one case, warmed up the first time, or under "failed" the reason why there are none. Starts a new
+        process if the old one ended or lost its CUDA context."""
         try:
             answer = self._answer(case)
         except (BrokenPipeError, ValueError):
@@ -88,7 +88,7 @@ class Source:
 
     def _answer(self, case: tuple[str, ...]) -> dict[str, Any]:
         if self._process is None:
-            # benchmarks is imported from here, and fused_mos then from the tree, which may have a benchmarks, too
+            # import benchmarks from here first, then fused_mos from the tree, which may contain benchmarks, too
             code = f"import sys, benchmarks; sys.path.insert(0, {str(self.tree)!r}); "
             code += "from benchmarks.gpu_compare import serve; serve()"
             self._process = subprocess.Popen(
@@ -114,9 +114,9 @@ class Source:
 
 
 def serve() -> None:
-    """Answer each line of standard input, a tree and a case, with a line of its times; the process of a `Source`."""
+    """Run the process of a `Source`: answer each line of standard input, a tree and a case, with a line of times."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep output of libraries out of the answers
     import fused_mos
 
     from . import gpu_device, gpu_head
@@ -138,14 +138,14 @@ def serve() -> None:
 
 
 def compare(before: Source, after: Source, case: tuple[str, ...], rounds: int) -> dict[str, Any]:
-    """The ratios of a case, before over after, and the last round's other figures of both."""
+    """The ratios of a case, before over after, and other figures of both from the last round."""
     turns: list[tuple[dict, dict]] = []
     for turn in range(rounds + 1):
         pair = before.measure(*case), after.measure(*case)
         for name, row in zip(("before", "after"), pair):
             if "failed" in row:
                 return {"failed": f"{name}: {row['failed']}"}
-        if turn:  # the first is a warm-up
+        if turn:  # the first turn is a warm-up
             turns.append(pair)
     ratios = {name: spread((old[name] / new[name] for old, new in turns), 3) for name in TIMES}
     medians = {name: [round(statistics.median(pair[i][name] for pair in turns), 5) for i in (0, 1)] for name in TIMES}

@@ -1,5 +1,5 @@
-"""Decoding with few tokens on a GPU: the one-pass kernel of csrc/cuda and the Triton backend, over the time to read the
-embedding."""
+"""Times decoding of few tokens on a GPU by the one-pass kernel of csrc/cuda and by the Triton backend, relative to the
+time to read the embedding."""
 
 import statistics
 from collections.abc import Callable
@@ -18,7 +18,7 @@ ROUNDS = 2 if DRY_RUN else 20
 
 
 def bytes_per_second() -> float:
-    """Rate of a large copy, counting what it reads and what it writes."""
+    """Rate of a large copy, counting both reads and writes."""
     source = torch.empty((1 << 22) if DRY_RUN else (1 << 30), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     times = interleaved({"copy": lambda: target.copy_(source)}, ROUNDS, on_gpu=not DRY_RUN)["copy"]
@@ -26,7 +26,7 @@ def bytes_per_second() -> float:
 
 
 def calls(arguments: list[torch.Tensor], backends: tuple[str, ...]) -> dict[str, Callable[[], object]]:
-    """The calls of each backend, and those of `cuda` replayed from a graph as well."""
+    """The calls of each backend, and those of `cuda` also replayed from a graph."""
     z, a, w, _, b = (tensor.detach() for tensor in arguments)
     functions = {
         "log_prob": F.mos_log_prob,
@@ -39,26 +39,26 @@ def calls(arguments: list[torch.Tensor], backends: tuple[str, ...]) -> dict[str,
             call = found[f"{backend} {name}"] = lambda function=function, backend=backend: function(
                 z, a, w, b, backend=backend
             )
-            if backend == "cuda" and name != "sample":  # whose random numbers are torch's, too
+            if backend == "cuda" and name != "sample":  # sample also uses torch's random numbers
                 found[f"cuda {name}, graph"] = captured(call).replay
     return found
 
 
 def measure(shape: str) -> dict:
-    """The row of decoding at a shape of gpu_cases."""
+    """The row of decoding at a shape in gpu_cases."""
     has_kernel = fused_mos.backends()["cuda"].startswith("available")
     return time_decoding(DECODE_SHAPES[shape], ("cuda", "triton") if has_kernel else ("triton",))
 
 
 def time_decoding(shape: tuple[int, int, int, int], backends: tuple[str, ...]) -> dict:
-    """Milliseconds (median, minimum, maximum) of each call, and the median over the floor."""
+    """Milliseconds (median, minimum, maximum) of each call, and the ratio of the median to the floor."""
     speed = bytes_per_second()
     arguments = inputs(*shape, torch.bfloat16, device=DEVICE)
     floor = arguments[2].nbytes / speed
     rows, scratch = {}, torch.empty(1 if DRY_RUN else (256 << 20), dtype=torch.uint8, device=DEVICE)
 
     def before() -> None:
-        """Leaves nothing of the embedding in the cache, and the device busy for about a millisecond, until the host has
+        """Evict the embedding from the cache, and keep the device busy for about a millisecond until the host has
         queued the call."""
         scratch.zero_()
         if not DRY_RUN:

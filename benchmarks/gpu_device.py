@@ -1,4 +1,4 @@
-"""Where the GPU benchmarks run: on the GPU, or in a rehearsal on a CPU, in Triton's interpreter."""
+"""The device of the GPU benchmarks: the GPU, or a CPU with Triton's interpreter in a rehearsal."""
 
 import os
 import platform
@@ -9,22 +9,22 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 DRY_RUN = os.environ.get("TRITON_INTERPRET") == "1"
-"""True in a rehearsal: the same code on tiny shapes, whose times mean nothing."""
+"""True in a rehearsal, which runs the same code at tiny shapes. Its times mean nothing."""
 DEVICE = "cpu" if DRY_RUN else "cuda"
 
 
 def environment(dry_run: bool) -> dict[str, str]:
-    """Environment of a process that measures, which triton and Liger read when they are imported."""
-    # Liger would else read the targets on the host, which neither ours nor a graph can
+    """Environment of a measuring process. triton and Liger read it when they are imported."""
+    # otherwise Liger reads the targets on the host, which ours does not and a graph cannot
     changed = os.environ | {"LIGER_SCALED_CE_SM90_VALIDATE_TARGETS": "0"}
     return changed | {"TRITON_INTERPRET": "1"} if dry_run else changed
 
 
 def prepare() -> str | None:
-    """Make the device ready. Returns why the Triton backend cannot be measured here, or None if it can."""
+    """Prepare the device. Return why the Triton backend cannot be measured here, or None if it can."""
     import fused_mos
 
-    if DRY_RUN:  # the interpreter does not compute bfloat16 as a GPU does
+    if DRY_RUN:  # the interpreter computes bfloat16 differently from a GPU
         sys.path.append(str(ROOT / "tests"))
         import triton_interpreter
 
@@ -44,11 +44,11 @@ def synchronize() -> None:
 
 
 def is_lost() -> bool:
-    """True if a failed kernel or capture has left the CUDA context in a state in which nothing more can be measured."""
+    """True if a failed kernel or capture has made the CUDA context unusable."""
     if DRY_RUN:
         return False
     try:
         torch.cuda.synchronize()
         return torch.cuda.is_current_stream_capturing() or torch.ones(2, device=DEVICE).sum().item() != 2
-    except Exception:  # the error of any kernel before it
+    except Exception:  # it reports the error of any earlier kernel
         return True

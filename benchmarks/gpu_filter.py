@@ -1,4 +1,4 @@
-"""The gradient filter on a trained model, on a GPU."""
+"""Times the gradient filter on a trained model, on a GPU."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from .gpu_timing import products
 
 
 def measure(name: str, run: Path, data: Path | None) -> dict:
-    """The row of the filter on the model of a run's folder: steps, exact and filtered, over the fastest product."""
+    """The row of the filter on a run's model: exact and filtered steps, relative to the fastest product."""
     data = data or Path(json.loads((run / "config.json").read_text())["data"])
     result = measure_run(run, data, 2 if DRY_RUN else 20, DEVICE, {"bfloat16": torch.bfloat16})
     fastest = min(products(result["shape"], torch.bfloat16).values())

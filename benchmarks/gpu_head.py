@@ -1,4 +1,4 @@
-"""The head's calls on a GPU, ours and the peers', eager and captured, and their rows."""
+"""Times the head's calls on a GPU, ours and the peers', eager and captured."""
 
 import functools
 import gc
@@ -18,17 +18,17 @@ ROUNDS = 2 if DRY_RUN else 30
 PROFILED = 1 if DRY_RUN else 5
 """Calls under the profiler."""
 BUDGET = 2.0
-"""Seconds after which no round beyond the third starts."""
+"""Seconds after which no more rounds start, once there are three."""
 
 
 class Failed(Exception):
-    """Why a call cannot be measured, in one line."""
+    """The call cannot be measured, for the reason in one line."""
 
     name_in_row = "failed"
 
 
 class Unavailable(Failed):
-    """A peer that is not installed, or not for this device."""
+    """The peer is not installed or does not support this device."""
 
     name_in_row = "unavailable"
 
@@ -38,7 +38,7 @@ def mean_loss(*arguments: torch.Tensor) -> torch.Tensor:
 
 
 class Head:
-    """The calls of one shape and dtype, on tensors that they share."""
+    """The calls at one shape and dtype, on shared tensors."""
 
     def __init__(self, shape: str, dtype: str):
         self.sizes = SHAPES[shape]
@@ -49,7 +49,7 @@ class Head:
         self._calls: dict[tuple[str, str, str], timing.Call | Failed] = {}
 
     def measure(self, operation: str, contender: str, mode: str) -> dict:
-        """A row of what one contender takes, and how many times as long as ours in turns."""
+        """A row with the times of one contender and their ratio to ours, in turns."""
         with float32_products(self.precision):
             call = self.call(operation, contender, mode)
             row = memory(call, self.arguments) if mode == "eager" else {"peak MiB": None, "kept MiB": None}
@@ -120,7 +120,7 @@ def loss_of(contender: str, n_experts: int) -> Loss:
 
 
 def gradients(loss: Loss, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Forward and backward without accumulation into .grad, whose nodes remember the stream of an earlier call."""
+    """Run forward and backward without accumulating into .grad: its autograd nodes remember an earlier stream."""
     leaves = [tensor for tensor in arguments if tensor.requires_grad]
     found = torch.autograd.grad(loss(*arguments), leaves, allow_unused=True)
     return [gradient for gradient in found if gradient is not None]
@@ -140,7 +140,7 @@ def reducing_overhead(loss: Loss, arguments: list[torch.Tensor]) -> timing.Call:
 
 
 def our_calls(arguments: list[torch.Tensor]) -> dict[str, timing.Call]:
-    """What the head does beside the mean step, by name."""
+    """The head's calls besides the mean step, by name."""
     z, a, w, y, b = arguments
     options = {"backend": "triton"}
 
@@ -151,7 +151,7 @@ def our_calls(arguments: list[torch.Tensor]) -> dict[str, timing.Call]:
     def log_prob_step() -> None:
         clear(arguments)
         log_p = F.mos_log_prob(z, a, w, b, **options)
-        log_p.backward(log_p.detach())  # as good a gradient as any
+        log_p.backward(log_p.detach())  # any gradient will do
 
     return {
         "step none": lambda: step(lambda *x: F.mos_nll_loss(*x, reduction="none", **options).mean(), arguments),
@@ -165,15 +165,15 @@ def our_calls(arguments: list[torch.Tensor]) -> dict[str, timing.Call]:
 
 
 _kept: dict[tuple[str, str], Head] = {}
-"""The head of the last case: the next of the same shape and dtype finds its tensors and warm calls there."""
+"""The head of the last case. The next case at the same shape and dtype reuses its tensors and warm calls."""
 
 
 def measure(shape: str, dtype: str, operation: str, contender: str, mode: str) -> dict:
-    """The row of a case of gpu_cases."""
+    """The row of a case in gpu_cases."""
     if (shape, dtype) not in _kept:
         _kept.clear()
         gc.collect()
-        torch._dynamo.reset()  # after a few shapes it would no longer compile for another
+        torch._dynamo.reset()  # it stops compiling after a few shapes
         if not DRY_RUN:
             torch.cuda.empty_cache()
         _kept[shape, dtype] = Head(shape, dtype)

@@ -1,10 +1,10 @@
-"""Times of the LSTM layers of the paper's models on a GPU, as CUDA graphs, in 20 seconds:
+"""Time the LSTM layers of the paper's models on a GPU, as CUDA graphs, in 20 seconds:
 
     python -m benchmarks.gpu_lstm
 
-By layer: our kernels for bfloat16 products beside cuDNN's LSTM on the same weights, in TF32 and in bfloat16 throughout.
-`forward` and `backward` are whole, with the products over all steps and the casts to bfloat16; `kernel` is the
-recurrence alone. No weights are dropped. Milliseconds, medians.
+For each layer, shows median milliseconds of our kernels with bfloat16 products and of cuDNN's LSTM on the same weights,
+in TF32 and entirely in bfloat16. `forward` and `backward` include the products over all steps and the casts to
+bfloat16; `kernel` is only the recurrence. No weights are dropped.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fused_mos.lm.recurrent_kernel import kernel_for
 
 LAYERS = {"ptb": (12, (280, 960, 960, 620)), "wikitext2": (15, (300, 1150, 1150, 650))}
-"""Columns, and the sizes of the input and of each layer."""
+"""By model: batch columns, and the sizes of the input and of each layer."""
 STEPS = 70
 REPEATS = 20
 
@@ -25,7 +25,7 @@ Call = Callable[[], object]
 
 
 def measure() -> list[dict]:
-    """A row for each layer, and one for the sum of each model's."""
+    """A row for each layer, and one for the sum over each model's layers."""
     rows = []
     for model, (columns, sizes) in LAYERS.items():
         layers = [_layer(columns, *pair) for pair in zip(sizes, sizes[1:])]
@@ -54,14 +54,14 @@ def _layer(columns: int, n_features: int, width: int) -> dict[str, float]:
 
 
 def _both(name: str, forward: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor) -> dict[str, float]:
-    """Times of the forward pass, and of what a backward pass adds to it."""
+    """Time of the forward pass, and the time that the backward pass adds."""
     once = _milliseconds(forward)
     both = _milliseconds(lambda: torch.autograd.grad(forward(), leaves, grad))
     return {f"{name} forward ms": round(once, 3), f"{name} backward ms": round(both - once, 3)}
 
 
 def _kernels(kernel, plan, x: Tensor, weights: list[Tensor]) -> dict[str, float]:
-    """The recurrence alone, forward and backward."""
+    """Times of the recurrence alone, forward and backward."""
     (n_steps, columns, _), width = x.shape, weights[1].shape[1]
     bfloat16 = {"dtype": torch.bfloat16, "device": "cuda"}
     gates = torch.randn(n_steps, columns, 4 * width, device="cuda")
@@ -80,7 +80,7 @@ def _kernels(kernel, plan, x: Tensor, weights: list[Tensor]) -> dict[str, float]
 
 
 def _milliseconds(call: Call) -> float:
-    """Median time of a graph's replays."""
+    """Median time of replaying the call as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Tables and plots of benchmarks.gpu's rows, and its goals."""
+"""Tables, plots and goals of the rows that benchmarks.gpu measures."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,9 +15,9 @@ from .gpu_results import Results
 from .gpu_sweep import table as sweep_table
 
 DECODE_GOAL = 1.3
-"""Wanted time of decoding over that of reading the embedding, in bfloat16."""
+"""Goal for the time of decoding relative to reading the embedding, in bfloat16."""
 OVER_MM = {"forward": 1.25, STEP: 4.5}
-"""Wanted GPU time of our calls over that of the fastest product."""
+"""Goals for the GPU time of our calls relative to the fastest product."""
 EXTRA_MIB = 256
 SPEEDUP = {
     "published code": 5,
@@ -28,11 +28,11 @@ SPEEDUP = {
     "five lines, cut-cross-entropy": 2,
     "five lines, Liger": 2,
 }
-"""Wanted speedup of a step over each peer, 1 over those that are not named: all at K = 1."""
+"""Goals for the speedup of a step over each baseline. It is 1 for others, which are all at K = 1."""
 
 
 def line(key: str, row: dict) -> str:
-    """What the terminal shows of a row."""
+    """The line that the terminal shows for a row."""
     if reason := row.get("failed") or row.get("unavailable"):
         return f"{key}: {reason}"
     if "over mm" in row:
@@ -105,7 +105,7 @@ def _head_goals(
             if most := OVER_MM.get(operation):
                 yield f"{key}, in mm", row["over mm"], f"at most {most}", row["over mm"] <= most
             if operation in ("forward", STEP, "step none"):
-                extra = round(row["peak MiB"] - row["kept MiB"], 1)  # ours has its gradients from the start
+                extra = round(row["peak MiB"] - row["kept MiB"], 1)  # ours holds its gradients from the start
                 yield f"{key}, MiB beside results", extra, f"at most {EXTRA_MIB}", extra <= EXTRA_MIB
     elif mode == "eager" and "times ours" in row:
         wanted = SPEEDUP.get(contender, 1)
@@ -183,12 +183,12 @@ def plot(rows: dict[str, dict], title: str, path: Path) -> None:
 
 
 def plot_training(rows: dict[str, dict], title: str, path: Path) -> None:
-    """Where the time of each recipe's step goes."""
+    """Plot where the time of each recipe's step goes."""
     found = {key.removeprefix("training | "): row for key, row in rows.items() if "stages" in row}
     if not found:
         return
     stages = list(dict.fromkeys(stage for row in found.values() for stage in row["stages"]))
-    height = max(1.5 + 0.5 * len(found), 0.6 + 0.18 * len(stages))  # the legend has a line for each stage
+    height = max(1.5 + 0.5 * len(found), 0.6 + 0.18 * len(stages))  # the legend has a line per stage
     figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
     left = dict.fromkeys(found, 0.0)
     for i, stage in enumerate(stages):

@@ -1,6 +1,7 @@
-"""The file of GPU results: a row for each case, written after each, with which a later call goes on.
+"""The file of GPU results, with a row for each case. It is written after each case, and a later call continues with it.
 
-Rows hold for one GPU, one set of versions and one source of the package; those of another are moved to a file beside.
+All rows are for one GPU, one set of versions and one source of the package. Rows of another are moved to a separate
+file.
 """
 
 import hashlib
@@ -21,8 +22,7 @@ PEERS = ("liger-kernel", "nvidia-cutlass-dsl", "cut-cross-entropy", "quack-kerne
 
 
 def about(gpu: str, tree: Path, commit: str = "") -> dict[str, Any]:
-    """What identifies a run: the GPU, versions, commit, and a digest of the package's source (a commit says nothing of
-    edits)."""
+    """Identify a run: GPU, versions, commit, and a digest of the package's source (a commit does not show edits)."""
     import torch
     import triton
 
@@ -44,7 +44,7 @@ def about(gpu: str, tree: Path, commit: str = "") -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """Version of the GPU's driver, if its tool is there to say."""
+    """Version of the GPU's driver, or None without nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -68,7 +68,7 @@ def _version(distribution: str) -> str | None:
 
 
 class Results:
-    """The rows of a file, by case. Keeps those that are there already if they are of the same run."""
+    """The rows of a file, by case. Existing rows are kept if they belong to the same run."""
 
     def __init__(self, path: Path, facts: dict[str, Any]):
         self.path = path
@@ -82,11 +82,11 @@ class Results:
         self.rows: dict[str, dict] = self.content.setdefault("rows", {})
 
     def has(self, key: str) -> bool:
-        """True if the case need not run again. A peer that was not installed may be now."""
+        """True if the case need not run again. A peer that was not installed is tried again."""
         return key in self.rows and "unavailable" not in self.rows[key]
 
     def begin(self, key: str, limit: float) -> None:
-        """Note which case runs, and for how many seconds at most, for the process that watches."""
+        """Note which case runs, and its limit in seconds, for the watching process."""
         self.content["running"] = {"key": key, "since": time.time(), "limit": limit}
         files.write_json(self.path, self.content)
 
@@ -101,13 +101,12 @@ class Results:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file's content, empty if there is none."""
+    """The file's content, empty if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def fail_running(path: Path, why: str) -> str | None:
-    """Give the case that was running when its process ended a row that says why. Returns its key, or None if none
-    ran."""
+    """Record why the running case failed when its process ended. Return its key, or None if no case was running."""
     content = read(path)
     running = content.pop("running", None)
     if running is None:

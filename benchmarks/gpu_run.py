@@ -1,7 +1,7 @@
-"""Measure the cases of benchmarks.gpu that its file lacks, in the process that it watches.
+"""The measuring process of benchmarks.gpu: measures the cases that are missing in its file.
 
-Exit status: 0 when none is left, 1 when the time is up, 2 if there is no GPU, 3 when a case took the CUDA context with
-it, so that another process must go on.
+Exit status: 0 if none is left, 1 if the time is up, 2 if there is no GPU, 3 if a case broke the CUDA context and
+another process must continue.
 """
 
 import importlib
@@ -24,19 +24,19 @@ MODULES = {
     "checks": "gpu_checks",
     "sweep": "gpu_sweep",
 }
-"""The module with the function `measure` of each step's cases."""
+"""For each step, the module whose function `measure` measures its cases."""
 
 
 def row_of(case: Case, config: Config) -> dict:
-    """The case's measurements, or under "failed" or "unavailable" why there are none, in one line."""
+    """The case's measurements or, under "failed" or "unavailable", the reason why there are none, in one line."""
     start = time.perf_counter()
     try:
         module = importlib.import_module(f".{MODULES[case.step]}", __package__)
         more = (config.run, config.data) if case.step == "filter" else ()
         row = module.measure(*case.parts, *more)
-    except Exception as error:  # whatever it is, the other cases are not to blame
+    except Exception as error:  # any error; the other cases still run
         first = (str(error).strip().splitlines() or ["no message"])[0][:200]
-        known = getattr(error, "name_in_row", "")  # a reason that stands for itself
+        known = getattr(error, "name_in_row", "")  # set for errors whose message is the reason
         row = {known: first} if known else {"failed": f"{type(error).__name__}: {first}"}
     return {"case": list(case.parts)} | row | {"seconds": round(time.perf_counter() - start, 1)}
 

@@ -1,6 +1,6 @@
-"""Find the fastest tile of a kernel family at a shape, and print what was found as entries of configurations.py.
+"""Find the fastest tile of a kernel family at a shape, and print it as an entry of configurations.py.
 
-Unlike `python -m fused_mos.tune`, which keeps its tiles in the user's cache, this is for the table that all users get.
+This is for the table that all users get; `python -m fused_mos.tune` saves its tiles in the user's cache.
 """
 
 import math
@@ -20,19 +20,19 @@ from .gpu_device import DEVICE, DRY_RUN
 from .gpu_timing import stream_milliseconds
 
 CALLS = 1 if DRY_RUN else 5
-"""Calls whose mean is a candidate's time."""
+"""Calls to average for the time of a candidate."""
 BATCH = 2 if DRY_RUN else 32
-"""Candidates that are compiled at once."""
+"""Candidates to compile at once."""
 BUDGET = 200.0
-"""Seconds after which no batch is compiled."""
+"""Seconds after which no more batches are compiled."""
 AGAIN = 1 if DRY_RUN else 8
-"""Candidates that are measured twice more, in turns with the tile in use."""
+"""Candidates to measure twice more, in turns with the current tile."""
 GAIN = 0.03
-"""Relative gain from which the table should change."""
+"""Least relative gain for which the table should change."""
 
 
 def measure(shape: str, dtype: str, family: str) -> dict:
-    """The row of a sweep: the tile in use, the fastest, and the milliseconds of both (median, minimum, maximum)."""
+    """The row of a sweep: the current and the fastest tile, and the milliseconds of both (median, minimum, maximum)."""
     with proof.float32_products(dtype) as torch_dtype:
         return _sweep(SHAPES[shape], torch_dtype, family)
 
@@ -46,7 +46,7 @@ def _sweep(shape: tuple[int, int, int, int], dtype: torch.dtype, family: str) ->
     before = architecture.tiles.get(key, configurations.INTERPRETER_TILE)
     rows, precision, *_ = key.split()
     tiles = tuning.candidates(family, precision, rows, shape[2], architecture)
-    # sizes like those of the tile in use first, in case the time does not do for all
+    # tiles similar to the current one first, in case there is no time for all
     ordered = sorted(tiles, key=lambda tile: sum(a != b for a, b in zip(astuple(tile)[:5], astuple(before))))
 
     def milliseconds(tile: Tile) -> float:
@@ -82,7 +82,7 @@ def _sweep(shape: tuple[int, int, int, int], dtype: torch.dtype, family: str) ->
 
 
 def _key(name: str, family: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> str:
-    """The configuration of a family that an operation takes its tile from."""
+    """The configuration of a family from which an operation takes its tile."""
     architecture = tuning.architecture_of(torch.device(DEVICE))
     with tuning.overridden(architecture, record=True) as calls:
         proof.operations(shape, dtype, "meta")[name]()
@@ -95,7 +95,7 @@ def _median_and_range(values: list[float]) -> list[float]:
 
 
 def _compiling(tiles: list[Tile], key: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[Tile]:
-    """The tiles whose kernels compile without a fault, compiled in parallel. (The interpreter takes all.)"""
+    """The tiles whose kernels compile without a fault, compiled in parallel. (The interpreter accepts all.)"""
     if DRY_RUN:
         return tiles
     name = configurations.architecture_name(torch.cuda.get_device_capability())
@@ -105,7 +105,7 @@ def _compiling(tiles: list[Tile], key: str, shape: tuple[int, int, int, int], dt
         return not any(proof.compile_call(call, name, ()).faults(name) for call in calls)
 
     calls = []
-    for tile in tiles:  # not in parallel, because a recording replaces the architecture of the whole process
+    for tile in tiles:  # one by one, since recording replaces the architecture of the whole process
         recorded = proof.recorded_calls(architecture, shape, dtype, {key: tile})
         calls.append([call for call in recorded if call.key == key])
     with ThreadPoolExecutor() as executor:
@@ -113,8 +113,8 @@ def _compiling(tiles: list[Tile], key: str, shape: tuple[int, int, int, int], dt
 
 
 def table(rows: Iterable[dict], say: Callable[[str], None] = print) -> None:
-    """Print an entry for each configuration that another tile makes faster in every round; where shapes disagree, that
-    of the one which gains most."""
+    """Print an entry for each configuration that another tile made faster in every round. If shapes disagree, the one
+    with the largest gain decides."""
     best: dict[str, dict] = {}
     for row in rows:
         gains = row.get("ms before", [0])[0] - row.get("ms", [0])[0]
@@ -123,5 +123,5 @@ def table(rows: Iterable[dict], say: Callable[[str], None] = print) -> None:
         if row["key"] not in best or gains > best[row["key"]]["gains"]:
             best[row["key"]] = row | {"gains": gains}
     for key, row in sorted(best.items()):
-        fields = row["tile"] if row["tile"][-1] else row["tile"][:-1]  # residence in shared memory is the exception
+        fields = row["tile"] if row["tile"][-1] else row["tile"][:-1]  # `resident` is written only if True
         say(f'    "{key}": Tile({", ".join(map(str, fields))}),  # {row["ms before"][0]:.3f} -> {row["ms"][0]:.3f} ms')

@@ -1,4 +1,4 @@
-"""The documents' tables of what benchmarks.gpu measured, from results/gpu-NAME.json."""
+"""Tables of the documents with the results of benchmarks.gpu, from results/gpu-NAME.json."""
 
 import json
 from collections.abc import Callable
@@ -25,13 +25,13 @@ def gpus() -> list[str]:
 
 
 def rows_of(gpu: str, step: str) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Rows that were measured, by case."""
+    """Measured rows, by case."""
     rows = json.loads((RESULTS / f"{gpu}.json").read_text(encoding="utf-8"))["rows"]
     return {tuple(row["case"]): row for key, row in rows.items() if key.startswith(f"{step} | ") and "case" in row}
 
 
 def steps(gpu: str) -> str:
-    """A training step by contender: the GPU's time, that of a replayed graph, of an eager call, and memory."""
+    """A training step by contender: the times of the GPU, a replayed graph and an eager call, and memory."""
     rows = {case: row for case, row in rows_of(gpu, "head").items() if case[2] == STEP}
     found = []
     for shape, dtype in dict.fromkeys(case[:2] for case in rows):
@@ -55,7 +55,7 @@ def steps(gpu: str) -> str:
 
 
 def calls(gpu: str) -> str:
-    """GPU milliseconds of our calls, and how many of the fastest product they are."""
+    """GPU milliseconds of our calls, and the same as a multiple of the fastest product."""
     rows = {case: row for case, row in rows_of(gpu, "head").items() if case[3:] == (OURS, "eager") and "gpu ms" in row}
     columns = list(dict.fromkeys(case[:2] for case in rows))
     found = []
@@ -83,7 +83,7 @@ def training(gpu: str) -> str:
 
 
 def decode(gpu: str) -> str:
-    """Calls for few tokens: microseconds, and how many times reading the embedding takes."""
+    """Calls for few tokens, in microseconds and as a multiple of reading the embedding."""
     rows = {case[0]: row for case, row in rows_of(gpu, "decode").items() if "rows" in row}
     names = list(dict.fromkeys(name for row in rows.values() for name in row["rows"] if not name.endswith(", graph")))
     found = []
@@ -100,4 +100,4 @@ OF_A_GPU: dict[str, Callable[[str], str]] = {
     "gpu-training": training,
     "gpu-decode": decode,
 }
-"""The table that a document's `<!-- table: NAME gpu-… -->` stands for, by NAME."""
+"""By NAME, the table for `<!-- table: NAME gpu-… -->` in a document."""

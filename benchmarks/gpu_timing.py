@@ -1,4 +1,4 @@
-"""Times of one call on a GPU: of its kernels by the profiler, of the host that enqueues it, and of the whole."""
+"""Times one call on a GPU: its kernels by the profiler, the host that enqueues it, and the whole call."""
 
 import math
 import statistics
@@ -14,12 +14,12 @@ from .harness import mm_calls
 
 Call = Callable[[], object]
 WARM_UPS = 1 if DRY_RUN else 3
-"""Calls before a graph is captured: lazy initialisation and compilation must not be part of it."""
+"""Calls before a graph is captured, to keep lazy initialisation and compilation out of it."""
 NO_KERNEL = ("Memcpy", "Memset")
 
 
 class Event(NamedTuple):
-    """Work of the GPU: a kernel, a copy or a fill. Microseconds."""
+    """Work of the GPU, a kernel, a copy or a fill, in microseconds."""
 
     name: str
     start: float
@@ -27,7 +27,7 @@ class Event(NamedTuple):
 
 
 def device_events(call: Call, calls: int) -> list[Event]:
-    """What the GPU does in so many calls, as the profiler sees it. (In a dry run, torch's operators.)"""
+    """The GPU's work during `calls` calls, from the profiler. (In a dry run, torch's operators.)"""
     activity = ProfilerActivity.CPU if DRY_RUN else ProfilerActivity.CUDA
     synchronize()
     with profile(activities=[activity]) as profiler:
@@ -46,7 +46,7 @@ def device_events(call: Call, calls: int) -> list[Event]:
 
 
 def busy_microseconds(events: list[Event]) -> float:
-    """Length of the union of the events, since kernels of several streams overlap."""
+    """Length of the union of the events: kernels on several streams overlap."""
     total, end = 0.0, -math.inf
     for event in sorted(events, key=lambda event: event.start):
         total += max(event.end - max(event.start, end), 0.0)
@@ -55,8 +55,7 @@ def busy_microseconds(events: list[Event]) -> float:
 
 
 def summary(events: list[Event], calls: int) -> dict:
-    """Of one call: the GPU's milliseconds, the number of kernels, and the kernels that take longest, as [name,
-    microseconds, number]."""
+    """GPU milliseconds per call, the number of kernels, and the longest kernels as [name, microseconds, number]."""
     by_name: dict[str, list[float]] = {}
     for event in events:
         by_name.setdefault(event.name, []).append(event.end - event.start)
@@ -69,7 +68,7 @@ def summary(events: list[Event], calls: int) -> dict:
 
 
 def host_and_wall(call: Call) -> tuple[float, float]:
-    """Seconds until the call returns, and until the GPU has done it."""
+    """Seconds until the call returns, and until the GPU has finished."""
     synchronize()
     start = time.perf_counter()
     call()
@@ -79,7 +78,7 @@ def host_and_wall(call: Call) -> tuple[float, float]:
 
 
 def in_turns(calls: dict[str, Call], rounds: int, budget: float) -> dict[str, list[tuple[float, float]]]:
-    """`host_and_wall` of each call, in turns. After three rounds, none starts once `budget` seconds are spent."""
+    """`host_and_wall` of each call, in turns. Once there are three rounds, none starts after `budget` seconds."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     start = time.perf_counter()
     for turn in range(rounds):
@@ -91,7 +90,7 @@ def in_turns(calls: dict[str, Call], rounds: int, budget: float) -> dict[str, li
 
 
 def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """The call's work as a CUDA graph. What the call allocates belongs to the graph."""
+    """Capture the call's work as a CUDA graph, which owns the memory that the call allocates."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -105,8 +104,8 @@ def captured(call: Call) -> torch.cuda.CUDAGraph:
 
 
 def stream_milliseconds(call: Call, calls: int) -> float:
-    """Time of one call among several that are queued behind work of the GPU, so that it never waits for the host.
-    Cheaper than the profiler."""
+    """Time per call of several calls queued behind other work, so the GPU never waits for the host. This is cheaper
+    than the profiler."""
     if DRY_RUN:
         return 1e3 * statistics.median(host_and_wall(call)[1] for _ in range(calls))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -120,8 +119,8 @@ def stream_milliseconds(call: Call, calls: int) -> float:
 
 
 def products(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, float]:
-    """GPU milliseconds of the step's three products by torch.mm, as they are and with D and V padded to multiples of
-    64: rows that are not aligned to 16 bytes send cuBLAS to a fallback of a third of the rate."""
+    """GPU milliseconds of the step's three products by torch.mm, with and without padding D and V to multiples of 64.
+    If rows are not aligned to 16 bytes, cuBLAS falls back to kernels at a third of the rate."""
     n, k, d, v = shape
     padded = (math.ceil(d / 64) * 64, math.ceil(v / 64) * 64)
     widths = {"": (d, v)} if padded == (d, v) else {"": (d, v), ", padded": padded}

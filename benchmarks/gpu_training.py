@@ -1,7 +1,6 @@
-"""Training steps on a GPU: how long, as graphs and kernel by kernel, where their time goes, and how long the GPU idles
-meanwhile.
+"""Times training steps on a GPU, as graphs and kernel by kernel: where their time goes, and how long the GPU idles.
 
-The words are random, which steps do not feel.
+The words are random: the time of a step does not depend on them.
 """
 
 import contextlib
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
     from fused_mos.training.lm1b import LM1BTrainer
 
 STEPS = 2 if DRY_RUN else 40
-"""Steps that are timed as graphs, as many kernel by kernel, and as many again with their stages marked."""
+"""Steps to time as graphs; as many are timed kernel by kernel, and as many again with their stages marked."""
 PROFILED = 1 if DRY_RUN else 10
 """Steps under the profiler."""
 N_WORDS = {"ptb": 10_000, "wikitext2": 33_278, "lm1b-full": 793_471, "demo": 500, "lm1b-tiny": 500}
-"""Vocabularies; those of other recipes have 100,000 words."""
+"""Vocabulary sizes; other recipes have 100,000 words."""
 
 
 class Training(NamedTuple):
@@ -44,10 +43,10 @@ class Training(NamedTuple):
 
 
 def measure(recipe: str, precision: str) -> dict:
-    """The row of a recipe's training step: kernel by kernel, which alone has stages, and as graphs."""
+    """The row of a recipe's training step: kernel by kernel, with the time of each stage, and as graphs."""
     make = _lm1b_trainer if recipe in LM1B_RECIPES else _trainer
     if not DRY_RUN:
-        torch.cuda.empty_cache()  # what earlier rows have reserved is not this one's
+        torch.cuda.empty_cache()  # do not count memory reserved by earlier rows
     with make(recipe, precision) as training:
         graphs = _graphs(training)
         training.trainer.graphs = None
@@ -71,19 +70,19 @@ def measure(recipe: str, precision: str) -> dict:
 
 
 def _graphs(training: Training) -> dict:
-    """What a row says of replayed steps; nothing where there are no graphs."""
+    """The figures of replayed steps, empty if there are no graphs."""
     if training.trainer.graphs is None:
         return {}
     _, seconds = _times(training)
     return {
         "graphs": training.trainer.graphs.n_graphs,
         "graphs step ms": spread(1e3 * value for value in seconds),
-        "graphs reserved MiB": torch.cuda.max_memory_reserved() >> 20,  # replays allocate nothing that could be counted
+        "graphs reserved MiB": torch.cuda.max_memory_reserved() >> 20,  # replays allocate nothing to count
     }
 
 
 def _times(training: Training) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The words and seconds of each step, after some that are not counted: one runs, one is captured."""
+    """Words and seconds of each step, after some warm-up steps: one runs, one is captured."""
     for _ in range(StepProfile.WARM_UP):
         training.step()
     if not DRY_RUN:
@@ -99,7 +98,7 @@ def _timed(step: Callable[[], int]) -> tuple[int, float]:
 
 
 def _stages(training: Training) -> dict[str, dict[str, float]]:
-    """Milliseconds and share of each stage of a step, as the GPU's stream sees them, waits for the host included."""
+    """Milliseconds and share of each stage of a step on the GPU's stream, including waits for the host."""
     profile = StepProfile(training.trainer.model, STEPS)
     while not profile.done:
         profile.start()
@@ -133,7 +132,7 @@ def _trainer(recipe: str, precision: str) -> Iterator[Training]:
 
 @contextlib.contextmanager
 def _lm1b_trainer(recipe: str, precision: str) -> Iterator[Training]:
-    """The One Billion Word trainer, a single rank, on a corpus with every word of the vocabulary."""
+    """The One Billion Word trainer on a single rank, with a corpus that contains every word of the vocabulary."""
     from fused_mos.training.lm1b import LM1BTrainer
     from fused_mos.training.lm1b.ranks import Ranks
 

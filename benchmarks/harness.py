@@ -1,4 +1,4 @@
-"""Shared by benchmarks and experiments: the problem, timing in turns, the floor, and memory."""
+"""Shared by benchmarks and experiments: inputs, timing in turns, the floor, and memory."""
 
 import ctypes
 import gc
@@ -24,7 +24,7 @@ Shape = tuple[int, int, int, int]
 
 
 def inputs(n: int, k: int, d: int, v: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    """latent, prior_logits, weight, target, bias of a freshly initialised head, all requiring grad but the target."""
+    """latent, prior_logits, weight, target and bias of a newly initialised head. All but the target require grad."""
     options = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     return [
         torch.randn(n, k, d, **options).tanh_().to(dtype).requires_grad_(),
@@ -61,7 +61,7 @@ def clear(arguments: Iterable[Tensor]) -> None:
 
 
 def step(loss: Callable[..., Tensor], arguments: list[Tensor]) -> None:
-    """Forward and backward, into fresh gradients."""
+    """Run forward and backward into new gradients."""
     clear(arguments)
     loss(*arguments).backward()
 
@@ -74,8 +74,8 @@ def interleaved(
     warm_up: bool = True,
     budget: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each call. All calls take turns, `rounds` times after a warm-up, so that ratios hold on a noisy
-    machine. After two rounds, no further one starts once `budget` seconds are spent."""
+    """Seconds of each call. After a warm-up, all calls take turns for `rounds` rounds, so ratios are reliable on a
+    noisy machine. Once there are two rounds, none starts after `budget` seconds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     if warm_up:
         for call in calls.values():
@@ -102,7 +102,7 @@ def attempt(call: Callable[[], object]) -> str | None:
         return None
     except (torch.OutOfMemoryError, MemoryError):
         return "out of memory"
-    except Exception as error:  # of a peer, whose limits are not ours to know
+    except Exception as error:  # peers can fail in any way
         lines = str(error).strip().splitlines() or ["no message"]
         return f"{type(error).__name__}: {lines[0][:200]}"
 
@@ -123,17 +123,17 @@ def mm_calls(
 
 
 def aligned_classes(v: int, most: int) -> int:
-    """A multiple of 64 classes: the next from `v` on, or the last up to `most` if that is less."""
+    """A multiple of 64 classes: the first that is at least `v`, or the last up to `most` if that is less."""
     return max(min(math.ceil(v / 64), most // 64), 1) * 64
 
 
 class Floor:
     """The time of one product, 2·N·K·D·V operations, at the best rate of this device, measured between the contenders.
 
-    On a CPU with native kernels, that is the rate of a register-only loop of multiply-adds. Elsewhere it is torch.mm's
-    best rate among the step's three products. They are timed on a part of the classes: 10,000 on a CPU, otherwise as
-    many as keep the largest matrix within a GiB. There both widths are padded: with rows that are not aligned to 16
-    bytes cuBLAS falls back on kernels of a third of the rate.
+    On a CPU with native kernels, the best rate is that of a register-only loop of multiply-adds. Elsewhere it is the
+    best rate of torch.mm among the step's three products. They are timed on a part of the classes: 10,000 on a CPU,
+    otherwise as many as keep the largest matrix within a GiB. On a GPU both widths are padded: with rows that are not
+    aligned to 16 bytes, cuBLAS falls back to kernels at a third of the rate.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str):
@@ -164,7 +164,7 @@ class Floor:
 def available_bytes(device: str) -> int:
     if device == "cuda":
         gc.collect()
-        torch.cuda.empty_cache()  # what torch keeps is free, too
+        torch.cuda.empty_cache()  # memory that torch caches is free, too
         return torch.cuda.mem_get_info()[0]
     lines = Path("/proc/meminfo").read_text().splitlines() if os.path.exists("/proc/meminfo") else []
     found = next((line for line in lines if line.startswith("MemAvailable")), None)
@@ -172,16 +172,18 @@ def available_bytes(device: str) -> int:
 
 
 def lacking(needed: int, device: str) -> str | None:
-    """Why a call that needs so many bytes cannot be made, or None if they are free."""
+    """None if so many bytes are free, else the reason why a call that needs them cannot run."""
     free = available_bytes(device)
     return f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free" if needed > free else None
 
 
 def memory(call: Callable[[], object], arguments: list[Tensor]) -> dict[str, float | None]:
-    """ "peak MiB", the most memory beside the inputs, and "kept MiB", the gradients and the result, which are part of
-    it. (A peak before the gradients exist is not a peak beside them: so they are not subtracted.) The peak on a GPU is
-    torch's; on Linux it is the growth of the process, within a MiB or so, and at least what is kept and the native
-    kernels' workspace, which one call leaves to the next; else None."""
+    """Memory of a call: "peak MiB", the peak besides the inputs, and "kept MiB", the gradients and the result.
+
+    The peak includes what is kept; it cannot be subtracted, since the peak may be before the gradients exist. On a GPU
+    the peak is torch's. On Linux it is the growth of the process, to about a MiB, and at least the kept memory and the
+    native kernels' workspace, which calls share. Elsewhere it is None.
+    """
     clear(arguments)
     gc.collect()
     on_gpu = arguments[0].is_cuda
@@ -190,8 +192,8 @@ def memory(call: Callable[[], object], arguments: list[Tensor]) -> dict[str, flo
         torch.cuda.reset_peak_memory_stats()
     else:
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before is new again
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the largest resident size
+            ctypes.CDLL(None).malloc_trim(0)  # return freed memory, to count it when it is used again
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak resident size
         except (AttributeError, OSError):
             call()
             return {"peak MiB": None, "kept MiB": None}

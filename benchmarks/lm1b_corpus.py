@@ -23,7 +23,7 @@ SHIFT = 2.7
 SENTENCE = 25
 """Mean length of a sentence, in words."""
 CHUNK = 1 << 20
-"""Words joined at once: bounds the memory of a shard."""
+"""Words to join at once, which bounds the memory."""
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ class Config:
     words: int = 100_000_000
     """Words in all training shards."""
     heldout_words: int = 0
-    """Words in all held-out shards. 0 takes as many as a training shard has, as in the benchmark."""
+    """Words in all held-out shards. 0 means as many as in a training shard, as in the benchmark."""
     vocabulary: int = 793_468
     """Distinct words. Each occurs at least three times if the training shards have that many words."""
     shards: int = 99
@@ -70,19 +70,19 @@ def words(n: int) -> list[bytes]:
 
 
 def ranks(n: int, vocabulary: int, generator: np.random.Generator) -> np.ndarray:
-    """`n` ranks from 0 on. The area under 1 / x from r + 2.2 to r + 3.2, which the ranks divide, is 1 / (r + 2.7) to a
-    hundredth."""
+    """`n` random ranks, counted from 0. Rank r takes the area under 1 / x from r + 2.2 to r + 3.2, which is
+    1 / (r + 2.7) within a hundredth."""
     first = SHIFT + 0.5
     x = first * np.exp(generator.random(n) * np.log1p(vocabulary / first))
     return np.minimum((x - first).astype(np.int32), vocabulary - 1)
 
 
 def write_shard(path: Path, n: int, often_enough: np.ndarray, table: np.ndarray, generator: np.random.Generator) -> int:
-    """Write `n` words, those of `often_enough` among them. Return the bytes written."""
+    """Write `n` words, which include those of `often_enough`. Return the bytes written."""
     vocabulary = len(table) // 2
     ids = np.concatenate([often_enough, ranks(n - len(often_enough), vocabulary, generator)])
     generator.shuffle(ids)
-    # as many words in a sentence as the benchmark has, and as uneven
+    # sentence lengths with the benchmark's mean and spread
     ends = np.cumsum(1 + generator.negative_binomial(4, 4 / (SENTENCE + 3), n // 20 + 50)) - 1
     ids[ends[ends < n - 1]] += vocabulary
     ids[-1] += vocabulary

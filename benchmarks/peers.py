@@ -1,4 +1,4 @@
-"""Peers: the losses that a user would write instead of the head. Each takes latent (N, K, D), prior_logits (N, K),
+"""Baselines: losses that a user would write instead of the head. Each takes latent (N, K, D), prior_logits (N, K),
 weight (V, D), target (N,) and bias (V,)."""
 
 import functools
@@ -20,14 +20,14 @@ def published(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
 
 
 def log_sum_exp(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """The paper's equations in logarithms; the mixture is formed for the target alone."""
+    """The paper's equations in logarithms. The mixture is formed only for the target."""
     log_softmax = torch.log_softmax(linear(z, w, b), -1)
     at_target = log_softmax.gather(2, y[:, None, None].expand(-1, z.shape[1], 1))[..., 0]
     return -torch.logsumexp(torch.log_softmax(a, 1) + at_target, 1).mean()
 
 
 def _five_lines(rows_nll: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """A lean MoS over any fused linear cross-entropy of N·K rows that returns each row's loss."""
+    """A lean MoS on top of any fused linear cross-entropy that returns the loss of each of N·K rows."""
 
     def loss(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
         n, k, d = z.shape
@@ -38,14 +38,14 @@ def _five_lines(rows_nll: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) ->
 
 
 def _torch(rows: Tensor, w: Tensor, y: Tensor, b: Tensor, chunked: bool, reduction: str) -> Tensor:
-    """PyTorch's own function: its default forms all logits at once, `chunked` those of some rows at a time."""
+    """PyTorch's own function. By default it forms all logits at once; `chunked` forms those of some rows at a time."""
     options = torch.nn.LinearCrossEntropyOptions() if chunked else None
     return torch.nn.functional.linear_cross_entropy(rows, w, y, linear_bias=b, reduction=reduction, options=options)
 
 
 @_five_lines
 def five_lines_cce(rows: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """Cut cross-entropy has no bias: less work than ours."""
+    """Cut cross-entropy. It has no bias, which is less work than ours."""
     return _cce(rows, w, y, reduction="none")
 
 
@@ -56,19 +56,19 @@ def five_lines_liger(rows: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
 
 
 def liger_per_row(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """K = 1 by the same function, without the bias."""
+    """K = 1 by Liger's fused scaled cross-entropy, without the bias."""
     return _liger("LigerFusedLinearScaledCrossEntropyFunction").apply(z[:, 0], w, y).mean()
 
 
 def liger(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """K = 1 by Liger's fused linear cross-entropy. (It forms its gradients before a weight of the rows could be known,
-    so it has no place in a mixture.)"""
+    """K = 1 by Liger's fused linear cross-entropy. (It forms its gradients before the weights of rows are known, so it
+    cannot be part of a mixture.)"""
     return _liger("LigerFusedLinearCrossEntropyFunction").apply(z[:, 0], w, y, b)[0]
 
 
 def _liger(name: str) -> type[torch.autograd.Function]:
-    """A class of liger_kernel.ops. liger_kernel.transformers, which wraps it in a module, is not imported: on a GPU its
-    imports have formed a circle."""
+    """A class of liger_kernel.ops. liger_kernel.transformers, which wraps it in a module, has failed on a GPU by
+    circular imports."""
     return getattr(importlib.import_module("liger_kernel.ops"), name)
 
 
@@ -82,22 +82,22 @@ def quack(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
 
 
 def plain(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """K = 1 as it is usually written."""
+    """K = 1, as usually written."""
     return cross_entropy(linear(z[:, 0], w, b), y)
 
 
 def linear_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor, chunked: bool = False) -> Tensor:
-    """K = 1."""
+    """K = 1 by PyTorch's F.linear_cross_entropy."""
     return _torch(z[:, 0], w, y, b, chunked, "mean")
 
 
 def cut_cross_entropy(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """K = 1, without the bias."""
+    """K = 1 by cut cross-entropy, without the bias."""
     return _cce(z[:, 0], w, y)
 
 
 def _cce(rows: Tensor, w: Tensor, y: Tensor, **options) -> Tensor:
-    """Cut cross-entropy with exact gradients like ours: none is filtered out."""
+    """Cut cross-entropy with exact gradients, like ours: no filtering."""
     from cut_cross_entropy import linear_cross_entropy as function
 
     return function(rows, w, y, impl="cce" if rows.is_cuda else "torch_compile", filter_eps=None, **options)
@@ -130,7 +130,7 @@ PACKAGES = {
     "Liger": ("liger_kernel", "pip install 'liger-kernel[cutedsl]'"),
     "quack": ("quack", "pip install quack-kernels"),
 }
-"""Part of a peer's name -> the module that it imports, and how to install it."""
+"""Part of a baseline's name -> the module that it imports, and how to install it."""
 
 
 def compiled(name: str) -> Loss:
@@ -138,12 +138,12 @@ def compiled(name: str) -> Loss:
 
 
 def compiles(name: str, device_type: str) -> bool:
-    """True if the first call is long because it runs torch.compile."""
+    """True if the first call takes long because it runs torch.compile."""
     return name.endswith(", compiled") or "cut-cross-entropy" in name and device_type == "cpu"
 
 
 def materialised(name: str, device_type: str) -> int:
-    """Numbers that a peer holds at once for each token, expert and word, forward and backward."""
+    """Numbers that a baseline holds at once per token, expert and word, forward and backward."""
     name = name.removesuffix(", compiled").removeprefix("five lines, ")
     of_cce = 0 if device_type == "cuda" else 1
     return {
@@ -156,7 +156,7 @@ def materialised(name: str, device_type: str) -> int:
 
 
 def unavailable(name: str, device_type: str) -> str | None:
-    """Why a peer of this name cannot run here, or None if it can."""
+    """None if the baseline can run here, else the reason why not."""
     if "linear_cross_entropy" in name and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy (2.13 and later do)"
     if "chunked" in name and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -171,7 +171,7 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 
 def too_slow(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why no peer ends in reasonable time with this dtype, or None if they do."""
+    """None if baselines finish in reasonable time with this dtype, else the reason why not."""
     if device_type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "torch multiplies bfloat16 without oneDNN on this processor, many times slower than float32"
     return None

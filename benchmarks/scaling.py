@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling
 
-Nothing is measured here. The rates below are assumptions, each with its source; replace them by your machine's.
+Nothing is measured here. The rates below are assumptions, each with its source; replace them with your machine's.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ class Machine:
     """Rates of one GPU and its links."""
 
     product_flops: float = 500e12
-    """bfloat16 products of the head's shapes: half of an H100 SXM's 989 TFLOP/s; fused cross-entropies of other
-    projects are reported at 600 to 745."""
+    """bfloat16 products at the head's shapes: half of an H100 SXM's 989 TFLOP/s. Other projects report 600 to 745 for
+    fused cross-entropies."""
     memory_bytes: float = 2.7e12
-    """Memory bandwidth per second, of the 3.35e12 in the data sheet."""
+    """Memory bandwidth in bytes per second; the data sheet has 3.35e12."""
     node_link: float = 300e9
-    """Bytes per second that a GPU sends in an all-reduce within a node of eight, of NVLink's 450e9."""
+    """Bytes per second that a GPU sends in an all-reduce within a node of eight; NVLink has 450e9."""
     network_link: float = 40e9
-    """Bytes per second between nodes, of 50e9 (400 Gbit/s a GPU)."""
+    """Bytes per second between nodes; the links have 50e9 (400 Gbit/s per GPU)."""
     lstm_step: float = 60e-6
     """Seconds of one time step of one layer, forward and backward: two small products and their launches."""
 
@@ -43,7 +43,7 @@ class Plan:
         return self.n_data * self.n_vocab
 
     def row(self) -> str:
-        """Table row of a step with 128 columns per data rank."""
+        """The table row of a step with 128 columns per data rank."""
         config = dataclasses.replace(RECIPES["lm1b-full"](), vocab_parallel=self.n_vocab)
         config = dataclasses.replace(config, batch_size=config.batch_size * self.n_data)
         model, tokens = config.model, config.bptt * config.batch_size // self.n_data
@@ -54,8 +54,8 @@ class Plan:
         # four products: a shard recomputes its logits, and so does a whole decoder of this size
         head = 4 * 2 * tokens * k * d * (WORDS / self.n_vocab) / MACHINE.product_flops
         lstm = config.bptt * len(model.hidden_sizes) * MACHINE.lstm_step * 3
-        # torch's Adagrad by foreach, the norm, clipping, and the sum of the tied matrix's two gradients: some 20 passes
-        # over P numbers
+        # torch's foreach Adagrad, the norm, clipping, and the sum of the tied matrix's two gradients take about 20
+        # passes over P numbers
         optimizer = 20 * gradients / MACHINE.memory_bytes
         rest = gradients - 4 * (WORDS // self.n_vocab) * (d + 1)
         shared = tokens * (2 * k * d + 4 * d + 12 * k) + (

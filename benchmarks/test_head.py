@@ -1,7 +1,7 @@
-"""Time the head and what a user would write instead: pytest benchmarks --benchmark-only.
+"""Time the head and its baselines: pytest benchmarks --benchmark-only.
 
-All contenders of a case take turns in one process, so that ratios hold on a noisy machine. Each row's extra_info has
-the ratio to ours, the time over the floor (harness.Floor) and the memory beside the inputs, or the reason why the
+All contenders of a case take turns in one process, so ratios are reliable on a noisy machine. Each row's extra_info has
+the ratio to ours, the time over the floor (harness.Floor) and the memory besides the inputs, or the reason why the
 contender cannot run. Runs on a GPU if there is one.
 """
 
@@ -25,13 +25,14 @@ STEP = "training step"
 EACH = "training step, loss of each token"
 N_ROUNDS = {"cpu": 5, "cuda": 20}[DEVICE]
 BUDGET = 5.0
-"""Seconds of a case after which no round beyond the second starts."""
+"""Seconds of a case after which no more rounds start, once there are two."""
 PATIENCE = 10.0
-"""Seconds allowed to a peer's first call even if it takes five times as long as ours; a slower peer is not timed."""
+"""Seconds that a baseline's first call may take even if that is over five times as long as ours. Slower ones are not
+timed."""
 
 
 class Case(NamedTuple):
-    figure: str  # the table or plot that it is for
+    figure: str  # the table or plot it belongs to
     name: str
     shape: Shape
     dtype: str = "float32"
@@ -56,7 +57,7 @@ SHAPES: dict[str, Shape] = (
         "softmax": (3_150, 1, 280, 10_000),
     }
 )
-"""Shapes of the paper's training steps, on a CPU with a part of the tokens."""
+"""Shapes of the paper's training steps; on a CPU with a part of the tokens."""
 SOME = {"cpu": 1, "cuda": 8}[DEVICE]
 
 
@@ -83,7 +84,7 @@ CASES = list(_cases())
 def _contenders(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
     if (
         case.operation == EACH
-    ):  # ours recomputes the logits, since it cannot form gradients before it knows the tokens' weights
+    ):  # ours recomputes the logits: it cannot form gradients before the tokens' weights are known
         return {OURS: lambda *x: F.mos_nll_loss(*x, reduction="none").mean(), "published code": peers.published}
     if case.operation != STEP:
         return {OURS: None, "published code": None}
@@ -98,7 +99,7 @@ def _contenders(case: Case) -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def _without_grad(case: Case, arguments: list[torch.Tensor]) -> dict[str, Callable[[], object]]:
-    """The operations that need no gradient, ours and as they are usually written."""
+    """The operations without gradients, ours and as usually written."""
     z, a, w, y, b = (tensor.detach() for tensor in arguments)
 
     def log_prob() -> torch.Tensor:
@@ -120,13 +121,13 @@ def _without_grad(case: Case, arguments: list[torch.Tensor]) -> dict[str, Callab
 
 
 def products(case: Case) -> float:
-    """Products of N·K rows with the vocabulary that no method can avoid. (A sample needs the logits of one expert.)"""
+    """Products of N·K rows with the vocabulary that no method can avoid. (A sample needs only one expert's logits.)"""
     return {STEP: 3, EACH: 3, "forward": 1, "log_prob": 1, "sample": 1 / case.shape[1]}[case.operation]
 
 
 @functools.lru_cache(maxsize=1)
 def measure(case: Case) -> tuple[dict[str, dict], dict[str, Callable[[], object]], list[torch.Tensor]]:
-    """A row for each contender, the calls of those that can run, and the arguments that they share."""
+    """A row for each contender, the calls of those that can run, and their shared arguments."""
     torch._dynamo.reset()
     n, k, _, v = case.shape
     dtype = getattr(torch, case.dtype)
@@ -144,7 +145,7 @@ def measure(case: Case) -> tuple[dict[str, dict], dict[str, Callable[[], object]
         failure = peers.unavailable(name, DEVICE) or slow or lacking(needed, DEVICE)
         start = time.perf_counter()
         if not failure and name == OURS:
-            call()  # whose error is one of the benchmark
+            call()  # an error of ours fails the benchmark
         elif not failure:
             failure = attempt(call)
         spent[name] = time.perf_counter() - start
@@ -185,6 +186,6 @@ def test_head(benchmark, case, name):
     benchmark.extra_info |= about | row
     benchmark.group = f"{case}: N, K, D, V = {case.shape}"
     if "failed" in row:
-        benchmark.pedantic(lambda: None)  # so that the row, and why it is empty, is in the JSON
+        benchmark.pedantic(lambda: None)  # puts the row, and the reason why it is empty, into the JSON
         return
     benchmark.extra_info |= memory(lambda: benchmark.pedantic(calls[name], rounds=1), arguments)

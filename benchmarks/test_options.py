@@ -1,7 +1,7 @@
-"""What each option of the loss costs beside the plain mean loss: pytest benchmarks/test_options.py --benchmark-only.
+"""Cost of each option of the loss, relative to the plain mean loss: pytest benchmarks/test_options.py --benchmark-only.
 
-All options take turns with the plain loss in one process; each row's extra_info has its time as a ratio to it, as
-median, minimum and maximum, beside what its products alone would make of it, and the memory beside the inputs.
+All options take turns with the plain loss in one process. Each row's extra_info has the ratio of its time to that of
+the plain loss, as median, minimum and maximum, the ratio expected from its products, and the memory besides the inputs.
 """
 
 import functools
@@ -19,12 +19,12 @@ from .test_head import DEVICE, N_ROUNDS, SHAPES, STEP
 
 PLAIN = "mean loss"
 BUDGET = 20.0
-"""Seconds of a shape after which no round beyond the second starts."""
+"""Seconds of a shape after which no more rounds start, once there are two."""
 
 
 class Option(NamedTuple):
-    compute: Callable[..., Tensor]  # of (latent, prior_logits, weight, target, bias) -> a number to differentiate
-    products: int  # with its gradients, where a mean takes 3
+    compute: Callable[..., Tensor]  # (latent, prior_logits, weight, target, bias) -> a number to differentiate
+    products: int  # with gradients; a mean takes 3
 
 
 def _loss(**options: Any) -> Callable[..., Tensor]:
@@ -74,7 +74,7 @@ def options(n_experts: int, n_tokens: int, n_classes: int) -> dict[str, Option]:
 
 @functools.lru_cache(maxsize=1)
 def measure(shape: Shape) -> tuple[dict[str, list[float]], dict[str, Callable[[], object]], list[Tensor]]:
-    """Seconds of each option's steps, the steps, and the arguments that they share."""
+    """Seconds of each option's steps, the steps, and their shared arguments."""
     arguments = inputs(*shape, device=DEVICE)
 
     def step(option: Option) -> None:

@@ -1,7 +1,7 @@
-"""Time a training step of the paper's recipes in words per second, and the same model with the published code's head in
+"""Time a training step of the paper's recipes in words per second, with our head and with the published code's head in
 plain PyTorch.
 
-Both share everything but the head, in float32. The words are random: the time of a step does not depend on them.
+The models differ only in the head and run in float32. The words are random: the time of a step does not depend on them.
 (experiments/published.py runs the published code itself.)
 """
 
@@ -24,18 +24,18 @@ RECIPE_WORDS = {"ptb": 10_000, "wikitext2": 33_278}
 CONTENDERS = (OURS, "published head")
 N_ROUNDS = {"cpu": 3, "cuda": 20}[DEVICE.type]
 BUDGET = 15.0
-"""Seconds after which no round beyond the second starts."""
+"""Seconds after which no more rounds start, once there are two."""
 
 
 class Step(NamedTuple):
     run: Callable[[], None]
-    part: Callable[[], None]  # with the same peak of memory; on a CPU a whole step takes up to half a minute
+    part: Callable[[], None]  # has the same peak memory as a step, which takes up to half a minute on a CPU
     parameters: list[torch.Tensor]
     n_words: int
 
 
 def _step(recipe: str, contender: str) -> Step:
-    """Forward, backward, clipping and SGD, in parts of columns as the recipe has it."""
+    """A step of forward, backward, clipping and SGD, in micro-batches of columns like the recipe's."""
     config, n_words = RECIPES[recipe](), RECIPE_WORDS[recipe]
     torch.manual_seed(0)
     model = AWDLSTM(n_words, **vars(config.model)).to(DEVICE)
@@ -60,7 +60,7 @@ def _step(recipe: str, contender: str) -> Step:
 
 
 def _needed(recipe: str) -> int:
-    """Bytes of the distributions that the published head holds."""
+    """Bytes of the distributions that the published code's head holds."""
     config = RECIPES[recipe]()
     columns = config.optim.batch_size // config.optim.micro_batches
     return (

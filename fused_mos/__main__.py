@@ -42,13 +42,13 @@ def usage() -> str:
 
 
 def print_completion(shell: str) -> None:
-    """Prints a shell script that completes commands and flags. Raises UserError for a shell that tyro does not
+    """Print the script that makes a shell complete commands and flags. Raises UserError for a shell that tyro does not
     support."""
     import tyro
 
     if shell not in SHELLS:
         raise UserError(f"{COMPLETION} takes one of {', '.join(SHELLS)}, got {shell!r}")
-    # one script for all commands, as if they were subcommands of one program
+    # tyro completes one program, so all commands become its subcommands
     flags = {name: importlib.import_module(f".{module}", __package__).Flags for name, (module, _) in COMMANDS.items()}
     script = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(script):
@@ -56,7 +56,7 @@ def print_completion(shell: str) -> None:
             flags, prog="fused-mos", args=["--tyro-print-completion", shell], config=(tyro.conf.OmitArgPrefixes,)
         )
     for line in script.getvalue().splitlines():
-        # the shell would take each line of a help text for a candidate
+        # bash would read a help text of two lines as two candidates
         print(line.replace("\\n", " ") if line.startswith("COMPLETION_SPEC") else line)
 
 

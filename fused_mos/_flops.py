@@ -1,8 +1,7 @@
-"""How many floating point operations the ops take, for torch.utils.flop_counter.FlopCounterMode, which sees nothing of
-what is inside an op.
+"""FLOP formulas of the ops for torch.utils.flop_counter.FlopCounterMode, which cannot see inside a custom op.
 
-As torch does, it counts matrix products alone, and those that are done, recomputed ones too: of a prior or a bias there
-are none.
+Only matrix products count, as in torch's own formulas, and a recomputed product counts again. The prior and the bias
+cost nothing.
 """
 
 import importlib.util
@@ -19,12 +18,12 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def _product(latent: Sequence[int], weight: Sequence[int]) -> int:
-    """(N, K, D) times (V, D)."""
+    """FLOPs of all logits, (N, K, D) times (V, D)."""
     return 2 * prod(latent) * weight[0]
 
 
 def _backward(latent: Sequence[int], weight: Sequence[int], latent_needed: bool, weight_needed: bool, *others: bool):
-    """The logits once more, where any gradient needs them, and a product for each of two gradients."""
+    """One product recomputes the logits if any gradient is needed; latent and weight take one more each."""
     n_products = any((latent_needed, weight_needed, *others)) + latent_needed + weight_needed
     return n_products * _product(latent, weight)
 
@@ -52,7 +51,7 @@ def _logsumexp_backward(grad, latent, weight, *others, out_shape=None):
 
 
 def _expert_log_prob(latent, weight, bias, index, *_, out_shape=None):
-    gathered = index[1] if index[1] > 1 else 0  # a single class comes with the normalisers
+    gathered = index[1] if index[1] > 1 else 0  # the sweep for the normalisers finds a single class
     return _product(latent, weight) + 2 * prod(latent) * gathered
 
 
@@ -64,7 +63,7 @@ def _expert_log_prob_backward(grad, grad_lse, latent, weight, bias, index, *othe
 
 def _sample(latent, prior_logits, weight, *_, out_shape=None):
     n, _, d = latent
-    return _product((n, d), weight)  # of one expert for each token
+    return _product((n, d), weight)  # each token needs the logits of one expert
 
 
 def _likelihood_and_sum(latent, prior_logits, weight, bias, target, kind, *_, out_shape=None):
@@ -78,7 +77,7 @@ def _mixture_sum_backward(grad, grad_target, grad_lse, latent, prior_logits, wei
 
 
 def _log_prob(latent, prior_logits, weight, bias, backend, *_, out_shape=None):
-    """The normalisers, and then the probabilities, unless the backend has both at once."""
+    """One sweep for the normalisers and one for the probabilities, or a single sweep if the backend can."""
     sweeps = 1 if one_sweep_pays(backend, *latent[:2], *weight) else 2
     return sweeps * _product(latent, weight)
 
@@ -88,7 +87,7 @@ def _topk(latent, prior_logits, weight, bias, k, backend, *_, out_shape=None):
 
 
 def _log_prob_backward(grad, latent, prior_logits, weight, *others, out_shape=None):
-    """Two sweeps over the classes: the first finds what the second subtracts."""
+    """Two sweeps over the classes: the first computes the sums that the second subtracts."""
     needs = others[3]
     return _product(latent, weight) + _backward(latent, weight, needs[0], needs[2], needs[3])
 
@@ -114,12 +113,14 @@ FORMULAS = {
     "sample": _sample,
     "row_statistics": _logsumexp,
 }
-"""By the names of the ops; "scaled" has no product."""
+"""Formula of each op, by name. The op "scaled" has no matrix product."""
 
 
 def register() -> None:
-    """Now if the counter has been imported, else as soon as it is: it takes longer to import than this package, and
-    brings triton."""
+    """Register the formulas now if the counter has been imported, else as soon as it is.
+
+    Importing it here would take longer than importing this package, and would import triton.
+    """
     if COUNTER in sys.modules:
         _register_all()
     else:
@@ -130,12 +131,12 @@ def _register_all() -> None:
     counter = sys.modules[COUNTER]
     for name, formula in FORMULAS.items():
         op = getattr(torch.ops.fused_mos, name)
-        if op not in counter.flop_registry:  # this module may have been reloaded
+        if op not in counter.flop_registry:  # it is there already if this module was reloaded
             counter.register_flop_formula(op)(formula)
 
 
 class _WithCounter(MetaPathFinder):
-    """Finds no module, but registers the formulas behind the import of the counter."""
+    """Registers the formulas right after the counter is imported. It finds no modules itself."""
 
     def find_spec(self, name, path=None, target=None):
         if name != COUNTER:

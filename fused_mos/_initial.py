@@ -1,4 +1,4 @@
-"""What a head begins with: a bias of the classes' frequencies, and a look at the scale of a tied embedding."""
+"""Initial values of a head: a bias from class frequencies, and a check of a tied embedding's scale."""
 
 import warnings
 
@@ -7,22 +7,28 @@ from torch import Tensor, nn
 
 
 def warn_of_large(weight: nn.Parameter, stacklevel: int) -> None:
-    """Warns of a tied embedding of nn.Embedding's initial scale, N(0, 1): logits of such a decoder are far too large,
-    and the loss begins at several times log V. The first rows tell; on a GPU the host waits for them, this once."""
+    """Warn if a tied embedding has the scale of nn.Embedding's default, N(0, 1). As a decoder it gives logits that are
+    far too large, and the loss starts at several times log V.
+
+    Only the first 256 rows are read. On a GPU this synchronizes once.
+    """
     if weight.is_meta or type(weight.data) is not Tensor or not weight.numel():
         return
     std = weight.detach()[:256].float().std(correction=0).item()
     if std > 0.5:
         warnings.warn(
-            f"weight has a standard deviation of {std:.2g}, far too large for a decoder that is not trained yet "
-            "(nn.Embedding begins with 1); initialise the embedding first, for example by "
+            f"weight has a standard deviation of {std:.2g}, far too large for an untrained decoder "
+            "(nn.Embedding starts at 1); initialise the embedding first, for example with "
             "nn.init.uniform_(embedding.weight, -0.1, 0.1)",
             stacklevel=stacklevel,
         )
 
 
 def smoothed(counts: Tensor, n_classes: int) -> Tensor:  # (V,) -> (V,) float64
-    """(count + 1) / (total + V)."""
+    """Class frequencies with add-one smoothing, (count + 1) / (total + V).
+
+    Raises TypeError or ValueError unless `counts` are (V,) finite numbers of occurrences.
+    """
     if not isinstance(counts, Tensor):
         raise TypeError(f"counts must be a Tensor, got {type(counts).__name__}")
     if counts.shape != (n_classes,):

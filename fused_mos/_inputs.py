@@ -1,7 +1,8 @@
-"""Checks, autocast and the choice of backend: all that happens to a function's arguments before it computes.
+"""Everything that happens to a function's arguments before it computes: checks, autocast and the choice of backend.
 
-`prepared` does all of it; the other checks are for the arguments that only some functions have. Checks of values read
-CPU tensors alone, and none while a graph is traced: elsewhere they would stall the device.
+`prepared` handles the operands that all functions share. The other checks are for arguments that only some functions
+have. Values are checked only on CPU tensors and never while a graph is traced; reading them elsewhere would stall the
+device.
 """
 
 import contextlib
@@ -25,20 +26,20 @@ T = TypeVar("T", Tensor, Tensor | None)
 
 
 class Operands(NamedTuple):
-    """Checked inputs, in the dtype to compute in, and the backend to compute with (never "auto")."""
+    """Checked inputs, cast to the dtype to compute in, and the resolved backend (never "auto")."""
 
     latent: Tensor  # (N, K, D)
-    prior_logits: Tensor  # (N, K), or with external components (N, K + K′)
+    prior_logits: Tensor  # (N, K), or (N, K + K′) with external components
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     backend: str
-    softcap: float = 0.0  # of the logits; 0 for none
+    softcap: float = 0.0  # 0 for none
 
     def of_tokens(self, tokens: slice) -> "Operands":
         return self._replace(latent=self.latent[tokens], prior_logits=self.prior_logits[tokens])
 
     def without_ignored(self, counts: Tensor) -> "Operands":  # (N,) bool
-        """With zeros for tokens that do not count: what is infinite there would be NaN in a product with 0."""
+        """The operands with zeros for tokens that do not count: infinite values there, times a weight of 0, are NaN."""
         if values_can_be_read(counts) and counts.all():
             return self
         latent, prior_logits = torch.where(counts[:, None, None], self.latent, 0), self.prior_logits
@@ -51,7 +52,7 @@ class Operands(NamedTuple):
         return self[:4]
 
     def contiguous(self) -> "Operands":
-        """The same as the fused backends take them (see `contiguous`)."""
+        """The operands laid out for the fused backends (see `contiguous`); unchanged for "reference"."""
         if self.backend == "reference":
             return self
         return self._replace(
@@ -72,12 +73,12 @@ def prepared(
     softcap: float | None = None,
     n_external: int = 0,
 ) -> Iterator[Operands]:
-    """Checks and casts the inputs, resolves `backend`, and switches autocast off for the body.
+    """Check and cast the inputs, resolve `backend`, and disable autocast inside the `with` block.
 
-    A function without a prior gives None for `prior_logits`, and gets it back in the operands. With external components
-    the prior has columns for them, too.
+    A function without a prior passes None for `prior_logits` and gets None back in the operands. With external
+    components, `prior_logits` also has a column for each of them.
 
-    Raises TypeError or ValueError for bad input, and what `_backends.resolve` raises.
+    Raises TypeError or ValueError for bad input, and whatever `_backends.resolve` raises.
     """
     check_inputs(latent, prior_logits, weight, bias, n_external)
     latent, prior_logits, weight, bias = _autocast(latent, prior_logits, weight, bias)
@@ -87,15 +88,18 @@ def prepared(
 
 
 def contiguous(tensor: T) -> T:
-    """The tensor as the fused backends take it (see `_backends.Kernels`). Raises RuntimeError for one with a tangent,
-    which they would ignore, and for one that a transform of torch.func wraps."""
+    """The tensor as the fused backends expect it (see `_backends.Kernels`).
+
+    Raises RuntimeError if it carries a forward-mode tangent, which they would ignore, or is wrapped by a torch.func
+    transform.
+    """
     if tensor is None:
         return None
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError("the fused MoS ops have no forward-mode derivative; use backend='reference' for that")
     if not torch.compiler.is_compiling() and _is_transformed(tensor):
         raise RuntimeError(
-            "the fused MoS ops do not go through the transforms of torch.func (grad, vmap, …); use backend='reference' "
+            "the fused MoS ops do not support the transforms of torch.func (grad, vmap, …); use backend='reference' "
             "for that"
         )
     return tensor.contiguous()
@@ -114,14 +118,14 @@ def is_autocast(device_type: str) -> bool:
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Does nothing on the meta device, which has no autocast."""
+    """A context that disables autocast; it does nothing on the meta device, which has no autocast."""
     return torch.autocast(device_type, enabled=False) if device_type != "meta" else contextlib.nullcontext()
 
 
 def _autocast(
     latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Casts as torch.autocast would, but keeps the prior, whose product is small, in float32."""
+    """Cast as torch.autocast would, but keep the prior in float32, since its product is small."""
     device = latent.device.type
     if not is_autocast(device) or latent.dtype == torch.float64:
         return latent, prior_logits, weight, bias
@@ -136,7 +140,10 @@ def _autocast(
 def check_inputs(
     latent: Tensor, prior_logits: Tensor | None, weight: Tensor, bias: Tensor | None, n_external: int = 0
 ) -> None:
-    """All that can be wrong with them: shapes, dtypes and devices, and NaN where values can be read."""
+    """Check shapes, dtypes and devices, and look for NaN where values can be read.
+
+    Raises TypeError or ValueError.
+    """
     named = check_shapes(
         latent, prior_logits, weight, bias, isinstance(latent, Tensor) and is_autocast(latent.device.type), n_external
     )
@@ -145,12 +152,14 @@ def check_inputs(
             raise ValueError(f"{name} contains NaN ({int(tensor.isnan().sum())} of {tensor.numel()} values)")
 
 
-_WITHOUT_NAN = WeakIdKeyDictionary()  # Parameter -> the state in which none was found
+_WITHOUT_NAN = WeakIdKeyDictionary()  # Parameter -> its `_state` when it was last found free of NaN
 
 
 def _state(tensor: Tensor) -> tuple | None:
-    """What changes when a Parameter is written to, as far as it can be seen cheaply: fused optimizers do not raise its
-    version, so some 64 of its numbers are added up. None for other tensors, and where it is being trained."""
+    """A cheap fingerprint that changes when a Parameter is written to, or None for other tensors and during training.
+
+    The version counter alone is not enough: fused optimizers do not raise it. So a sum of about 64 values joins it.
+    """
     if type(tensor) is not Parameter or torch.is_grad_enabled() or tensor.is_inference() or not tensor.is_contiguous():
         return None
     sample = tensor.detach().view(-1)[:: max(tensor.numel() // 64, 1)]
@@ -158,8 +167,11 @@ def _state(tensor: Tensor) -> tuple | None:
 
 
 def _has_nan(tensor: Tensor) -> bool:
-    """Outside of training a Parameter is read once until it is written to: for one token, a weight costs as much to
-    read as to multiply by. A write of a few numbers through .data or NumPy is not seen."""
+    """True if the tensor contains NaN.
+
+    Outside training a Parameter is read once and then again only after a write: for a single token, reading the weight
+    costs as much as multiplying by it. A write of a few values through .data or NumPy goes unnoticed.
+    """
     if tensor.numel() == 0:
         return False
     state = _state(tensor)
@@ -181,7 +193,10 @@ def check_shapes(
     autocast: bool = False,
     n_external: int = 0,
 ) -> dict[str, Tensor]:
-    """Returns those that there are, by name. With autocast any floating dtypes will do."""
+    """Return the tensors that are not None, by name. Under autocast their floating dtypes may differ.
+
+    Raises TypeError or ValueError for a wrong type, dtype, device or shape.
+    """
     arguments = {"latent": latent, "prior_logits": prior_logits, "weight": weight, "bias": bias}
     named = {name: tensor for name, tensor in arguments.items() if tensor is not None}
     for name, tensor in named.items():
@@ -189,8 +204,8 @@ def check_shapes(
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
         if _is_dtensor(tensor):
             raise TypeError(
-                f"{name} is a DTensor, sharded by fully_shard or its like, and the head reads it without calling the "
-                "module that holds it: shard the head as a whole, and name its methods by "
+                f"{name} is a DTensor, as fully_shard makes them, but the head reads it without calling the module "
+                "that holds it; shard the head as a whole and register its methods with "
                 "torch.distributed.fsdp.register_fsdp_forward_method (or use fused_mos.vocab_parallel)"
             )
         if not tensor.is_floating_point():
@@ -218,16 +233,16 @@ def check_shapes(
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # which takes half as long to import as torch
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes half as long as torch
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_softcap(softcap: float | None) -> float:
-    """Returns it as the ops take it: 0.0 for None."""
+    """Return the soft cap as the ops take it, 0.0 for None."""
     if softcap is None:
         return 0.0
     check_number("softcap", softcap)
-    if not 1e-6 <= softcap <= 1e6:  # within which float32 has what is made of it
+    if not 1e-6 <= softcap <= 1e6:  # what is computed from it must fit float32
         raise ValueError(f"softcap must be between 1e-6 and 1e6, or None, got {softcap}")
     return float(softcap)
 
@@ -238,7 +253,7 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: int) -> int:
-    """Returns `ignore_index` as a Python integer, which the ops need, also from one of NumPy."""
+    """Check target (N,) and return `ignore_index` as a Python int, which the ops need even if NumPy's was given."""
     ignore_index = _check_kinds("target", target, ignore_index)
     check_target_shape(target, latent)
     _check_classes("target", target, n_classes, ignore_index)
@@ -246,7 +261,7 @@ def check_target(target: Tensor, latent: Tensor, n_classes: int, ignore_index: i
 
 
 def check_index(index: Tensor, latent: Tensor, n_classes: int, ignore_index: int, name: str = "index") -> int:
-    """As `check_target`, for classes (N, M)."""
+    """`check_target` for classes (N, M)."""
     ignore_index = _check_kinds(name, index, ignore_index)
     _check_int64(name, index, latent)
     if index.dim() != 2 or index.shape[0] != latent.shape[0]:
@@ -287,7 +302,7 @@ def _check_classes(name: str, index: Tensor, n_classes: int, ignore_index: int) 
 
 
 def check_numbers(name: str, tensor: Tensor, shape: tuple[int, ...], letters: str, latent: Tensor) -> None:
-    """A floating tensor of `shape` on latent's device, NaN nowhere where values can be read."""
+    """Check for a floating tensor of `shape` on latent's device, without NaN where values can be read."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
@@ -301,7 +316,7 @@ def check_numbers(name: str, tensor: Tensor, shape: tuple[int, ...], letters: st
 
 
 def check_constant(name: str, tensor: Tensor) -> None:
-    """Raises ValueError for weights that are no constants."""
+    """Raise ValueError if a weight requires a gradient."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         raise ValueError(f"{name} gets no gradient and must not require one; detach it, or weight the losses yourself")
 
@@ -324,11 +339,11 @@ def check_k(name: str, k: int, n_classes: int) -> None:
 
 
 COLDEST = 1e-30
-"""A temperature whose inverse times a logit of 10⁸ is within float32; colder ones draw the best class, too."""
+"""The lowest temperature: its inverse times a logit of 10⁸ still fits float32. Colder ones draw the same best class."""
 
 
 def check_temperature(temperature: float, name: str = "temperature") -> float:
-    """Returns the temperature to compute with, which is COLDEST at least."""
+    """Return the temperature to compute with, at least COLDEST."""
     check_number(name, temperature)
     if not temperature > 0:
         raise ValueError(f"{name} must be positive, got {temperature} (predict, or topk with k = 1, is greedy)")
@@ -336,14 +351,14 @@ def check_temperature(temperature: float, name: str = "temperature") -> float:
 
 
 def check_drawn(drawn: Tensor) -> None:
-    """Raises ValueError where a token has no class to draw (−1), if values can be read."""
+    """Raise ValueError if a token has no class to draw (−1), where values can be read."""
     if values_can_be_read(drawn) and drawn.numel() and drawn.amin() < 0:
         token = int((drawn < 0).nonzero()[0])
         raise ValueError(f"token {token} has no class to draw: its prior or all of its logits are −inf or NaN")
 
 
 def check_backend(backend: str) -> None:
-    """Raises ValueError for a name that no backend has, available here or not."""
+    """Raise ValueError unless `backend` is a known name, whether or not it is available here."""
     if backend not in _backends.NAMES:
         raise ValueError(f"backend must be one of {', '.join(_backends.NAMES)}, got {backend!r}")
 

@@ -4,8 +4,8 @@
     linear     z_k = norm(W_k h + c_k)
     residual   z_k = h + U_k h
 
-The norm is optional. Where a rank is given, W_k and U_k are products A_k B_k of an "up" (D, rank) and a "down" matrix
-(rank, H). Every parameter has the experts in its first dimension, expert by expert.
+The norm is optional. With a rank, W_k or U_k is the product A_k B_k of an "up" matrix (D, rank) and a "down" matrix
+(rank, H). Every parameter holds the experts one after another in its first dimension.
 """
 
 from typing import cast
@@ -24,7 +24,7 @@ def check_latents(
     rank: int | None,
     names: tuple[str, str] = ("in_features", "latent_features"),
 ) -> None:
-    """Raises ValueError for a combination that cannot be. `names` are what the caller's user knows the two sizes by."""
+    """Raise ValueError for options that exclude each other. `names` are the names of the two sizes in its message."""
     if kind not in KINDS:
         raise ValueError(f"latent must be one of {', '.join(KINDS)}, got {kind!r}")
     name_in, name_latent = names
@@ -46,9 +46,9 @@ def check_latents(
 def make_latents(
     kind: str, in_features: int, n_experts: int, latent_features: int, norm: bool, rank: int | None, device, dtype
 ) -> nn.Sequential:
-    """The module, whose first part holds all parameters.
+    """The module for `kind`. Its first part holds all parameters.
 
-    Raises ValueError for a combination that cannot be.
+    Raises ValueError for options that exclude each other.
     """
     check_latents(kind, in_features, latent_features, norm, rank)
     residual = kind == "residual"
@@ -64,7 +64,7 @@ def make_latents(
 
 
 class LowRank(nn.Module):
-    """h (…, H) -> A_k B_k h + c_k of all experts (…, K·D): one product for B, one batched over experts for A."""
+    """h (…, H) -> A_k B_k h + c_k for all experts (…, K·D): one product with B, then one with A, batched by expert."""
 
     def __init__(self, in_features: int, n_experts: int, latent_features: int, rank: int, bias: bool, device, dtype):
         super().__init__()
@@ -75,7 +75,7 @@ class LowRank(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """B_k and c_k as in nn.Linear; A_k so that A_k B_k has the variance that nn.Linear gives a matrix."""
+        """Initialise B_k and c_k as nn.Linear does, and A_k so that A_k B_k has the variance of an nn.Linear weight."""
         (_, in_features), rank = self.down.shape, self.up.shape[2]
         nn.init.uniform_(self.down, -(in_features**-0.5), in_features**-0.5)
         nn.init.uniform_(self.up, -((3 / rank) ** 0.5), (3 / rank) ** 0.5)
@@ -95,11 +95,11 @@ class LowRank(nn.Module):
 
 
 class ExpertNorm(nn.RMSNorm):
-    """RMSNorm of each expert's vector by itself. It has no weight: a learnt gain could drive tanh into saturation
-    again, which is what the norm prevents, and the decoder scales the vectors anyway."""
+    """RMSNorm of each expert's vector, without a weight: a learned gain could saturate tanh again, which is what the
+    norm prevents, and the decoder scales the vectors anyway."""
 
     def __init__(self, latent_features: int):
-        super().__init__(latent_features, eps=1e-6, elementwise_affine=False)  # by default 0.008 in bfloat16
+        super().__init__(latent_features, eps=1e-6, elementwise_affine=False)  # the default eps is 0.008 in bfloat16
 
     def forward(self, latent: Tensor) -> Tensor:  # (…, K·D)
         (latent_features,) = self.normalized_shape
@@ -108,7 +108,7 @@ class ExpertNorm(nn.RMSNorm):
 
 
 class Residual(nn.Sequential):
-    """h -> h + U_k h of all experts (…, K·D); its one part computes U_k h."""
+    """h (…, D) -> h + U_k h for all experts (…, K·D). Its only part computes U_k h."""
 
     def forward(self, h: Tensor) -> Tensor:
         moved = super().forward(h)
@@ -117,19 +117,19 @@ class Residual(nn.Sequential):
 
 
 def maps_of(latents: nn.Sequential) -> nn.Linear | LowRank:
-    """W_k and c_k, or U_k, of all experts."""
+    """The part that holds W_k and c_k, or U_k, of all experts."""
     return cast(nn.Linear | LowRank, latents[0])
 
 
 def clear(latents: nn.Sequential) -> None:
-    """Makes every expert's matrix 0: A_k where it is a product, whose gradient B_k then passes on."""
+    """Set every expert's matrix to 0. Of a product A_k B_k only A_k becomes 0: it still gets a gradient through B_k."""
     maps = maps_of(latents)
     nn.init.zeros_(maps.up if isinstance(maps, LowRank) else maps.weight)
 
 
 @torch.no_grad()
 def perturb(latents: nn.Sequential, latent_features: int, noise: float) -> None:
-    """Adds to each expert's matrix a random one that takes h to a vector of about `noise` times its length."""
+    """Add to each expert's matrix a random one that maps h to a vector of about `noise` times its length."""
     maps = maps_of(latents)
     if isinstance(maps, LowRank):
         # |B_k h|² is about rank · (mean square of B_k) · |h|²
@@ -141,7 +141,7 @@ def perturb(latents: nn.Sequential, latent_features: int, noise: float) -> None:
 
 @torch.no_grad()
 def repeat_experts(module: nn.Module, times: int) -> None:
-    """Makes 1 … K, 1 … K, … of the experts of a module whose parameters have them in their first dimension."""
+    """Repeat the experts as 1 … K, 1 … K, … in a module whose parameters hold them in the first dimension."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""K = 1 for everybody: torch's linear_cross_entropy, over the kernels of the mixture."""
+"""torch's linear_cross_entropy, computed by the mixture's kernels with K = 1."""
 
 import contextlib
 import re
@@ -29,34 +29,36 @@ def linear_cross_entropy(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of a linear layer's logits, which are never stored: F.cross_entropy(F.linear(input, linear_weight,
-    linear_bias), target, …), with the signature of torch.nn.functional.linear_cross_entropy (torch 2.13) and four
-    keywords more. What differs: a weight has two dimensions, targets are int64, the loss of 16-bit inputs is float32.
+    """Cross-entropy of a linear layer, without storing its logits: F.cross_entropy(F.linear(input, linear_weight,
+    linear_bias), target, …).
+
+    The signature is that of torch.nn.functional.linear_cross_entropy (torch 2.13) with four more keywords. Unlike
+    torch's, it takes only 2-D weights and int64 targets, and the loss of 16-bit inputs is float32.
 
     Args:
         input: (…, D).
         linear_weight: (V, D).
-        target: (…) int64 classes; or their probabilities (…, V), which torch's own function takes over (torch ≥ 2.13).
+        target: (…) int64 classes, or probabilities (…, V), which are passed on to torch's function (torch ≥ 2.13).
         linear_bias: (V,) or None.
-        weight: (V,), the classes' weights, as in F.cross_entropy.
+        weight: (V,) class weights, as in F.cross_entropy.
         reduction: "mean", "sum" or "none".
         ignore_index: None for −100.
         label_smoothing: in [0, 1].
-        options: what torch's function calls so, for its own implementation alone: ignored here but for targets that are
-            probabilities.
-        softcap, z_loss, backend: as in `mos_nll_loss`; not for targets that are probabilities.
-        return_lse: return the logits' log-sum-exp, too.
+        options: options of torch's own implementation; ignored unless the targets are probabilities.
+        softcap, z_loss, backend: as in `mos_nll_loss`; not supported if the targets are probabilities.
+        return_lse: also return the log-sum-exp of the logits; not supported if the targets are probabilities.
 
     Returns:
-        () for "mean" and "sum", (…) for "none", in nats. With `return_lse` (loss, lse), lse (…), differentiable.
+        The loss in nats: () for "mean" and "sum", (…) for "none". With `return_lse`, (loss, lse) with lse (…);
+        both are differentiable.
 
-    Targets are compared with the input at the same position: for the labels of the same sequence (cut cross-entropy's
-    `shift`) pass input[..., :-1, :] and target[..., 1:], of which contiguous copies are made.
+    Each target belongs to the input at the same position. To predict the next token of the same sequence (`shift` in
+    cut cross-entropy), pass input[..., :-1, :] and target[..., 1:]; both are copied to contiguous memory.
 
-    Cost: 3 products with the gradients of a mean or sum, label smoothing included; 4 of "none" (see `mos_nll_loss`).
+    Cost: 3 products for a mean or sum with its gradients, label smoothing included; 4 for "none" (see `mos_nll_loss`).
 
     Raises:
-        TypeError, ValueError, IndexError: as `mos_nll_loss`.
+        TypeError, ValueError, IndexError: bad input, as in `mos_nll_loss`.
     """
     if not isinstance(input, Tensor) or input.dim() == 0:
         raise TypeError(f"input must be a Tensor (…, D), got {input if isinstance(input, Tensor) else type(input)}")
@@ -98,13 +100,13 @@ def linear_cross_entropy(
 
 
 OWN_NAMES = {"latent": "input", "weight": "linear_weight", "bias": "linear_bias", "class_weight": "weight"}
-"""What the mixture's arguments are called here."""
+"""The mixture's argument names, and what they are called here."""
 
 
 @contextlib.contextmanager
 def _own_names() -> Iterator[None]:
-    """Errors name the arguments of `linear_cross_entropy`."""
-    if torch.compiler.is_compiling():  # which traces no such thing, and reports an error in its own way
+    """Make errors name the arguments of `linear_cross_entropy`."""
+    if torch.compiler.is_compiling():  # it cannot trace the code below, and reports errors in its own way
         yield
         return
     try:
@@ -124,18 +126,20 @@ def _of_probabilities(input: Tensor, linear_weight: Tensor, target: Tensor, exte
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """torch.nn.LinearCrossEntropyLoss (torch 2.13) over `linear_cross_entropy`: a linear layer and its cross-entropy.
-    Losses of several dimensions (`out_features`) are torch's alone.
+    """torch.nn.LinearCrossEntropyLoss (torch 2.13) on top of `linear_cross_entropy`: a linear layer and its
+    cross-entropy, without `out_features`.
 
     Args:
         in_features: D.
         num_classes: V.
         bias: whether the linear layer has a bias.
-        weight: (V,), the classes' weights, as in nn.CrossEntropyLoss; a buffer.
-        device, dtype: of the layer's parameters.
+        weight: (V,) class weights, as in nn.CrossEntropyLoss; kept as a buffer.
+        device, dtype: device and dtype of the layer's parameters.
         reduction, ignore_index, label_smoothing, options, softcap, z_loss, backend: as in `linear_cross_entropy`.
 
-    Its state_dict is that of torch's module. Called with input (…, D) and target (…) it returns the loss.
+    Call it with input (…, D) and target (…) to get the loss. Its state_dict is that of torch's module.
+
+    Raises ValueError unless `weight` is (num_classes,).
     """
 
     weight: Tensor | None

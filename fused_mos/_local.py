@@ -1,4 +1,4 @@
-"""All classes in this process: by the fused ops, or for the backend "reference" by plain torch."""
+"""A vocabulary whose classes are all in this process, computed by the fused ops or, for "reference", by plain torch."""
 
 from abc import abstractmethod
 
@@ -17,7 +17,7 @@ from .ops.sums import at_top
 
 
 class AllClasses(Vocabulary):
-    """What both have in common."""
+    """Base class of the fused and the reference vocabulary."""
 
     def of_backend(self, operands: Operands) -> "AllClasses":
         return REFERENCE if operands.backend == "reference" else LOCAL
@@ -29,7 +29,7 @@ class AllClasses(Vocabulary):
         return whole
 
     def sum_of_logits(self, operands: Operands, class_weight: Tensor | None) -> Tensor | None:
-        """z·(Eᵀw) + b·w, which takes no product with E."""
+        """z·(Eᵀw) + b·w, without a product of every token with E."""
         latent, _, weight, bias, _, softcap = operands
         if latent.shape[1] > 1 or softcap:
             return None
@@ -61,14 +61,13 @@ class LocalVocabulary(AllClasses):
         loss_weights: Tensor | None,
         with_lse: bool,
     ) -> NLL:
-        """When the loss is one number, all tokens have known weights in it, so the gradient can be formed in the
-        forward pass, one product cheaper; gradients that arrive through `nll` or `lse` are then recomputed.
-        """
+        """Form the gradient in the forward pass if the loss is one number: each token's weight in it is then known, and
+        one product is saved. Gradients that arrive through `nll` or `lse` are recomputed in that case."""
         inputs, backend, softcap = operands.tensors, operands.backend, operands.softcap
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
         n, n_experts, _ = operands.latent.shape
         if is_exporting():
-            in_one_op = False  # a choice by N would bound the N of the exported program
+            in_one_op = False  # choosing by N would restrict N in the exported program
         elif any(needs):
             in_one_op = _backends.kernels(backend).gradient_in_forward_pays(n, n_experts, *inputs[2:])
         else:
@@ -106,8 +105,11 @@ class LocalVocabulary(AllClasses):
         return log_p
 
     def distribution_with_lse(self, operands: Operands) -> tuple[Tensor, Tensor]:
-        """log p, (N, V), and the experts' log-normalisers, (N, K), both differentiable: one product
-        more than `distribution` where a gradient is wanted, since the normalisers that log p has need not have one."""
+        """log p, (N, V), and the experts' log-normalisers, (N, K), both differentiable.
+
+        With gradients it takes one product more than `distribution`, whose normalisers are not differentiable by
+        themselves.
+        """
         log_p = self._distribution_of_few_tokens(operands)
         if log_p is None:
             log_p, maximum, log_total = ops.log_prob(*operands.tensors, operands.backend, operands.softcap)
@@ -118,7 +120,7 @@ class LocalVocabulary(AllClasses):
         )[0]
 
     def _distribution_of_few_tokens(self, operands: Operands, temperature: float = 1.0) -> Tensor | None:
-        """In one product, where the backend can."""
+        """Log-probabilities in one product, or None if the backend needs two."""
         latent, prior_logits, weight, bias = operands.tensors
         if decoder := self._decoder(operands, temperature, *operands.tensors):
             return decoder.log_prob(latent, log_softmax_prior(prior_logits).float(), weight, bias)
@@ -140,7 +142,7 @@ class LocalVocabulary(AllClasses):
 
     @staticmethod
     def _decoder(operands: Operands, temperature: float, latent: Tensor, *others: Tensor | None):
-        """None where the logits are transformed, which it cannot."""
+        """The backend's kernel for generation, or None: it cannot transform logits."""
         if Transform(operands.softcap, temperature) != IDENTITY:
             return None
         return _backends.decoder(operands.backend, latent, *others)
@@ -151,7 +153,7 @@ class LocalVocabulary(AllClasses):
 
 
 class ReferenceVocabulary(AllClasses):
-    """Plain torch that materialises all distributions, and is differentiable in every way."""
+    """Plain torch that materialises all K distributions. It supports every kind of differentiation."""
 
     def loss(
         self,
@@ -221,7 +223,7 @@ def reduced_loss(
     loss_weights: Tensor | None,
     with_lse: bool,
 ) -> NLL:
-    """The loss of tokens whose NLL is 0 where they are ignored."""
+    """Weight and reduce the tokens' NLL, which is 0 for ignored tokens."""
     if loss_weights is None:
         loss = reduced(nll, (target != ignore_index).sum(), reduction)
     else:
@@ -230,7 +232,7 @@ def reduced_loss(
 
 
 def new_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """The seed (1,) of an op's samples: a generator itself cannot be an op's argument."""
+    """A seed (1,) for an op that samples: a generator itself cannot be an op's argument."""
     return torch.randint(2**62, (1,), generator=generator, device=device)
 
 

@@ -1,5 +1,6 @@
-"""What a loss is made of beside the NLL: weights of classes and tokens, label smoothing, a z-loss, external components
-and soft targets. Formulas over what a vocabulary computes; `functional.mos_nll_loss` documents them for users.
+"""The options of the loss: class and token weights, label smoothing, a z-loss, external components and soft targets.
+
+These are formulas over what a vocabulary computes. `functional.mos_nll_loss` documents them for users.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,19 +16,21 @@ if TYPE_CHECKING:
     from ._vocabulary import Vocabulary
 
 NONE = -1
-"""Stands for an ignored class: one that none has."""
+"""Stands for an ignored class; no class has this index."""
 
 
 class NLL(NamedTuple):
     nll: Tensor  # (N,)
     loss: Tensor  # () or (N,)
-    lse: Tensor | None = None  # (N, K), where asked for
+    lse: Tensor | None = None  # (N, K), if requested
 
 
 class Terms(NamedTuple):
-    """What a loss has beside the NLL. Of one token with target y, u its weight, w the classes' and ε the smoothing:
+    """The options of the loss. A token with target y contributes
 
-    u ((1 − ε) w[y] nll + ε/V Σ_v w[v] (−log p_v) + z Σ_k π_k L_k²)
+        u ((1 − ε) w[y] nll + ε/V Σ_v w[v] (−log p_v) + z Σ_k π_k L_k²),
+
+    where u is its weight, w are the class weights, ε the label smoothing and z the coefficient of the z-loss.
     """
 
     class_weight: Tensor | None = None  # (V,): w
@@ -46,7 +49,7 @@ class Terms(NamedTuple):
 
 
 def reduced(per_token: Tensor, divisor: Tensor, reduction: str) -> Tensor:
-    """() or (N,), of losses that are 0 where a token is ignored."""
+    """Reduce losses (N,), which are 0 for ignored tokens, to () or leave them (N,)."""
     if reduction == "none":
         return per_token
     return per_token.sum() if reduction == "sum" else per_token.sum() / divisor
@@ -62,17 +65,17 @@ def loss(
     terms: Terms,
     with_lse: bool,
 ) -> NLL:
-    """The loss with its terms. A mean divides by Σ u w[y] over the targets that count, as F.cross_entropy's does."""
+    """The loss with all its options. A mean divides by Σ u w[y] over the counted targets, as in F.cross_entropy."""
     if terms.are_plain():
         return vocabulary.loss(operands, target, ignore_index, reduction, filter_eps, None, with_lse)
     valid = target != ignore_index
-    if not with_lse:  # which is told of ignored tokens, too
+    if not with_lse:  # lse is returned for ignored tokens, too
         operands = operands.without_ignored(valid)
     weights, smoothed, divisor = _weights(terms, target, valid, vocabulary.count_classes(operands), operands.latent)
     if reduction != "mean":
         divisor = torch.ones_like(divisor)
     class_weight = None if terms.class_weight is None else terms.class_weight.to(weights.dtype)
-    smoothing = None  # (N,): what joins the weighted terms
+    smoothing = None  # (N,), added to the weighted terms
     linear = vocabulary.sum_of_logits(operands, class_weight) if terms.label_smoothing else None
     if linear is not None:  # Σ w (L − l)
         weights[1] = smoothed * (vocabulary.count_classes(operands) if class_weight is None else class_weight.sum())
@@ -105,8 +108,8 @@ def _weights(
     n_classes: int,
     latent: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token's weights of nll, L and L² (3, N), 0 where it is ignored; u ε/V (N,); and Σ u w[y], which a mean
-    divides by."""
+    """Each token's weights for nll, L and L² (3, N), 0 if it is ignored; u ε/V (N,); and Σ u w[y], the divisor of a
+    mean."""
     dtype = accumulation_dtype(latent.dtype)
     of_token = valid.to(dtype) if terms.token_weight is None else torch.where(valid, terms.token_weight.to(dtype), 0)
     of_target = of_token
@@ -121,7 +124,7 @@ def _weights(
 def _with_external(
     vocabulary: "Vocabulary", operands: Operands, target: Tensor, ignore_index: int, extra_log_prob: Tensor
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K)
-    """The NLL of a mixture some of whose components are elsewhere: they join it once the ranks' sums are known."""
+    """NLL and lse of a mixture with external components, which are mixed in after the ranks have summed theirs."""
     valid = target != ignore_index
     log_likelihood, lse = vocabulary.experts(operands, torch.where(valid, target, NONE)[:, None])
     components = torch.cat([log_likelihood.squeeze(2), extra_log_prob.to(lse.dtype)], 1)
@@ -139,7 +142,7 @@ def soft_loss(
     terms: Terms,
     with_lse: bool,
 ) -> NLL:
-    """−Σ_m q_m log p(index_m) in the place of the NLL; a mean divides by Σ u over the tokens that have a class."""
+    """The loss with −Σ_m q_m log p(index_m) instead of the NLL. A mean divides by Σ u over tokens with a class."""
     if not with_lse:
         operands = operands.without_ignored((index != ignore_index).any(1))
     log_p, lse = at_classes(vocabulary, operands, index, ignore_index)
@@ -156,7 +159,7 @@ def soft_loss(
 def at_classes(
     vocabulary: "Vocabulary", operands: Operands, index: Tensor, ignore_index: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """log p of each token's classes (N, M), 0 where ignored, and the experts' L, (N, K)."""
+    """log p of each token's classes, (N, M) and 0 where ignored, and the experts' log-normalisers, (N, K)."""
     counts = index != ignore_index
     log_likelihood, lse = vocabulary.experts(operands, torch.where(counts, index, NONE), temperature)
     log_prior = log_softmax_prior(operands.prior_logits).to(lse.dtype)
@@ -165,7 +168,7 @@ def at_classes(
 
 
 def check_external(extra_log_prob: Tensor | None, latent: Tensor) -> int:
-    """Returns K′."""
+    """Return K′, the number of external components. Raises TypeError or ValueError unless the tensor is (N, K′)."""
     if extra_log_prob is None:
         return 0
     if not isinstance(extra_log_prob, Tensor):
@@ -189,10 +192,10 @@ def check_terms(terms: Terms, latent: Tensor, n_classes: int, soft: bool) -> Non
     clashes = {"class_weight": terms.class_weight is not None, "label_smoothing": terms.label_smoothing > 0}
     for name, given in clashes.items():
         if given and soft:
-            raise ValueError(f"{name} is for targets that are classes; with target_prob, put it into the probabilities")
+            raise ValueError(f"{name} is for targets that are classes; with target_prob, apply it to the probabilities")
     if terms.extra_log_prob is not None and (soft or terms.label_smoothing):
         other = "target_prob" if soft else "label_smoothing"
-        raise ValueError(f"{other} needs more than the targets' probabilities, which extra_log_prob does not tell")
+        raise ValueError(f"{other} needs more than the targets' probabilities, and extra_log_prob holds only those")
 
 
 def check_terms_of_loss(label_smoothing: float, z_loss: float) -> None:

@@ -1,7 +1,7 @@
-"""What is more than a plain nn.Linear or nn.Embedding: adapters, quantized layers, hooks.
+"""Detects modules that are more than a plain nn.Linear or nn.Embedding: adapters, quantized layers, hooks.
 
-The heads and `vocab_parallel` read a module's weight and never call the module, so they would leave out, without a
-word, whatever such a thing adds to its forward.
+The heads and `vocab_parallel` read a module's weight without calling the module. They would silently skip whatever an
+adapter or a hook adds to its forward.
 """
 
 import torch
@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def addition(module: nn.Module, kind: type[nn.Module]) -> str:
-    """What `module` is or has beyond a `kind`, in words that follow "it"; "" for a plain one. A parametrization is no
-    addition: torch applies it where the weight is read."""
+    """Describe what makes `module` more than a plain `kind`, as a phrase to follow "it", or return "" if nothing does.
+    A parametrization does not count: torch applies it when the weight is read."""
     if not isinstance(module, kind) or type(module).forward is not kind.forward:
         return f"is a {type(module).__module__}.{type(module).__qualname__}"
     if "forward" in module.__dict__:
@@ -23,8 +23,8 @@ def addition(module: nn.Module, kind: type[nn.Module]) -> str:
 
 
 def read_decoder(decoder: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of a head's decoder; once in a forward pass, since a parametrization computes them at each
-    access. Raises TypeError unless the decoder is a plain nn.Linear of plain tensors."""
+    """The weight and bias of a head's decoder. Call it once per forward pass: a parametrization recomputes them at each
+    access. Raises TypeError unless the decoder is a plain nn.Linear with plain tensors."""
     more = addition(decoder, nn.Linear)
     if not more:
         weight, bias = decoder.weight, decoder.bias
@@ -32,8 +32,8 @@ def read_decoder(decoder: nn.Linear) -> tuple[Tensor, Tensor | None]:
             return weight, bias
         more = f"has a weight that is a {type(weight.data).__name__}"
     raise TypeError(
-        f"decoder must be a plain nn.Linear, whose weight a head reads without calling it, but it {more}; merge an "
-        "adapter (merge_and_unload) or train the decoder itself (modules_to_save), make pruning and the old weight "
-        "norm permanent (prune.remove, remove_weight_norm), remove other hooks, quantize other modules alone, and "
-        "give fully_shard the head, whose forward alone then works (register_fsdp_forward_method names other methods)"
+        f"decoder must be a plain nn.Linear, since a head reads its weight without calling it, but it {more}; merge "
+        "an adapter (merge_and_unload) or train the decoder itself (modules_to_save), make pruning and the old weight "
+        "norm permanent (prune.remove, remove_weight_norm), remove other hooks, quantize only other modules, and "
+        "apply fully_shard to the whole head (methods other than forward need register_fsdp_forward_method)"
     )

@@ -1,5 +1,5 @@
-"""Autograd over the ranks of a process group, each of which has a span of the classes: what `vocab_parallel.VocabShard`
-is made of. In the backward passes the ranks' classes all pull at the same latent vectors, whose gradients they add up.
+"""Autograd functions over the ranks of a process group, each with a span of the classes. `vocab_parallel.VocabShard`
+uses them. All ranks share the latent vectors, so each backward pass sums the gradients of `latent` over the ranks.
 """
 
 import torch
@@ -13,8 +13,8 @@ from ._losses import NONE
 from .ops.sums import at_top
 
 IGNORED, ELSEWHERE = -100, NONE
-"""Targets as a shard sees them: none, and one that is no class of its own, but may be one of another rank. (0 … are its
-own classes.)"""
+"""Special targets of a shard: an ignored one, and one that is not among its classes but may be on another rank. Its own
+classes count from 0."""
 
 
 def combined_statistics(
@@ -25,7 +25,8 @@ def combined_statistics(
     group: dist.ProcessGroup,
     options: tuple[str, float, float],  # backend, softcap and temperature
 ) -> tuple[Tensor, ...]:  # (N, K) each
-    """maximum and log_total over all shards and, where there are targets, their logits: three numbers a row travel."""
+    """maximum and log_total over all shards and, if there are targets, their logits. Ranks exchange at most three
+    numbers per row."""
     own_maximum, own_log_total, own_logit = ops.row_statistics(latent, weight, bias, target, *options)
     maximum = own_maximum.clone()
     dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
@@ -60,13 +61,13 @@ class ShardedNLL(torch.autograd.Function):
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         filter_eps, backend, softcap = ctx.options
         gradients = ops.nll_backward(grad, *saved, IGNORED, filter_eps, needs, backend, softcap, grad_lse)
-        if needs[0]:  # the ranks' classes all pull at the same latent vectors
+        if needs[0]:
             dist.all_reduce(gradients[0], group=ctx.group)
         return *(gradient if need else None for gradient, need in zip(gradients, needs)), *others
 
 
 class ShardedExperts(torch.autograd.Function):
-    """`ops.expert_log_prob` over all ranks' classes; `index` counts this rank's."""
+    """`ops.expert_log_prob` over all ranks' classes. `index` counts from this rank's first class."""
 
     @staticmethod
     def forward(ctx, latent, weight, bias, index, group, options) -> tuple[Tensor, Tensor]:
@@ -93,7 +94,7 @@ class ShardedExperts(torch.autograd.Function):
 
 
 class ShardedSum(torch.autograd.Function):
-    """`ops.likelihood_and_sum` over all ranks' classes; `target` counts this rank's."""
+    """`ops.likelihood_and_sum` over all ranks' classes. `target` counts from this rank's first class."""
 
     @staticmethod
     def forward(ctx, latent, prior_logits, weight, bias, target, group, of_sum, options) -> tuple[Tensor, ...]:
@@ -137,7 +138,7 @@ class ShardedSum(torch.autograd.Function):
 
 
 class RanksSum(torch.autograd.Function):
-    """The sum over ranks. What follows is the same on all of them, so each has the whole gradient of its term."""
+    """Sum over ranks. All ranks compute the same thing from the sum, so each has the whole gradient of its own term."""
 
     @staticmethod
     def forward(ctx, term: Tensor, group: dist.ProcessGroup) -> Tensor:

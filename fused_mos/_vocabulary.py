@@ -1,7 +1,8 @@
-"""The functions of a head, written once over the few that depend on where the classes are.
+"""The functions of a head, written once on top of the few that depend on where the classes are.
 
-`LOCAL` (in `_local`) has them all in this process; `vocab_parallel.VocabShard` has a span of them and asks the other
-ranks for the rest. `functional` documents the functions for users, the modules call those of `Head.vocabulary`.
+`LOCAL` (in `_local`) holds all classes in this process; `vocab_parallel.VocabShard` holds a span of them and
+communicates with the other ranks. `functional` documents the functions for users; the modules call
+`Head.vocabulary`.
 """
 
 from abc import ABC, abstractmethod
@@ -34,14 +35,14 @@ class TopK(NamedTuple):
 
 
 class ExpertLogProb(NamedTuple):
-    """Each expert by itself, (N, K): l − L of the targets, and the log-normalisers L."""
+    """Per expert, (N, K) each: the targets' log-likelihood l − L, and the log-normaliser L."""
 
     log_prob: Tensor
     lse: Tensor
 
 
 class Normalisers(NamedTuple):
-    """log π, and the terms of each expert's log-normaliser L = maximum + log_total over all classes."""
+    """log π, and each expert's log-normaliser over all classes as two terms, L = maximum + log_total."""
 
     log_prior: Tensor  # (N, K)
     maximum: Tensor  # (N, K)
@@ -49,16 +50,17 @@ class Normalisers(NamedTuple):
 
 
 class WithSum(NamedTuple):
-    """What `likelihood_and_sum` knows of each token; all but `is_top1` are differentiable."""
+    """Result of `likelihood_and_sum`. All but `is_top1` are differentiable."""
 
     log_likelihood: Tensor  # (N,), of the target
     lse: Tensor  # (N, K)
     sum: Tensor  # (N,)
-    is_top1: Tensor  # (N,) bool, whether no class is more probable than the target
+    is_top1: Tensor  # (N,) bool, True if no class is more probable than the target
 
 
 class Score(NamedTuple):
-    """(N,) each: log p of the target; the entropy of the distribution, in nats; whether no class is more probable."""
+    """Per token, (N,) each: log p of the target, the distribution's entropy in nats, and True if no class is more
+    probable than the target."""
 
     log_prob: Tensor
     entropy: Tensor
@@ -66,23 +68,23 @@ class Score(NamedTuple):
 
 
 BLOCK_BYTES = 32 * 2**20
-"""Bytes of the log-probabilities of all classes, and of what sorts them, that are held at once."""
+"""Bytes of all classes' log-probabilities, and of the buffers that sort them, that sampling may hold at once."""
 
 
 class Vocabulary(ABC):
-    """The functions of `fused_mos.functional` over V classes, all of them here or spread over ranks.
+    """The functions of `fused_mos.functional` over V classes, all in this process or spread over ranks.
 
-    What differs are the abstract methods. They get operands that are checked and cast, and contiguous for any backend
-    but "reference", whose vocabulary `of_backend` gives.
+    Subclasses implement the abstract methods. These receive checked and cast operands, contiguous for every backend but
+    "reference", which `of_backend` maps to a vocabulary of its own.
     """
 
     def nll_and_loss(
         self,
         latent: Tensor,  # (N, K, D)
         prior_logits: Tensor,  # (N, K)
-        weight: Tensor,  # (V, D), or this rank's rows of it
-        target: Tensor,  # (N,), of all V classes; (N, M) with target_prob
-        bias: Tensor | None,  # (V,), or this rank's part of it
+        weight: Tensor,  # (V, D), or this rank's rows
+        target: Tensor,  # (N,), counting all V classes; (N, M) with target_prob
+        bias: Tensor | None,  # (V,), or this rank's part
         *,
         ignore_index: int = -100,
         reduction: str = "mean",
@@ -97,8 +99,8 @@ class Vocabulary(ABC):
         extra_log_prob: Tensor | None = None,
         return_lse: bool = False,
     ) -> NLL:
-        """The loss of `functional.mos_nll_loss`, which says what the arguments are, each token's NLL (N,) before its
-        weights and its reduction and, where asked for, lse (N, K). All are differentiable.
+        """The loss of `functional.mos_nll_loss`, each token's NLL (N,) before weights and reduction, and lse (N, K) if
+        requested. All are differentiable. See `functional.mos_nll_loss` for the arguments.
         """
         check_reduction(reduction)
         terms = Terms(class_weight, token_weight, label_smoothing, z_loss, extra_log_prob)
@@ -129,7 +131,7 @@ class Vocabulary(ABC):
         softcap: float | None = None,
         backend: str = "auto",
     ) -> ExpertLogProb:
-        """Each expert's log-likelihood of the target and its log-normaliser, (N, K) each."""
+        """Each expert's log-likelihood of the target and log-normaliser, (N, K) each."""
         with prepared(latent, None, weight, bias, backend, softcap) as operands:
             ignore_index = check_target(target, operands.latent, self.count_classes(operands), ignore_index)
             valid = target != ignore_index
@@ -151,7 +153,7 @@ class Vocabulary(ABC):
         softcap: float | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """Log-probabilities of given classes, (N,) or (N, M) as `index`."""
+        """Log-probabilities of given classes, (N,) or (N, M) like `index`."""
         with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
             n_classes, computing = self.count_classes(operands), self.of_backend(operands)
             temperature = check_temperature(temperature)
@@ -178,7 +180,7 @@ class Vocabulary(ABC):
         softcap: float | None = None,
         backend: str = "auto",
     ) -> Score:
-        """The target's log-probability, the distribution's entropy, and whether the target is its best class."""
+        """Each target's log-probability, the distribution's entropy, and whether the target is the best class."""
         with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
             ignore_index = check_target(target, operands.latent, self.count_classes(operands), ignore_index)
             valid = target != ignore_index
@@ -253,8 +255,8 @@ class Vocabulary(ABC):
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ) -> Tensor:
-        """One class per token, (N,) int64: first the expert, then a class of that expert; of the whole mixture where
-        that is restricted or has a temperature of its own."""
+        """Draw one class per token, (N,) int64: an expert from the prior, then a class from that expert. With top_k,
+        top_p or a mixture temperature the class is drawn from the mixture's own distribution."""
         with prepared(latent, prior_logits, weight, bias, backend, softcap) as operands:
             n_classes, computing = self.count_classes(operands), self.of_backend(operands)
             temperature = check_temperature(temperature)
@@ -281,10 +283,10 @@ class Vocabulary(ABC):
         top_p: float,
         generator: torch.Generator | None,
     ) -> Tensor:  # (N,) int64
-        """Of the mixture's own distribution, for a block of tokens at a time; −1 where no class can be drawn."""
+        """Draw from the mixture's own distribution, one block of tokens at a time; −1 if no class can be drawn."""
         n, n_classes = operands.latent.shape[0], self.count_classes(operands)
         drawn = torch.empty(n, dtype=torch.int64, device=operands.latent.device)
-        for t in spans(n, max(BLOCK_BYTES // (32 * (top_k or n_classes)), 1)):  # with what sorts them
+        for t in spans(n, max(BLOCK_BYTES // (32 * (top_k or n_classes)), 1)):  # 32 bytes a class, sorting included
             block = operands.of_tokens(t)
             if top_k is None:
                 values, classes = self.distribution(block, temperature), None
@@ -298,7 +300,7 @@ class Vocabulary(ABC):
     def _given_normalisers(
         self, operands: Operands, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """What the ops over the mixture take."""
+        """The arguments of the ops over the whole mixture."""
         log_prior, maximum, log_total = self.normalisers(operands, temperature)
         return operands.latent, log_prior, operands.weight, operands.bias, maximum, log_total
 
@@ -306,11 +308,11 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def of_backend(self, operands: Operands) -> "Vocabulary":
-        """The one that computes with the operands' backend."""
+        """The vocabulary that computes with the operands' backend."""
 
     @abstractmethod
     def count_classes(self, operands: Operands) -> int:
-        """V. Raises ValueError for operands that this vocabulary cannot compute with."""
+        """V, the number of classes. Raises ValueError for operands that this vocabulary cannot compute with."""
 
     @abstractmethod
     def loss(
@@ -320,18 +322,18 @@ class Vocabulary(ABC):
         ignore_index: int,
         reduction: str,
         filter_eps: float,
-        loss_weights: Tensor | None,  # (3, N), of a sum: see `_backends.Kernels.nll_with_gradients`
+        loss_weights: Tensor | None,  # (3, N), for "sum": see `_backends.Kernels.nll_with_gradients`
         with_lse: bool,
     ) -> NLL: ...
 
     @abstractmethod
     def experts(self, operands: Operands, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """l − L of given classes, (N, K, M) of (N, M), and L, (N, K); the former is undefined where there is no such
+        """l − L of given classes (N, M), as (N, K, M), and L, (N, K). The former is undefined where `index` is no
         class. Both are differentiable."""
 
     @abstractmethod
     def sum_of_logits(self, operands: Operands, class_weight: Tensor | None) -> Tensor | None:
-        """Σ_v w_v l_v of a single expert, (N,), differentiable; None where a sum over the logits needs them all."""
+        """Σ_v w_v l_v of a single expert, (N,), differentiable; None if the sum would need every logit."""
 
     @abstractmethod
     def with_sum(
@@ -339,12 +341,12 @@ class Vocabulary(ABC):
         operands: Operands,
         target: Tensor,  # (N,)
         kind: str,
-        class_weight: Tensor | None = None,  # (V,), of all classes
+        class_weight: Tensor | None = None,  # (V,), for all classes
         mixture_temperature: float = 1.0,
         temperature: float = 1.0,
     ) -> WithSum:
-        """A sum over all log-probabilities (`_backends.Sum`) beside the target's, which is undefined where that is no
-        class."""
+        """A sum over all log-probabilities (`_backends.Sum`), and the target's log-probability, undefined where the
+        target is no class."""
 
     @abstractmethod
     def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:
@@ -352,33 +354,33 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def normalisers(self, operands: Operands, temperature: float = 1.0) -> Normalisers:
-        """The prior, and the experts' normalisers over all classes."""
+        """The log-prior, and the experts' normalisers over all classes."""
 
     @abstractmethod
     def rows(self, whole: Tensor) -> Tensor:
-        """(V, …) -> those of this process."""
+        """(V, …) -> the rows that this process holds."""
 
     @abstractmethod
     def best(self, operands: Operands) -> Tensor:
-        """The most probable of all classes, (N,) int64."""
+        """The most probable class of all, (N,) int64."""
 
     @abstractmethod
     def candidates(self, operands: Operands, k: int, temperature: float = 1.0) -> TopK:
-        """The k most probable of all classes."""
+        """The k most probable classes of all."""
 
     @abstractmethod
     def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
-        """One class for each token, (N,) int64: of an expert that is drawn from the prior, by its softmax
-        (l / temperature)."""
+        """Draw one class per token, (N,) int64: an expert from the prior, then a class from softmax(l / temperature) of
+        that expert."""
 
     @abstractmethod
     def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
-        """(N, C) -> one of the C columns for each token, (N,) int64, −1 where none has a probability."""
+        """(N, C) -> one of the C columns per token, (N,) int64, drawn by probability; −1 if all are 0."""
 
 
 def chosen_columns(probability: Tensor, generator: torch.Generator | None) -> Tensor:  # (N, C) -> (N,)
-    """One of the C columns for each token, −1 where none has a probability. As torch.multinomial, which has the host
-    look at the probabilities' values."""
+    """Draw one of the C columns per token, −1 if all probabilities are 0. Unlike torch.multinomial, this does not make
+    the host wait to check the values."""
     possible = probability.sum(1) > 0
     times = torch.empty_like(probability).exponential_(generator=generator)
     choice = torch.where(possible[:, None], probability, 1).div_(times).argmax(1)  # the first to decay
@@ -386,12 +388,12 @@ def chosen_columns(probability: Tensor, generator: torch.Generator | None) -> Te
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:  # (N, C) -> (N, C)
-    """Probabilities of the fewest classes that together have `top_p`, the others' 0; not normalised. Of a row without
-    a finite logit, or with NaN, all are 0."""
+    """Probabilities, not normalised, of the fewest classes that together reach `top_p`, 0 for the others. A row with
+    NaN or without a finite logit becomes 0."""
     probability = torch.softmax(logits, 1).nan_to_num(0)
     if top_p == 1:
         return probability
     ordered, order = probability.sort(1, descending=True)
     kept = ordered.cumsum(1) - ordered < top_p
-    kept[:, 0] = True  # also where float32 has no number as small as top_p
+    kept[:, 0] = True  # even if top_p rounds to 0 in float32
     return torch.zeros_like(probability).scatter_(1, order, torch.where(kept, ordered, 0))

@@ -9,7 +9,7 @@ from .ops.direct import is_ordinary
 
 
 class EmbeddingLike(Protocol):
-    """An nn.Embedding, or what stands for one: a shard of its rows on this rank."""
+    """An nn.Embedding, or a module that acts as one, such as a shard of its rows."""
 
     num_embeddings: int
 
@@ -17,9 +17,9 @@ class EmbeddingLike(Protocol):
 
 
 def locked_dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Drops features with one mask for all time steps: the mask of (T, B, …) is (1, B, …), scaled by 1/(1 − p).
+    """Drop features with one mask for all time steps: x (T, B, …) gets a mask (1, B, …), scaled by 1/(1 − p).
 
-    A tensor of fewer than three dimensions has no time axis: each of its rows gets its own mask.
+    A tensor with fewer than three dimensions has no time axis, and each row gets its own mask.
     """
     if not training or p == 0:
         return x
@@ -28,8 +28,10 @@ def locked_dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 
 
 def embedding_dropout(embedding: EmbeddingLike, tokens: Tensor, p: float, training: bool = True) -> Tensor:
-    """Looks `tokens` up in an embedding (V, D) with whole words dropped: one Bernoulli per vocabulary row, shared over
-    batch and time, scaled by 1/(1 − p). Returns (*tokens.shape, D)."""
+    """Look `tokens` up in an embedding (V, D) with whole words dropped. Returns (*tokens.shape, D).
+
+    Each row of the vocabulary is dropped or scaled by 1/(1 − p), the same for all batch entries and time steps.
+    """
     embedded = embedding(tokens)
     if not training or p == 0:
         return embedded
@@ -41,12 +43,14 @@ MIN_FAST_NUMBERS = 2**16
 
 
 def weight_dropout(weight: Tensor, p: float, training: bool = True) -> Tensor:
-    """F.dropout of a weight. A large one on a CPU, where bernoulli_ takes as long as all of an LSTM layer, gets
-    16 random bits a number, and so a rate that is off by 2⁻¹⁶ at most; it is scaled by the inverse of that rate."""
+    """F.dropout of a weight, faster for large weights on a CPU, where bernoulli_ takes as long as a whole LSTM layer.
+
+    There each value gets 16 random bits. The rate is off by 2⁻¹⁶ at most, and the scale is that of the actual rate.
+    """
     n = weight.numel()
     if not training or p == 0 or n < MIN_FAST_NUMBERS or weight.device.type != "cpu" or not is_ordinary((weight,)):
         return nn.functional.dropout(weight, p, training)
-    dropped = min(round(p * 2**16), 2**16 - 1)  # of so many values of 16 bits
+    dropped = min(round(p * 2**16), 2**16 - 1)  # out of 2¹⁶ random values
     bits = (
         torch.empty((n + 3) // 4, dtype=torch.int64, device=weight.device).random_(-(2**63), None).view(torch.int16)[:n]
     )
@@ -59,7 +63,7 @@ def _mask(like: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
 
 
 def check_probability(name: str, p: float) -> float:
-    """Returns `p`; raises ValueError unless 0 ≤ p < 1."""
+    """Return `p`. Raises ValueError unless 0 ≤ p < 1."""
     if not 0 <= p < 1:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
     return p

@@ -1,22 +1,23 @@
-"""Mixture of Softmaxes as functions: checks, autocast, reductions and the choice of backend.
+"""The Mixture of Softmaxes as functions of tensors (Yang et al., "Breaking the Softmax Bottleneck: A High-Rank RNN
+Language Model", ICLR 2018, section 2.3).
 
-Shape letters: N tokens, K experts, D latent features, V classes. The arguments `latent`, `weight` and `bias`
-share one floating dtype; `prior_logits` has it too, or float32. Results are float32 for 16-bit inputs (the
-rounding of bf16 is too coarse for a log-likelihood), otherwise of the inputs' dtype. Under torch.autocast the
+Shapes: N tokens, K experts, D latent features, V classes.
+
+Dtypes: `latent`, `weight` and `bias` share one floating dtype; `prior_logits` has it too, or is float32. Results have
+the same dtype, but are float32 for 16-bit inputs: bfloat16 is too coarse for a log-likelihood. Under torch.autocast the
 products run in the autocast dtype and the prior stays in float32.
 
-Values (not shapes) are checked on CPU tensors outside torch.compile: NaN raises ValueError, a target that is
-no class IndexError. Elsewhere a check would stall the device, and such a token's loss is NaN.
+Errors: shapes, dtypes and devices are always checked. Values are checked on CPU tensors outside torch.compile: NaN
+raises ValueError, and a target that is no class raises IndexError. Elsewhere the check would stall the device, and the
+loss of such a token is NaN.
 
-`softcap` c, where a function has it, replaces each expert's logits l, bias included, by c·tanh(l/c) before anything
-else is done with them (Gemma Team, "Gemma 2", 2024, section 2), at the same number of products.
+`softcap` c replaces each expert's logits l, bias included, by c·tanh(l/c) before anything else happens to them (Gemma
+Team, "Gemma 2", 2024, section 2). It does not change the number of products.
 
-What a function costs is said in products: one is the 2·N·K·D·V floating point operations of all logits.
+Costs are given in products. One product is the 2·N·K·D·V floating point operations that compute all logits.
 
-Double backward, forward-mode differentiation and the transforms of torch.func are for backend "reference".
-
-`backend` is one of `fused_mos.backends()` or "auto". Source of the mathematics: Yang et al., "Breaking the
-Softmax Bottleneck: A High-Rank RNN Language Model", ICLR 2018, section 2.3.
+`backend` is one of `fused_mos.backends()` or "auto". Only "reference" supports double backward, forward-mode
+differentiation and the transforms of torch.func.
 """
 
 import torch
@@ -69,50 +70,54 @@ def mos_nll_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Negative log-likelihood of `target` under the mixture p = Σ_k π_k softmax(latent_k · weightᵀ + bias).
 
-    With all options, the loss of a token of target y, of weight u and with the classes' weights w is
+    With all options, the loss of a token with target y is
 
         u ((1 − ε) w[y] (−log p[y]) + ε/V Σ_v w[v] (−log p[v]) + z Σ_k π_k L_k²),
 
-    with ε = `label_smoothing`, z = `z_loss` and L_k = log Σ_v exp l[k, v].
+    where u is its `token_weight`, w = `class_weight`, ε = `label_smoothing`, z = `z_loss` and
+    L_k = log Σ_v exp l[k, v].
 
     Args:
         latent: (N, K, D), one vector per expert.
-        prior_logits: (N, K); π = softmax over K.
+        prior_logits: (N, K); π is their softmax over K.
         weight: (V, D), the output embedding.
         target: (N,) int64 classes in [0, V), or `ignore_index`; (N, M) with `target_prob`.
         bias: (V,) or None.
-        ignore_index: a target of this value has loss 0, gradient 0, and is not counted by the mean.
+        ignore_index: targets with this value have loss 0 and gradient 0, and the mean does not count them.
         reduction: "mean" over the counted targets (NaN if there are none, as in F.cross_entropy), "sum" or "none".
             With weights the mean divides by Σ u w[y] over the counted targets.
-        grad_filter_eps: in the backward pass, drop the (token, expert) pairs whose responsibility
-            r = p(expert | target) is below this value: a token loses at most K·eps of its unit of gradient
-            weight. 0 drops only what is exactly 0. The gradient of `prior_logits` stays exact, the
-            loss always is. `reference` ignores it, and so does a loss with any of the weights and terms below.
-        softcap: see the module.
-        class_weight: (V,), as `weight` of F.cross_entropy. No gradient.
-        token_weight: (N,), of any sign. No gradient.
-        label_smoothing: in [0, 1], as in F.cross_entropy.
-        z_loss: ≥ 0, the coefficient of the experts' squared log-normalisers, weighted by the prior.
-        target_prob: (N, M), q: soft targets, by the classes `target` (N, M), with −Σ_m q_m log p[target_m] in the place
-            of (1 − ε) w[y] (−log p[y]). Of an entry that is `ignore_index` nothing counts. No gradient.
-        extra_log_prob: (N, K′), log-probabilities that K′ components from elsewhere (a cache, a pointer, an n-gram
-            model) give the targets; −inf is allowed. `prior_logits` is then (N, K + K′), one softmax over all of them.
-            Differentiable.
-        return_lse: return L, too.
+        grad_filter_eps: drop the (token, expert) pairs whose responsibility r = p(expert | target) is below this value
+            from the backward pass. A token loses at most K·eps of its gradient weight of 1. The default of 0 drops only
+            pairs with r = 0. The loss and the gradient of `prior_logits` stay exact. Ignored by "reference" and by
+            losses with any of the weights and terms below.
+        softcap: c > 0, or None for no soft cap (see the module's docstring).
+        class_weight: (V,), like `weight` of F.cross_entropy. Not differentiable.
+        token_weight: (N,), of any sign. Not differentiable.
+        label_smoothing: ε in [0, 1], as in F.cross_entropy.
+        z_loss: z ≥ 0, the coefficient of the experts' squared log-normalisers, weighted by the prior.
+        target_prob: (N, M) probabilities q of the classes `target` (N, M), for soft targets:
+            −Σ_m q_m log p[target_m] replaces (1 − ε) w[y] (−log p[y]). Entries whose class is `ignore_index` do not
+            count. Not differentiable.
+        extra_log_prob: (N, K′) log-probabilities of the targets under K′ components from elsewhere (a cache, a pointer
+            network, an n-gram model); −inf is allowed. `prior_logits` is then (N, K + K′), with one softmax over all
+            components. Differentiable.
+        return_lse: also return the log-normalisers L.
 
     Returns:
-        () for "mean" and "sum", (N,) for "none", in nats. With `return_lse` (loss, lse): lse is (N, K), differentiable.
+        The loss in nats: () for "mean" and "sum", (N,) for "none". With `return_lse`, (loss, lse) with lse (N, K);
+        both are differentiable.
 
-    Cost: a mean or a sum takes 3 products with its gradients, whatever the weights and the z-loss; where few rows or
-    little memory make it dearer, in an exported program or a sharded vocabulary, and with the reduction "none",
-    `extra_log_prob` or `target_prob`, it is 4. A gradient
-    through lse, beside that of a mean, takes 3 more: of what `z_loss` does not do, `mos_expert_log_prob` makes it 4 in
-    all. Label smoothing of K > 1 experts, or with a soft cap, takes 5 products; that of a single softmax none beside
-    the 3.
+    Cost, with gradients:
+        A mean or sum takes 3 products, whatever the weights and the z-loss. It takes 4 with few rows or little memory,
+        in an exported program, or with a sharded vocabulary.
+        Reduction "none", `extra_log_prob` and `target_prob` take 4.
+        Label smoothing takes 5 for K > 1 experts or with a soft cap, and nothing extra for a single softmax.
+        A gradient through both a mean and its lse takes 6. `z_loss` costs nothing extra, and a loss of your own over
+        `mos_expert_log_prob` takes 4.
 
     Raises:
         TypeError, ValueError, IndexError: bad input (see the module's docstring).
-        RuntimeError: `backend` is not available, or double backward.
+        RuntimeError: `backend` is not available, or on double backward.
     """
     result = LOCAL.nll_and_loss(
         latent,
@@ -146,11 +151,13 @@ def mos_expert_log_prob(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> ExpertLogProb:
-    """What any loss of a mixture can be made of in plain torch: each expert's log-likelihood of the target, l[y] − L,
-    0 where the target is ignored, and its log-normaliser L, (N, K) each. Both are differentiable, in one backward
-    pass: 4 products in all.
+    """Each expert's log-likelihood of the target and log-normaliser: build any loss of a mixture from them in plain
+    torch.
 
-    Args and errors as in `mos_nll_loss`.
+    Returns:
+        log_prob (N, K), l[y] − L, 0 where the target is ignored; lse (N, K), L. Both are differentiable.
+
+    Cost: 4 products with gradients. Args and errors as in `mos_nll_loss`.
     """
     return LOCAL.mos_expert_log_prob(
         latent, weight, target, bias, ignore_index=ignore_index, softcap=softcap, backend=backend
@@ -170,21 +177,20 @@ def mos_log_prob_at(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Log-probabilities of given classes, differentiable: for distillation, candidates, or a policy's own tokens.
+    """Log-probabilities of given classes, differentiable: for distillation, candidates, or the tokens of a policy.
 
     Args:
-        index: (N,) or (N, M) int64 classes, in any order and repeated at will, or `ignore_index`, whose result is 0.
-        temperature: divides each expert's logits, after the soft cap, and leaves the prior as it is.
-        mixture_temperature: divides the mixture's log-probabilities, which are normalised again: log p / T −
-            log Σ_v exp(log p_v / T), as Hugging Face and TRL do. For K = 1 it is the same as `temperature`, for a
-            mixture it is not.
+        index: (N,) or (N, M) int64 classes, in any order and with repetitions, or `ignore_index`, which gives 0.
+        temperature: divides each expert's logits, after the soft cap. The prior is unchanged.
+        mixture_temperature: T, divides the mixture's log-probabilities and normalises them again, log p / T −
+            log Σ_v exp(log p_v / T), as Hugging Face and TRL do. It equals `temperature` only for K = 1.
 
-    The other arguments, and errors, are those of `mos_nll_loss`.
+    Other arguments and errors are those of `mos_nll_loss`.
 
     Returns:
-        The shape of `index`, in nats. No (N, V) and no (N, M, D) tensor is made.
+        Log-probabilities in nats, shaped like `index`. No (N, V) or (N, M, D) tensor is formed.
 
-    Cost: 4 products with the gradients, and M·D operations for each token and expert; with a mixture temperature 5
+    Cost: 4 products with gradients, and M·D operations per token and expert. A mixture temperature takes 5 products
     more.
     """
     return LOCAL.mos_log_prob_at(
@@ -212,16 +218,19 @@ def mos_score(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Score:
-    """What reinforcement learning and evaluation ask of a head about its targets.
-
-    Args and errors as in `mos_nll_loss`.
+    """Log-probability of the target, entropy of the distribution, and top-1 accuracy, for reinforcement learning and
+    evaluation.
 
     Returns:
-        log_prob (N,), log p[y] in nats; entropy (N,), −Σ_v p_v log p_v in nats; is_top1 (N,) bool, whether no class is
-        more probable than y: of classes that tie but for rounding, of which `mos_predict` returns one, each is. 0, 0
-        and False where the target is ignored. The first two are differentiable.
+        log_prob (N,), log p[y] in nats, differentiable.
+        entropy (N,), −Σ_v p_v log p_v in nats, differentiable.
+        is_top1 (N,) bool, True if no class is more probable than y. Classes that tie up to rounding are all top-1;
+        `mos_predict` returns one of them.
+        Where the target is ignored they are 0, 0 and False.
 
-    Cost: 2 products, of a single softmax 1, and 3 for the gradients of both. No (N, V) tensor is made.
+    Cost: 2 products (1 for a single softmax), and 3 more for the gradients. No (N, V) tensor is formed.
+
+    Args and errors as in `mos_nll_loss`.
     """
     return LOCAL.mos_score(
         latent, prior_logits, weight, target, bias, ignore_index=ignore_index, softcap=softcap, backend=backend
@@ -239,8 +248,10 @@ def mos_log_prob(
 ) -> Tensor:
     """Log-probabilities of all classes under the mixture, (N, V), differentiable.
 
-    Args and errors as in `mos_nll_loss`. Only the result has V columns per token: the K distributions behind it
-    are summed tile by tile, in 2 products; on a CPU in 1, where its workspace holds a few tokens' exponentials.
+    Cost: 2 products. The K distributions are summed tile by tile, so only the result has V columns. On a CPU a few
+    tokens take 1 product, if their exponentials fit the workspace.
+
+    Args and errors as in `mos_nll_loss`.
     """
     return LOCAL.mos_log_prob(latent, prior_logits, weight, bias, softcap=softcap, backend=backend)
 
@@ -248,9 +259,9 @@ def mos_log_prob(
 def mos_logsumexp(
     latent: Tensor, weight: Tensor, bias: Tensor | None = None, *, softcap: float | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Each expert's log-normaliser log Σ_v exp(latent · weightᵀ + bias), (N, K), differentiable: 4 products.
+    """Each expert's log-normaliser log Σ_v exp(latent · weightᵀ + bias), (N, K), differentiable.
 
-    Args and errors as in `mos_nll_loss`.
+    Cost: 4 products with gradients. Args and errors as in `mos_nll_loss`.
     """
     with prepared(latent, None, weight, bias, backend, softcap) as operands:
         if operands.backend == "reference":
@@ -268,9 +279,9 @@ def mos_predict(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The most probable class of the mixture, (N,) int64; no (N, V) tensor is written. Products as in `mos_log_prob`.
+    """The most probable class of the mixture, (N,) int64.
 
-    Args and errors as in `mos_nll_loss`.
+    No (N, V) tensor is formed. Cost as in `mos_log_prob`, args and errors as in `mos_nll_loss`.
     """
     return LOCAL.mos_predict(latent, prior_logits, weight, bias, softcap=softcap, backend=backend)
 
@@ -287,9 +298,15 @@ def mos_topk(
 ) -> TopK:
     """The k most probable classes of the mixture and their log-probabilities, (N, k) each, the most probable first.
 
-    They are selected from spans of the vocabulary, so no (N, V) tensor is written; among equal ones the order
-    is that of torch.topk, which promises none. Args and errors as in `mos_nll_loss`; 1 ≤ k ≤ V. Products as in
-    `mos_log_prob`.
+    They are selected span by span of the vocabulary, so no (N, V) tensor is formed. As in torch.topk, the order of
+    equal values is not defined.
+
+    Args:
+        k: 1 ≤ k ≤ V.
+
+    Other arguments and errors are those of `mos_nll_loss`.
+
+    Cost as in `mos_log_prob`.
     """
     return LOCAL.mos_topk(latent, prior_logits, weight, bias, k=k, softcap=softcap, backend=backend)
 
@@ -308,22 +325,26 @@ def mos_sample(
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Draws one class per token from Σ_k π_k softmax(l_k / temperature), (N,) int64.
+    """Draw one class per token from Σ_k π_k softmax(l_k / temperature), (N,) int64.
 
-    The expert is drawn from the prior, then the class from that expert alone, so a sample costs one softmax
-    instead of K. The temperature (> 0) divides each expert's logits, after the soft cap, and leaves the prior as it is:
-    towards 0 it draws the best class of a random expert, not that of the mixture, which is `mos_predict`'s.
+    An expert is drawn from the prior, then a class from that expert alone, so a sample costs one softmax instead of K.
 
-    What follows is of the mixture itself, so any of it makes a sample cost 2 products of all K experts. In this order,
-    each renormalising:
-        mixture_temperature: divides log p, as Hugging Face's temperature does; towards 0 it draws the best class.
-        top_k: the k most probable classes, of 1 ≤ k ≤ V.
-        top_p: of these the fewest that together have this probability, in (0, 1], the most probable first.
+    Args:
+        temperature: > 0, divides each expert's logits, after the soft cap. The prior is unchanged, so towards 0 this
+            draws the best class of a random expert. For the best class of the mixture use `mos_predict`.
+        mixture_temperature: > 0, divides log p, as Hugging Face's temperature does. Towards 0 it draws the mixture's
+            best class.
+        top_k: keep only the k most probable classes, 1 ≤ k ≤ V.
+        top_p: of these, keep the fewest most probable classes whose probabilities sum to top_p, in (0, 1].
+        generator: on the inputs' device. Backends draw different samples from the same state.
 
-    `generator` lives on the inputs' device; each backend turns its state into other samples.
+    Other arguments and errors are those of `mos_nll_loss`.
 
-    Args and errors as in `mos_nll_loss`. A token without a class to draw, since its prior or all of its logits are −inf
-    or NaN, is a ValueError where values are checked, elsewhere its class is −1.
+    mixture_temperature, top_k and top_p apply in this order, each followed by renormalisation. Any of them needs the
+    whole mixture, so a sample then costs 2 products over all K experts.
+
+    Raises ValueError for a token without a class to draw (its prior or all its logits are −inf or NaN) where values are
+    checked. Elsewhere its class is −1.
     """
     return LOCAL.mos_sample(
         latent,

@@ -1,6 +1,6 @@
-"""The base of the heads: a decoder, a mixture over it, and what is computed of both.
+"""The base class of the heads: a decoder, a mixture over it, and the functions computed from both.
 
-The convention is that of torch.nn.AdaptiveLogSoftmaxWithLoss.
+The interface follows torch.nn.AdaptiveLogSoftmaxWithLoss.
 """
 
 import warnings
@@ -18,18 +18,18 @@ from ._vocabulary import Score, TopK, Vocabulary
 
 
 class HeadOutput(NamedTuple):
-    """`output`: log-likelihood of each target, 0 where ignored; `loss`: its negative, reduced."""
+    """`output`: log-likelihood of each target, 0 where ignored. `loss`: the reduced negative log-likelihood."""
 
     output: Tensor
     loss: Tensor
 
 
 class Head(nn.Module):
-    """The base of all heads: a decoder, and a mixture over it given by `mixture(input)`."""
+    """Base class of all heads: a decoder, and the mixture over it that `mixture(input)` defines."""
 
     vocabulary: Vocabulary = LOCAL
-    """Computes with the mixture; `vocab_parallel.parallelize` puts a VocabShard in its place."""
-    softcap: float | None = None  # here, too, for heads that an earlier version has pickled
+    """Computes the head's functions. `vocab_parallel.parallelize` replaces it by a VocabShard."""
+    softcap: float | None = None  # a class attribute, for heads pickled by an earlier version
     n_external: int = 0
 
     def __init__(
@@ -63,17 +63,20 @@ class Head(nn.Module):
         self.softcap = softcap
         self.backend = backend
         self.tied = False
-        in_place = "meta" if weight is not None else device  # there never is a second (V, D)
+        in_place = "meta" if weight is not None else device  # never allocate a second (V, D)
         self.decoder = nn.Linear(latent_features, n_classes, bias, device=in_place, dtype=dtype)
         if weight is not None:
             self._share(weight)
-            warn_of_large(weight, stacklevel=4)  # at the constructor's caller
+            warn_of_large(weight, stacklevel=4)  # the constructor's caller
             if bias:
                 self.decoder.bias = nn.Parameter(weight.new_empty(n_classes))
 
     def tie(self, weight: nn.Parameter) -> None:
-        """Makes an embedding's Parameter (V, D) the decoder's weight, as the argument `weight` does at first; again
-        where the two have become different parameters."""
+        """Make an embedding's Parameter (V, D) the decoder's weight, like the constructor's argument `weight`. Call it
+        again if the two have become different parameters.
+
+        Raises TypeError unless `weight` is a Parameter, ValueError unless it is (n_classes, latent_features).
+        """
         _check_weight(weight, self.decoder.out_features, self.decoder.in_features)
         self._share(weight)
         warn_of_large(weight, stacklevel=3)
@@ -85,7 +88,7 @@ class Head(nn.Module):
     def _apply(self, fn, recurse=True):
         before = self.decoder._parameters.get("weight") if self.tied else None
         super()._apply(fn, recurse)
-        # .to(device) puts other data into the same Parameter; to_empty cannot
+        # .to(device) replaces the data of the same Parameter; to_empty makes a new one
         if before is not None and self.decoder._parameters.get("weight") is not before:
             self._lose_tie("to_empty")
         return self
@@ -98,14 +101,14 @@ class Head(nn.Module):
     def _lose_tie(self, cause: str) -> None:
         self.tied = False
         warnings.warn(
-            f"{cause} makes two parameters of a tied weight, so the decoder has one of its own now; to share the "
-            "embedding's again, call head.tie(embedding.weight)",
+            f"{cause} makes two parameters of a tied weight, so the decoder now has its own; to tie it to the "
+            "embedding again, call head.tie(embedding.weight)",
             stacklevel=3,
         )
 
     def reset_parameters(self) -> None:
-        """The paper's initialisation: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
-        A tied weight belongs to its embedding and is left alone."""
+        """Initialise as the paper does: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
+        A tied weight belongs to its embedding and is left unchanged."""
         for module in self.modules():
             if isinstance(module, nn.Linear) and module is not self.decoder:
                 module.reset_parameters()
@@ -116,18 +119,19 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def init_bias(self, counts: Tensor) -> None:
-        """Sets the decoder's bias, in place, to the logarithms of the classes' frequencies in training text. Call it
-        before training: Adam, whose steps have one size, takes thousands to reach the bias of rare words, and until
-        then latent vectors are driven to make up for it.
+        """Set the decoder's bias, in place, to the log-frequencies of the classes in the training text.
+
+        Call it before training. Adam moves the bias by about the learning rate per step, so it needs thousands of steps
+        to reach the bias of rare words. Until then the latent vectors are driven to make up for it.
 
         Args:
             counts: (V,) integers or floats, how often each class is a target. The frequencies are
                 (count + 1) / (total + V), so no class has frequency 0. They become the head's probabilities at latent
                 vectors of 0 (only approximately with a softcap, which also caps the bias).
 
-        The rows of a head that `vocab_parallel` has sharded are taken from the counts of all classes.
+        On a head sharded by `vocab_parallel`, pass the counts of all classes; each rank takes its own.
 
-        Raises ValueError, TypeError for other counts, a head without a bias, and one whose bias was trained.
+        Raises TypeError or ValueError for bad counts, and ValueError if the head has no bias or its bias was trained.
         """
         _, bias = read_decoder(self.decoder)
         if not isinstance(bias, nn.Parameter):
@@ -136,13 +140,13 @@ class Head(nn.Module):
         least, largest = bias.aminmax()
         if least != largest:
             raise ValueError(
-                "init_bias is for a bias that has not been trained, whose numbers are equal, but the decoder's go from "
-                f"{least:.4g} to {largest:.4g}; reset_parameters makes a new one"
+                "init_bias is for an untrained bias, whose values are all equal, but the decoder's range from "
+                f"{least:.4g} to {largest:.4g}; call reset_parameters first to start again"
             )
         bias.copy_(self.vocabulary.rows(frequencies).log())
 
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """(…, in_features) -> latent (…, K, D), prior_logits (…, K + n_external)."""
+        """input (…, in_features) -> latent (…, K, D), prior_logits (…, K + n_external). Subclasses define it."""
         raise NotImplementedError
 
     def forward(
@@ -164,16 +168,19 @@ class Head(nn.Module):
         """Log-likelihood and loss of `target` given `input`.
 
         Args:
-            input: (…, in_features). The order of the leading axes matters to `MoS.latent_dropout` alone, for which time
-                comes first.
-            target: (…) int64 classes, or `ignore_index`; (…, M) with `target_prob`, of that shape, too.
+            input: (…, in_features). Only `MoS.latent_dropout` depends on the order of the leading axes: the first must
+                be time.
+            target: (…) int64 classes, or `ignore_index`. With `target_prob`, both are (…, M).
             token_weight: (…).
-            extra_log_prob: (…, n_external), of a head that has external components, and only there.
-            The others: see `functional.mos_nll_loss`.
+            extra_log_prob: (…, n_external), required for a head with external components and forbidden for others.
+            Other arguments: see `functional.mos_nll_loss`.
 
         Returns:
-            output: (…) log-likelihoods in nats, differentiable. loss: () or, for reduction="none", (…). With
-            `return_lse` ((output, loss), lse): the experts' log-normalisers (…, K), differentiable.
+            output: (…) log-likelihoods in nats. loss: () or, for reduction="none", (…). With `return_lse`,
+            ((output, loss), lse) with the experts' log-normalisers lse (…, K). All are differentiable.
+
+        Raises:
+            TypeError, ValueError, IndexError, RuntimeError: as `functional.mos_nll_loss`.
         """
         leading = self._check_external(extra_log_prob, input)
         latent, prior_logits, weight, bias = self._operands(input)
@@ -219,7 +226,7 @@ class Head(nn.Module):
         return index.view(input.shape[:-1])
 
     def topk(self, input: Tensor, k: int) -> TopK:
-        """The k most probable classes, most probable first: (…, in_features) -> values (…, k), log-probabilities, and
+        """The k most probable classes, best first: (…, in_features) -> values (…, k), which are log-probabilities, and
         indices (…, k) int64."""
         self._refuse_external("topk")
         values, indices = self.vocabulary.mos_topk(
@@ -237,8 +244,11 @@ class Head(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> Tensor:
-        """One class per position: (…, in_features) -> (…) int64; `temperature` divides each expert's logits,
-        `mixture_temperature` the mixture's (`functional.mos_sample`): for the most probable class take `predict`."""
+        """Draw one class per position: (…, in_features) -> (…) int64.
+
+        `temperature` divides each expert's logits, `mixture_temperature` the mixture's log-probabilities; see
+        `functional.mos_sample`. For the most probable class use `predict`.
+        """
         self._refuse_external("sample")
         index = self.vocabulary.mos_sample(
             *self._operands(input),
@@ -261,8 +271,8 @@ class Head(nn.Module):
         temperature: float = 1.0,
         mixture_temperature: float = 1.0,
     ) -> Tensor:
-        """Log-probabilities of given classes: (…, in_features), (…) or (…, M) int64 -> the shape of `index`; see
-        `functional.mos_log_prob_at`."""
+        """Log-probabilities of given classes: input (…, in_features), index (…) or (…, M) int64 -> the shape of
+        `index`. See `functional.mos_log_prob_at`."""
         self._refuse_external("log_prob_at")
         latent, prior_logits, weight, bias = self._operands(input)
         several = isinstance(index, Tensor) and index.dim() == input.dim()
@@ -282,8 +292,8 @@ class Head(nn.Module):
         return log_prob.view(index.shape)
 
     def score(self, input: Tensor, target: Tensor, *, ignore_index: int = -100) -> Score:
-        """(…, in_features), (…) -> the target's log_prob, the distribution's entropy and is_top1, (…) each; see
-        `functional.mos_score`."""
+        """The target's log_prob, the distribution's entropy, and is_top1, (…) each: input (…, in_features), target (…)
+        int64. See `functional.mos_score`."""
         self._refuse_external("score")
         latent, prior_logits, weight, bias = self._operands(input)
         _check_leading("target", target, input.shape[:-1], 0)
@@ -300,12 +310,12 @@ class Head(nn.Module):
         return Score(*(part.view(target.shape) for part in score))
 
     def _check_external(self, extra_log_prob: Tensor | None, input: Tensor) -> torch.Size:
-        """Returns the leading shape."""
+        """Check `extra_log_prob` against the head and `input`, and return the leading shape."""
         leading = input.shape[:-1] if isinstance(input, Tensor) else torch.Size()
         if (extra_log_prob is not None) != (self.n_external > 0):
             if self.n_external:
                 raise ValueError(f"extra_log_prob must be given, since n_external = {self.n_external}, got None")
-            raise ValueError("extra_log_prob is for a head with external components, and n_external = 0")
+            raise ValueError("extra_log_prob is for a head with external components, but n_external = 0")
         if extra_log_prob is not None and tuple(extra_log_prob.shape) != (*leading, self.n_external):
             expected, got = (*leading, self.n_external), tuple(extra_log_prob.shape)
             raise ValueError(f"extra_log_prob must be (…, n_external) = {expected}, got {got}")
@@ -315,11 +325,11 @@ class Head(nn.Module):
         if self.n_external:
             raise RuntimeError(
                 f"{method} needs the probabilities of all classes, but {self.n_external} of this head's components are "
-                "external, of which the targets' alone are known"
+                "external and known at the targets only"
             )
 
     def _operands(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """latent (N, K, D), prior_logits (N, K), and the decoder's weight and bias."""
+        """Check `input`; return latent (N, K, D), prior_logits (N, K), and the decoder's weight and bias."""
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
         if input.dim() == 0 or input.shape[-1] != self.in_features:
@@ -338,7 +348,7 @@ class Head(nn.Module):
 
 
 def _check_leading(name: str, tensor: Tensor, leading: torch.Size, more: int) -> torch.Size:
-    """Returns the shape behind the leading one, of `more` dimensions."""
+    """Check that `tensor` has the leading shape and `more` further dimensions, and return the shape of those."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dim() != len(leading) + more or tensor.shape[: len(leading)] != leading:
@@ -348,7 +358,10 @@ def _check_leading(name: str, tensor: Tensor, leading: torch.Size, more: int) ->
 
 
 def check_int(name: str, value: int, least: int = 1) -> int:
-    """A Python integer, which torch.compile needs, also from one of NumPy."""
+    """Return `value` as a Python int, which torch.compile needs even if NumPy's was given.
+
+    Raises TypeError unless it is an integer, ValueError if it is below `least`.
+    """
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < least:

@@ -1,6 +1,6 @@
 """The heads as modules: `MoS`, and the paper's baselines `MoC` and `Softmax` behind the same interface.
 
-All three put a fused log-likelihood where a model would have `Linear(in_features, n_classes)` and cross-entropy.
+Each replaces `Linear(in_features, n_classes)` and cross-entropy by a fused log-likelihood.
 """
 
 import copy
@@ -20,8 +20,10 @@ Mixture = TypeVar("Mixture", bound="MoS")
 
 
 class Softmax(Head):
-    """One softmax, the head that a mixture replaces: p = softmax(W h + b), whose logarithms have a rank of at most
-    in_features + 2: one for the bias, one for the normaliser (Yang et al. 2018, section 2.2).
+    """A single softmax, the head that a mixture replaces: p = softmax(W h + b).
+
+    Its matrix of log-probabilities has a rank of at most in_features + 2: the bias and the normaliser add one each
+    (Yang et al. 2018, section 2.2).
 
     Args:
         in_features: size H of the context vector.
@@ -29,10 +31,11 @@ class Softmax(Head):
         bias: whether the decoder has a bias.
         weight: an embedding's Parameter (V, H) to tie the decoder to.
         backend: one of `fused_mos.backends()`, or "auto".
-        device, dtype: of the parameters; those of `weight` where it is given.
-        softcap: c > 0, for logits c·tanh(l/c); None for none.
+        device, dtype: device and dtype of the parameters; by default those of `weight`, if given.
+        softcap: c > 0, to replace the logits l by c·tanh(l/c); None for no soft cap.
 
-    Raises ValueError, TypeError: an argument that is not as above.
+    Raises:
+        TypeError, ValueError: an argument does not fit the description above.
     """
 
     def __init__(
@@ -62,26 +65,28 @@ class MoS(Head):
         in_features: size H of the context vector h.
         n_classes: size V of the vocabulary.
         n_experts: K, the number of softmaxes.
-        latent_features: size D of the experts' vectors; by default that of `weight`, else in_features.
+        latent_features: size D of the experts' vectors; by default that of `weight`, if given, else in_features.
         bias: whether the decoder has a bias.
-        latent_dropout: the paper's dropoutl: locked dropout of the latent vectors, one mask for all time steps
-            of an input (T, B, H), whose first axis is time.
+        latent_dropout: rate of locked dropout on the latent vectors (the paper's dropoutl). All time steps of an input
+            (T, B, H) share one mask; the first axis is time.
         weight: an embedding's Parameter (V, D) to tie the decoder to.
         backend: one of `fused_mos.backends()`, or "auto".
-        device, dtype: of the parameters; those of `weight` where it is given.
-        softcap: c > 0, for each expert's logits c·tanh(l/c); None for none.
-        n_external: K′ components from elsewhere (a cache, a pointer, an n-gram model) that the prior mixes with the
-            experts; `forward` is given their `extra_log_prob`, and what needs all classes refuses. Not for MoC.
-        latent: "tanh", the paper's; "linear", z_k = W_k h + c_k; or "residual", z_k = h + U_k h with U_k = 0 to begin
-            with, which needs latent_features = in_features.
-        latent_norm: divide each W_k h + c_k by its root mean square (an RMSNorm without a weight), which keeps tanh
-            from saturating under Adam. Not for "residual".
-        rank: r, for W_k or U_k as a product A_k B_k of (D, r) and (r, H); at most min(H, D). None for whole matrices.
+        device, dtype: device and dtype of the parameters; by default those of `weight`, if given.
+        softcap: c > 0, to replace each expert's logits l by c·tanh(l/c); None for no soft cap.
+        n_external: number K′ of components from elsewhere (a cache, a pointer network, an n-gram model) that the prior
+            mixes with the experts. `forward` then needs their `extra_log_prob`, and methods that need all classes raise
+            RuntimeError. MoC has none.
+        latent: "tanh", as in the paper; "linear", z_k = W_k h + c_k; or "residual", z_k = h + U_k h with U_k = 0 at
+            first, which needs latent_features = in_features.
+        latent_norm: divide each W_k h + c_k by its root mean square (RMSNorm without a weight). This keeps tanh from
+            saturating under Adam. Not supported for "residual".
+        rank: r ≤ min(H, D), to make W_k or U_k a product A_k B_k of (D, r) and (r, H); None for full matrices.
 
-    Raises ValueError, TypeError: an argument that is not as above.
+    Raises:
+        TypeError, ValueError: an argument does not fit the description above.
 
-    The submodules `prior`, `latent.0` and `decoder` are named as in the paper's published code; with a rank, `latent.0`
-    has `down` (K·r, H) and `up` (K, D, r) for `weight`.
+    The submodules `prior`, `latent.0` and `decoder` are named as in the paper's published code. With a rank, `latent.0`
+    has `down` (K·r, H) and `up` (K, D, r) instead of `weight`.
 
     >>> head = MoS(in_features=512, n_classes=10_000, n_experts=15, latent_features=280)
     >>> output, loss = head(hidden, target)   # (T, B, 512), (T, B) -> (T, B), ()
@@ -137,31 +142,37 @@ class MoS(Head):
         backend: str = "auto",
         softcap: float | None = None,
     ) -> Mixture:
-        """A mixture in the place of a trained softmax layer, with the same log-probabilities: experts with residual
-        latents, U_k = 0, over the layer's own decoder.
+        """Replace a trained softmax layer by a mixture with the same log-probabilities. Its experts are residual,
+        z_k = h + U_k h with U_k = 0, over the layer's own decoder.
 
-        The decoder's weight and bias are the Parameters of `linear`, so ties survive. (The head is not `tied` itself:
-        `head.tie(embedding.weight)` tells it that another module initialises the weight.)
+        The decoder's weight and bias are the Parameters of `linear`, so a tied embedding stays tied. (The head itself
+        is not marked `tied`; call `head.tie(embedding.weight)` if another module initialises the weight.)
 
-        Experts that are equal and have equal shares would get equal gradients and never part. Any shares leave the
-        log-probabilities as they are, so it is the prior that is random: weights N(0, 1 / in_features), logits of
-        standard deviation 1 for hidden states of root mean square `input_rms`.
+        Equal experts with equal prior probabilities would get equal gradients and stay equal forever. While the experts
+        are equal, the prior does not affect the log-probabilities, so it starts random: its logits have a standard
+        deviation of 1 for hidden states of root mean square `input_rms`.
 
         Args:
             linear: a plain nn.Linear (H, V).
             n_experts: K.
-            rank: r of U_k = A_k B_k, with A_k = 0 and B_k random; by default U_k are whole matrices (H, H).
-            noise: |U_k h| ÷ |h| to begin with, which costs log-likelihood. (In bfloat16 h + U_k h is h where this is
-                below 0.002.)
-            input_rms: of the hidden states, such as hidden.square().mean().sqrt(): 1 behind a norm without gains.
+            rank: r of U_k = A_k B_k, with A_k = 0 and B_k random; None for full matrices U_k (H, H).
+            noise: initial |U_k h| ÷ |h|. Values above 0 cost log-likelihood at first. (In bfloat16, h + U_k h rounds to
+                h below about 0.002.)
+            input_rms: root mean square of the hidden states, hidden.square().mean().sqrt(); 1 after a norm without a
+                gain.
             backend, softcap: as in the constructor.
 
-        Raises TypeError, ValueError.
+        Returns:
+            The new head, on the device and with the dtype of `linear`.
+
+        Raises:
+            TypeError: `linear` is not a plain nn.Linear with a floating-point Parameter.
+            ValueError: another argument does not fit the description above.
         """
         _check_linear(linear)
         _check_scales(noise, input_rms)
         weight, bias = linear.weight, linear.bias
-        # one number that stands for (V, H): there never is a second decoder
+        # a single value expanded to (V, H), so no second decoder is allocated
         place = nn.Parameter(weight.new_zeros(()).expand_as(weight), requires_grad=False)
         head = cls(
             linear.in_features,
@@ -182,19 +193,23 @@ class MoS(Head):
         return head.train(linear.training)
 
     def grow(self: Mixture, m: int, *, noise: float = 0.0, input_rms: float = 1.0) -> Mixture:
-        """A new head of m·K experts, m copies of each, over the same decoder, with the same log-probabilities (but for
-        dropout, of which each expert has its own). This head stays as it is. Make a new optimizer for the new one.
+        """Return a new head with m copies of each of the K experts, over the same decoder and with the same
+        log-probabilities (up to dropout, since each expert draws its own). This head is unchanged. Make a new optimizer
+        for the new head.
 
-        Copies share their expert's part of the mixture, in shares that depend on the token, else they would never
-        part: copy j has the prior logit l_k(h) + v_j·h, of which the sum over copies is the same multiple of
-        exp(l_k(h)) for all k. v_j is N(0, 1 / in_features) and makes logits of standard deviation 1.
+        The copies of an expert split its prior probability differently at each token, or they would stay equal forever.
+        Copy j has the prior logit l_k(h) + v_j·h. Summed over the copies, exp of it is the same multiple of exp(l_k(h))
+        for all k, so the mixture does not change. v_j is drawn from N(0, 1 / in_features) and divided by `input_rms`.
 
         Args:
-            m: copies of each expert; those of a copy stand together: 1 … K, 1 … K, …
-            noise: the length of the random vectors added to each copy's W_k h or U_k h, ÷ |h|; it costs log-likelihood.
-            input_rms: the root mean square of the hidden states, as in `from_linear`.
+            m: copies of each expert, in the order 1 … K, 1 … K, …
+            noise: length, relative to |h|, of a random vector added to each copy's W_k h or U_k h. Values above 0 cost
+                log-likelihood at first.
+            input_rms: root mean square of the hidden states, as in `from_linear`.
 
-        Raises TypeError, ValueError; ValueError, too, for a head with external components, whose share would change.
+        Raises:
+            TypeError, ValueError: an argument does not fit the description above.
+            ValueError: the head has external components, whose share of the prior would change.
         """
         m = check_int("m", m)
         _check_scales(noise, input_rms)
@@ -213,14 +228,14 @@ class MoS(Head):
         return head
 
     def reset_parameters(self) -> None:
-        """The paper's initialisation: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
+        """Initialise as the paper does: decoder weight U(−0.1, 0.1), bias 0, torch's default for the rest.
 
-        Residual latents begin as h itself, U_k = 0 (A_k where there is a rank), which makes the head a softmax. Their
-        prior has weights N(0, 1/in_features), and so logits of standard deviation 1 where h has a root mean square of
-        1: experts that are equal part by their shares of the tokens alone.
+        Residual experts start with U_k = 0 (A_k = 0 with a rank), which makes the head a single softmax. Their prior
+        has weights N(0, 1/in_features), so its logits have a standard deviation of 1 if h has a root mean square of 1.
+        These unequal shares of the tokens let equal experts diverge.
 
-        A tied weight belongs to its embedding and is left alone. These scales suit SGD and Adam; what Adam cannot do
-        in few steps is to learn the bias, which `init_bias` sets.
+        A tied weight belongs to its embedding and is left unchanged. The scales suit SGD and Adam. Adam learns the bias
+        only slowly, so set it with `init_bias`.
         """
         super().reset_parameters()
         if isinstance(self.latent[0], LowRank):
@@ -231,11 +246,11 @@ class MoS(Head):
 
     def mixture(self, input: Tensor) -> tuple[Tensor, Tensor]:
         latent = self.latent_dropout(self.latent(input))
-        # not unflatten, which torch.compile cannot trace where a default device is set (torch 2.11)
+        # view, since torch.compile cannot trace unflatten under a default device (torch 2.11)
         return latent.view(*input.shape[:-1], self.n_experts, self.decoder.in_features), self.prior(input)
 
     def _check_components(self, n_external: int) -> None:
-        """Whether the head can have external components."""
+        """Raise ValueError if the head cannot have external components."""
 
     def extra_repr(self) -> str:
         external = f", n_external={self.n_external}" if self.n_external else ""
@@ -251,7 +266,7 @@ def _check_linear(linear: nn.Linear) -> None:
     weight = linear.weight
     if not isinstance(weight, nn.Parameter) or is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
         kind = f"{type(weight.data).__name__} of {weight.dtype}"
-        kind += "" if isinstance(weight, nn.Parameter) else ", of a parametrization"
+        kind += "" if isinstance(weight, nn.Parameter) else " computed by a parametrization"
         raise TypeError(f"linear must have a floating-point Parameter as its weight, got a {kind}")
 
 
@@ -265,8 +280,8 @@ def _check_scales(noise: float, input_rms: float) -> None:
 class MoC(MoS):
     """Mixture of Contexts: p = softmax(W Σ_k π_k tanh(W_k h + c_k) + b) (Yang et al. 2018, section 2.4).
 
-    As many parameters as `MoS` and the same arguments, but the mixture is inside one softmax, so the rank
-    stays at most latent_features + 2, as in `Softmax`: the paper's control.
+    The paper's control: it has the arguments and parameters of `MoS`, but mixes inside a single softmax. The rank is at
+    most latent_features + 2, as for `Softmax`.
     """
 
     def _check_components(self, n_external: int) -> None:

@@ -1,5 +1,6 @@
-"""python -m fused_mos.tune [--shapes NAME …] [--shape N K D V]: tunes the Triton kernels' tiles for the GPU at hand.
-python -m fused_mos.tune --compile-only --arch sm_90 [--json FILE]: compiles every kernel, without a GPU, and shows its
+"""python -m fused_mos.tune [--shapes NAME …] [--shape N K D V]: tune the Triton kernels' tiles for this GPU.
+
+python -m fused_mos.tune --compile-only --arch sm_90 [--json FILE]: compile every kernel without a GPU and show its
 resources.
 """
 
@@ -17,7 +18,7 @@ from .runtime import UserError, command, files
 from .runtime.progress import bar, say
 from .runtime.text import show
 
-if TYPE_CHECKING:  # which knows no Literal of names that are computed
+if TYPE_CHECKING:  # mypy rejects a Literal of computed names
     Shape = str
     DType = str
     Architecture = str
@@ -28,41 +29,41 @@ else:
 
 
 class TuneError(UserError):
-    """A GPU or a flag that cannot be tuned for."""
+    """The GPU or a flag does not allow tuning."""
 
 
 @dataclass
 class Flags:
     shapes: tuple[Shape, ...] = tuple(SHAPES)
-    """Shapes by name: those of the paper and of the benchmarks, and short inputs, as in generation. The odd
-    ones have to be named."""
+    """Shapes to tune, by name. The default is those of the paper and the benchmarks, and the short inputs of
+    generation; odd shapes must be named."""
 
     shape: tuple[int, int, int, int] | None = None
-    """N tokens, K experts, D latent features, V classes of your own model, instead of `shapes`."""
+    """Your model's N tokens, K experts, D latent features and V classes, instead of `shapes`."""
 
     dtypes: tuple[DType, ...] = tuple(DTYPES)
-    """Products to tune: of 16-bit tensors, and of float32 tensors with TF32 or in full precision."""
+    """Products to tune: 16-bit, and float32 with TF32 or in full precision."""
 
     again: bool = False
-    """Tune what the cache has, too."""
+    """Tune configurations again that are in the cache already."""
 
     compile_only: bool = False
-    """Measure nothing: compile every kernel with every tile of the table and show registers, shared memory, how
-    many programs a multiprocessor holds, the widest load and store in bits, and instructions. Exit status 1 where one
-    spills, needs more than the architecture has, or is slower machine code than it should be."""
+    """Compile every kernel with every tile of the table instead of measuring. Shows registers, shared memory, programs
+    per multiprocessor, the widest load and store in bits, and instructions. The exit status is 1 if a kernel spills
+    registers, exceeds the architecture's resources, or compiles to slower machine code than it should."""
 
     arch: Architecture = "sm_90"
     """Architecture to compile for."""
 
     json: Path | None = None
-    """A file for what was compiled."""
+    """File to write the compiled kernels' resources to."""
 
     brief: bool = False
-    """Compile each configuration of a kernel once, not once for each shape and dtype."""
+    """Compile each configuration of a kernel once instead of for every shape and dtype."""
 
 
 def compile_only(config: Flags) -> int:
-    """Returns the number of faults."""
+    """Compile every kernel, show its resources, and return the number of faults."""
     import triton
 
     from ._backends.triton_kernels import proof
@@ -105,13 +106,13 @@ def compile_only(config: Flags) -> int:
             for kernel in compiled
         ]
         about = json.dumps({"architecture": config.arch, "triton": triton.__version__, "kernels": []}, indent=1)
-        text = about.replace("[]", "[\n" + ",\n".join(kernels) + "\n]")  # a line for each kernel
+        text = about.replace("[]", "[\n" + ",\n".join(kernels) + "\n]")  # one line per kernel
         files.write_text(config.json, text + "\n")
     return n_faults
 
 
 def tune(config: Flags) -> None:
-    """Saves after each configuration, so that what was found is not lost with the process."""
+    """Tune every shape and dtype. Each configuration is saved at once, so an interrupted run keeps what it found."""
     from ._backends import triton as backend
     from ._backends.triton_kernels import proof, tuning
     from ._backends.triton_kernels.launch import INTERPRETED
@@ -159,7 +160,7 @@ def work(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        raise TuneError("the kernels are Triton's, and there is no triton: pip install triton") from None
+        raise TuneError("tuning needs triton, which is not installed; pip install triton") from None
     except ValueError as error:
         raise TuneError(str(error)) from None
     return 0

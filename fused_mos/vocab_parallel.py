@@ -1,13 +1,13 @@
-"""The head with its vocabulary sharded over the ranks of a process group: for decoders that are too large for one
+"""Vocabulary parallelism: shards a head's classes over the ranks of a process group, for decoders too large for one
 device.
 
-Each rank holds a span of the decoder's rows and computes the log-sum-exps and target logits of its own classes, with
-the same kernels as an unsharded head. The ranks of the group see the same tokens and exchange tensors of (N, K) alone;
-in the backward pass they add up their shares of the gradient of `latent`, (N, K, D). The gradients of the decoder never
-leave their rank.
+Each rank holds a span of the decoder's rows and computes the log-sum-exps and target logits of its own classes with
+the kernels of an unsharded head. All ranks of the group see the same tokens. In the forward pass they exchange only
+tensors of (N, K); in the backward pass they sum the gradient of `latent`, (N, K, D). The decoder's gradients stay on
+their rank.
 
-Rows are split as DTensor's Shard(0) splits them, so that `VocabShard.as_dtensor` makes a checkpoint that any number of
-ranks can read.
+Rows are split like DTensor's Shard(0). Checkpoints written through `VocabShard.as_dtensor` can be read by any number of
+ranks.
 """
 
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -32,18 +32,19 @@ if TYPE_CHECKING:
 
 
 class VocabShard(Vocabulary):
-    """A rank's share of the classes, and the functions of `fused_mos.functional` over all shares.
+    """One rank's span of the classes, and the functions of `fused_mos.functional` over all spans.
 
-    Every rank of the group must call them with the same `latent`, `prior_logits` and `target`, its own rows of `weight`
-    and `bias`, and in the same order; results are the same on all ranks. `backend` is any but "reference", which has no
-    parts to combine.
+    All ranks of the group must call the functions in the same order, with the same `latent`, `prior_logits` and
+    `target` and with their own rows of `weight` and `bias`. They all get the same results. Every backend works but
+    "reference".
 
     Args:
         n_classes: V of the whole vocabulary.
-        group: the process group to split it over; by default all ranks.
+        group: the process group to split them over; by default all ranks.
 
-    Raises RuntimeError where torch.distributed has not been initialised, ValueError where a rank would be left without
-    a class.
+    Raises:
+        RuntimeError: torch.distributed has not been initialised.
+        ValueError: a rank would have no classes.
     """
 
     def __init__(self, n_classes: int, group: dist.ProcessGroup | None = None):
@@ -65,38 +66,39 @@ class VocabShard(Vocabulary):
         self._largest = size
 
     def __deepcopy__(self, memo: dict) -> "VocabShard":
-        """Itself: a copy of the model is sharded over the same processes."""
+        """Return the shard itself: a copy of the model is sharded over the same processes."""
         return self
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a model that vocab_parallel has sharded cannot be pickled, since its process group cannot; save its "
-            "state_dict, each rank its own, or all in one by as_dtensor"
+            "a model sharded by vocab_parallel cannot be pickled, since its process group cannot; save each rank's "
+            "state_dict, or one for all ranks with as_dtensor"
         )
 
     def __repr__(self) -> str:
         return f"classes {self.start} to {self.stop - 1} of {self.n_classes}"
 
     def rows(self, whole: Tensor) -> Tensor:
-        """(V, …) -> this rank's rows of it, a view."""
+        """(V, …) -> this rank's rows, as a view. Raises ValueError unless there are n_classes rows."""
         if whole.shape[0] != self.n_classes:
-            raise ValueError(f"a tensor of n_classes = {self.n_classes} rows is wanted, got {tuple(whole.shape)}")
+            raise ValueError(f"the tensor must have n_classes = {self.n_classes} rows, got shape {tuple(whole.shape)}")
         return whole[self.start : self.stop]
 
     def as_dtensor(self, rows: Tensor, mesh: "DeviceMesh") -> "DTensor":
-        """This rank's rows as part of the whole tensor, of which they share the memory; `mesh` has one dimension, the
-        group."""
-        from torch.distributed.tensor import DTensor, Shard  # takes half as long as importing torch
+        """The whole tensor (V, …) as a DTensor that shares the memory of this rank's `rows`. `mesh` has one dimension,
+        the shard's group."""
+        from torch.distributed.tensor import DTensor, Shard  # importing it takes half as long as torch
 
         shape = torch.Size((self.n_classes, *rows.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(rows.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
     def embedding(self, tokens: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
-        """Rows of the whole embedding, of which `weight` (V of this rank, D) is a part: tokens (…) -> (…, D). That of
-        `padding_idx` gets no gradient. Fails as nn.Embedding does where a token is no class."""
+        """Look tokens up in the whole embedding, of which `weight` (V of this rank, D) is this rank's part:
+        tokens (…) -> (…, D). The row `padding_idx` gets no gradient. A token that is no class fails as in nn.Embedding.
+        """
         own = (tokens >= self.start) & (tokens < self.stop)
-        elsewhere = torch.where((tokens >= 0) & (tokens < self.n_classes), 0, -1)  # of which -1 is refused
+        elsewhere = torch.where((tokens >= 0) & (tokens < self.n_classes), 0, -1)  # the lookup refuses -1
         if padding_idx is not None:
             padding_idx = padding_idx - self.start if self.start <= padding_idx < self.stop else None
         found = nn.functional.embedding(torch.where(own, tokens - self.start, elsewhere), weight, padding_idx)
@@ -124,17 +126,17 @@ class VocabShard(Vocabulary):
         loss_weights: Tensor | None,
         with_lse: bool,
     ) -> NLL:
-        """The backward pass recomputes the logits (four products): they cannot be weighted before all ranks have told
-        their sums."""
+        """The backward pass recomputes the logits (four products in all): they cannot be weighted before the sums of
+        all ranks are known."""
         local = torch.where(target == ignore_index, IGNORED, self._own(target))
         options = filter_eps, operands.backend, operands.softcap
         nll, lse = ShardedNLL.apply(*operands.tensors, local, self.group, options)
         is_none = (target != ignore_index) & ((target < 0) | (target >= self.n_classes))
-        nll = torch.where(is_none, torch.nan, nll)  # as without shards, where nobody has looked at the targets
+        nll = torch.where(is_none, torch.nan, nll)  # as without shards, if the targets were not checked
         return reduced_loss(nll, lse, operands, target, ignore_index, reduction, loss_weights, with_lse)
 
     def _own(self, index: Tensor) -> Tensor:
-        """Classes as this rank counts its own."""
+        """Renumber classes from this rank's first one; other ranks' classes become ELSEWHERE."""
         own = (index >= self.start) & (index < self.stop)
         return torch.where(own, index - self.start, ELSEWHERE)
 
@@ -167,7 +169,7 @@ class VocabShard(Vocabulary):
 
     @torch.no_grad()
     def distribution(self, operands: Operands, temperature: float = 1.0) -> Tensor:
-        """The whole (N, V) on every rank, for evaluation: not differentiable."""
+        """Log-probabilities of all classes, (N, V) on every rank. For evaluation only: not differentiable."""
         given = self._given_normalisers(operands, temperature)
         log_p = ops.mixture_log_prob(*given, operands.backend, operands.softcap, temperature)
         own = nn.functional.pad(log_p, (0, self._largest - log_p.shape[1]))
@@ -183,19 +185,19 @@ class VocabShard(Vocabulary):
         return self.candidates(operands, 1).indices.squeeze(1)
 
     def candidates(self, operands: Operands, k: int, temperature: float = 1.0) -> TopK:
-        """The best of every rank's candidates, which each rank gathers."""
+        """The k best of all ranks' candidates, which every rank gathers."""
         given = self._given_normalisers(operands, temperature)
         own = TopK(*ops.mixture_topk(*given, k, operands.backend, operands.softcap, temperature))
-        filled = k - own.values.shape[1]  # where this rank has fewer than k classes
+        filled = k - own.values.shape[1]  # padding, if this rank has fewer than k classes
         values = torch.cat(self._gathered(nn.functional.pad(own.values, (0, filled), value=-torch.inf)), 1)
         indices = torch.cat(self._gathered(nn.functional.pad(own.indices + self.start, (0, filled), value=-1)), 1)
-        # a class of probability 0 goes before what fills up
+        # a class of probability 0 ranks before the padding
         order = values.clamp_min(torch.finfo(values.dtype).min).masked_fill(indices < 0, -torch.inf)
         chosen = order.topk(k).indices
         return TopK(values.gather(1, chosen), indices.gather(1, chosen))
 
     def drawn(self, operands: Operands, temperature: float, generator: torch.Generator | None) -> Tensor:
-        """First the expert, then the rank, then a class of that rank, which draws it."""
+        """Draw the expert, then the rank, then a class of that rank. Only the chosen rank's draw counts."""
         latent, prior_logits, weight, bias, backend, softcap = operands
         n = latent.shape[0]
         if n == 0:  # torch.multinomial refuses an empty batch
@@ -209,13 +211,13 @@ class VocabShard(Vocabulary):
         no_prior = prior_logits.new_zeros(n, 1)
         own = ops.sample(chosen, no_prior, weight, bias, temperature, seed, backend, softcap)
         own = torch.where(own >= 0, own + self.start, own)
-        # where no rank has a class to draw, the first says so
+        # if no rank has a class to draw, the first rank's −1 is the result
         result = torch.where(rank.clamp_min(0) == dist.get_rank(self.group), own, 0)
         dist.all_reduce(result, group=self.group)
         return result
 
     def choose(self, probability: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The choice of the group's first rank."""
+        """Draw columns on the group's first rank and broadcast them."""
         choice = chosen_columns(probability, generator)
         dist.broadcast(choice, group=self.group, group_src=0)
         return choice
@@ -227,7 +229,7 @@ class VocabShard(Vocabulary):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """nn.Embedding, of which this rank holds the rows of its shard."""
+    """nn.Embedding of which each rank holds the rows of its shard."""
 
     def __init__(self, shard: VocabShard, weight: nn.Parameter, padding_idx: int | None = None):
         super().__init__()
@@ -245,16 +247,19 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> VocabShard:
-    """Cuts the decoder of a head (`fused_mos.MoS`, `MoC`, `Softmax`), or of the one head in `model`, down to this
-    rank's rows, and with it a plain nn.Embedding that is tied to it, under all of its names. In place: make optimizers
-    afterwards.
+    """Shard the decoder of the only head in `model` (a `fused_mos.MoS`, `MoC` or `Softmax`, or a model that holds one)
+    in place: keep this rank's rows and drop the others. An nn.Embedding tied to the decoder is sharded with it.
 
-    The parameters must be the same on all ranks of the group, as from one seed. Returns the shard, which
-    `Head.vocabulary` is from now on.
+    Make optimizers afterwards. The parameters must be equal on all ranks of the group, for example from one seed.
 
-    Raises ValueError, and leaves the model as it was, unless it holds exactly one head, and where what else has the
-    decoder's parameters is more than a plain nn.Embedding (one with max_norm, say, or hooks, or scaled) or outside of
-    it; RuntimeError without torch.distributed and where the ranks' GPUs are of different models.
+    Returns:
+        The shard, which is also the new `Head.vocabulary`.
+
+    Raises:
+        ValueError: `model` does not hold exactly one head; or another tensor of the model shares the decoder's
+            parameters and is not the weight of a plain nn.Embedding (without max_norm, hooks or scaling); or the tied
+            embedding is outside `model`. The model is then unchanged.
+        RuntimeError: torch.distributed has not been initialised, or the ranks' GPUs are of different models.
     """
     heads = [module for module in model.modules() if isinstance(module, Head)]
     if len(heads) != 1:
@@ -274,14 +279,14 @@ def parallelize(model: nn.Module, group: dist.ProcessGroup | None = None) -> Voc
     for embedding in embeddings:
         sharded = VocabParallelEmbedding(shard, rows, embedding.padding_idx).train(embedding.training)
         for parent in list(model.modules()):
-            for name, module in parent._modules.items():  # each name of it, of which named_children tells one
+            for name, module in parent._modules.items():  # named_children skips repeated modules
                 if module is embedding:
                     parent._modules[name] = sharded
     return shard
 
 
 def _tied_embeddings(model: nn.Module, head: Head) -> list[nn.Embedding]:
-    """Those that have the decoder's weight. Raises ValueError where cutting the decoder down would change what the
+    """The embeddings that share the decoder's weight. Raises ValueError if sharding the decoder would change what the
     model computes."""
     decoder = head.decoder
     if more := addition(decoder, nn.Linear):
@@ -290,7 +295,7 @@ def _tied_embeddings(model: nn.Module, head: Head) -> list[nn.Embedding]:
         raise ValueError(f"the head's decoder must have weight and bias, got {', '.join(decoder.state_dict())}")
     for name, parameter in decoder.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            raise ValueError(f"the decoder's {name} has a hook, which its rows would not have; register it afterwards")
+            raise ValueError(f"the decoder's {name} has a hook, which sharding would lose; register it afterwards")
     tied: list[nn.Embedding] = []
     for path, module in model.named_modules():
         for name, tensor in {**module.__dict__, **module._buffers, **module._parameters}.items():
@@ -299,7 +304,7 @@ def _tied_embeddings(model: nn.Module, head: Head) -> list[nn.Embedding]:
                 continue
             what = f"{path}.{name}".lstrip(".") + f" is the decoder's {shared[0]}"
             if tensor is not decoder.weight or not isinstance(module, nn.Embedding) or name != "weight":
-                raise ValueError(f"{what}, and not the weight of an nn.Embedding; vocab_parallel shards no other")
+                raise ValueError(f"{what}, and not the weight of an nn.Embedding; vocab_parallel shards nothing else")
             if more := _beyond_lookup(module):
                 raise ValueError(
                     f"{what}, and its module {more}, which vocab_parallel does not keep; use a plain nn.Embedding and "
@@ -321,7 +326,7 @@ def _share_memory(tensor: Any, parameter: nn.Parameter) -> bool:
 
 
 def _beyond_lookup(embedding: nn.Embedding) -> str:
-    """What an nn.Embedding does besides looking rows up, in words that follow "it"."""
+    """Describe what an nn.Embedding does besides looking rows up, as a phrase to follow "it"; "" if nothing."""
     if type(embedding) is not nn.Embedding:
         return f"is a {type(embedding).__qualname__}"
     for name in ("max_norm", "scale_grad_by_freq", "sparse"):
@@ -335,8 +340,8 @@ def _beyond_lookup(embedding: nn.Embedding) -> str:
 
 
 def _check_equal_gpus(device: torch.device, group: dist.ProcessGroup) -> None:
-    """Every rank draws the dropout masks for itself, and what torch draws from one seed depends on how many
-    multiprocessors a GPU has."""
+    """Raise RuntimeError unless all ranks have GPUs of one model. Each rank draws the dropout masks itself, and what
+    torch draws from a seed depends on the GPU's number of multiprocessors."""
     models: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(models, _gpu_model(device), group)
     for rank, model in enumerate(models):

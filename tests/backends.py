@@ -1,4 +1,4 @@
-"""The backends that this machine can test, and the parameters that stand for them.
+"""The backends that this machine can test, as pytest parameters.
 
 conftest.py sets the environment that Triton and OpenMP read before this is imported.
 """

@@ -3,8 +3,8 @@
 import os
 import signal
 
-# threads that wait for each other sleep: two test processes share the cores, and where threads spin instead, a test has
-# taken eight times as long
+# waiting threads sleep instead of spinning: two test processes share the cores, and with spinning threads a test took
+# eight times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -25,8 +25,8 @@ if triton and triton.INTERPRETED:
 
 
 def pytest_configure():
-    """A background job of a script ignores SIGINT, and so would the tests that send it and the processes that they
-    start: what is ignored is inherited."""
+    """Stop ignoring SIGINT. Background jobs of a script ignore it, and the processes that tests start would inherit
+    that."""
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
@@ -40,8 +40,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seeded_and_strict():
-    """The same numbers in every order of tests, and torch.empty filled with NaN, so that an element that
-    nobody writes is seen."""
+    """Seed torch, so results do not depend on the order of tests, and fill torch.empty with NaN to expose elements that
+    nothing writes."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
@@ -50,7 +50,7 @@ def seeded_and_strict():
 
 @pytest.fixture(autouse=True)
 def default_device(request):
-    """The tests of the Triton backend make their tensors on the GPU where there is one."""
+    """Make the tensors of the Triton backend's tests on the GPU, if there is one."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     on_gpu = ON_GPU and any(isinstance(value, str) and value == "triton" for value in parameters.values())
     torch.set_default_device("cuda" if on_gpu else None)
@@ -63,7 +63,7 @@ TRITON_KERNELS = "fused_mos._backends.triton_kernels"
 
 @pytest.fixture(params=["one tile", "many tiles"])
 def workspace(request, monkeypatch):
-    """Runs a test with the usual workspace and with one so small that every loop has several tiles (of 64 columns in
+    """Run a test with the usual workspace and with a small one, in which every loop has several tiles (of 64 columns in
     `tiled`) or chunks."""
     from fused_mos._backends import tiled, tiled_products
 
@@ -89,14 +89,14 @@ def workspace(request, monkeypatch):
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request, monkeypatch):
-    """Runs a test with the native kernels of each instruction set that this processor has."""
+    """Run a test with the native kernels of each instruction set that this processor has."""
     use_instruction_set(request.param, monkeypatch)
     return request.param
 
 
 @pytest.fixture(params=["tiled", TRITON, *INSTRUCTION_SETS])
 def backend(request, monkeypatch):
-    """Each fused backend by its name, `cpu` once with each instruction set."""
+    """The name of each fused backend; `cpu` comes once for each instruction set."""
     if request.param in ("tiled", "triton"):
         return request.param
     use_instruction_set(request.param, monkeypatch)

@@ -1,4 +1,4 @@
-"""csrc/cuda's kernels thread by thread on a CPU (csrc/cuda/emulation.h), as a module."""
+"""Compiles the kernels of csrc/cuda into a module that runs them thread by thread on a CPU (csrc/cuda/emulation.h)."""
 
 import importlib.util
 import itertools
@@ -12,14 +12,14 @@ import pybind11
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 SHARED_BYTES = 227 * 1024
-"""What a block may use on an H100."""
+"""Shared memory that a block may use on an H100."""
 
 _numbers = itertools.count()
 
 
 def emulation(sources: Path, folder: Path) -> ModuleType:
-    """The module of bindings.cpp over the emulated kernels."""
-    name = f"_cuda_emulation_{next(_numbers)}"  # pybind11 gives the module that it has for a name that it has seen
+    """The module of bindings.cpp with the emulated kernels."""
+    name = f"_cuda_emulation_{next(_numbers)}"  # a new name, since pybind11 returns the old module for a known one
     path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     flags = "-std=c++17 -O2 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
@@ -33,7 +33,7 @@ def emulation(sources: Path, folder: Path) -> ModuleType:
 
 
 def broken_emulation(file: str, right: str, wrong: str, folder: Path) -> ModuleType:
-    """The same with a mistake: of `file`, which has `right` once, `wrong` in its place."""
+    """`emulation` with an error: in `file`, `wrong` replaces the only occurrence of `right`."""
     for path in SOURCES.iterdir():
         shutil.copy(path, folder)
     text = (folder / file).read_text()

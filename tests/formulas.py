@@ -1,4 +1,4 @@
-"""The functions of a head written down as their formulas, over all logits: what the reference is tested against."""
+"""The functions of a head as plain formulas over all logits, to test the reference."""
 
 import torch
 from torch import Tensor

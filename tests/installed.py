@@ -1,7 +1,7 @@
 """Checks an installed package: `python tests/installed.py`, with the environment's own Python.
 
-`make wheel-check` and the wheels' workflow run it. It needs neither pytest nor the clone, which Python would import
-instead if it were started there with -m; `--editable` leaves out the check that the package lies in the environment.
+`make wheel-check` and the wheels' workflow run it. It needs neither pytest nor the clone. (With -m, Python would import
+the clone instead.) `--editable` skips the check that the package is in the environment.
 """
 
 import os
@@ -41,12 +41,12 @@ def main(editable: bool) -> None:
 
     torch.set_num_threads(4)  # more than one on any machine, so that each runtime has a pool
     head = fused_mos.MoS(in_features=32, n_classes=2000, n_experts=3, latent_features=24)
-    expected = step(head, "reference")  # starts the threads of torch's pool, and those of autograd where it has some
+    expected = step(head, "reference")  # starts the threads of torch's pool, and those of autograd, if any
     before = n_threads()
     error = (step(head, "cpu") - expected).abs().max().item()
     assert error < 1e-4 * expected.abs().max().item(), f"gradients differ by {error}"
 
-    # with two runtimes their threads compete for the cores, and small operations slow down a hundredfold
+    # the threads of two runtimes would compete for the cores and slow small operations down a hundredfold
     runtimes = openmp_runtimes()
     assert len(runtimes) == 1, f"torch and the kernels must share one OpenMP runtime: {sorted(runtimes)}"
     assert n_threads() <= before, f"the kernels started {n_threads() - before} threads of their own"

@@ -1,4 +1,4 @@
-"""Finds out which tests are slow and why, so that nobody has to mark them by hand."""
+"""Marks slow tests automatically by the reason why they are slow."""
 
 import functools
 import inspect
@@ -16,8 +16,8 @@ STARTERS = (subprocess, multiprocessing, torch.multiprocessing)
 
 
 def add_markers(item: pytest.Item) -> None:
-    """Add `interpreted` where a parameter names the interpreted Triton backend, and `processes` where the test's code
-    starts some. A test marks itself where a fixture or the package does that."""
+    """Add `interpreted` if a parameter names the interpreted Triton backend, and `processes` if the test's code starts
+    processes. If a fixture or the package does so, the test needs its own mark."""
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     if triton and triton.INTERPRETED and any(isinstance(value, str) and value == "triton" for value in parameters):
         item.add_marker("interpreted")
@@ -31,7 +31,7 @@ def starts_processes(test) -> bool:
 
 
 def _starts_processes(function: FunctionType, seen: set[FunctionType]) -> bool:
-    """True if `function`, or a function of the tests that it calls, names a module that starts processes."""
+    """True if `function`, or a test function that it calls, names a module that starts processes."""
     seen.add(function)
     for name in _names(function.__code__):
         value = function.__globals__.get(name)
@@ -47,6 +47,6 @@ def _of_the_tests(value: object) -> bool:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Names that the code looks up, with those of the functions within it."""
+    """Names that the code, or a function in it, looks up."""
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*inner)

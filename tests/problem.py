@@ -14,7 +14,7 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.
 
 
 EXACT = {"tiled": (torch.float64, 1e-12), "cpu": (torch.float32, 2e-5), "triton": (torch.float32, 2e-5)}
-"""The most precise dtype of a backend, and the tolerance of identities in it, for numbers of order 10."""
+"""The most precise dtype of each backend, and the tolerance of identities in it for numbers of order 10."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Problem:
     target: Tensor
 
     def to(self, dtype: torch.dtype, requires_grad: tuple[str, ...] = INPUTS) -> "Problem":
-        """Leaves of `dtype`; a fresh copy."""
+        """A new copy with leaf tensors of `dtype`."""
         cast = {}
         for name in INPUTS:
             tensor = getattr(self, name)
@@ -52,8 +52,10 @@ class Problem:
 def problem(
     n: int, k: int, d: int, v: int, bias: bool = True, scale: float = 1.0, seed: int = 0, ignored: bool = True
 ) -> Problem:
-    """float64, values exact in bfloat16, so that every dtype gets the same problem; biases of order 1;
-    logits of order `scale`. On torch's default device; the same numbers on each."""
+    """A random problem in float64 with logits of order `scale` and biases of order 1, on torch's default device.
+
+    The values are exact in bfloat16, so every dtype gets the same problem, and they are the same on every device.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -71,7 +73,7 @@ def problem(
     )
 
 
-# what `check_forward_and_gradients` computes, of a problem and a backend
+# the computations for `check_forward_and_gradients`: (problem, backend) -> tensor
 
 
 @functools.cache  # `_expected` is kept by the function
@@ -90,7 +92,7 @@ def logsumexp(p, backend):
 def assert_meets_criterion(
     ours: Tensor, unfused: Tensor, oracle: Tensor, factor: float, dtype: torch.dtype, what: str, slack: float = 0.0
 ) -> None:
-    """max error ≤ factor × the error of the unfused same-dtype computation + the dtype's floor + `slack`."""
+    """Assert max error ≤ factor × the error of the unfused same-dtype computation + the dtype's floor + `slack`."""
     assert ours.shape == oracle.shape
     assert torch.equal(ours.isfinite(), oracle.isfinite()), f"{what}: not finite where the oracle is, or the reverse"
     finite = oracle.isfinite()
@@ -102,7 +104,7 @@ def assert_meets_criterion(
 
 
 def _computed(case: Problem, compute, dtype: torch.dtype, backend: str, requires_grad) -> tuple[Tensor, dict]:
-    """The output, and the gradients for a fixed random gradient of it."""
+    """The output, and the gradients for a fixed random gradient of the output."""
     p = case.to(dtype, requires_grad)
     output = compute(p, backend)
     if requires_grad:
@@ -110,7 +112,7 @@ def _computed(case: Problem, compute, dtype: torch.dtype, backend: str, requires
         weights = torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(output.device)
         if output.dim() == 0:
             weights = torch.ones_like(weights)
-        # −inf outputs (masked classes) take no gradient
+        # outputs of −inf (masked classes) get no gradient
         torch.where(output.isfinite(), output * weights.to(output.dtype), 0).sum().backward()
     return output.detach(), p.gradients()
 
@@ -119,8 +121,8 @@ _KEPT: dict[tuple, tuple] = {}
 
 
 def _expected(case: Problem, compute, dtype: torch.dtype, requires_grad) -> tuple[Tensor, dict, Tensor, dict]:
-    """The unfused computation in `dtype` and the float64 oracle. The last ones are kept: the backends and workspaces of
-    a test ask for the same, which takes longer than what they compute themselves."""
+    """The unfused computation in `dtype` and the float64 oracle. The last ones are cached: all backends and workspaces
+    of a test need the same, and computing it takes longer than their own results."""
     tensors = [getattr(case, name) for name in (*INPUTS, "target")]
     key = (compute, dtype, requires_grad, torch.backends.cuda.matmul.fp32_precision, *map(_digest, tensors))
     if key not in _KEPT:
@@ -148,10 +150,10 @@ def check_forward_and_gradients(
     requires_grad=INPUTS,
     relative_slack: float = 0.0,
 ) -> None:
-    """`compute(problem, backend)` -> tensor; backpropagates a fixed random gradient and checks everything.
+    """Check the output of `compute(problem, backend)` and all gradients for a fixed random gradient of it.
 
-    `relative_slack` adds to the criterion: relative to the largest number of a result, and, in float32's rounding, to
-    that of the weights that gradients are sums of. It is for random problems, where the unfused error is small by
+    `relative_slack` is added to the criterion, relative to the largest number of a result and, in float32's rounding,
+    to the largest weight in the sums of gradients. It is for random problems, where the unfused error can be small by
     chance.
     """
     ours, our_grads = _computed(case, compute, dtype, backend, requires_grad)

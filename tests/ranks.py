@@ -1,4 +1,4 @@
-"""Runs a function in several processes that form a gloo group, as torchrun would start them."""
+"""Runs a function in several processes that form a gloo group, as if started by torchrun."""
 
 import datetime
 import os
@@ -10,12 +10,12 @@ import torch.multiprocessing as mp
 
 
 def run_on_ranks(n_ranks: int, function, *arguments, init: bool = True) -> None:
-    """function(*arguments) on each rank; an exception on any of them is raised here. Without `init` the function makes
-    the group."""
+    """Call function(*arguments) on each rank, and raise an exception of any rank here. Without `init` the function
+    makes the group itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # forked from a server that has imported torch, which takes longer than what the tests do
+    # fork from a server that has imported torch, since importing it takes longer than the tests
     mp.set_forkserver_preload(["fused_mos"])
     mp.start_processes(_rank, (n_ranks, port, init, function, arguments), n_ranks, start_method="forkserver")
 

@@ -1,5 +1,5 @@
-"""Log-probabilities of given classes, scores, experts by themselves, what else takes a soft cap, and samples of a part
-of a mixture, on every backend."""
+"""Log-probabilities of given classes, scores, per-expert results, soft caps, and restricted samples, on every
+backend."""
 
 import functools
 
@@ -23,7 +23,7 @@ def backend(request):
 
 
 def classes(n: int, v: int, m: int | None) -> torch.Tensor:
-    """Some ignored, some twice."""
+    """Random classes, some ignored and some repeated."""
     generator = torch.Generator().manual_seed(3)
     index = torch.randint(0, v, (n, m or 1), generator=generator, device="cpu").to(torch.get_default_device())
     index[n // 2 :, -1] = index[n // 2 :, 0]
@@ -80,7 +80,7 @@ def test_the_two_temperatures_differ_for_a_mixture_alone():
 
 
 def test_rows_are_gathered_in_blocks(backend, monkeypatch):
-    """Also where a block is one token, and where a class comes twice in different blocks."""
+    """Includes blocks of one token, and a class that occurs in two blocks."""
     monkeypatch.setattr(gather, "BYTES", 1)
     check_forward_and_gradients(problem(23, 3, 33, 5), log_prob_at(4, SOFTCAP, 1.0, 1.0), torch.float32, backend)
 
@@ -143,7 +143,7 @@ def test_the_best_class_of_a_score(backend):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("backend", ["reference", "tiled", CPU, TRITON])
 def test_classes_that_tie_are_all_best(k, backend):
-    """Also the one that is predicted, of logits that a cap makes equal but for rounding."""
+    """A cap makes logits equal up to rounding: all of them, and the predicted one, count as best."""
     case = problem(3, k, 8, 40, ignored=False).to(torch.float32, ())
     given = torch.zeros_like(case.latent), case.prior_logits, case.weight
     assert F.mos_score(*given, torch.tensor([0, 3, 39]), backend=backend).is_top1.all()
@@ -250,7 +250,7 @@ def test_capped_predictions(workspace, backend):
 
 @pytest.mark.parametrize("scale", [0.0, 1e4])
 def test_a_cap_far_from_the_logits(scale, backend):
-    """Tiny logits pass as they are; of huge ones only the sign is left, and no gradient."""
+    """Tiny logits pass unchanged. Of huge ones only the sign is left, and they get no gradient."""
     dtype, tolerance = EXACT[backend]
     case = problem(9, 3, 8, 40, bias=scale == 0, scale=scale or 1e-3).to(dtype)
     if not scale:
@@ -277,7 +277,7 @@ LIMITS = [
 
 
 def limited(log_p: torch.Tensor, top_k: int | None, top_p: float) -> torch.Tensor:  # (N, V) -> (N, V)
-    """Step by step, each renormalising."""
+    """Apply top_k, then top_p, renormalising after each."""
     probability = log_p.exp()
     if top_k:
         probability = probability.masked_fill(probability < probability.topk(top_k).values[:, -1:], 0)

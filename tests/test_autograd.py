@@ -1,4 +1,4 @@
-"""What autograd may do with a loss and its gradients: keep the graph, edit results in place, batch."""
+"""Uses of autograd on a loss and its gradients: retained graphs, in-place edits of results, batched gradients."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fused_mos import functional as F
 
 @pytest.mark.parametrize("reduction", F.REDUCTIONS)
 def test_gradients_are_the_caller_s(reduction, backend):
-    """Who clips them in place, and keeps the graph, gets the same once more."""
+    """Clipping gradients in place does not change those of a second backward pass through a retained graph."""
     p = problem(7, 3, 5, 23).to(EXACT[backend][0])
     loss = p.nll(reduction=reduction, backend=backend).sum()
     inputs = p.inputs()

@@ -213,7 +213,7 @@ def test_constructor_types(options, message):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_nan_is_found_in_a_weight_that_was_written_to(fused):
-    """Though outside of training a weight is read once until then."""
+    """Outside training, a weight is checked once and then again only after a write."""
     latent, prior_logits, weight = torch.randn(N, K, D), torch.randn(N, K), torch.nn.Parameter(torch.randn(V, D))
 
     def step():

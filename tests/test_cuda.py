@@ -1,8 +1,8 @@
-"""csrc/cuda's decode kernel: on a GPU where there is one, and everywhere thread by thread on the CPU
+"""The decode kernel of csrc/cuda, on a GPU if there is one, and always thread by thread on the CPU
 (csrc/cuda/emulation.h).
 
-The emulation runs the kernel's own text. Between barriers its threads take turns in a random order, and asynchronous
-copies arrive as late as they may, so that a barrier or a wait too few shows.
+The emulation runs the kernel's own source. Between barriers its threads take turns in a random order, and asynchronous
+copies arrive as late as allowed, which exposes missing barriers and waits.
 """
 
 import math
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.compiles
 
 
 def emulated(module, multiprocessors=3, order=1, shared_bytes=SHARED_BYTES) -> "cuda.Decoder":
-    """On so many multiprocessors; `order` seeds the turns of the threads."""
+    """An emulated decoder. `order` is the seed for the order of the threads' turns."""
     return cuda.Decoder(module, lambda _: (multiprocessors, shared_bytes), lambda _: nullcontext(order))
 
 
@@ -56,7 +56,7 @@ def inputs(case, dtype):
 
 
 def check(case, decoder, dtype):
-    """log p by the criterion of all backends; topk is that of log p."""
+    """Check log p by the criterion of all backends, and topk against log p."""
     log_p = decoder.log_prob(*inputs(case, dtype))
     of_reference = [reference.log_prob(*case.to(d, ()).inputs()) for d in (dtype, torch.float64)]
     assert_meets_criterion(log_p, *of_reference, 2, dtype, "log p")
@@ -95,7 +95,7 @@ def test_large_logits(scale, decoder):
 
 
 def test_rare_inputs(decoder):
-    """Without a bias, a prior that is sure, masked classes, one of them the last, and a whole block of them."""
+    """No bias, a one-hot prior, masked classes including the last one, and a whole block of masked classes."""
     check(problem(2, 3, 32, 300, bias=False), decoder, torch.bfloat16)
     case = problem(3, 4, 48, 300)
     case.prior_logits[:] = -torch.inf
@@ -121,7 +121,7 @@ def test_nan_is_not_hidden(decoder):
 
 
 def test_rows_of_a_larger_matrix(decoder):
-    """A weight that begins where 16 bytes cannot be copied at once."""
+    """A weight whose address is not a multiple of 16 bytes."""
     case = problem(2, 3, 18, 300).to(torch.bfloat16, ())
     weight = torch.cat([case.weight[:1], case.weight])[1:]
     assert decoder.plan("LogProb", case.latent, weight, None).copy_bytes == 4
@@ -134,7 +134,7 @@ def test_rows_of_a_larger_matrix(decoder):
 
 @pytest.mark.parametrize("shape", [(3, 5, 34, 600), (8, 15, 24, 257)], ids=str)
 def test_the_order_of_threads_and_where_logits_are_change_no_bit(shape, module):
-    """Also not which blocks there are, beyond the rounding of sums."""
+    """The division into blocks changes results only by the rounding of sums."""
     case = inputs(problem(*shape), torch.bfloat16)
     first = emulated(module)
     log_p, top = first.log_prob(*case), first.topk(*case, 5)
@@ -297,7 +297,7 @@ def test_gpu_functions():
 
 
 def test_functions_take_it_where_no_gradient_is_wanted(module, monkeypatch):
-    """By a backend that has it, here one of tiled's kernels and the emulation's."""
+    """The backend here combines the kernels of tiled with the emulated decoder."""
     used = []
 
     class Recorded(cuda.Decoder):
@@ -341,7 +341,7 @@ def test_without_a_gpu():
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: torch finds no CUDA GPU"):
         F.mos_log_prob(*case.inputs(), backend="cuda")
     assert cuda._cuda.versions()[0] >= 11_000 and cuda.too_new(13_000, 13_020) is cuda.too_new(12_090, 12_040) is None
-    assert "built with CUDA 13.0 and the driver is for 12.8" in cuda.too_new(13_000, 12_080)
+    assert "built with CUDA 13.0, but the driver is for 12.8" in cuda.too_new(13_000, 12_080)
     made = plan(cuda._cuda, 1, 3, 32, 100)
     with pytest.raises(RuntimeError, match="CUDA error [0-9]+: .*driver"):
         made.log_prob(0, 0, 0, 0)
@@ -352,10 +352,10 @@ def test_without_a_gpu():
     ("right", "wrong"),
     [
         ("wait_for_copies<STAGES - 2>", "wait_for_copies<STAGES - 1>"),
-        ("device::sync_warp();  // the other lanes' copies", "//"),
+        ("device::sync_warp();  // all lanes' copies", "//"),
         ("    stream();\n    device::sync_block();", "    stream();"),
         ("    device::sync_grid();\n    for (int row", "    device::sync_block();\n    for (int row"),
-        ("device::sync_block();  // the statistics, or", "//"),
+        ("device::sync_block();  // all threads have read the statistics or", "//"),
     ],
 )
 def test_the_emulation_sees_a_barrier_too_few(right, wrong, tmp_path):

@@ -1,4 +1,4 @@
-"""Ordinary calls pass torch's dispatcher by; all others reach the ops."""
+"""Ordinary calls bypass torch's dispatcher; all others reach the ops."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fused_mos.ops.direct import direct
 
 
 class Op:
-    """In the place of a custom op."""
+    """Stands in for a custom op."""
 
     _name = "some"
 

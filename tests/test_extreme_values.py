@@ -1,5 +1,5 @@
-"""The fused functions at the ends of what numbers can be: huge logits, masked classes, ignored targets, cold samples,
-and what is no distribution.
+"""The fused functions on extreme values: huge logits, masked classes, ignored targets, cold samples, and inputs that
+define no distribution.
 """
 
 import math
@@ -17,8 +17,8 @@ from fused_mos._backends import reference
 def test_large_logits(compute, scale, workspace, backend):
     case = problem(11, 3, 12, 200, scale=scale)
     assert case.to(torch.float64).latent.matmul(case.weight.t()).abs().max() > scale
-    # logits of hundreds are rounded less luckily by other products than the unfused one's: the interpreter multiplies
-    # with NumPy, and tiled's tiles have other shapes
+    # logits in the hundreds round differently in other products than the unfused one: the interpreter multiplies with
+    # NumPy, and tiled's tiles have other shapes
     slack = scale * 2**-23 if backend in ("tiled", "triton") and scale == 100 else 0.0
     slack += 2**-24 if backend == "triton" else 0.0  # a mean's gradients are rounded once more, in the backward pass
     check_forward_and_gradients(case, compute, torch.float32, backend, relative_slack=slack)
@@ -26,7 +26,7 @@ def test_large_logits(compute, scale, workspace, backend):
 
 @pytest.mark.parametrize("compute", [nll("mean"), nll("none"), log_prob], ids=["mean", "none", "log_prob"])
 def test_logits_far_below_zero(compute, workspace, backend):
-    """What fills up the last tile may not pass for the largest logit, of which e⁻¹²⁸ leaves nothing."""
+    """The padding of the last tile must not count as the largest logit: relative to it, e⁻¹²⁸ underflows."""
     case = problem(11, 3, 12, 203)
     case.bias -= 128
     check_forward_and_gradients(case, compute, torch.float32, backend, relative_slack=2**-16)
@@ -48,8 +48,8 @@ def test_one_hot_prior(compute, workspace, backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_masked_classes(reduction, workspace, backend):
-    """Classes masked by a bias of −inf have log-probability −inf, take no gradient and disturb no other: all is
-    as if they did not exist. (The reference, being plain torch, has NaN gradients there.)"""
+    """Classes masked by a bias of −inf have log-probability −inf, get no gradient and do not affect other classes. (The
+    reference, being plain torch, has NaN gradients there.)"""
     dtype, tolerance = EXACT[backend]
     case = problem(11, 3, 12, 200, ignored=False)
     allowed = torch.ones(200, dtype=torch.bool)
@@ -167,7 +167,7 @@ def test_losses_of_huge_logits_are_finite(scale, backend):
 
 
 def test_small_gradients_of_float16_survive_a_loss_scale():
-    """They are rounded after the scale has made them large."""
+    """They are rounded only after the loss scale has enlarged them."""
     torch.manual_seed(0)
     n, k, d, v, scale = 2_048, 2, 64, 500, 65_536.0
     w, target, prior = 0.02 * torch.randn(v, d), torch.randint(v, (n,)), torch.randn(n, k)
@@ -187,7 +187,7 @@ def test_small_gradients_of_float16_survive_a_loss_scale():
 
 @pytest.mark.parametrize("what", ["prior inf", "prior all -inf", "latent inf", "bias inf", "weight inf"])
 def test_what_is_no_distribution_is_nan(what, backend):
-    """Of the tokens that it concerns, and of no others; on every backend."""
+    """The results are NaN for the affected tokens only, on every backend."""
     case = problem(4, 3, 8, 90, ignored=False).to(torch.float32, ())
     z, a, w, b = (tensor.clone() for tensor in case.inputs())
     if what == "prior inf":

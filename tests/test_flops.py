@@ -1,4 +1,4 @@
-"""What torch.utils.flop_counter counts of the fused ops."""
+"""torch.utils.flop_counter counts the FLOPs of the fused ops."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What benchmarks.gpu makes of a run: its cases, a file that goes on, processes that end, times and tables. No GPU."""
+"""benchmarks.gpu without a GPU: its cases, a file that is continued, processes that end, times and tables."""
 
 import sys
 import types

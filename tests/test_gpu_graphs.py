@@ -1,4 +1,4 @@
-"""The head in CUDA graphs, by every way to make them: replays on new inputs give the bits of ordinary calls."""
+"""The head in CUDA graphs made in every way: replays on new inputs give the same bits as ordinary calls."""
 
 import copy
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.interpreted
 def test_gpus_that_are_too_old_are_named():
     assert configurations.OLDEST == (8, 0)
     assert triton.too_old("NVIDIA A100", (8, 0)) is None
-    message = "it needs a GPU of compute capability 8.0 or newer, and Tesla T4 has 7.5; use backend='tiled'"
+    message = "it needs a GPU of compute capability 8.0 or newer, but Tesla T4 has 7.5; use backend='tiled'"
     assert triton.too_old("Tesla T4", (7, 5)) == message
     with pytest.raises(
         ValueError, match="backend 'triton' cannot be used: it is for CUDA tensors, but latent is on meta"

@@ -1,4 +1,4 @@
-"""Properties of single Triton kernels that a criterion for whole results is too wide to see."""
+"""Properties of single Triton kernels that are too small for the criterion for whole results."""
 
 import math
 
@@ -16,7 +16,7 @@ from fused_mos._backends.triton_kernels import backward, finish, workspace
 
 
 def test_log_sum_exp_of_large_logits_is_exact():
-    """A reference is rounded where it is multiplied by log2(e), by 2⁻¹² at 3,000; what is kept of the forward pass is
+    """log2(e)·reference has a rounding error of 2⁻¹² at 3,000, but the statistics kept from the forward pass are
     relative to the reference itself."""
     case = problem(40, 3, 8, 300, ignored=False).to(torch.float32, ())
     case.bias += 3_000
@@ -39,8 +39,8 @@ def test_the_gradient_of_the_bias_is_both_columns_of_the_sums():
 
 
 def test_the_gradient_of_the_bias_of_a_frequent_class():
-    """A third of 2,000 tokens has one target: summed one after another, their terms' roundings would add up to
-    many times what the unfused gradient has."""
+    """A third of 2,000 tokens has the same target. In a plain sum, the rounding errors of their terms would add up to
+    many times that of the unfused gradient."""
     case = problem(2_000, 1, 8, 150, ignored=False)
     case.target[::3] = 5
     case.bias[5] = -8  # which it does not expect
@@ -120,8 +120,8 @@ def test_one_expert_takes_all_of_the_gradient():
 
 @pytest.mark.parametrize("n_classes", [64, 61])
 def test_a_target_that_is_no_class_has_no_logit(n_classes):
-    """As another part of the vocabulary has it: also where it is within the tile of the last class, or is class 0 of
-    the next part."""
+    """The target may be in another part of the vocabulary: in the padding of the last tile, or class 0 of the next
+    part."""
     rows, weight = torch.randn(7, 8), torch.randn(n_classes, 8)
     target = torch.tensor([0, n_classes - 1, n_classes, n_classes + 1, 10 * n_classes, -1, -100])
     for needs in (True, False):  # with a bias, and without

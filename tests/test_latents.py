@@ -1,4 +1,4 @@
-"""Latent vectors that are not the paper's tanh: their formulas, their parameters, and what is refused."""
+"""Latent vectors other than the paper's tanh: their formulas, parameters and errors."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ def options(request):
 
 
 def made(kind=MoS, **options):
-    """Without a parameter that is 0."""
+    """A head with random values in place of parameters that start at 0."""
     torch.manual_seed(0)
     head = kind(H, V, K, latent_features=H if options.get("latent") == "residual" else 5, **options)
     for parameter in head.parameters():
@@ -144,7 +144,7 @@ def test_parameters():
 
 
 def test_the_default_head_is_what_it_was():
-    """Also its random numbers: those of a linear layer each, and again in reset_parameters."""
+    """Its random numbers are unchanged, too: those of linear layers, drawn again by reset_parameters."""
     torch.manual_seed(3)
     head = MoS(H, V, K, 5)
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""The way from a launch's arguments to a compiled kernel, which is kept: the same kernel as Triton would take."""
+"""The cached lookup of a launch's compiled kernel finds the same kernel as Triton's own."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ if not triton:
 
 
 def run(script: str) -> None:
-    """Runs a script in a process where Triton compiles, and launches nothing."""
+    """Run a script in a process where Triton compiles but launches nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     script = "import unlaunched; unlaunched.install()\n" + script

@@ -1,4 +1,4 @@
-"""Kernels that the Triton backend launches: the host's time where a GPU is faster than Python can launch."""
+"""Counts the kernels that the Triton backend launches, which cost time if a GPU is faster than Python's launches."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ class Launches(TorchDispatchMode):
 
 
 def launches(operation) -> list[str]:
-    """What an operation launches on an H100, by name."""
+    """Names of the kernels that an operation launches on an H100."""
     with launch.overridden(configurations.ARCHITECTURES["sm_90"], record=True) as calls, Launches() as torch_calls:
         operation()
     return [call.kernel.__name__ for call in calls] + torch_calls.names

@@ -1,4 +1,4 @@
-"""What a loss has beside the NLL, on every backend: soft caps, weights, smoothing, z-loss, soft targets and external
+"""The options of the loss on every backend: soft caps, weights, smoothing, z-loss, soft targets and external
 components. The reference is tested against the formulas and against torch, the backends against the reference."""
 
 import functools
@@ -28,7 +28,7 @@ OPTIONS = {
 
 
 def options_of(names: tuple[str, ...], n: int, v: int, dtype: torch.dtype) -> dict:
-    """Numbers that are exact in bfloat16; a class and a token weigh nothing, and some tokens weigh less than that."""
+    """Options with values exact in bfloat16. A class and some tokens have weight 0, and others are negative."""
     generator = torch.Generator().manual_seed(5)
     class_weight = torch.rand(v, generator=generator, device="cpu").bfloat16().to(dtype)
     token_weight = torch.randn(n, generator=generator, device="cpu").bfloat16().to(dtype) + 0.5
@@ -141,7 +141,7 @@ def test_what_is_infinite_in_ignored_tokens_stays_there(names, reduction, backen
 
 
 def test_the_gradient_of_a_loss_through_its_likelihoods_and_its_normalisers(backend):
-    """All three outputs at once, of which the last two recompute."""
+    """Backward through all three outputs at once; the last two recompute the logits."""
     dtype, tolerance = EXACT[backend]
     case = problem(23, 3, 15, 131).to(dtype)
     given = case.latent, case.prior_logits, case.weight, case.target, case.bias
@@ -169,7 +169,7 @@ def test_the_normalisers_are_those_of_logsumexp(backend):
 
 
 def soft_targets(n: int, v: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of five classes each, some ignored and some twice, and a token without any."""
+    """Soft targets of five classes each, some ignored and some repeated, and one token without any."""
     generator = torch.Generator().manual_seed(3)
     index = torch.randint(0, v, (n, 5), generator=generator, device="cpu")
     index[:, 1] = index[:, 0]
@@ -214,7 +214,7 @@ def test_soft_targets_of_one_class_are_targets(backend):
 
 
 def external(n: int, dtype: torch.dtype) -> torch.Tensor:
-    """Log-probabilities from two components, of which one often knows nothing."""
+    """Log-probabilities from two components; those of one are often −inf."""
     generator = torch.Generator().manual_seed(4)
     result = torch.rand(n, 2, generator=generator, device="cpu").log().bfloat16().to(dtype)
     result[::2, 1] = -torch.inf
@@ -246,7 +246,7 @@ def test_external_components(reduction, names, backend):
 
 
 def test_external_components_alone_may_be_possible(backend):
-    """A target that every expert gives probability 0 is left to the components, whose gradient is theirs alone."""
+    """A target with probability 0 under every expert gets it from the external components, which get all gradient."""
     case = problem(5, 3, 8, 40, ignored=False).to(torch.float32, ())
     case.bias[case.target] = -torch.inf
     extra = torch.full((5, 1), -0.5, requires_grad=True)
@@ -306,7 +306,7 @@ def test_clashes_are_named():
 
 
 def test_every_input_gets_its_gradient_alone(backend):
-    """Each by itself, where the others need none."""
+    """Each input requires a gradient while the others do not."""
     case = problem(9, 3, 8, 40)
     options = options_of(OPTIONS["smoothing and all"], 9, 40, torch.float32)
     everything = case.to(torch.float32)

@@ -14,7 +14,7 @@ ERRORS = (TypeError, ValueError, RuntimeError)
 
 
 def calls(backend: str) -> dict:
-    """Each op with its arguments by name, all of them right."""
+    """Each op with valid arguments, by name."""
     z, a, w, b = problem(N, K, D, V, ignored=False).to(torch.float32, ()).inputs()
     operands = {"latent": z, "prior_logits": a, "weight": w, "bias": b}
     unmixed = {"latent": z, "weight": w, "bias": b}
@@ -65,7 +65,7 @@ def calls(backend: str) -> dict:
 
 
 def bad_tensors(tensor: torch.Tensor):
-    """What stands for a tensor and is not what the op takes: other shapes and dtypes, and no memory."""
+    """Invalid versions of a tensor: other shapes and dtypes, and freed memory."""
     for dim in range(tensor.dim()):
         yield tensor.narrow(dim, 0, tensor.shape[dim] - 1)
         yield tensor.narrow(dim, 0, 0)
@@ -103,7 +103,7 @@ def test_wrong_tensors_are_refused(backend):
 
 @pytest.mark.parametrize("backend", ["tiled", CPU])
 def test_tensors_of_several_devices_are_refused(backend):
-    """Where one is on the meta device torch asks the fake kernel alone."""
+    """If one is on the meta device, torch calls only the fake kernel."""
     for op, arguments in calls(backend).items():
         tensors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
         for name in tensors if len(tensors) > 1 else ():
@@ -137,7 +137,7 @@ def test_wrong_numbers_are_refused(backend):
 
 @pytest.mark.parametrize("backend", ["tiled", CPU, TRITON])
 def test_any_layout_gives_the_same(backend):
-    """Strided, with padding in between, and expanded."""
+    """Strided tensors, with padding in between, and expanded ones."""
     for op, arguments in calls(backend).items():
         expected = op(**arguments)
         for name, tensor in arguments.items():
@@ -158,7 +158,7 @@ def test_any_layout_gives_the_same(backend):
 @pytest.mark.parametrize("backend", ["tiled", CPU, TRITON])
 @pytest.mark.parametrize("wrong", [-(2**63), 2**63 - 1, V, -1])
 def test_a_target_that_is_no_class_is_a_nan(backend, wrong):
-    """Not an address: nothing is read or written there."""
+    """It is not used as an address: nothing is read or written there."""
     for op, arguments in calls(backend).items():
         if "target" not in arguments:
             continue

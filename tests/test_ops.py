@@ -127,7 +127,7 @@ def test_exports():
 
 
 class _Generation(torch.nn.Module):
-    """All that a model asks of a head when it writes text."""
+    """All functions of a head that generation uses."""
 
     def __init__(self, backend: str):
         super().__init__()
@@ -230,7 +230,7 @@ def test_a_default_device_of_another_kind_changes_nothing(backend):
 
 @pytest.mark.parametrize("device", ["meta", "fake"])
 def test_shapes_without_values(device):
-    """What estimates of memory and operations run."""
+    """Estimates of memory and FLOPs run the ops on tensors without values."""
     with FakeTensorMode() if device == "fake" else contextlib.nullcontext():
         options = {"device": "cpu" if device == "fake" else "meta"}
         head = fused_mos.MoS(6, V, K, D, **options)
@@ -317,8 +317,8 @@ def test_autocast(backend):
 
 
 def _peak_bytes(function) -> int:
-    """The most bytes that torch's allocator held at once during `function()`, above those held before, and the
-    most that the native kernels did."""
+    """Peak bytes of torch's allocator during `function()`, above those held before, plus the peak of the native
+    kernels."""
     if torch.get_default_device().type == "cuda":
         torch.ones(1, 1) @ torch.ones(1, 1)  # the vendor's library has its own workspace
         before = torch.cuda.memory_allocated()
@@ -398,14 +398,14 @@ def test_extra_memory_does_not_grow_with_nkv(what, eps, backend, monkeypatch):
 
 
 def test_the_memory_measurement_sees_the_reference_materialise():
-    """The measurement of the test above is able to fail."""
+    """The measurement in the test above can fail."""
     case = problem(64, 16, 8, 8_000).to(torch.float32)
     assert _peak_bytes(lambda: case.nll(backend="reference").backward()) > 2 * 4 * 64 * 16 * 8_000
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled", CPU, TRITON])
 def test_activation_checkpointing(backend):
-    """It refuses a backward pass that asks for what was saved more than once."""
+    """Checkpointing raises an error if a backward pass reads a saved tensor more than once."""
     case = problem(6, 3, 8, 50, ignored=False).to(torch.float32, ("latent", "prior_logits", "weight", "bias"))
     inputs = (case.latent, case.prior_logits, case.weight, case.target, case.bias)
     expected = torch.autograd.grad(F.mos_nll_loss(*inputs, backend=backend), [case.latent, case.weight])

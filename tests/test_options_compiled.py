@@ -1,4 +1,4 @@
-"""The options of losses and what is asked at given classes under torch.compile, torch.export, autocast and opcheck."""
+"""The options of losses and the functions of given classes under torch.compile, torch.export, autocast and opcheck."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def backend(request):
 
 
 class Everything(torch.nn.Module):
-    """All that takes an option, as one number; the options with a weight of their own each."""
+    """All functions with options as one number, in which each has its own weight."""
 
     def __init__(self, backend: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The sdist and the wheel hold all files, and what is installed shares one pool of threads with torch."""
+"""The sdist and the wheel contain all files, and the installed package shares one thread pool with torch."""
 
 import os
 import re

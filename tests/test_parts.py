@@ -1,4 +1,4 @@
-"""float32 gradients by products of bfloat16 parts, which large matrices have on some GPUs; here also small ones."""
+"""float32 gradients from products of bfloat16 parts, as some GPUs use for large matrices; here also for small ones."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""The public interface: names, parameters and defaults. A change here is a change for users, so it needs a new version
-and a line in their notes."""
+"""The public interface: names, parameters and defaults. A change here affects users, so it needs a new version and a
+line in the changelog."""
 
 import inspect
 
@@ -74,7 +74,7 @@ LINEAR = (
 
 
 def signature(function) -> str:
-    """Without annotations."""
+    """The signature without annotations."""
     bare = inspect.signature(function)
     parameters = [p.replace(annotation=inspect.Parameter.empty) for p in bare.parameters.values()]
     return str(bare.replace(parameters=parameters, return_annotation=inspect.Signature.empty))

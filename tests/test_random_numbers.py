@@ -1,4 +1,4 @@
-"""The numbers that samples are made of where the host must not read their seed, as on a GPU."""
+"""The random numbers of samples on devices where the host must not read the seed, such as a GPU."""
 
 import math
 
@@ -25,7 +25,7 @@ def split_mix(x: int) -> int:
 
 
 def test_they_are_those_of_splitmix():
-    """Whose first word from the seed 1234567 is known; here in integers that do not wrap."""
+    """SplitMix64's first word for the seed 1234567 is known. Here Python integers compute it."""
     assert split_mix(1234567 + 0x9E3779B97F4A7C15) == 6457827717110365317
     seed = 2**61 + 12345
     key = split_mix(2 * seed + 1)
@@ -39,7 +39,7 @@ def test_they_are_those_of_splitmix():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_they_are_exponentially_distributed_and_independent(dtype):
-    """Rows, columns, uses and seeds: correlations and moments within 5 standard deviations."""
+    """Moments, and correlations between rows, columns, uses and seeds, are within 5 standard deviations."""
     n, like = 200_000, torch.empty(400, 500, dtype=dtype)
     samples = [Exponentials(torch.tensor([seed]), use).like(like) for seed in (3, 4) for use in random_numbers.USES]
     for x in (sample.double() for sample in samples):

@@ -1,4 +1,4 @@
-"""What python -m benchmarks.report keeps of a run, and what it calls slower."""
+"""python -m benchmarks.report: what it records of a run, and what it reports as slower."""
 
 import json
 import shutil

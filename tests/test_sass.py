@@ -1,4 +1,4 @@
-"""What the machine code of the Triton kernels does: wide stores, cheap exponentials, wide products. Needs no GPU."""
+"""The machine code of the Triton kernels has wide stores, cheap exponentials and wide products. Needs no GPU."""
 
 import json
 import os

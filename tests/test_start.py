@@ -1,4 +1,4 @@
-"""What a head begins with: a bias of the words' frequencies, and a warning of a decoder that is far too large."""
+"""Initial values of a head: a bias from word frequencies, and a warning if the decoder is far too large."""
 
 import re
 import warnings
@@ -91,7 +91,7 @@ def test_heads_that_have_no_bias_to_set():
     trained = Softmax(H, V)
     trained.init_bias(COUNTS)
     before = trained.decoder.bias.clone()
-    with pytest.raises(ValueError, match="not been trained.* go from -6.864 to -0.06"):
+    with pytest.raises(ValueError, match="untrained bias.* range from -6.864 to -0.06"):
         trained.init_bias(COUNTS.flip(0))
     assert torch.equal(trained.decoder.bias, before)
     hooked = MoS(H, V, K)
@@ -104,7 +104,7 @@ class TestEmbeddingOfAnotherScale:
     def test_it_is_told_once(self):
         embedding = nn.Embedding(1000, H)
         head = Softmax(H, 1000)
-        text = "weight has a standard deviation of 1, far too large for a decoder.*nn.init.uniform_"
+        text = "weight has a standard deviation of 1, far too large for an untrained decoder.*nn.init.uniform_"
         for tie in (
             lambda: MoS(H, 1000, weight=embedding.weight),
             lambda: Softmax(H, 1000, weight=embedding.weight),

@@ -1,4 +1,4 @@
-"""The Triton kernels beyond what every backend is tested for: far addresses, rare paths and launch configurations."""
+"""The Triton kernels beyond the tests of all backends: large addresses, rare paths and launch configurations."""
 
 import math
 import weakref
@@ -37,7 +37,7 @@ from fused_mos._backends.triton_kernels.tiles import LogitGradients, Logits, Til
 
 
 def _untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take memory only where they are written or read."""
+    """Zeros that take memory only where they are accessed."""
     bits = {2: np.int16, 4: np.int32}[dtype.itemsize]
     return torch.from_numpy(np.zeros(shape, bits)).view(dtype)
 
@@ -73,8 +73,8 @@ def test_rows_and_classes_beyond_two_billion_numbers(what):
 
 
 def test_a_bias_gradient_beside_large_sums(monkeypatch):
-    """Where float32 sums of dE with its columns would fill the workspace, dE is written as it is, and the bias's
-    gradient is a sum of its own."""
+    """If float32 sums of dE with extra columns would fill the workspace, dE is written directly, and the bias's
+    gradient is summed separately."""
     case, kept = problem(16, 1, 64, 304, ignored=True), []
     monkeypatch.setattr(workspace_module, "WORKSPACE_BYTES", 100_000)
     monkeypatch.setattr(triton, "column_sums", lambda *inputs: kept.append(operands.column_sums(*inputs)) or kept[-1])
@@ -183,8 +183,8 @@ _COMPUTED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_the_tiles_of_gpus(architecture, dtype):
-    """What the interpreter computes elsewhere with one large tile, with those of the table: several rows of tiles, the
-    last of which are not full, several steps of features, and operands that stay."""
+    """The tiles of the table, while other tests use one large tile: several rows of tiles with partial last ones,
+    several steps of features, and resident operands."""
     case = problem(70, 3, 72, 300)
     with launch.overridden(configurations.ARCHITECTURES[architecture]):
         for compute in _COMPUTED.values():
@@ -256,7 +256,7 @@ def test_many_experts(reduction, k):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_prior_that_is_no_distribution_draws_no_class(bad):
-    """On a GPU nobody looks at values, and an index out of bounds or an assertion would end the process."""
+    """On a GPU values are not checked, and an index out of bounds or an assertion would end the process."""
     latent, prior_logits, seed = torch.randn(5, 3, 8), torch.zeros(5, 3), torch.tensor([3])
     prior_logits[0], prior_logits[2] = torch.tensor([0.0, -math.inf, -math.inf]), bad
     for backend in (triton, tiled):
@@ -270,8 +270,8 @@ def test_a_prior_that_is_no_distribution_draws_no_class(bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_tile_narrower_than_what_fills_up_the_vocabulary(reduction, dtype, monkeypatch):
-    """70 classes are filled up to 128 columns of dl, of which three tiles of 32 would write 96; what is not written may
-    be NaN, so memory is made so."""
+    """70 classes are padded to 128 columns of dl, but three tiles of 32 would write only 96. Memory starts as NaN to
+    expose the columns that are not written."""
     monkeypatch.setattr(configurations, "INTERPRETER_TILE", configurations.Tile(32, 32, 16, 4, 1))
     empty = torch.Tensor.new_empty
 
@@ -290,7 +290,7 @@ def test_a_tile_narrower_than_what_fills_up_the_vocabulary(reduction, dtype, mon
 
 @pytest.mark.parametrize("largest_rounded", [2**20, 0], ids=["in memory", "in the kernel"])
 def test_tf32_operands_are_rounded(largest_rounded, monkeypatch):
-    """Truncated, as the products take them, they would make all logits smaller by 0.066 %."""
+    """The products truncate: without rounding, all logits would be smaller by 0.066 %."""
     monkeypatch.setattr(configurations, "LARGEST_ROUNDED", largest_rounded)
     rows_, weight = torch.rand(100, 64) + 0.1, torch.rand(200, 64) + 0.1
     with proof.float32_products("tf32"):
@@ -326,7 +326,7 @@ def test_equal_calls_give_equal_bits():
 
 
 class _PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made under it held at once."""
+    """The peak bytes of tensors created in this mode."""
 
     def __init__(self):
         super().__init__()
@@ -360,8 +360,8 @@ class _PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", ["bfloat16", "tf32"])
 @pytest.mark.parametrize("shape", proof.SHAPES)
 def test_extra_memory_at_full_size(shape, dtype, monkeypatch):
-    """At most 296 MiB beside inputs and results, at the paper's shapes and with an H100's tiles: all of the backend but
-    its launches, on tensors that have sizes and no numbers."""
+    """At most 296 MiB besides inputs and results, at the paper's shapes with an H100's tiles. Everything but the
+    launches runs, on tensors without values."""
     for module in (triton, forward, backward, operands):
         monkeypatch.setattr(module, "launch", lambda *arguments, **constants: None)
     n, _, _, v = proof.SHAPES[shape]

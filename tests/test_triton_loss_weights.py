@@ -1,6 +1,4 @@
-"""Losses that the Triton backend weighs token by token, with a z-loss beside the NLL, where it forms gradients in the
-forward pass.
-"""
+"""Losses with token weights and a z-loss in the Triton backend, with gradients formed in the forward pass."""
 
 import math
 
@@ -20,7 +18,7 @@ from fused_mos._backends import IDENTITY, Transform, reference
 
 
 def weighted(p: Problem, weights: Tensor, transform: Transform) -> Tensor:  # ()
-    """The definition, in the problem's dtype."""
+    """The loss by definition, in the problem's dtype."""
     prior, lse = reference.log_softmax_prior(p.prior_logits).exp(), torch.logsumexp(logits(p, transform), -1)
     c, of_lse, of_squared_lse = weights.to(lse.dtype)
     losses = c * nll(p, transform) + of_lse * (prior * lse).sum(1) + of_squared_lse * (prior * lse**2).sum(1)
@@ -79,7 +77,7 @@ def test_weighted_losses(kind, transform, shape, dtype, workspace):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("off", [0.0, 1e-7, -1e-7, 1e-3])
 def test_weights_of_all_classes_that_cancel(off, dtype):
-    """nll − L is minus the target's logit, whose gradient no multiple of exponentials is: A = 0."""
+    """nll − L is minus the target's logit. Its gradient has no term of exponentials: A = 0."""
     case = problem(13, 1, 12, 70, scale=2.0)
     weights, p = torch.stack([torch.ones(13), torch.full((13,), off - 1), torch.zeros(13)]), case.to(dtype, ())
     weights *= case.target != -100

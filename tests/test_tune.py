@@ -1,4 +1,4 @@
-"""Tile sizes that are tuned on the machine, and the proof that every kernel compiles without a GPU."""
+"""Tile sizes tuned on this machine, and the proof, without a GPU, that every kernel compiles."""
 
 import itertools
 import json
@@ -140,8 +140,7 @@ def test_every_kernel_compiles_without_spills_for_every_shape_and_dtype(architec
 
 
 def test_a_kernel_that_spills_is_found(tmp_path):
-    """The proof is able to fail: a tile of 256 × 256 needs more registers than 4 warps have, and too much shared
-    memory."""
+    """The proof can fail: a tile of 256 × 256 needs more registers than 4 warps have, and too much shared memory."""
     script = """
 import fused_mos.tune
 from fused_mos._backends.triton_kernels import configurations, proof

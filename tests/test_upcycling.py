@@ -1,4 +1,4 @@
-"""A trained softmax layer as a mixture, and a mixture of more experts: what is kept, and that the experts part."""
+"""Upcycling a softmax layer to a mixture, and growing a mixture: results are kept, and the experts diverge."""
 
 import copy
 import re
@@ -166,7 +166,7 @@ def test_experts_part(kind, options, dtype):
 
 
 def test_experts_of_equal_shares_do_not():
-    """The reason for a prior that is random: the experts' gradients are the same, and the prior's is 0."""
+    """This is why the prior is random: otherwise the experts' gradients are equal and the prior's is 0."""
     linear, hidden, target = trained(torch.float64)
     head = MoS.from_linear(linear, K)
     nn.init.zeros_(head.prior.weight)
@@ -255,7 +255,7 @@ def test_copies_with_noise():
         (
             parametrizations.weight_norm(nn.Linear(D, V)),
             TypeError,
-            "linear must have a floating-point Parameter as its weight, got a Tensor of torch.float32, of a param",
+            "linear must have a floating-point Parameter as its weight, got a Tensor of torch.float32 computed by a ",
         ),
     ],
 )

@@ -21,7 +21,7 @@ def problem(n, k, d, v, dtype=torch.float32, scale=0.3, bias=True):
 
 
 def assert_equal(actual, expected, what, tolerance=1e-6):
-    """Within `tolerance` of the largest number."""
+    """Assert equality within `tolerance`, relative to the largest number."""
     largest = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(
         actual, expected, rtol=0, atol=tolerance * max(largest, 1.0), equal_nan=True, msg=lambda text: f"{what}: {text}"
@@ -142,7 +142,7 @@ def a_tied_language_model_trains_alike():
 
 
 def checks():
-    """In one group of processes: starting them takes longer than what they do."""
+    """All checks in one group of processes, since starting them takes longer than the checks."""
     losses_and_gradients()
     heads_compute_what_they_did_before()
     samples_have_the_mixture_s_distribution()
@@ -187,7 +187,7 @@ def test_without_a_process_group_the_error_says_what_to_do():
 
 
 def unequal_gpus():
-    """On the CPU: what a GPU is, is made up."""
+    """Runs on the CPU with made-up GPU models."""
     rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
     vocab_parallel._gpu_model = lambda device: f"H100 with {132 if rank < 2 else 114} multiprocessors"
     with pytest.raises(RuntimeError, match="rank 0 has H100 with 132 multiprocessors, rank 2 H100 with 114"):
@@ -264,7 +264,7 @@ def models_that_are_kept():
         assert_equal(twin(tokens), whole(tokens), "loss of a copy")
         assert twin.head.decoder.weight is twin.embedding.weight is not model.embedding.weight
         torch.optim.swa_utils.AveragedModel(model).update_parameters(model)
-        with pytest.raises(TypeError, match="cannot be pickled, since its process group cannot; save its state_dict"):
+        with pytest.raises(TypeError, match="cannot be pickled, since its process group cannot; save each rank's"):
             torch.save(model, io.BytesIO())
         for token in (-1, 50):
             with pytest.raises(IndexError, match="index out of range"):
@@ -303,7 +303,7 @@ def models_that_are_refused():
         assert before.keys() == after.keys() and all(after[name] is tensor for name, tensor in before.items())
     model = Model(torch.nn.Embedding(50, 8))
     model.head.decoder.weight.register_hook(print)
-    with pytest.raises(ValueError, match="the decoder's weight has a hook, which its rows would not have"):
+    with pytest.raises(ValueError, match="the decoder's weight has a hook, which sharding would lose"):
         parallelize(model)
     model = MoS(8, 50, 3)
     model.decoder.register_forward_hook(print)

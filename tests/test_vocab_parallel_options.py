@@ -1,4 +1,4 @@
-"""What a loss has beside the NLL, and what is asked at given classes, of a sharded head against the unsharded one."""
+"""The options of the loss, and the functions of given classes, of a sharded head against the unsharded one."""
 
 import copy
 
@@ -44,7 +44,7 @@ def check(shard, compute, dtype=torch.float64, masked: int = 0) -> None:
 
 
 def _total(tensors) -> torch.Tensor:
-    """Each number with a weight of its own."""
+    """A sum in which each number has its own weight."""
     differentiable = [t for t in tensors if t.is_floating_point()]
     weights = (torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view_as(t) for t in differentiable)
     return sum((t * w).sum() for t, w in zip(differentiable, weights))
@@ -149,7 +149,7 @@ def heads_with_options():
 
 
 def restricted_samples():
-    """All ranks draw the same, and what may be drawn alone."""
+    """All ranks draw the same classes, and only those that may be drawn."""
     torch.manual_seed(2)
     head = MoS(6, 23, 3, 5, softcap=4.0)
     torch.nn.init.normal_(head.decoder.bias)

@@ -45,7 +45,7 @@ DESCRIBED = {name for name, _ in inspect.getmembers(described) if name.endswith(
 
 @dataclass
 class Launch:
-    """What the programs of one launch did, in elements' first bytes."""
+    """Addresses that the programs of one launch accessed, as the elements' first bytes."""
 
     kernel: str
     tensors: list[torch.Tensor]
@@ -135,7 +135,7 @@ def recorded_launches(monkeypatch):
 
 
 def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """Calls all that the backend does, also with rows that are filtered, and with references that are too small."""
+    """Call all functions of the backend, also with filtered rows and with references that are too small."""
     for operation in proof.operations(shape, dtype, "cpu").values():
         operation()
     n, k, d, v = shape
@@ -151,12 +151,12 @@ def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
 
 
 def _kernels(dtype: torch.dtype) -> set[str]:
-    """All; but the gradient of a 16-bit bias is made by columns of a product."""
+    """All kernels, without the one for the bias's gradient in 16 bits, which columns of a product compute."""
     return KERNELS if dtype == torch.float32 else KERNELS - {"column_sums_kernel"}
 
 
 def _with_descriptors(kernels: set[str]) -> set[str]:
-    """On a GPU that has these, they take the place of the plain ones."""
+    """Replace plain kernels by their variants with descriptors, for a GPU that has these."""
     return kernels - {re.sub("^(described|persistent)_", "", name) for name in DESCRIBED} | DESCRIBED
 
 

@@ -1,4 +1,4 @@
-"""The definition of losses of transformed logits, and a check of what a backend's functions make of them."""
+"""Defines losses of transformed logits, and checks a backend's functions against them."""
 
 import torch
 from problem import INPUTS, Problem, assert_meets_criterion
@@ -7,11 +7,11 @@ from torch import Tensor
 from fused_mos._backends import Transform, reference
 
 ALL = (True,) * 4
-"""Gradients that are needed."""
+"""`needs` for all gradients."""
 
 
 def logits(p: Problem, transform: Transform) -> Tensor:  # (N, K, V)
-    """The definition, in the problem's dtype."""
+    """The logits by definition, in the problem's dtype."""
     found = reference.logits(p.latent, p.weight, p.bias)
     if transform.softcap:
         found = transform.softcap * torch.tanh(found / transform.softcap)
@@ -34,8 +34,9 @@ def nll(p: Problem, transform: Transform) -> Tensor:  # (N,)
 def check(
     case: Problem, dtype: torch.dtype, ours: tuple[Tensor, ...], compute, grad: Tensor, slack: float = 0.0
 ) -> None:
-    """An output and the gradients of (latent, prior_logits, weight, bias) for a `grad` of it, against `compute` of the
-    problem in float64 and in `dtype`; `slack` is relative to the largest number. An empty gradient is not looked at."""
+    """Check an output, and the gradients of (latent, prior_logits, weight, bias) for its gradient `grad`, against
+    `compute` of the problem in float64 and in `dtype`. `slack` is relative to the largest number. Empty gradients are
+    skipped."""
     results = []
     for of_dtype in (dtype, torch.float64):
         p = case.to(of_dtype)
@@ -50,5 +51,5 @@ def check(
 
 
 def unpacked(results: tuple[Tensor, ...]) -> tuple:
-    """The gradients of `nll_with_gradients` as one."""
+    """The results of `nll_with_gradients` with the gradients as one tuple."""
     return *results[:-4], results[-4:]

@@ -1,10 +1,9 @@
-"""Makes Triton's interpreter compute what a GPU does, where it does not: bfloat16, and float32 products by TF32's. The
-package needs no repair on a GPU.
+"""Patches Triton's interpreter to compute like a GPU. On a GPU the package needs no patch.
 
-As of triton 3.6 its `tl.dot` multiplies the bit patterns of bfloat16 operands, and casts from float32 truncate; its
-fused multiply-add rounds twice, its exp2 keeps denormal results, which a GPU's flushes, and its maximum of a number
-and NaN is NaN. It also copies every
-argument onto itself after a call, since it expects tensors on a GPU.
+As of triton 3.6, the interpreter's `tl.dot` multiplies the bit patterns of bfloat16 operands and does not emulate TF32.
+Its casts from float32 truncate, its fused multiply-add rounds twice, its exp2 keeps denormal results, which a GPU
+flushes to 0, and its maximum of a number and NaN is NaN. It also copies every argument onto itself after a call, since
+it expects tensors on a GPU.
 """
 
 import numpy as np
@@ -49,7 +48,7 @@ def _dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
 
 
 def _truncated(data: np.ndarray) -> np.ndarray:
-    """float32 as TF32 products take it: 11 significant bits of 24."""
+    """float32 truncated as in TF32 products, to 11 of its 24 significant bits."""
     return (np.ascontiguousarray(data).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
@@ -62,7 +61,7 @@ _original_cast = InterpreterBuilder.cast_impl
 
 
 def _exp2(self, argument):
-    """As ex2.approx.ftz: results below the smallest normal number are 0."""
+    """exp2 like ex2.approx.ftz: results below the smallest normal number are 0."""
     with np.errstate(over="ignore"):
         result = np.exp2(argument.data)
     if result.dtype == np.float32:
@@ -71,7 +70,7 @@ def _exp2(self, argument):
 
 
 def _larger(self, a, b):
-    """As max.f32: of a number and NaN, the number."""
+    """Maximum like max.f32: of a number and NaN, it is the number."""
     return self.binary_op(a, b, np.fmax)
 
 
@@ -90,7 +89,7 @@ def repair() -> None:
 
 
 def run_program(kernel, program: tuple[int, int], *arguments, **constants) -> None:
-    """Runs a single program of a grid."""
+    """Run a single program of a grid."""
     original = interpreter_builder.set_grid_idx
     interpreter_builder.set_grid_idx = lambda *_: setattr(interpreter_builder, "grid_idx", (*program, 0))
     try:

@@ -5,7 +5,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 launched: list[tuple] = []
-"""Arguments of each launch, as its kernel would get them: the grid first, then stream and handles of the kernel."""
+"""Arguments of each launch: the grid, the stream, handles of the kernel, and the kernel's own arguments."""
 
 
 class _Utils:

@@ -1,5 +1,5 @@
-// Python bindings of csrc/cuda: addresses and sizes cross the border, so that building needs no torch. The arguments
-// were checked in Python (fused_mos/_backends/cuda.py); nothing here looks at a tensor.
+// Python bindings of csrc/cuda. They take addresses and sizes instead of tensors, so building needs no torch. The
+// arguments were checked in Python (fused_mos/_backends/cuda.py).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -95,7 +95,7 @@ struct Lstm {
 }  // namespace
 
 PYBIND11_MODULE(FUSED_MOS_MODULE, m) {
-  py::enum_<DecodeMode>(m, "DecodeMode", py::module_local())  // local: the emulation's module has one of the same name
+  py::enum_<DecodeMode>(m, "DecodeMode", py::module_local())  // local, since the emulation's module has the same
       .value("LogProb", DecodeMode::LogProb)
       .value("TopK", DecodeMode::TopK)
       .value("Sample", DecodeMode::Sample);

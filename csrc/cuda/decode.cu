@@ -1,5 +1,5 @@
 #include "device.cuh"
-// after what it asks for
+// decode.cuh needs the headers above
 #include "decode.cuh"
 
 namespace fused_mos {
@@ -23,7 +23,7 @@ const void* kernel_of(int row_tiles) {
 
 int launch_decode(const DecodeArguments& arguments, const DecodePlan& plan, void* stream) {
   const void* kernel = arguments.bf16 ? kernel_of<BFloat16>(plan.row_tiles) : kernel_of<Float16>(plan.row_tiles);
-  // always the same limit: a launch that was captured before must not find it lowered
+  // always set the same limit: replaying a launch that was captured before must not find it lowered
   if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_limit))
     return error;
   void* parameters[] = {const_cast<DecodeArguments*>(&arguments), const_cast<DecodePlan*>(&plan)};

@@ -1,13 +1,12 @@
-// One pass over the embedding, for few tokens: logits of a block's own classes stay on the chip, the blocks exchange
-// log-sum-exps across the grid, and each emits what was asked for of its classes. Every block must be resident at once
-// (a cooperative launch).
+// Decoding few tokens in one pass over the embedding. The logits of a block's own classes stay on the chip, the blocks
+// exchange log-sum-exps across the grid, and each block writes the results for its classes. All blocks must be resident
+// at once (a cooperative launch).
 //
-// The embedding is the left operand of the products: 16 classes × 16 features of it times 8 rows of latent vectors. So
-// a warp reads each class once, from a ring of its own that it fills by asynchronous copies, and waits for no other
-// warp between the latent vectors' arrival and the exchange.
+// The embedding is the left operand of the products: 16 classes × 16 features times 8 rows of latent vectors. A warp
+// reads each class once, from its own ring buffer that it fills by asynchronous copies. Between the arrival of the
+// latent vectors and the exchange it waits for no other warp.
 //
-// The same text runs on a GPU (device.cuh) and, thread by thread, on a CPU (emulation.h), so that it can be tested
-// without a GPU.
+// The same source runs on a GPU (device.cuh) and, thread by thread, on a CPU (emulation.h) to test it without a GPU.
 #pragma once
 #include "decode.h"
 #include "shape.h"
@@ -17,7 +16,7 @@ namespace {
 
 constexpr float LOWEST = -INFINITY;
 
-// A class and its value. Compares by value first, then by class: the same result in whatever order candidates come.
+// A class and its value. Ordered by value, then by class, so results do not depend on the order of candidates.
 struct Candidate {
   float value;
   int index;
@@ -25,7 +24,7 @@ struct Candidate {
   FUSED_MOS_DEVICE bool beats(const Candidate& other) const {
     return key() > other.key() || (key() == other.key() && index < other.index);
   }
-  FUSED_MOS_DEVICE float key() const { return value == value ? value : INFINITY; }  // NaN comes first, to be seen
+  FUSED_MOS_DEVICE float key() const { return value == value ? value : INFINITY; }  // NaN ranks first, to be seen
 };
 FUSED_MOS_DEVICE Candidate nobody() { return {LOWEST, INT32_MAX}; }
 
@@ -37,13 +36,13 @@ FUSED_MOS_DEVICE Candidate best_of_warp(Candidate best) {
   return best;
 }
 
-// A sum of exponentials relative to its largest.
+// A sum of exponentials relative to the largest one.
 struct LogSum {
   float maximum = LOWEST, sum = 0;
 
   FUSED_MOS_DEVICE void add(const LogSum& other) {
     const float larger = fmaxf(maximum, other.maximum);
-    if (larger == LOWEST && sum == 0 && other.sum == 0) return;  // no or masked classes: −∞ − −∞ would be NaN
+    if (larger == LOWEST && sum == 0 && other.sum == 0) return;  // without unmasked classes, −∞ − −∞ would be NaN
     sum = (sum == 0 ? 0 : sum * device::exp(maximum - larger)) +
           (other.sum == 0 ? 0 : other.sum * device::exp(other.maximum - larger));
     maximum = larger;
@@ -87,7 +86,7 @@ struct Decoder {
   FUSED_MOS_DEVICE Number* in_workspace(int64_t at) const {
     return reinterpret_cast<Number*>(static_cast<char*>(a.workspace) + at);
   }
-  // Reads a warp's sums from shared memory (the products need the registers): a lane has those of the rows lane,
+  // A warp's sums, which are in shared memory because the products need the registers. A lane has those of rows lane,
   // lane + 32, …
   FUSED_MOS_DEVICE LogSum of_warp(int w, int row) const {
     return {statistics[2 * w * 8 * ROW_TILES + row], statistics[(2 * w + 1) * 8 * ROW_TILES + row]};
@@ -107,7 +106,7 @@ struct Decoder {
     if (a.mode == DecodeMode::TopK) topk();
   }
 
-  // Rows of zeros up to a multiple of 8, features of zeros up to a multiple of 16.
+  // Loads the latent vectors, padded with zeros to multiples of 8 rows and 16 features.
   FUSED_MOS_DEVICE void load_latent() {
     const auto* from = static_cast<const uint16_t*>(a.latent);
     for (int row = warp; row < (rows + 7) / 8 * 8; row += WARPS)
@@ -117,7 +116,7 @@ struct Decoder {
 
   // ------------------------------------------------------------------------------------------------------ the one pass
 
-  // The logits of the warp's tiles, and the sums of their exponentials.
+  // Computes the logits of the warp's tiles, and the sums of their exponentials.
   FUSED_MOS_DEVICE void stream() {
     const int n_chunks = (a.n_features + CHUNK - 1) / CHUNK;
     const int n_tiles = static_cast<int>(last_tile - first_tile),
@@ -135,17 +134,16 @@ struct Decoder {
         else
           copy<4>(to, tile, chunk);
       }
-      device::
-          commit_copies();  // one group a step, also where there is nothing left, so that their number tells the step
+      device::commit_copies();  // one group per step, even if empty: the number of groups tells the step
     };
     Accumulators c;
     for (int row = lane; row < rows; row += 32) keep({}, row);
     for (int step = 0; step < STAGES - 1; ++step) fetch(step);
     load_latent();
-    device::sync_block();  // of all warps' rows
+    device::sync_block();  // the latent rows that all warps loaded
     for (int step = 0; step < n_steps; ++step) {
       device::wait_for_copies<STAGES - 2>();
-      device::sync_warp();  // the other lanes' copies have arrived, too, and all have read the stage before
+      device::sync_warp();  // all lanes' copies have arrived, and all lanes have read the previous stage
       fetch(step + STAGES - 1);
       const int chunk = step % n_chunks;
       if (chunk == 0)
@@ -167,10 +165,10 @@ struct Decoder {
     }
   }
 
-  // Features chunk·64 … of the tile's classes; zeros for those that are no class of this block or no feature.
+  // Copies features chunk·64 … of the tile's classes, with zeros beyond the block's classes or the features.
   template <int BYTES>
   FUSED_MOS_DEVICE void copy(uint16_t* to, int tile, int chunk) const {
-    constexpr int ELEMENTS = BYTES / 2, COPIES = CHUNK / ELEMENTS;  // of a class
+    constexpr int ELEMENTS = BYTES / 2, COPIES = CHUNK / ELEMENTS;  // per class
     const auto* weight = static_cast<const uint16_t*>(a.weight);
 #pragma unroll(ROW_TILES > 8 ? 1 : 4)
     for (int i = lane; i < TILE * COPIES; i += 32) {
@@ -187,7 +185,7 @@ struct Decoder {
   FUSED_MOS_DEVICE void multiply_chunk(Accumulators& c, const uint16_t* stage, int feature) const {
     const int n_products =
         (a.n_features - feature + 15) / 16 < CHUNK / 16 ? (a.n_features - feature + 15) / 16 : CHUNK / 16;
-#pragma unroll(ROW_TILES > 2 ? 1 : CHUNK / 16)  // many accumulators leave no registers for more
+#pragma unroll(ROW_TILES > 2 ? 1 : CHUNK / 16)  // with many accumulators there are no registers for more
     for (int product = 0; product < n_products; ++product) {
       uint32_t left[HALVES][4];
       for (int half = 0; half < HALVES; ++half) {
@@ -230,8 +228,8 @@ struct Decoder {
 
   // ------------------------------------------------------------------------------------------------------ the exchange
 
-  // Merges all blocks' sums into the maximum of each row's logits and log π − log Σ exp(l − maximum), which take
-  // the places of the first warp's sums.
+  // Merges all blocks' sums into each row's maximum logit and log π − log Σ exp(l − maximum), which overwrite the first
+  // warp's sums.
   FUSED_MOS_DEVICE void exchange() {
     auto *maxima = in_workspace<float>(p.maxima_at), *sums = in_workspace<float>(p.sums_at);
     if (thread < rows) {
@@ -256,7 +254,7 @@ struct Decoder {
 
   // ------------------------------------------------------------------------------------------------------- the results
 
-  // log p of this block's classes: to the result, or in the place of the first expert's logits. No exponent is above 0.
+  // Writes log p of this block's classes to the result, or over the first expert's logits. All exponents are ≤ 0.
   FUSED_MOS_DEVICE void emit() {
     for (int token = 0; token < a.n_tokens; ++token) {
       const int row = token * a.n_experts;
@@ -267,7 +265,7 @@ struct Decoder {
         for (int k = 0; k < a.n_experts; ++k)
           total += device::exp(of_class[int64_t{k} * p.logits_stride] - maximum[k] + shift[k]);
         float log_p = device::log(total);
-        if (total < 1e-30f) {  // exponentials that are nearly or quite 0: relative to the largest instead
+        if (total < 1e-30f) {  // nearly or exactly 0: sum relative to the largest exponential instead
           LogSum sum;
           for (int k = 0; k < a.n_experts; ++k) {
             const float exponent = of_class[int64_t{k} * p.logits_stride] - maximum[k] + shift[k];
@@ -283,7 +281,7 @@ struct Decoder {
     }
   }
 
-  // The k best of this block, a warp a token; then of those of all blocks, a block a token.
+  // Finds the k best of this block, with one warp per token, then the k best of all blocks, with one block per token.
   FUSED_MOS_DEVICE void topk() {
     auto* values = in_workspace<float>(p.candidates_at);
     auto* classes = in_workspace<int>(p.candidate_classes_at);
@@ -304,8 +302,8 @@ struct Decoder {
     }
     device::sync_grid();
     for (int token = device::block(); token < a.n_tokens; token += p.n_blocks) {
-      const int list =
-          (thread * a.n_tokens + token) * a.k;  // of the thread's block: as many threads as blocks, at least
+      const int list = (thread * a.n_tokens + token) *
+                       a.k;  // thread i reads the candidates of block i; there are at least as many threads as blocks
       int taken = 0;
       for (int j = 0; j < a.k; ++j) {
         const bool any = thread < p.n_blocks && taken < a.k;
@@ -323,7 +321,7 @@ struct Decoder {
   FUSED_MOS_DEVICE Candidate best_of_block(Candidate best) const {
     auto* indices = reinterpret_cast<int*>(statistics + WARPS);
     best = best_of_warp(best);
-    device::sync_block();  // the statistics, or the results of the call before, have been read
+    device::sync_block();  // all threads have read the statistics or the results of the previous call
     if (lane == 0) statistics[warp] = best.value, indices[warp] = best.index;
     device::sync_block();
     for (int w = 0; w < WARPS; ++w)
@@ -331,8 +329,8 @@ struct Decoder {
     return best;
   }
 
-  // Draws by Gumbel-max. The number drawn is 1 − u, so that −log(−log u) is exact to its last bit where it is
-  // large, near u = 1.
+  // Draws by Gumbel-max. The random number is 1 − u, which keeps −log(−log u) exact to the last bit where it is large,
+  // near u = 1.
   FUSED_MOS_DEVICE void sample() {
     auto* values = in_workspace<float>(p.candidates_at);
     auto* classes = in_workspace<int>(p.candidate_classes_at);
@@ -355,7 +353,7 @@ struct Decoder {
     for (int token = device::block(); token < a.n_tokens; token += p.n_blocks) {
       const int at = thread * a.n_tokens + token;
       const Candidate best = best_of_block(thread < p.n_blocks ? Candidate{values[at], classes[at]} : nobody());
-      // where all logits are −∞ there is no distribution to draw from, and no candidate
+      // if all logits are −∞, there is no distribution to draw from, and no candidate
       if (thread == 0) a.indices[token] = best.index == INT32_MAX ? 0 : best.index;
     }
   }

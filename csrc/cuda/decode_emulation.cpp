@@ -1,6 +1,6 @@
-// decode.cuh on a CPU, for its tests: the plan and the launch of decode.cu, without a device.
+// decode.cuh on a CPU, for tests: the plan and the launch of decode.cu without a device.
 #include "emulation.h"
-// after what it asks for
+// decode.cuh needs the header above
 #include "decode.cuh"
 
 namespace fused_mos {
@@ -20,7 +20,7 @@ void run(const DecodeArguments& arguments, const DecodePlan& plan, unsigned orde
 
 }  // namespace
 
-// The stream is the number that seeds the threads' turns.
+// `stream` is the seed for the order of the threads' turns.
 int launch_decode(const DecodeArguments& arguments, const DecodePlan& plan, void* stream) {
   const auto order = static_cast<unsigned>(reinterpret_cast<uintptr_t>(stream));
   arguments.bf16 ? run<BFloat16>(arguments, plan, order) : run<Float16>(arguments, plan, order);

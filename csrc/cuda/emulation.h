@@ -1,10 +1,10 @@
-// The operations of device.cuh on a CPU: every thread of every block is a fiber, all of them in one thread of the host.
+// The operations of device.cuh on a CPU. Every thread of every block is a fiber, and all fibers run in one host thread.
 //
-// It is stricter than a GPU where a mistake could hide there: fibers take turns in a random order between barriers, some
-// warps are held back for many turns, asynchronous copies arrive as late as they may, what they will overwrite and all
-// shared memory holds NaN before, and a barrier that not all reach is an error.
+// The emulation is stricter than a GPU, to expose errors that could hide there. Between barriers, fibers take turns in
+// a random order, and some warps are held back for many turns. Asynchronous copies arrive as late as allowed. Shared
+// memory, and whatever a copy will overwrite, holds NaN before. A barrier that not all threads reach is an error.
 #pragma once
-// some compilers set it: its longjmp takes a jump to another fiber's stack for an error, and aborts
+// some compilers set it; its longjmp would take a jump to another fiber's stack for an error and abort
 #undef _FORTIFY_SOURCE
 #include <setjmp.h>
 #include <ucontext.h>
@@ -35,7 +35,7 @@ using std::log1p;
 
 inline float reciprocal(float x) { return 1 / x; }
 
-// A number of fibers that wait for each other.
+// A group of fibers that wait for each other.
 struct Barrier {
   int size, arrived = 0, generation = 0;
 };
@@ -49,8 +49,8 @@ struct Copy {
 struct Warp {
   Barrier barrier{32};
   bool held_back = false;
-  uint32_t exchanged[32][2];                 // of shuffles, twice in turns, so that one barrier is enough
-  uint32_t left[2][32][4], right[2][32][2];  // of products, too
+  uint32_t exchanged[32][2];                 // for shuffles; two buffers alternate, so one barrier is enough
+  uint32_t left[2][32][4], right[2][32][2];  // for products, likewise
 };
 
 struct Block {
@@ -59,7 +59,7 @@ struct Block {
   std::vector<Warp> warps;
 };
 
-// Contexts start fibers; what switches between them is a jump, which saves no signal mask and so needs no system call.
+// Contexts start fibers. Jumps switch between them: they save no signal mask and so need no system call.
 struct Fiber {
   ucontext_t context;
   jmp_buf here;
@@ -71,7 +71,7 @@ struct Fiber {
   Barrier* waits_for = nullptr;
   int since = 0;
   bool done = false;
-  std::vector<std::vector<Copy>> groups;  // of copies that have not arrived
+  std::vector<std::vector<Copy>> groups;  // copies that have not arrived
   std::vector<Copy> issued;
 };
 
@@ -81,7 +81,7 @@ struct Grid {
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
   std::function<void(char*)> kernel;
-  std::string failure;  // what a thread has thrown, which must not leave its fiber
+  std::string failure;  // message of an exception, which must not leave its fiber
 };
 
 inline Grid* grid;
@@ -95,7 +95,7 @@ inline void leave() {
 }
 inline void go_on(Fiber& fiber) {
   self = &fiber;
-  if (_setjmp(grid->scheduler)) return;  // the fiber has left
+  if (_setjmp(grid->scheduler)) return;  // back from the fiber
   if (fiber.started) _longjmp(fiber.here, 1);
   fiber.started = true;
   setcontext(&fiber.context);
@@ -162,7 +162,7 @@ inline void load_words(uint32_t (&to)[4], const void* at) {
   std::memcpy(to, at, 16);
 }
 inline void pause() {
-  constexpr int MANY = 20'000;  // all others have had as many turns
+  constexpr int MANY = 20'000;  // all other threads have had as many turns
   if (++self->pauses > MANY) throw std::logic_error("a thread waits for a word that nobody writes");
   leave();
 }
@@ -219,7 +219,7 @@ inline void start_fiber() {
   leave();
 }
 
-// Runs kernel(shared memory) on every thread of the blocks. `order` seeds the turns that they take.
+// Runs kernel(shared memory) in every thread of the blocks. `order` is the seed for the order of their turns.
 inline void launch(int n_blocks, int n_threads, int shared_bytes, unsigned order, std::function<void(char*)> kernel) {
   constexpr int STACK = 1 << 16;
   Grid of_all;
@@ -238,7 +238,7 @@ inline void launch(int n_blocks, int n_threads, int shared_bytes, unsigned order
     Fiber& fiber = of_all.fibers[i];
     fiber.thread = i % n_threads, fiber.block = i / n_threads;
     fiber.of_block = &of_block, fiber.warp = &of_block.warps[fiber.thread / 32];
-    fiber.stack.reset(new char[STACK]);  // not filled with zeros, which would give it all of its memory
+    fiber.stack.reset(new char[STACK]);  // not zeroed, which would commit all of its memory
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = STACK;

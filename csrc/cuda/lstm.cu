@@ -1,5 +1,5 @@
 #include "device.cuh"
-// after what it asks for
+// lstm.cuh needs the headers above
 #include "lstm.cuh"
 
 namespace fused_mos {
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(LSTM_THREADS, 1)
   lstm_backward(arguments, sums);
 }
 
-// After `exchanged` is filled with what says that nothing is there yet.
+// Launches the kernel after filling `exchanged` with ABSENT.
 int launch(const void* kernel, const void* arguments, int n_blocks, int shared_bytes, void* exchanged, int64_t n_bytes,
            void* stream) {
   const auto of_torch = static_cast<cudaStream_t>(stream);

@@ -1,14 +1,14 @@
-// A layer of an LSTM over a whole sequence, forward and backward. A block owns some units: it keeps their recurrent
-// weights in registers from the first step to the last, and their cell states. What all blocks need of a step, h or the
-// gradients of the gates, goes through global memory in bfloat16. All blocks must be resident (a cooperative launch).
+// An LSTM layer over a whole sequence, forward and backward. A block owns some units. It keeps their cell states, and
+// their recurrent weights in registers, from the first step to the last. The blocks exchange h, or the gradients of the
+// gates, through global memory in bfloat16. All blocks must be resident (a cooperative launch).
 //
-// No barrier of the grid separates the steps. Every step has a place of its own for what is exchanged, filled with
-// ABSENT before the launch, and a reader asks for a word until it is there. A word is two numbers, written at once; so
-// it says by itself that it has arrived, and relaxed loads and stores are enough: nothing else is read because of it.
+// The steps need no grid barrier. Each step exchanges data in its own memory, which is filled with ABSENT before the
+// launch, and a reader polls a word until it has arrived. A word is two numbers, written at once, and shows by itself
+// that it has arrived. Nothing else is read because of it, so relaxed loads and stores are enough.
 //
-// Sums have a fixed order: a warp's over its features, then over the warps. So results are the same in every run.
+// Sums have a fixed order: over a warp's features, then over the warps. So every run gives the same results.
 //
-// The same text runs on a GPU (device.cuh) and, thread by thread, on a CPU (emulation.h).
+// The same source runs on a GPU (device.cuh) and, thread by thread, on a CPU (emulation.h).
 #pragma once
 #include "lstm.h"
 #include "lstm_shape.h"
@@ -16,41 +16,40 @@
 namespace fused_mos {
 namespace {
 
-constexpr uint32_t ABSENT =
-    0xffffffffu;  // two NaNs that no rounding to bfloat16 gives: those of device::rounded are 0x7fff
+constexpr uint32_t ABSENT = 0xffffffffu;  // two NaNs that never occur: device::rounded gives 0x7fff for NaN
 
 FUSED_MOS_DEVICE float sigmoid(float x) { return device::reciprocal(1 + device::exp(-x)); }
 FUSED_MOS_DEVICE float hyperbolic_tangent(float x) { return 1 - 2 * sigmoid(-2 * x); }
 
-// What the lanes of a pair, neighbouring units, write as one word.
+// Publishes the values of a pair of lanes, which have neighbouring units, as one word.
 FUSED_MOS_DEVICE void publish(uint16_t* at, float value, bool wanted) {
   const uint32_t own = device::rounded(value), other = device::shuffle_xor(own, 1);
   if (wanted && device::thread() % 2 == 0) device::store_word(at, own | other << 16);
 }
 
-// Neighbouring numbers of shared memory, read at once.
+// N neighbouring numbers of shared memory, read at once.
 template <int N>
 struct alignas(4 * N) Vector {
   float at[N] = {};
 };
 
-// The products of what is exchanged, (B, features), with the block's weights, (8·TILES columns, features). The features
-// are spread over the warps in chunks of 32. Of a chunk lane 4·g + t has features 8·t to 8·t + 7, of rows g and g + 8
-// on the left and of column g of each tile on the right: 16 neighbouring bytes. The products take them in another
-// order, the same on both sides.
+// The products of the exchanged data, (B, features), with the block's weights, (8·TILES columns, features). The
+// features are distributed over the warps in chunks of 32. Lane 4·g + t has features 8·t to 8·t + 7 of a chunk, 16
+// neighbouring bytes: of rows g and g + 8 on the left, and of column g of each tile on the right. The products take the
+// features in another order, the same on both sides.
 template <int CHUNKS, int TILES, int IN_FLIGHT>
 struct Product {
   using Chunk = uint32_t[2][4];
-  static constexpr int SPACING = LSTM_WARPS * LSTM_CHUNK;  // of a warp's chunks, in features
+  static constexpr int SPACING = LSTM_WARPS * LSTM_CHUNK;  // features between a warp's chunks
   const int warp = device::thread() / 32, lane = device::thread() % 32, group = lane / 4,
-            first = warp * LSTM_CHUNK + 8 * (lane % 4);  // of the lane's features
+            first = warp * LSTM_CHUNK + 8 * (lane % 4);  // first of the lane's features
   const int n_rows, left;                                // features from `first` on
   uint32_t weights[CHUNKS][TILES][4];
 
-  FUSED_MOS_DEVICE Product(int n_rows, int n_features)  // the latter a multiple of 8
+  FUSED_MOS_DEVICE Product(int n_rows, int n_features)  // n_features is a multiple of 8
       : n_rows(n_rows), left(n_features - first) {}
 
-  // row(tile): the weights, (features,), of the lane's column `group` of that tile; null for zeros
+  // row(tile): the weights (features,) of the lane's column `group` in that tile; null for zeros
   template <class Row>
   FUSED_MOS_DEVICE void load(const Row& row) {
 #pragma unroll
@@ -82,7 +81,7 @@ struct Product {
     return device::all_of_warp(all);
   }
 
-  // The warp's part of the sums, to sums[row][column] in shared memory.
+  // Writes the warp's part of the sums to sums[row][column] in shared memory.
   FUSED_MOS_DEVICE void multiply(float* sums, const uint16_t* from, int stride) const {
     Chunk chunks[IN_FLIGHT];
     float c[TILES][4] = {};
@@ -90,13 +89,13 @@ struct Product {
     fetch(chunks[0], from, stride, 0);
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      if (chunk * SPACING >= left + 8 * (lane % 4)) break;  // for the whole warp
+      if (chunk * SPACING >= left + 8 * (lane % 4)) break;  // the same for the whole warp
       Chunk& present = chunks[chunk % IN_FLIGHT];
       while (!arrived(present)) {
         device::pause();
         fetch(present, from, stride, chunk);
       }
-      if (chunk == 0) {  // others only now: a warp that waits should not crowd out those who write
+      if (chunk == 0) {  // fetch the others only now: a waiting warp must not slow down the writers
 #pragma unroll
         for (int next = 1; next < IN_FLIGHT; ++next) fetch(chunks[next], from, stride, next);
       }
@@ -121,7 +120,7 @@ struct Product {
   }
 };
 
-// The warps' sums of N neighbouring columns of a row.
+// Sums over the warps for N neighbouring columns of a row.
 template <int COLUMNS, int N>
 FUSED_MOS_DEVICE Vector<N> total(const float* sums, int row, int column) {
   constexpr int STRIDE = SUMS_STRIDE<COLUMNS>;
@@ -134,7 +133,7 @@ FUSED_MOS_DEVICE Vector<N> total(const float* sums, int row, int column) {
   return result;
 }
 
-// The part of a thread in a block of so many units: one unit of one row of the batch, for the first threads.
+// The part of a thread in a block of UNITS units: the first threads have one unit of one row of the batch each.
 template <int UNITS>
 struct Owner {
   const LstmShape& shape;
@@ -143,15 +142,15 @@ struct Owner {
   const bool warp_takes_part = device::thread() / 32 * 32 < shape.n_rows * UNITS;
   const bool in_batch = row < shape.n_rows, owns = in_batch && unit < shape.width;
 
-  // of (T, B, H), and of (T, B, 4H), which has less than 2³¹ numbers
+  // index into (T, B, H), and into (T, B, 4H), which has less than 2³¹ elements
   FUSED_MOS_DEVICE int at(int step) const { return (step * shape.n_rows + row) * shape.width + unit; }
   FUSED_MOS_DEVICE int gate_at(int step, int gate) const {
     return ((step * shape.n_rows + row) * 4 + gate) * shape.width + unit;
   }
 };
 
-// Numbers of a thread in shared memory, since the weights have the registers. Some arrive while it waits for others'
-// words.
+// A thread's numbers in shared memory, since the weights take the registers. Some arrive while the thread waits for
+// other blocks' words.
 struct Numbers {
   float* const first;
 
@@ -167,13 +166,13 @@ FUSED_MOS_DEVICE void lstm_forward(const LstmForward& a, float* shared) {
   constexpr int COLUMNS = 4 * UNITS;
   const int width = a.shape.width, stride = a.shape.padded;
   const Owner<UNITS> own{a.shape};
-  const Numbers numbers(shared + 2 * SUMS<COLUMNS>);  // gates by the input alone, their biases, the cell
+  const Numbers numbers(shared + 2 * SUMS<COLUMNS>);  // the input's part of the gates, the biases, the cell
   Product<FORWARD_CHUNKS, UNITS / 2, FORWARD_CHUNKS> product(a.shape.n_rows, stride);
   product.load([&](int tile) {  // a unit's four gates are neighbouring columns
     const int gate = product.group % 4, unit = device::block() * UNITS + 2 * tile + product.group / 4;
     return unit < width ? a.recurrent + (gate * width + unit) * stride : nullptr;
   });
-  // a pair has its word also where one or both of its units are padding
+  // a pair writes its word even if its units are padding
   auto publish_state = [&](int step, float h) {
     publish(a.states + (step * a.shape.n_rows + own.row) * stride + own.unit, h, own.in_batch && own.unit < stride);
   };
@@ -189,7 +188,7 @@ FUSED_MOS_DEVICE void lstm_forward(const LstmForward& a, float* shared) {
     }
     float* sums = shared + step % 2 * SUMS<COLUMNS>;
     product.multiply(sums, a.states + step * a.shape.n_rows * stride, stride);
-    device::sync_block();  // one a step is enough: the next step has other sums
+    device::sync_block();  // one barrier per step is enough: the next step uses the other sums
     if (!own.warp_takes_part) continue;
     device::wait_for_copies<0>();
     auto gates = total<COLUMNS, 4>(sums, own.row, 4 * own.in_block);
@@ -198,7 +197,7 @@ FUSED_MOS_DEVICE void lstm_forward(const LstmForward& a, float* shared) {
                 candidate = hyperbolic_tangent(gates.at[2]), out = sigmoid(gates.at[3]);
     const float cell = numbers[8] = forget * numbers[8] + input * candidate;
     const float h = own.owns ? out * hyperbolic_tangent(cell) : 0;
-    if (step + 1 < a.shape.n_steps) publish_state(step + 1, h);  // first: others wait for it
+    if (step + 1 < a.shape.n_steps) publish_state(step + 1, h);  // first, since other blocks wait for it
     if (own.owns) {
       a.gates[own.gate_at(step, 0)] = input, a.gates[own.gate_at(step, 1)] = forget;
       a.gates[own.gate_at(step, 2)] = candidate, a.gates[own.gate_at(step, 3)] = out;
@@ -211,17 +210,17 @@ FUSED_MOS_DEVICE void lstm_forward(const LstmForward& a, float* shared) {
 FUSED_MOS_DEVICE void lstm_backward(const LstmBackward& a, float* shared) {
   const int width = a.shape.width, last = a.shape.n_steps - 1;
   const Owner<BACKWARD_UNITS> own{a.shape};
-  const Numbers numbers(shared + 2 * SUMS<BACKWARD_UNITS>);  // of the forward pass, and the cell's gradient
+  const Numbers numbers(shared + 2 * SUMS<BACKWARD_UNITS>);  // from the forward pass, and the cell's gradient
   Product<BACKWARD_CHUNKS, BACKWARD_UNITS / 8, BACKWARD_IN_FLIGHT> product(a.shape.n_rows, 4 * width);
   product.load([&](int tile) {
     const int unit = device::block() * BACKWARD_UNITS + 8 * tile + product.group;
     return unit < width ? a.recurrent + unit * 4 * width : nullptr;
   });
-  // what the steps after this one say of its h
+  // the gradient of this step's h from later steps
   auto from_later = [&](int step) {
     float* sums = shared + (step & 1) * SUMS<BACKWARD_UNITS>;
     product.multiply(sums, a.grad_gates + (step + 1) * a.shape.n_rows * 4 * width, 4 * width);
-    device::sync_block();  // one a step is enough: the next step has other sums
+    device::sync_block();  // one barrier per step is enough: the next step uses the other sums
     return own.in_batch ? total<BACKWARD_UNITS, 1>(sums, own.row, own.in_block).at[0] : 0.f;
   };
   numbers[7] = own.owns && a.grad_last_cell ? a.grad_last_cell[own.at(0)] : 0;

@@ -1,6 +1,6 @@
-// lstm.cuh on a CPU, for its tests: the launches of lstm.cu, without a device.
+// lstm.cuh on a CPU, for tests: the launches of lstm.cu without a device.
 #include "emulation.h"
-// after what it asks for
+// lstm.cuh needs the header above
 #include "lstm.cuh"
 
 namespace fused_mos {
@@ -10,7 +10,7 @@ unsigned order(void* stream) { return static_cast<unsigned>(reinterpret_cast<uin
 
 }  // namespace
 
-// The stream is the number that seeds the threads' turns.
+// `stream` is the seed for the order of the threads' turns.
 int launch_lstm(const LstmForward& a, const LstmPlan& plan, void* stream) {
   std::memset(a.states, 0xff, int64_t{2} * a.shape.n_steps * a.shape.n_rows * a.shape.padded);
   device::launch(plan.forward_blocks, LSTM_THREADS, plan.forward_shared_bytes, order(stream), [&](char* shared) {

@@ -1,4 +1,4 @@
-// How a layer of an LSTM is cut up: arithmetic of the host alone, the same for the device and for its emulation.
+// How an LSTM layer is divided: host-only arithmetic, the same for the device and its emulation.
 #include "lstm.h"
 #include "lstm_shape.h"
 

@@ -1,4 +1,4 @@
-// How a decode is cut up: arithmetic of the host alone, the same for the device and for its emulation.
+// How a decode is divided: host-only arithmetic, the same for the device and its emulation.
 #include <algorithm>
 
 #include "decode.h"
@@ -37,14 +37,14 @@ const char* plan_decode(const DecodeArguments& a, int n_multiprocessors, int sha
   plan.n_blocks = static_cast<int>(std::min<int64_t>({n_multiprocessors, plan.n_tiles, THREADS}));
 
   const int padded_rows = static_cast<int>(rows + 7) / 8 * 8;
-  plan.latent_stride = (a.n_features + 15) / 16 * 16 + 8;  // rows begin 4 banks apart
+  plan.latent_stride = (a.n_features + 15) / 16 * 16 + 8;  // rows start 4 banks apart
   const int64_t latent_bytes = aligned(int64_t{padded_rows} * plan.latent_stride * 2);
   if (latent_bytes > shared_limit) return TOO_LARGE;
   plan.ring_at = static_cast<int>(latent_bytes);
   plan.statistics_at = plan.ring_at + WARPS * RING_BYTES;
   plan.logits_at = aligned(plan.statistics_at + 2 * WARPS * 8 * plan.row_tiles * 4);
-  const int64_t classes = (plan.n_tiles + plan.n_blocks - 1) / plan.n_blocks * tile;  // of the longest span
-  const int64_t logits_bytes = rows * (classes + 1) * 4;  // an odd stride: lanes of other rows, other banks
+  const int64_t classes = (plan.n_tiles + plan.n_blocks - 1) / plan.n_blocks * tile;  // in the longest span
+  const int64_t logits_bytes = rows * (classes + 1) * 4;  // an odd stride puts the lanes' rows in different banks
   plan.logits_stride = static_cast<int>(classes + 1);
   plan.logits_in_shared = plan.logits_at + logits_bytes <= shared_limit;
   plan.shared_limit = shared_limit;

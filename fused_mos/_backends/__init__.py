@@ -1,9 +1,9 @@
-"""The implementations behind the head, and the choice between them.
+"""The backends that compute the head, and the choice between them.
 
-`reference` is plain differentiable torch and the definition of every result. Any other backend is a
-module with the functions of `Kernels` below: it computes values and gradients, and knows no autograd.
+`reference` is plain differentiable torch and defines every result. Each other backend is a module with the functions of
+`Kernels` below: it computes values and gradients and does not use autograd.
 
-(The package has an underscore because `fused_mos.backends` is the public function.)
+(The package is called `_backends` because `fused_mos.backends` is the public function.)
 """
 
 import importlib
@@ -26,24 +26,27 @@ if TYPE_CHECKING:
 
 
 class Kernels(Protocol):
-    """The functions of a fused backend's module; R = N·K rows.
+    """The functions that a fused backend's module defines.
 
-    All tensors are contiguous; latent, weight and bias share one floating dtype. A row's log-sum-exp is kept
-    as L = maximum + log_total: in one number, the rounding of a large L would spoil exp(l − L). Statistics,
-    nll and log-probabilities come in `accumulation_dtype`, gradients in the dtype of their input.
-    A gradient that `needs` (latent, prior_logits, weight, bias) does not ask for is an empty tensor.
+    Shapes: N tokens, K experts, R = N·K rows, D features, V classes. Logits l are transform(z·E + b) everywhere, and
+    gradients include the derivative of the transform.
 
-    Every function computes with the logits l = transform(z·E + b), and its gradients with their derivative: `l` below.
+    All tensors are contiguous; latent, weight and bias share one floating dtype. Statistics, nll and log-probabilities
+    are returned in `accumulation_dtype`, gradients in the dtype of their input. `needs` says which gradients of
+    (latent, prior_logits, weight, bias) are wanted; the others are empty tensors.
+
+    A row's log-sum-exp is kept as two numbers, L = maximum + log_total: rounding a large L to one number would spoil
+    exp(l − L).
     """
 
     def row_statistics(
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, transform: Transform = IDENTITY
     ):
-        """(R, D), (V, D), (V,), (R,) -> maximum (R,), log_total (R,), target_logit (R,; NaN where the target is no
-        class)."""
+        """(R, D), (V, D), (V,), (R,) -> maximum, log_total and target_logit, (R,) each. The last is NaN where the
+        target is no class."""
 
     def row_entropy(self, rows, weight, bias, target, transform: Transform = IDENTITY):
-        """What `row_statistics` gives, and the entropy −Σ_v p_v log p_v of each row's softmax, (R,); in one product."""
+        """The results of `row_statistics` and the entropy −Σ_v p_v log p_v of each row's softmax, (R,); one product."""
 
     def rows_backward(
         self,
@@ -82,7 +85,7 @@ class Kernels(Protocol):
         """Gradients of (latent, prior_logits, weight, bias) for a grad (N,) of nll."""
 
     def gradient_in_forward_pays(self, n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether `nll_with_gradients` is cheaper than `nll` and `nll_backward`."""
+        """True if `nll_with_gradients` is cheaper than `nll` and `nll_backward`."""
 
     def nll_with_gradients(
         self,
@@ -101,18 +104,19 @@ class Kernels(Protocol):
         """The loss (), a divisor (), nll (N,), maximum, log_total and target_logit (N, K), and the gradients of
         divisor·loss.
 
-        `loss_weights` (3, N) makes it the sum of c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k² with c, λ, ζ its rows, finite
-        numbers of any sign that are 0 where a token is ignored, and no mean. Then nothing is filtered.
+        The loss is the sum or mean of nll. With `loss_weights` (3, N), it is the sum of
+        c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k², where c, λ and ζ are the rows of `loss_weights`: finite numbers of any
+        sign, 0 for ignored tokens. `mean` must then be False, and nothing is filtered.
         """
 
     def scaled(self, gradients, factor: Tensor, divisor: Tensor):
-        """The gradients times factor / divisor, 0 where the divisor is 0; of backends with `has_own_small_kernels`."""
+        """The gradients times factor / divisor, or 0 if the divisor is 0. Only for `has_own_small_kernels`."""
 
     def normalisers(self, latent, prior_logits, weight, bias, transform: Transform = IDENTITY):
         """log π, maximum and log_total, (N, K) each."""
 
     def log_prob(self, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY) -> Tensor:
-        """(N, K, D), (N, K), … -> log-probabilities (N, V)."""
+        """Log-probabilities of all classes, (N, V)."""
 
     def log_prob_backward(
         self, grad, latent, log_prior, weight, bias, maximum, log_total, needs, transform: Transform = IDENTITY
@@ -122,22 +126,25 @@ class Kernels(Protocol):
     def predict(self, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY) -> Tensor:
         """The most probable class (N,) of the mixture, int64."""
 
-    # The next three are optional; `one_sweep_pays` below asks for them.
+    # The next three are optional; the function `one_sweep_pays` below looks for them.
 
     def one_sweep_pays(self, n_tokens: int, n_experts: int, n_classes: int, n_features: int) -> bool:
-        """Whether these are cheaper than `normalisers` followed by `log_prob` or `predict`."""
+        """True if the next two are cheaper than `normalisers` followed by `log_prob` or `predict`."""
 
     def log_prob_and_normalisers(self, latent, prior_logits, weight, bias, transform: Transform = IDENTITY):
-        """Log-probabilities (N, V), and maximum and log_total (N, K); in one product."""
+        """Log-probabilities (N, V), and maximum and log_total (N, K), in one product."""
 
     def predict_in_one_sweep(self, latent, prior_logits, weight, bias, transform: Transform = IDENTITY) -> Tensor:
-        """The most probable class (N,) of the mixture, int64; in one product."""
+        """The most probable class (N,) of the mixture, int64, in one product."""
 
     def mixture_sum(
         self, sum_: Sum, latent, log_prior, weight, bias, maximum, log_total, transform: Transform = IDENTITY
     ):
-        """A sum over the classes of `weight`, all or a part, (N,); what they add to s (see `Sum`) with
-        q = π exp(l − L) / p, (N, K); the most probable class and its log p, (N,) each. In one product."""
+        """A sum over the classes of `weight`, which may be only a part of all, in one product.
+
+        Returns the sum (N,); the contribution to s (see `Sum`) with q = π exp(l − L) / p, (N, K); and the most probable
+        class and its log p, (N,) each.
+        """
 
     def mixture_sum_backward(
         self,
@@ -156,21 +163,23 @@ class Kernels(Protocol):
         needs,
         transform: Transform = IDENTITY,
     ):
-        """Gradients of (latent, prior_logits, weight, bias) in three products, for G[n,v] = grad[n] ∂sum/∂log p_v +
-        grad_target[n] 1[v = target[n]] on log p: dl = G q − (s − grad_lse) exp(l − L) and da = s − π Σ_k s, where s is
-        given: Σ_v G q."""
+        """Gradients of (latent, prior_logits, weight, bias), in three products.
+
+        The gradient of log p is G[n,v] = grad[n] ∂sum/∂log p_v + grad_target[n] 1[v = target[n]]. With s = Σ_v G q,
+        which is given: dl = G q − (s − grad_lse) exp(l − L) and da = s − π Σ_k s.
+        """
 
     def choose_rows(self, latent, prior_logits, seed: Tensor) -> Tensor:
-        """The latent vector of one expert for each token, drawn from the prior, (N, D). The seed is (1,) int64."""
+        """Draw one expert per token from the prior and return its latent vector, (N, D). The seed is (1,) int64."""
 
     def sample(self, rows, weight, bias, transform: Transform, seed: Tensor) -> Tensor:
-        """One class (R,) from each row's softmax(l), int64, independent of what `choose_rows` draws with the same
-        seed."""
+        """Draw one class (R,) from each row's softmax(l), int64. The draws are independent of those of `choose_rows`
+        with the same seed."""
 
 
 def _why_missing(module: str, error: ImportError) -> str:
-    """The reason that setup.py wrote when it could not build the module; or that it never was asked to, in a clone
-    beside an installed package."""
+    """The reason why a compiled module is missing: the one that setup.py recorded when it could not build it, or that
+    nothing was compiled in this clone."""
     package = Path(__file__).parent.parent
     recorded = package / f"{module}_missing.txt"
     if recorded.exists():
@@ -185,11 +194,11 @@ NAMES = ("auto", "reference", "tiled", "cpu", "triton", "cuda")
 
 @cache
 def _load(name: str) -> str | None:
-    """Imports the module of a backend, and says why where it cannot: at the first use, since importing Triton alone
-    takes several times as long as the rest of the package."""
+    """Import a backend's module; return None, or the reason why it cannot be imported. Called at first use, since
+    importing Triton takes several times as long as the rest of the package."""
     if name in ("triton", "cuda") and not (torch.version.cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"it is for NVIDIA GPUs, and this torch ({torch.__version__}) is built without CUDA"
-    if name == "cuda" and (reason := _load("triton")):  # on which it falls back
+        return f"it is for NVIDIA GPUs, but this torch ({torch.__version__}) is built without CUDA"
+    if name == "cuda" and (reason := _load("triton")):  # cuda falls back to triton
         return reason
     try:
         importlib.import_module(f".{name}", __name__)
@@ -202,13 +211,13 @@ def _load(name: str) -> str | None:
 
 @assume_constant_result
 def why_absent(name: str) -> str | None:
-    """Why a backend other than the two in plain torch cannot be loaded here; None where it can."""
+    """None if the backend can be loaded here, else the reason why not. Not for the two backends in plain torch."""
     return _load(name)
 
 
 def kernels(name: str) -> ModuleType:
-    """The module of a backend that is not absent."""
-    # statements instead of a table, which torch.compile would take for what it was before the first use
+    """The module of a backend that can be loaded."""
+    # torch.compile would freeze a table of modules as it was before the first use
     if name == "cpu":
         from . import cpu
 
@@ -225,16 +234,16 @@ def kernels(name: str) -> ModuleType:
 
 
 def backends() -> dict[str, str]:
-    """Says which backends exist on this machine: name -> "available", or the reason why not."""
+    """Backends by name, each with "available" or the reason why it is not available on this machine."""
     compiled = {name: why_absent(name) or kernels(name).availability() for name in ("cpu", "triton", "cuda")}
     return {"reference": "available", "tiled": "available"} | compiled
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Turns `auto` into the fastest backend for `device` and `dtype`, and checks any other name.
+    """Resolve "auto" to the fastest backend for `device` and `dtype`, and check any other name.
 
-    Raises ValueError for an unknown name or a device that the backend is not for, TypeError for a dtype that it
-    does not compute, RuntimeError for a backend that is not available here.
+    Raises ValueError for an unknown name or a device that the backend does not support, TypeError for a dtype that it
+    does not support, RuntimeError if it is not available here.
     """
     if name == "auto":
         fastest = "cpu" if device.type == "cpu" else "triton"
@@ -263,20 +272,20 @@ def _not_available(name: str, reason: str) -> RuntimeError:
 
 
 def has_own_small_kernels(name: str) -> bool:
-    """Whether the backend fuses what surrounds the products, too, for a device that works faster than the host launches
-    kernels: a loss without gradients comes from `nll_with_gradients`, and gradients are scaled by `scaled`."""
+    """True if the backend also fuses the small operations around the products, since its device is faster than the host
+    can launch them. `nll_with_gradients` then computes losses without gradients too, and `scaled` scales gradients."""
     return name in ("triton", "cuda")
 
 
 def one_sweep_pays(name: str, n_tokens: int, n_experts: int, n_classes: int, n_features: int) -> bool:
-    """Whether the backend computes the mixture and its normalisers in one product, and does so at these sizes."""
+    """True if the backend can compute the mixture and its normalisers in one product, and does so at these sizes."""
     pays = getattr(kernels(name), "one_sweep_pays", None)
     return pays is not None and pays(n_tokens, n_experts, n_classes, n_features)
 
 
 def decoder(name: str, latent: Tensor, *others: Tensor | None) -> "Decoder | None":
-    """Computes the mixture of a few tokens in one pass over `weight`; None where the backend has no such kernel, a
-    gradient is wanted, or the tensors have no memory, since it takes addresses."""
+    """The kernels that compute the mixture of a few tokens in one pass over `weight`. None if the backend has no such
+    kernels, a gradient is wanted, or the tensors have no memory whose address they could take."""
     inputs = (latent, *others)
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     return getattr(kernels(name), "DECODER", None) if has_memory(latent) and not wanted else None

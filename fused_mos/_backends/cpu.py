@@ -1,23 +1,23 @@
-"""Native fused MoS for CPU tensors: the functions of `Kernels` over csrc/cpu, for float32 and bfloat16.
+"""The native CPU backend: the functions of `Kernels` on top of csrc/cpu, for float32 and bfloat16.
 
-The vocabulary is cut into panels of 128 classes. The logits of a panel and a block of rows stay in the L1 cache
-from the product to their sums of exponentials; the backward passes and log-probabilities keep them in a workspace of
-at most 40 MiB. Each sum is made by one thread in a fixed order, so results do not depend on the number of threads. The
-instruction set is chosen at run time (generic, avx2, avx512, avx512_bf16, amx_bf16); the environment variable
-FUSED_MOS_ISA overrides the choice.
+The vocabulary is cut into panels of 128 classes. In the forward pass, the logits of a panel and a block of rows stay in
+the L1 cache until their exponentials are summed. The backward passes and log-probabilities keep them in a workspace of
+at most 40 MiB. One thread computes each sum in a fixed order, so results do not depend on the number of threads.
 
-bfloat16 operands are multiplied as they are with amx_bf16 and avx512_bf16, else widened; sums are float32. Of the sets
-that a processor has, the fastest is taken: on Intel avx512_bf16 is not.
+The instruction set is chosen at run time: the fastest of generic, avx2, avx512, avx512_bf16 and amx_bf16 that the
+processor has. (On Intel avx512_bf16 is slower than avx512.) The environment variable FUSED_MOS_ISA overrides the
+choice. bfloat16 operands are multiplied directly with amx_bf16 and avx512_bf16, and widened first otherwise. Sums are
+float32.
 """
 
 import torch
 from torch import Tensor
 
-# after torch, so that both use the OpenMP runtime that torch loaded
+# import it after torch, so that both use the OpenMP runtime that torch loaded
 from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from . import from_rows
-from .cpu_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict, score  # noqa: F401  (part of `Kernels`)
-from .cpu_one_sweep import log_prob_and_normalisers, one_sweep_pays, predict_in_one_sweep  # noqa: F401  (part of `Kernels`)
+from .cpu_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict, score  # noqa: F401
+from .cpu_one_sweep import log_prob_and_normalisers, one_sweep_pays, predict_in_one_sweep  # noqa: F401
 from .cpu_operands import (
     BLOCK,
     PANEL,
@@ -29,7 +29,7 @@ from .cpu_operands import (
     padded_classes,
     rows_of_block,
 )
-from .from_rows import choose_rows  # noqa: F401  (part of `Kernels`)
+from .from_rows import choose_rows  # noqa: F401  (these are part of `Kernels`)
 from .random_numbers import generator_of
 from .tracing import assume_constant_result
 from .transform import IDENTITY, Transform
@@ -37,26 +37,25 @@ from .transform import IDENTITY, Transform
 DTYPES = (torch.float32, torch.bfloat16)
 
 FORWARD_WORKSPACE_BYTES = 80 * 2**20
-"""Workspace of a forward pass that forms the gradients: a block of tokens with its exponentials over the whole
-vocabulary and, for 16-bit gradients of several blocks, their float32 sums (V, D)."""
+"""Bytes of workspace to form gradients in the forward pass. It holds a block of tokens, their exponentials over the
+whole vocabulary and, for 16-bit gradients of several blocks, their float32 sums (V, D)."""
 
 MAX_FORWARD_WORKSPACE_BYTES = 192 * 2**20
-"""The same for a large decoder: as much as V·D float32 numbers take, at most this."""
+"""Bytes to which the workspace grows for a large decoder, with 4·V·D."""
 
 MIN_GRADIENT_ROWS = 96
-"""Rows of a block below which gradients are not formed in the forward pass: each block reads and writes the whole
-weight gradient, so few rows make it memory-bound."""
+"""Fewest rows of a block to form gradients in the forward pass: each block reads and writes the whole weight gradient,
+so fewer rows are memory-bound."""
 
 MIN_GRADIENT_ROWS_WITH_AMX = 1024
-"""Likewise where AMX makes the product that is saved so cheap."""
+"""The same with AMX, which makes the saved product cheaper."""
 
 MIN_CLASSES_HELD = 1 / 16
-"""The part of the vocabulary for which all tokens' exponentials must fit, where no block of tokens does: the other
-classes' logits are computed twice."""
+"""Smallest part of the vocabulary whose exponentials are worth holding for all tokens if no block of tokens fits."""
 
 
 def instruction_set() -> str:
-    """The instruction set that the kernels run with; ValueError where FUSED_MOS_ISA names none of this processor's."""
+    """The instruction set that the kernels use. Raises ValueError if FUSED_MOS_ISA names one that is not here."""
     return _cpu.instruction_set()
 
 
@@ -148,14 +147,16 @@ def _min_gradient_rows(dtype: torch.dtype) -> int:
 
 
 def _held_exponentials(n_tokens: int, n_experts: int, weight: Tensor) -> tuple[int, int]:
-    """Tokens of a block, and the classes whose exponentials the workspace holds for it: all classes, in as few blocks
-    as there is room for; or, where a block would be too small, a part of the classes for all tokens. (0, 0) where
-    neither pays."""
+    """Returns the tokens of a block and the classes whose exponentials the workspace holds for it.
+
+    If enough tokens fit, these are all classes and as few blocks as possible. Otherwise one block has all tokens and
+    holds some of the classes; the logits of the others are computed twice. Returns (0, 0) if neither pays.
+    """
     n_classes, n_features = weight.shape
     n_rows = n_tokens * n_experts
     float32_bytes = 4 * n_classes * n_features
     workspace = max(FORWARD_WORKSPACE_BYTES, min(MAX_FORWARD_WORKSPACE_BYTES, float32_bytes))
-    # a row as operand of the logits and of dE, and the sums of its gradient, float32 at most
+    # a row packed twice (for the logits and for dE) and its gradient, all at most float32
     bytes_of_row = 3 * 4 * n_features
     bytes_of_exponential = _exponential_bytes(weight.dtype)
 
@@ -190,7 +191,7 @@ def _blocks_with_gradients(
     filter_eps: float,
     needs: tuple[bool, bool, bool, bool],
     transform: Transform = IDENTITY,
-    loss_weights: Tensor | None = None,  # (3, N) float32, 0 where a token is not valid
+    loss_weights: Tensor | None = None,  # (3, N) float32, 0 for invalid tokens
 ) -> tuple[Tensor, ...]:
     n, k, _ = latent.shape
     head, bias = head_of(weight, bias, transform)
@@ -241,7 +242,7 @@ def normalisers(*inputs):
 
 
 def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
-    """Inverts each row's cumulative distribution: one uniform number a row, not one for each class."""
+    """Draw by inverting each row's cumulative distribution. It needs one random number per row, not per class."""
     head, bias = head_of(weight, bias, transform)
     generator = generator_of(seed, "classes")
     uniform = torch.rand(rows.shape[0], dtype=torch.float64, generator=generator, device=rows.device)

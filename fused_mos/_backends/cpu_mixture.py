@@ -1,4 +1,4 @@
-"""Calls of the native CPU kernels over the mixture's own distribution: log-probabilities, sums over them, and the
+"""Calls to the native CPU kernels for the mixture's own distribution: log-probabilities, sums over them, and the
 gradients of both.
 """
 
@@ -42,7 +42,7 @@ def log_prob(
 
 
 def _undefined_is_nan(result: Tensor, log_prior: Tensor, maximum: Tensor, log_total: Tensor) -> Tensor:
-    """Makes the tokens (first dimension) of undefined statistics NaN, which the kernels' exponentials take for a small
+    """Set tokens (first dimension) with undefined statistics to NaN. The kernels' exponentials treat NaN as a small
     number."""
     undefined = (log_prior + maximum + log_total).isnan().any(1)
     return result.masked_fill_(undefined[:, None], torch.nan) if undefined.any() else result
@@ -73,8 +73,8 @@ def score(
     log_total: Tensor,  # (N, K)
     transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K)
-    """The most probable class of the mixture, and Σ_v softmax_k(l)_v log p_v of each expert, from one product. The
-    mixture's entropy is −Σ_k π_k times the latter."""
+    """The most probable class of the mixture, and Σ_v softmax_k(l)_v log p_v of each expert, in one product. Summed
+    with weights −π_k, the latter give the mixture's entropy."""
     head, bias = head_of(weight, bias, transform)
     best = torch.empty(latent.shape[0], dtype=torch.int64, device=latent.device)
     mean_log_prob = torch.empty_like(maximum)
@@ -93,7 +93,7 @@ def mixture_sum(
     log_total: Tensor,  # (N, K)
     transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Native for the entropy alone."""
+    """Native for "entropy"; other sums use the tiled backend."""
     given = latent, log_prior, weight, bias, maximum, log_total, transform
     if sum_.kind != "entropy":
         return tiled_mixture.mixture_sum(sum_, *given)
@@ -121,7 +121,7 @@ def mixture_sum_backward(
     needs: tuple[bool, bool, bool, bool],
     transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Native but for what is tempered."""
+    """Native except for "tempered", which uses the tiled backend."""
     given = latent, log_prior, weight, bias, maximum, log_total
     if sum_.kind == "tempered":
         return tiled_mixture.mixture_sum_backward(
@@ -132,7 +132,7 @@ def mixture_sum_backward(
     else:
         of_class = weight.new_ones(weight.shape[0]) if sum_.class_weight is None else sum_.class_weight
         log_p_gradient = LogProbGradient(grad, of_class, grad_target, target)
-    # the prior's gradient has another s than dl, from which the gradient of the lse is taken
+    # dl takes s − grad_lse, the prior's gradient s itself
     others = needs[0], False, needs[2], needs[3]
     grad_latent, _, grad_weight, grad_bias = log_prob_backward(log_p_gradient, *given, others, transform, s - grad_lse)
     grad_prior = s - log_prior.exp() * s.sum(1, keepdim=True) if needs[1] else s.new_empty(0)
@@ -140,7 +140,7 @@ def mixture_sum_backward(
 
 
 def _log_prob_gradient(grad: Tensor | LogProbGradient) -> tuple[_cpu.LogProbGradient, dict[str, Tensor]]:
-    """The kernels' gradient of log p, and the tensors that it points to."""
+    """The gradient of log p as the kernels take it, and the tensors that it points to, which must outlive it."""
     given = {"dense": grad} if isinstance(grad, Tensor) else grad._asdict()
     tensors = {
         name: tensor.contiguous() if name == "target" else tensor.float().contiguous()
@@ -162,7 +162,8 @@ def log_prob_backward(
     transform: Transform = IDENTITY,
     mean_gradient: Tensor | None = None,  # (N, K)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`mean_gradient` is s[n,k] = Σ_v G π_k exp(l − L) / p, which saves one product of four where it is known."""
+    """Gradients of (latent, prior_logits, weight, bias). If `mean_gradient`, s[n,k] = Σ_v G π_k exp(l − L) / p, is
+    known, it saves one of four products."""
     head, bias = head_of(weight, bias, transform)
     gradients = Gradients(latent, weight, (needs[0], needs[2], needs[3]))
     grad_prior = torch.zeros_like(maximum) if needs[1] else maximum.new_empty(0)

@@ -1,9 +1,9 @@
-"""Calls of the native CPU kernel that computes the mixture and its normalisers at once: one product instead of two."""
+"""Calls to the native CPU kernel that computes the mixture and its normalisers in one product instead of two."""
 
 import torch
 from torch import Tensor
 
-# after torch, so that both use the OpenMP runtime that torch loaded
+# import it after torch, so that both use the OpenMP runtime that torch loaded
 from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from . import cpu_operands
 from .cpu_operands import address, empty_statistics, equal_blocks, head_of, padded_classes, rows_of_block
@@ -11,12 +11,11 @@ from .reference import log_softmax_prior
 from .transform import IDENTITY, Transform
 
 MIN_ROWS = 40
-"""Rows of a block of tokens below which two sweeps are taken: each block reads all of the weight, so few rows make it
-memory-bound."""
+"""Fewest rows of a block for a single sweep: each block reads the whole weight, so fewer rows are memory-bound."""
 
 
 def _tokens_of_block(n_tokens: int, n_experts: int, n_classes: int, n_features: int) -> int:
-    """Tokens whose exponentials over the whole vocabulary fit in the workspace; 0 where not one does."""
+    """Number of tokens whose exponentials over the whole vocabulary fit in the workspace; 0 if it is too small."""
     bytes_of_row = 4 * (padded_classes(n_classes) + n_features)
     return equal_blocks(n_tokens, rows_of_block(cpu_operands.WORKSPACE_BYTES // bytes_of_row) // n_experts)
 
@@ -60,7 +59,7 @@ def _in_one_sweep(
     log_prob: Tensor | None = None,
     best: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fills `log_prob` (N, V) or `best` (N,), and returns maximum and log_total, (N, K) each."""
+    """Fill `log_prob` (N, V) or `best` (N,), and return maximum and log_total, (N, K) each."""
     n, k, _ = latent.shape
     head, bias = head_of(weight, bias, transform)
     log_prior = log_softmax_prior(prior_logits).float()

@@ -1,19 +1,19 @@
-"""What the calls of the native kernels share: addresses, the operands that all take, and where their results go."""
+"""Shared parts of the calls to the native CPU kernels: addresses, common operands, and buffers for gradients."""
 
 import torch
 from torch import Tensor
 
-# after torch, so that both use the OpenMP runtime that torch loaded
+# import it after torch, so that both use the OpenMP runtime that torch loaded
 from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from .reference import accumulation_dtype
 from .transform import Transform
 
 WORKSPACE_BYTES = 40 * 2**20
-"""Bytes of exponentials of all rows for a span of the vocabulary; and half as much for rows in the layout of the
-products."""
+"""Bytes of workspace for the exponentials of all rows over a span of the vocabulary. Rows packed for the products get
+half as much besides."""
 
 PANEL = 128  # kPanel of csrc/cpu/product.h
-BLOCK = 96  # a multiple of each kBlock of csrc/cpu/product.h: rows come in blocks, of which the last is filled up
+BLOCK = 96  # a multiple of each kBlock of csrc/cpu/product.h: the kernels pad rows to whole blocks
 
 
 def padded_classes(n_classes: int) -> int:
@@ -21,12 +21,12 @@ def padded_classes(n_classes: int) -> int:
 
 
 def rows_of_block(rows: int) -> int:
-    """At most `rows`, of which the kernels' last block is not filled up where there are several."""
+    """`rows`, rounded down to whole blocks of the kernels if there is more than one."""
     return rows - rows % BLOCK if rows > BLOCK else rows
 
 
 def equal_blocks(n: int, most: int) -> int:
-    """The size of as few blocks of n as hold `most` at most, all of about one size; 0 where they can hold none."""
+    """The block size that cuts n into the fewest blocks of at most `most`, all of about one size; 0 if `most` is 0."""
     if most == 0:
         return 0
     blocks = (n + most - 1) // most
@@ -38,7 +38,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def n_threads() -> int:
-    """The threads that kernels share their work among: torch's, or 1 where they were built without OpenMP."""
+    """The number of threads of the kernels: torch's, or 1 if they were built without OpenMP."""
     return torch.get_num_threads() if _cpu.threaded else 1
 
 
@@ -64,12 +64,12 @@ def empty_statistics(like: Tensor, *shape: int, count: int = 3) -> list[Tensor]:
 
 
 class Gradients:
-    """Gradients of (rows, weight, bias) for the kernels to fill; of no elements where not needed."""
+    """Gradients of (rows, weight, bias) for the kernels to fill. Those that are not needed are empty."""
 
     def __init__(self, rows: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]):
         self.dtype = weight.dtype
         self.rows = torch.zeros_like(rows) if needs[0] else rows.new_empty(0)
-        # the kernels write all of it, if there are rows
+        # the kernels write every element if there are rows
         new = torch.empty_like if rows.shape[0] else torch.zeros_like
         self.weight = new(weight) if needs[1] else weight.new_empty(0)
         self.bias = weight.new_zeros(weight.shape[0] if needs[2] else 0, dtype=torch.float32)

@@ -1,9 +1,8 @@
-"""csrc/cuda: decoding, that is inference for a few tokens, in one pass over the embedding. All else is the Triton
-backend's.
+"""The CUDA backend: the Triton backend with native kernels (csrc/cuda) for decoding, which is inference for few tokens.
 
-At generation time the work is to read the embedding, once if the logits stay on the chip until their normalisers are
-known. A kernel of one launch does that for 16-bit inputs with N·K ≤ 128 rows; what it writes is the log-probabilities,
-or the best k of them, or samples.
+Decoding time is the time to read the embedding. The kernels read it once: the logits stay on the chip until their
+normalisers are known. A single launch computes log-probabilities, the best k of them, or samples, for 16-bit inputs
+with N·K ≤ 128 rows.
 """
 
 from collections.abc import Callable
@@ -37,11 +36,11 @@ from .triton import (  # noqa: F401  (what this backend shares with that one)
 
 
 class Decoder(NativeKernels):
-    """The decode kernels."""
+    """The kernels that decode in one pass over the embedding."""
 
     def plan(self, mode: str, latent: Tensor, weight: Tensor, bias: Tensor | None, k: int = 0) -> Any:
-        """How these inputs, latent (N, K, D) and contiguous, would be decoded; None where only the Triton backend
-        can."""
+        """The launch plan for these inputs, with contiguous latent (N, K, D). None if only the Triton backend can
+        decode them."""
         n, n_experts, d = latent.shape
         if not 1 <= n * n_experts <= self.native.MAX_ROWS or latent.dtype not in (torch.bfloat16, torch.float16):
             return None
@@ -60,11 +59,11 @@ class Decoder(NativeKernels):
                 *self.limits(latent.device),
                 k,
             )
-        except ValueError:  # of what it cannot do, such as an odd D, or a latent that fills the shared memory
+        except ValueError:  # not supported: for example, an odd D, or latent vectors that exceed shared memory
             return None
 
     def log_prob(self, latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """(N, K, D), (N, K) float32, … -> log-probabilities (N, V), or None."""
+        """Log-probabilities (N, V) from latent (N, K, D) and log_prior (N, K) float32, or None if not supported."""
         if (decode := self.plan("LogProb", latent, weight, bias)) is None:
             return None
         result = log_prior.new_empty(latent.shape[0], weight.shape[0])
@@ -74,7 +73,7 @@ class Decoder(NativeKernels):
     def topk(
         self, latent: Tensor, log_prior: Tensor, weight: Tensor, bias: Tensor | None, k: int
     ) -> tuple[Tensor, Tensor] | None:
-        """The k largest log-probabilities (N, k), descending, and their classes, or None."""
+        """The k largest log-probabilities (N, k), descending, and their classes, or None if not supported."""
         if (decode := self.plan("TopK", latent, weight, bias, k)) is None:
             return None
         values = log_prior.new_empty(latent.shape[0], k)
@@ -85,8 +84,8 @@ class Decoder(NativeKernels):
     def sample(
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, seed: Tensor
     ) -> Tensor | None:
-        """One class (R,) from each row's softmax(l / temperature), which depends on the seed (1,), int64, the row and
-        the class alone; or None."""
+        """Draw one class (R,) from each row's softmax(l / temperature), or return None if not supported. The random
+        numbers depend only on the seed (1,) int64, the row and the class."""
         latent = rows.contiguous()[:, None]
         if (decode := self.plan("Sample", latent, weight, bias)) is None:
             return None
@@ -95,8 +94,8 @@ class Decoder(NativeKernels):
         return result
 
     def _launch(self, function: Callable[..., None], decode: Any, *arguments: Tensor | float) -> None:
-        """With a workspace, which may be freed as soon as the kernel is queued: what takes its memory next is queued
-        behind it."""
+        """Launch with a workspace. It may be freed once the kernel is queued: the next user of its memory is queued
+        behind the kernel."""
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         workspace = torch.empty(decode.workspace_bytes, dtype=torch.uint8, device=device)
         with self.on(device) as stream:
@@ -104,27 +103,27 @@ class Decoder(NativeKernels):
 
 
 def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
-    """As in the Triton backend, by the decode kernel where that can: it knows no soft cap."""
+    """Sample with the decode kernel, or with the Triton backend if that is not supported or there is a soft cap."""
     drawn = None if transform.softcap else DECODER.sample(rows, weight, bias, transform.temperature, seed)
     return triton.sample(rows, weight, bias, transform, seed) if drawn is None else drawn
 
 
 def availability() -> str:
-    """What `fused_mos.backends()` says of this backend: "available …", or why not."""
+    """This backend's entry in `fused_mos.backends()`: "available …", or the reason why not."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU"
     return (
         unsupported(torch.device("cuda", torch.cuda.current_device()))
-        or "available; auto does not choose it, for no recorded run shows it right and faster"
+        or "available; auto does not choose it, since no recorded run shows it to be correct and faster"
     )
 
 
 def unsupported(device: torch.device) -> str | None:
-    """Why tensors on this device cannot be computed here; None where they can."""
+    """None if this backend can compute on the device, else the reason why not."""
     if device.type != "cuda":
         return f"it is for CUDA tensors, but latent is on {device}"
     return triton.unsupported(device) or (_TOO_NEW if torch.cuda.is_available() else None)
 
 
 DECODER = Decoder(_cuda, limits, on)
-_TOO_NEW = too_new(*_cuda.versions())  # asked once: a graph that is traced cannot ask
+_TOO_NEW = too_new(*_cuda.versions())  # asked once, since a traced graph cannot ask

@@ -1,7 +1,6 @@
-"""The mixture's functions of `Kernels`, in plain torch around a backend's functions of single rows.
+"""The mixture's functions of `Kernels` in plain torch, built on a backend's functions of single rows.
 
-`tiled` and `cpu` take them from here; a backend whose device must not wait for the launches of many small operations
-writes its own.
+`tiled` and `cpu` use them. A backend whose device would wait for the launches of many small operations has its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,13 +53,13 @@ def nll_backward(
     transform: Transform = IDENTITY,
     grad_lse: Tensor | None = None,  # (N, K)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dl = (g r + g_L) exp(l − L) − g r 1[v = y], da = g (π − r). With a gradient of the lse nothing is filtered."""
+    """dl = (g r + g_L) exp(l − L) − g r 1[v = y] and da = g (π − r). With `grad_lse` no rows are filtered."""
     n, k, d = latent.shape
     valid, target = _valid_target(target, ignore_index)
     log_prior = log_softmax_prior(prior_logits).to(maximum.dtype)
     _, responsibility = mix_target(log_prior, maximum, log_total, target_logit)
     grad = torch.where(valid, grad.to(maximum.dtype), 0)[:, None]
-    # an ignored token weighs nothing even where its statistics are not finite
+    # an ignored token has weight 0 even if its statistics are not finite
     row_weight = torch.where(grad != 0, grad * responsibility, 0)
     grad_prior = (log_prior.exp() * grad - row_weight).to(prior_logits.dtype) if needs[1] else prior_logits.new_empty(0)
 
@@ -98,10 +97,12 @@ def nll_with_gradients(
     transform: Transform = IDENTITY,
     loss_weights: Tensor | None = None,  # (3, N)
 ) -> tuple[Tensor, ...]:
-    """Args:
-    blocks_with_gradients: (latent, prior_logits, weight, bias, target, valid, scale, filter_eps, needs, transform,
-        loss_weights) -> nll (N,), statistics (N, K), and the gradients of scale·nll[valid].sum(), or with loss weights
-        those of `weighted`'s sum.
+    """`Kernels.nll_with_gradients` on top of a backend's loop over blocks of tokens.
+
+    Args:
+        blocks_with_gradients: (latent, prior_logits, weight, bias, target, valid, scale, filter_eps, needs, transform,
+            loss_weights) -> nll (N,), statistics (N, K), and the gradients of scale·nll[valid].sum() or, with loss
+            weights, of the sum of `weighted`.
     """
     valid, target = _valid_target(target, ignore_index)
     one = torch.ones((), dtype=accumulation_dtype(latent.dtype), device=latent.device)
@@ -125,7 +126,7 @@ def weighted(
     log_prior: Tensor,  # (N, K)
     loss_weights: Tensor,  # (3, N): c, λ and ζ
 ) -> Tensor:  # (N,)
-    """c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k²; a term of weight 0 is 0 whatever else it is of."""
+    """c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k². A term of weight 0 is 0 even if its other factor is not finite."""
     prior = log_prior.exp().to(lse.dtype)
     terms = nll, (prior * lse).sum(1), (prior * lse.square()).sum(1)
     zero = nll.new_zeros(())
@@ -138,8 +139,8 @@ def gradients_of_weighted(
     lse: Tensor,  # (N, K)
     responsibility: Tensor,  # (N, K)
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N, K) each
-    """The parts of `weighted`'s gradient: dl = A exp(l − L) − B 1[v = y] with A = c r + π (λ + 2ζL) and B = c r; and
-    da = c (π − r) + π (f − Σ_k π f) with f = λL + ζL²."""
+    """A, B and da of the gradient of `weighted`: dl = A exp(l − L) − B 1[v = y] with A = c r + π (λ + 2ζL) and B = c r,
+    and da = c (π − r) + π (f − Σ_k π f) with f = λL + ζL²."""
     c, linear, square = loss_weights[..., None]
     of_target = torch.where(c != 0, c * responsibility, 0)
     counted = (linear != 0) | (square != 0)
@@ -150,10 +151,12 @@ def gradients_of_weighted(
 
 
 def scaled(gradients: Sequence[Tensor], factor: Tensor, divisor: Tensor, backend: str) -> Sequence[Tensor]:
-    """The gradients times the factor, for the divisor is 1; on a CPU, where looking costs nothing, themselves where the
-    factor is 1, as it is for loss.backward(): a copy of the weight's gradient takes 2 % of the step. Where the graph is
-    kept, they are copied: its next backward pass would find what the caller has made of them. (While a graph is traced,
-    tensors are of a subclass and have no value.)"""
+    """The gradients times the factor; the divisor is always 1 here.
+
+    On a CPU, where reading the factor costs nothing, a factor of 1 (as in loss.backward()) returns the gradients
+    themselves: copying the weight's gradient takes 2 % of the step. If the graph is retained they are copied, since its
+    next backward pass would see the caller's changes. (Tensors of a traced graph are of a subclass and have no value.)
+    """
     readable = type(factor) is Tensor and has_memory(factor) and factor.device.type == "cpu"
     if readable and factor == 1 and not torch._C._autograd._get_current_graph_task_keep_graph():
         return gradients
@@ -178,7 +181,10 @@ def choose_rows(
     prior_logits: Tensor,  # (N, K)
     seed: Tensor,  # (1,)
 ) -> Tensor:  # (N, D)
-    """By Gumbel-max, which unlike torch.multinomial has no device-side assertion; NaN where no expert can be drawn."""
+    """Draw one expert per token by Gumbel-max and return its latent vector, NaN if no expert can be drawn.
+
+    Unlike torch.multinomial, this has no device-side assertion.
+    """
     log_prior = log_softmax_prior(prior_logits)
     noise = Exponentials(seed, "experts").like(log_prior).log_()  # minus a Gumbel variate
     best, expert = (log_prior - noise).max(1)

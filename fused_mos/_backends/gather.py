@@ -1,8 +1,8 @@
-"""Logits of a few classes of each token, and their gradients: rows of the embedding are gathered for a block of tokens
-at a time, so that no (N, M, D) tensor exists.
+"""Logits of a few classes per token, and their gradients. Rows of the embedding are gathered for one block of tokens at
+a time, so no (N, M, D) tensor exists.
 
-Duplicates add up in a fixed order, whatever the number of threads: on a GPU torch sorts the rows where index_put_
-accumulates, on a CPU the backward pass of an embedding shares its rows out.
+Gradients of repeated classes are summed in a fixed order, whatever the number of threads. On a GPU, accumulating
+index_put_ sorts the rows; on a CPU, the backward pass of an embedding distributes rows, not entries, over the threads.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .reference import accumulation_dtype, transformed
 from .transform import Transform
 
 BYTES = 32 * 2**20
-"""Of the gathered rows of a block of tokens, in float32."""
+"""Bytes of the rows gathered for a block of tokens, in float32."""
 
 
 def _blocks(index: Tensor, n_features: int):
@@ -22,7 +22,7 @@ def _blocks(index: Tensor, n_features: int):
 
 
 def inside(index: Tensor, weight: Tensor) -> Tensor:
-    """Which entries are classes."""
+    """A mask of the entries that are classes."""
     return (index >= 0) & (index < weight.shape[0])
 
 
@@ -33,7 +33,7 @@ def gathered_logits(
     index: Tensor,  # (N, M) int64
     transform: Transform,
 ) -> Tensor:  # (N, K, M)
-    """The transformed logits of each token's classes under each expert; NaN where an entry is no class."""
+    """The transformed logits of each token's classes under each expert, NaN for entries that are no class."""
     dtype, is_class = accumulation_dtype(latent.dtype), inside(index, weight)
     rows = torch.where(is_class, index, 0)
     result = latent.new_empty(*latent.shape[:2], index.shape[1], dtype=dtype)
@@ -46,7 +46,7 @@ def gathered_logits(
 
 
 def add_gathered_gradients(
-    grad: Tensor,  # (N, K, M): of the transformed logits
+    grad: Tensor,  # (N, K, M), gradient of the transformed logits
     logits: Tensor,  # (N, K, M): the transformed logits
     latent: Tensor,  # (N, K, D)
     weight: Tensor,  # (V, D)
@@ -55,7 +55,7 @@ def add_gathered_gradients(
     needs: tuple[bool, bool, bool],
     transform: Transform,
 ) -> None:
-    """Adds what comes through the gathered logits to the gradients of (latent, weight, bias)."""
+    """Add the part that comes through the gathered logits to the gradients of (latent, weight, bias)."""
     softcap, temperature = transform
     is_class = inside(index, weight)
     rows = torch.where(is_class, index, 0)

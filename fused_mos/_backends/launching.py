@@ -1,4 +1,4 @@
-"""What a launch of csrc/cuda's kernels asks of a device."""
+"""Device queries and contexts for launching the kernels of csrc/cuda."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,12 +8,12 @@ import torch
 
 
 class NativeKernels:
-    """Kernels of a module of csrc/cuda/bindings.cpp.
+    """The kernels of a module built from csrc/cuda/bindings.cpp.
 
     Args:
         native: the module.
         limits: device -> (multiprocessors, bytes of shared memory that a block may use).
-        on: device -> a context in which that is the current one, and that gives the address of the stream to launch on.
+        on: device -> a context that makes it the current device and yields the address of the stream to launch on.
     """
 
     def __init__(
@@ -26,25 +26,25 @@ class NativeKernels:
 
 
 def limits(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, bytes of shared memory that a block may use)."""
+    """The device's number of multiprocessors, and the bytes of shared memory that a block may use."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @contextmanager
 def on(device: torch.device) -> Iterator[int]:
-    """A context in which the device is the current one. Gives the address of the stream to launch on."""
+    """A context that makes it the current device and yields the address of the stream to launch on."""
     with torch.cuda.device(device):
         yield torch.cuda.current_stream().cuda_stream
 
 
 def too_new(runtime: int, driver: int) -> str | None:
-    """Why a driver cannot run the kernels, of versions as CUDA counts them; None where it can: all of its major
-    version."""
+    """None if the driver can run the kernels, that is, supports their major version of CUDA, else the reason why not.
+    Versions are numbers as CUDA encodes them."""
     if runtime // 1000 <= driver // 1000:
         return None
     built, has = (f"{version // 1000}.{version % 1000 // 10}" for version in (runtime, driver))
     return (
-        f"its kernels were built with CUDA {built} and the driver is for {has}; "
+        f"its kernels were built with CUDA {built}, but the driver is for {has}; "
         "install with an older nvcc (CUDACXX), or a newer driver"
     )

@@ -1,4 +1,4 @@
-"""Gradients of log-probabilities that are formulas of a few numbers, and so need no (N, V) tensor."""
+"""Gradients of log-probabilities given by a formula with a few numbers per token, without an (N, V) tensor."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torch import Tensor
 class LogProbGradient(NamedTuple):
     """G[n,v] = token[n]·of_class[v] + at_target[n]·1[v = target[n]] − entropy[n]·p[n,v] (log p[n,v] + 1).
 
-    A part that is None is 0. Label smoothing has `of_class`; `entropy` is the gradient of one.
+    Parts that are None count as 0. Label smoothing uses `of_class`; `entropy` is the gradient of an entropy.
     """
 
     token: Tensor | None = None  # (N,), with of_class

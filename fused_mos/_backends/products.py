@@ -1,4 +1,4 @@
-"""Matrix products whose 16-bit operands are accumulated in float32, and the spans that they are made in."""
+"""Matrix products of 16-bit operands accumulated in float32, and spans to split large products into."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     """out = a·b or, with `accumulate`, out += a·b; `out` has the operands' dtype, or float32."""
-    if a.dtype != out.dtype and a.device.type == "cpu":  # torch has no 16-bit product with a float32 result there
+    if a.dtype != out.dtype and a.device.type == "cpu":  # torch has no 16-bit product with a float32 result on CPUs
         a, b = a.to(out.dtype), b.to(out.dtype)
     if a.dtype == out.dtype:
         return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
@@ -23,5 +23,5 @@ def spans(n: int, size: int) -> Iterator[slice]:
 
 
 def cdiv(n: int, size: int) -> int:
-    """Parts of `size` that n needs; triton.cdiv, which kernels can call, too, takes the host ten times as long."""
+    """n / size, rounded up. triton.cdiv, which kernels can also call, takes the host ten times as long."""
     return -(-n // size)

@@ -1,7 +1,7 @@
-"""The definition: Mixture of Softmaxes in plain, differentiable torch that materialises everything.
+"""The definition of every result: the Mixture of Softmaxes in plain, differentiable torch.
 
-Any floating dtype; in float64 it is the oracle of the tests. Time and memory are those of the
-unfused head: K distributions of V words for every token.
+It takes any floating dtype; in float64 it is the tests' oracle. Time and memory are those of an unfused head, which
+forms K distributions over V classes for every token.
 """
 
 import torch
@@ -11,7 +11,7 @@ from .transform import IDENTITY, Transform
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums over the vocabulary and log-probabilities are float32 for 16-bit inputs, else the input's dtype."""
+    """Dtype of sums over the vocabulary and of log-probabilities: float32 for 16-bit inputs, else the input's."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -44,7 +44,7 @@ def log_prob(
     bias: Tensor | None,  # (V,)
     transform: Transform = IDENTITY,
 ) -> Tensor:  # (N, V)
-    """log Σ_k π_k softmax_v(l_k), paper eq. of section 2.3. (The published code adds 1e-8 to each probability.)"""
+    """log Σ_k π_k softmax_v(l_k), the paper's section 2.3. (The published code adds 1e-8 to each probability.)"""
     log_softmax = torch.log_softmax(logits(latent, weight, bias, transform), dim=-1)
     log_prior = log_softmax_prior(prior_logits).to(log_softmax.dtype)
     return mixed(log_prior[..., None] + log_softmax)
@@ -57,7 +57,7 @@ def expert_log_prob(
     index: Tensor,  # (N, M) int64, classes
     transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor]:  # (N, K, M), (N, K)
-    """Each expert's log-probabilities l − L of some classes, and its log-normaliser L."""
+    """Each expert's log-probabilities l − L of given classes, and its log-normaliser L."""
     all_logits = logits(latent, weight, bias, transform)
     lse = torch.logsumexp(all_logits, dim=-1)
     of_all_experts = index[:, None].expand(-1, latent.shape[1], -1)
@@ -82,7 +82,7 @@ def nll(
 
 
 def mixed(joint: Tensor) -> Tensor:  # (N, K, …) -> (N, …)
-    """LSE_k of log π + log p_k, whose gradient is 0, not NaN, where every expert has probability 0."""
+    """log Σ_k exp joint, with a gradient of 0 instead of NaN where every expert has probability 0."""
     impossible = (joint == -torch.inf).all(1)
     return torch.where(impossible, -torch.inf, torch.logsumexp(torch.where(impossible[:, None], 0, joint), dim=1))
 
@@ -95,7 +95,7 @@ def sample(
     transform: Transform = IDENTITY,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (N,) int64
-    """One class per token from Σ_k π_k softmax(l_k); −1 where no class can be drawn."""
+    """Draw one class per token from Σ_k π_k softmax(l_k); −1 if no class can be drawn."""
     softmax = torch.softmax(logits(latent, weight, bias, transform), dim=-1)
     prior = log_softmax_prior(prior_logits).exp().to(softmax.dtype)
     mixture = (prior[..., None] * softmax).sum(dim=1)
@@ -107,7 +107,7 @@ def sample(
 
 
 def log_softmax_prior(prior_logits: Tensor) -> Tensor:  # (N, K) -> (N, K)
-    """log π = log_softmax_k a, never below float32."""
+    """log π = log_softmax_k a, in float32 or wider."""
     return torch.log_softmax(prior_logits, dim=-1, dtype=accumulation_dtype(prior_logits.dtype))
 
 
@@ -117,10 +117,10 @@ def mix_target(
     log_total: Tensor,  # (N, K)
     target_logit: Tensor,  # (N, K)
 ) -> tuple[Tensor, Tensor]:  # (N,), (N, K)
-    """From the saved statistics to the mixture: nll = −LSE_k j and responsibilities r = softmax_k j,
-    with j = log π + t − L, L = maximum + log_total."""
+    """nll = −log Σ_k exp j and the responsibilities r = softmax_k j, from the saved statistics: j = log π + t − L with
+    L = maximum + log_total and the target logit t."""
     joint = log_prior + ((target_logit - maximum) - log_total)
     log_likelihood = torch.logsumexp(joint, dim=-1)
-    # where every expert gives probability zero (a masked class), nobody is responsible
+    # if every expert gives the target probability 0 (a masked class), all responsibilities are 0
     finite = log_likelihood.clamp_min(torch.finfo(joint.dtype).min)
     return -log_likelihood, torch.exp(joint - finite[..., None])

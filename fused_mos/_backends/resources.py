@@ -1,4 +1,4 @@
-"""What compiled kernels use, read out of a cubin or a module by the cuobjdump that triton brings. Needs no GPU."""
+"""Resources that compiled kernels use, read from a cubin or a module with triton's cuobjdump. Needs no GPU."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ import triton
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of one kernel: registers and bytes of a thread, and bytes of shared memory that its text declares."""
+    """Resources of one kernel: registers and stack bytes per thread, and bytes of statically declared shared memory."""
 
     architecture: str
     function: str  # mangled
@@ -21,7 +21,7 @@ class Resources:
 
 
 def kernel_resources(path: str | Path) -> list[Resources]:
-    """Returns those of each kernel in the file, for each architecture."""
+    """The resources of each kernel in the file, for each architecture."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     output = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
     found, architecture, function = [], "", ""

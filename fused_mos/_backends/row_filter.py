@@ -1,8 +1,8 @@
-"""Dropping rows from the backward products by responsibility.
+"""Drops rows of small responsibility from the backward products.
 
-The backward of a mixture's NLL is a cross-entropy over N·K rows with the weight g·r. Rows of negligible
-weight change nothing that the dtype can show, so they are dropped before any product, and all backward
-products shrink together.
+The backward pass of a mixture's NLL is that of a cross-entropy over N·K rows with weights g·r. Rows of negligible
+weight do not change the result within the precision of the dtype. Dropping them first makes every backward product
+smaller.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def kept_rows(responsibility: Tensor, row_weight: Tensor, filter_eps: float) -> Tensor | None:  # (R,), (R,)
-    """Indices of the rows to keep, or None where that is all of them.
+    """Indices of the rows to keep, or None to keep them all.
 
-    Dropped are rows of weight 0 (ignored targets, responsibilities that underflow), which is exact, and rows
-    of responsibility below `filter_eps`, which changes each token's gradient by at most K·eps of its own
-    scale. A NaN weight is kept, so that it is seen in the gradient.
+    Rows of weight 0 (ignored targets, responsibilities that underflow) are dropped, which is exact. So are rows of
+    responsibility below `filter_eps`, which changes each token's gradient by at most K·eps of its own scale. Rows with
+    a NaN weight are kept, so the NaN shows in the gradient.
 
-    How many rows are kept is a number that the host must wait for. Where waiting would stall a device, nothing is
-    dropped unless `filter_eps` asks for it, nor while a CUDA graph is captured, which cannot wait.
+    The host must wait to learn how many rows are kept. On devices where that would stall, rows are dropped only if
+    `filter_eps` is set, and never during the capture of a CUDA graph, which cannot wait.
     """
     if responsibility.device.type != "cpu" and (filter_eps == 0 or torch.cuda.is_current_stream_capturing()):
         return None
@@ -34,10 +34,10 @@ def backward_of_kept(
     rows: Tensor,  # (R, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    per_row: Sequence[Tensor],  # (R,) each: what `rows_backward` takes of each row
+    per_row: Sequence[Tensor],  # (R,) each: per-row arguments of `rows_backward`
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rows_backward` over the kept rows alone; the gradients of the others are 0."""
+    """`rows_backward` over the kept rows only. The gradients of the other rows are 0."""
     kept_parts = (part[kept] for part in per_row)
     grad_rows, grad_weight, grad_bias = rows_backward(rows[kept], weight, bias, *kept_parts, needs)
     if needs[0]:

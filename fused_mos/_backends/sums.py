@@ -1,4 +1,4 @@
-"""Sums over the mixture's classes that need every log-probability once: what they are, and their derivatives."""
+"""Sums over the mixture's classes that need every log-probability once, and their derivatives."""
 
 from typing import NamedTuple
 
@@ -9,21 +9,21 @@ from torch import Tensor
 class Sum(NamedTuple):
     """A function of a token's log-probabilities.
 
-    "classes"   Σ_v w_v log p_v, with w = 1 where there are no class weights
-    "entropy"   −Σ_v p_v log p_v
-    "tempered"  log Σ_v exp(log p_v / temperature)
+        "classes"   Σ_v w_v log p_v, with w = 1 without class weights
+        "entropy"   −Σ_v p_v log p_v
+        "tempered"  log Σ_v exp(log p_v / temperature)
 
-    Its backward pass takes s[n,k] = Σ_v q ∂sum/∂log p_v. Of an entropy that is −Σ_v q p (log p + 1), of which a part of
-    the vocabulary sums −Σ_v q p log p alone: the rest is −π over all classes, which `completed` adds.
+    Its backward pass needs s[n,k] = Σ_v q ∂sum/∂log p_v. For the entropy this is −Σ_v q p (log p + 1). Spans of the
+    vocabulary sum only −Σ_v q p log p; the rest is −π over all classes, which `completed` adds.
     """
 
     kind: str
     class_weight: Tensor | None = None  # (V,)
     temperature: float = 1.0
-    value: Tensor | None = None  # (N,): what it is, for the derivative of "tempered"
+    value: Tensor | None = None  # (N,): the value of the sum, for the derivative of "tempered"
 
     def terms(self, log_p: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  # (n, columns) each
-        """The terms of a sum and what weighs q in s, for some of the classes; not of "tempered"."""
+        """The terms of the sum and the factors of q in s, for a span of classes. Not for "tempered"."""
         if self.kind == "entropy":
             finite = torch.where(log_p > -torch.inf, log_p, 0)  # 0·log 0 is 0, and so is its gradient
             terms = torch.where(log_p > -torch.inf, -finite.exp() * finite, 0)
@@ -34,11 +34,11 @@ class Sum(NamedTuple):
         return torch.where(weight != 0, weight, 0) * torch.where(weight != 0, log_p, 0), weight
 
     def completed(self, s: Tensor, log_prior: Tensor) -> Tensor:  # (N, K), (N, K)
-        """s over all classes, of what their parts have summed."""
+        """s over all classes, from what their spans have summed."""
         return s - log_prior.exp() if self.kind == "entropy" else s
 
     def derivative(self, log_p: Tensor, columns: slice, tokens: slice) -> Tensor:  # (n, columns)
-        """A fresh tensor."""
+        """∂sum/∂log p for a span of classes and tokens, as a new tensor."""
         if self.kind == "entropy":
             p = log_p.exp()
             return torch.where(p > 0, -p * (log_p + 1), 0)

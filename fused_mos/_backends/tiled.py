@@ -1,9 +1,9 @@
-"""Portable fused MoS: plain torch, any device, one loop over tiles of the vocabulary.
+"""The portable fused backend: plain torch on any device, in one loop over tiles of the vocabulary.
 
-Each tile is a product, an epilogue in place and, in the backward passes, two more products.
-The tile lives in a workspace of fixed size, so extra memory does not grow with N·K·V.
+Each tile takes one product, in-place operations on the result and, in the backward passes, two more products. Tiles
+live in a workspace of fixed size, so extra memory does not grow with N·K·V.
 
-exp is computed as exp2((l − max)·log2 e): torch's CPU exp is several times slower than its exp2.
+exp is computed as exp2((l − max)·log2 e), since torch's exp is several times slower than its exp2 on CPUs.
 """
 
 import math
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from . import from_rows
-from .from_rows import choose_rows, gradients_of_weighted  # noqa: F401  (choose_rows is part of `Kernels`)
+from .from_rows import choose_rows, gradients_of_weighted  # noqa: F401  (unused ones are part of `Kernels`)
 from .products import spans
 from .random_numbers import Exponentials
 from .reference import log_softmax_prior, mix_target
 from .row_filter import kept_rows
-from .tiled_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict  # noqa: F401  (the rest of `Kernels`)
+from .tiled_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict  # noqa: F401
 from .tiled_products import (
     Workspace,
     add_gradients,
@@ -33,8 +33,8 @@ from .tiled_products import (
 from .transform import IDENTITY, Transform
 
 MIN_GRADIENT_ROWS = 128
-"""Rows of one token block below which gradients are not formed in the forward pass: each block reads and
-writes the whole weight gradient, 8·V·D bytes for 2·rows·V·D FLOP, so few rows make it memory-bound."""
+"""Fewest rows of a block of tokens to form gradients in the forward pass: each block reads and writes the whole weight
+gradient, 8·V·D bytes for 2·rows·V·D FLOP, so fewer rows are memory-bound."""
 
 
 def row_statistics(
@@ -60,11 +60,12 @@ def row_entropy(
 def _row_statistics(
     rows: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, transform: Transform, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The entropy is log_total − Σ_v p_v (l_v − maximum), which a large maximum does not round."""
+    """maximum, log_total, target logit and entropy of each row. The entropy is log_total − Σ_v p_v (l_v − maximum),
+    which stays accurate for a large maximum."""
     rows, weight, bias = widened(rows, weight, bias)
     workspace = Workspace(rows, copies=2 if with_entropy else 1)
     n, n_classes = rows.shape[0], weight.shape[0]
-    # the running maximum starts finite, so that a class of logit −inf gives exp(−inf), never inf − inf
+    # the running maximum starts finite, so a logit of −inf gives exp(−inf), never inf − inf
     maximum = rows.new_full((n, 1), torch.finfo(workspace.accumulation).min, dtype=workspace.accumulation)
     total, below = torch.zeros_like(maximum), torch.zeros_like(maximum)  # Σ e and Σ e (l − maximum)
     target_logit = torch.full_like(maximum, math.nan)
@@ -119,7 +120,7 @@ def rows_backward(
 
 
 def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:
-    if weight.dtype == torch.float16:  # gradients before a loss scale has made them large would be rounded to 0
+    if weight.dtype == torch.float16:  # gradients would round to 0 before the loss scale enlarges them
         return False
     block = Workspace(weight).elements // (n_experts * weight.shape[0])
     return min(block, n_tokens) * n_experts >= min(MIN_GRADIENT_ROWS, n_tokens * n_experts) > 0
@@ -138,8 +139,8 @@ def _blocks_with_gradients(
     transform: Transform,
     loss_weights: Tensor | None,  # (3, N)
 ) -> tuple[Tensor, ...]:
-    """Three products instead of four: a block of tokens keeps its whole rows of exponentiated logits in
-    the workspace until their responsibilities are known, and the gradients are formed from them at once."""
+    """nll, statistics and gradients in three products instead of four. The workspace keeps whole rows of a block's
+    exponentiated logits until the responsibilities are known, and the gradients are formed from those."""
     n, k, d = latent.shape
     n_classes = weight.shape[0]
     dtype = latent.dtype
@@ -186,7 +187,7 @@ def _blocks_with_gradients(
         elif kept.numel():
             z_kept = z[kept]
             kept_gradient = torch.zeros_like(z_kept, dtype=accumulation)
-            # a copy of the kept rows in slices, so that it stays small beside the workspace
+            # copy the kept rows in slices, to stay small compared to the workspace
             for c in spans(n_classes, max(n_classes // 8, 1)):
                 add_gradients(
                     tile[:, c][kept], z_kept, weight, c, (kept_gradient, grad_weight, grad_bias), product_needs
@@ -215,7 +216,7 @@ def normalisers(*inputs):
 
 
 def sample(rows: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, seed: Tensor) -> Tensor:
-    """Gumbel-max: argmax_v (l − log(−log u)), with the running best over the tiles."""
+    """Draw by Gumbel-max, argmax_v (l − log(−log u)), keeping the best class so far over the tiles."""
     exponentials = Exponentials(seed, "classes")
     rows, weight, bias = widened(rows, weight, bias)
     workspace = Workspace(rows, copies=1 + exponentials.n_copies)

@@ -1,6 +1,6 @@
 """The mixture's own distribution in plain torch: log-probabilities, sums over them, and the gradients of both.
 
-As in `tiled`, a loop over tiles of the vocabulary, here of whole tokens with all of their experts.
+As in `tiled`, everything is a loop over tiles of the vocabulary. A tile here holds whole tokens with all their experts.
 """
 
 import math
@@ -26,18 +26,18 @@ from .transform import IDENTITY, Transform
 
 
 class Tile(NamedTuple):
-    """What a tile of n tokens and some classes knows; its tensors are free to be changed."""
+    """A tile of n tokens and a span of classes. Its tensors may be modified in place."""
 
     tokens: slice
     columns: slice
     log_p: Tensor  # (n, columns)
-    posterior: Tensor  # (n, K, columns): q = π exp(l − L) / p; empty where not asked for
-    softmax: Tensor  # (n, K, columns): exp(l − L); empty where not asked for
+    posterior: Tensor  # (n, K, columns): q = π exp(l − L) / p; empty if not requested
+    softmax: Tensor  # (n, K, columns): exp(l − L); empty if not requested
     slope: Tensor | float  # (n·K, columns): the derivative of the transform
 
 
 class Experts(NamedTuple):
-    """A mixture given its normalisers, as `Kernels.log_prob` gets it."""
+    """A mixture with its normalisers, the operands of `Kernels.log_prob`."""
 
     latent: Tensor  # (N, K, D)
     log_prior: Tensor  # (N, K)
@@ -48,7 +48,8 @@ class Experts(NamedTuple):
     transform: Transform
 
     def tiles(self, with_posterior: bool = True, with_softmax: bool = False) -> Iterator[Tile]:
-        """One product a tile. q is a softmax over the experts, so it sums to one however large the logits are."""
+        """Iterate over all tiles, with one product each. q is a softmax over the experts, so it sums to 1 however large
+        the logits are."""
         n, k, d = self.latent.shape
         latent, weight, bias = widened(self.latent, self.weight, self.bias)
         workspace = Workspace(latent, copies=1 + with_softmax * (2 if self.transform.softcap else 1))
@@ -63,12 +64,12 @@ class Experts(NamedTuple):
             if with_softmax:
                 softmax = exp_(below.clone(), self.log_total[tokens, :, None])
             joint = below.add_(log_scale[tokens, :, None])
-            # every exponent is ≤ 0; the largest is subtracted so that the sum over experts cannot underflow
+            # all exponents are ≤ 0; subtracting the largest keeps the sum over experts from underflowing
             largest = joint.amax(1).clamp_min_(torch.finfo(joint.dtype).min)
             terms = exp_(joint, largest[:, None])
             total = terms.sum(1)
             log_p = total.log().add_(largest)
-            # the largest term is 1, so the sum is at least 1, but for a masked class, where all are 0
+            # the largest term is 1, so the sum is ≥ 1, except for a masked class, where all terms are 0
             posterior = terms.div_(total.clamp_min_(1)[:, None]) if with_posterior else terms.new_empty(0)
             yield Tile(tokens, c, log_p, posterior, softmax, slope)
 
@@ -79,7 +80,7 @@ class Experts(NamedTuple):
         grad_lse: Tensor | None,  # (N, K)
         needs: tuple[bool, bool, bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Those of (latent, prior_logits, weight, bias), in three products: dl = G q − (s − g_L) exp(l − L) and
+        """Gradients of (latent, prior_logits, weight, bias), in three products: dl = G q − (s − g_L) exp(l − L) and
         da = s − π Σ_k s."""
         (n, k, d), dtype = self.latent.shape, self.latent.dtype
         latent, weight, _ = widened(self.latent, self.weight, self.bias)
@@ -134,7 +135,7 @@ class _Best:
 
     def update(self, tile: Tile) -> None:
         value, column = tile.log_p.max(dim=1)
-        better = value > self.value[tile.tokens]  # strictly: the first of equals wins, as in torch.argmax
+        better = value > self.value[tile.tokens]  # not ≥: the first of equal values wins, as in torch.argmax
         self.index[tile.tokens] = torch.where(better, column + tile.columns.start, self.index[tile.tokens])
         self.value[tile.tokens] = torch.where(better, value, self.value[tile.tokens])
 
@@ -150,7 +151,7 @@ def log_prob_backward(
     needs: tuple[bool, bool, bool, bool],
     transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two sweeps: the first finds s[n,k] = Σ_v G q, the second forms dl = G q − s·exp(l − L)."""
+    """Gradients in two sweeps: the first finds s[n,k] = Σ_v G q, the second forms dl = G q − s·exp(l − L)."""
     experts = Experts(latent, log_prior, weight, bias, maximum, log_total, transform)
     s = torch.zeros_like(maximum)
     for tile in experts.tiles():
@@ -168,7 +169,7 @@ def mixture_sum(
     log_total: Tensor,
     transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One sweep. What is tempered is summed relative to a running maximum of the exponents."""
+    """The sum in one sweep. "tempered" is summed relative to a running maximum of the exponents."""
     best, value, s = _Best(maximum), torch.zeros_like(maximum[:, 0]), torch.zeros_like(maximum)
     peak = torch.full_like(value, torch.finfo(value.dtype).min)
     for tile in Experts(latent, log_prior, weight, bias, maximum, log_total, transform).tiles():
@@ -186,7 +187,7 @@ def mixture_sum(
             terms, of_posterior = sum_.terms(tile.log_p, tile.columns)
             value[t] += terms.sum(1)
             s[t] += tile.posterior.mul_(of_posterior[:, None]).sum(-1)
-    if sum_.kind == "tempered":  # of a part of the vocabulary it may be log 0
+    if sum_.kind == "tempered":  # over a part of the vocabulary it may be log 0
         s = torch.where(value[:, None] != 0, s / (value * sum_.temperature)[:, None], 0)
         value = peak + value.log()
     return value, s, best.index, best.value
@@ -194,8 +195,8 @@ def mixture_sum(
 
 def mixture_sum_backward(
     sum_: Sum,
-    grad: Tensor,  # (N,): of the sum
-    grad_target: Tensor,  # (N,): of log p[target]
+    grad: Tensor,  # (N,), gradient of the sum
+    grad_target: Tensor,  # (N,), gradient of log p[target]
     target: Tensor,  # (N,) int64
     s: Tensor,  # (N, K)
     grad_lse: Tensor,  # (N, K)

@@ -1,4 +1,4 @@
-"""What the loops of `tiled` share: tiles of logits in a workspace of fixed size, and the products of gradients."""
+"""Shared parts of the loops over tiles: logits in a workspace of fixed size, and the products that form gradients."""
 
 import math
 from collections.abc import Iterator
@@ -11,32 +11,32 @@ from .reference import accumulation_dtype
 from .transform import Transform
 
 WORKSPACE_BYTES = {"cpu": 32 * 2**20, "default": 256 * 2**20}
-"""Bytes of the tile and its scratch copies, by device type; the unit of extra memory of this backend."""
+"""Bytes of the tile and its scratch copies, by device type. This bounds the extra memory of the backend."""
 
 MAX_ROWS = 4096
-"""Rows of a tile at most: more rows would leave too few columns for efficient products."""
+"""Most rows of a tile: more would leave too few columns for efficient products."""
 
 LOG2E = math.log2(math.e)
 
 
 class Workspace:
-    """One allocation per call, from which each tile is cut (a fresh allocation per tile costs page faults)."""
+    """One allocation per call that all tiles share: a new allocation per tile would cost page faults."""
 
     def __init__(self, like: Tensor, copies: int = 1):
         self.accumulation = accumulation_dtype(like.dtype)
         limit = WORKSPACE_BYTES.get(like.device.type, WORKSPACE_BYTES["default"])
-        # 16-bit products need a float32 result, or a 16-bit operand, beside the tile
+        # besides the tile, 16-bit products need a float32 result or a 16-bit operand
         item = self.accumulation.itemsize * (1 if like.dtype == self.accumulation else 2)
         self.elements = max(limit // (item * copies), 1)
         self.like = like
         self._buffer: Tensor | None = None
 
     def rows(self, n_rows: int, group: int = 1) -> int:
-        """Rows of a tile: a multiple of `group`, at least one group."""
+        """Rows of a tile: a multiple of `group`, and at least one group."""
         return max(min(n_rows, MAX_ROWS) // group, 1) * group
 
     def columns(self, n_rows: int, n_classes: int) -> int:
-        """Columns of a tile of `n_rows`, a multiple of 64 where possible."""
+        """Columns of a tile with `n_rows`, a multiple of 64 if possible."""
         columns = self.elements // max(n_rows, 1)
         return min(max(columns // 64 * 64, 64), n_classes)
 
@@ -47,9 +47,11 @@ class Workspace:
 
 
 def widened(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """16-bit operands as the products take them. A GPU multiplies 16-bit numbers and delivers float32; a CPU
-    would round each product to 16 bits, for a gain of speed that only some processors have, so there
-    they are widened first (and float16, which most CPUs multiply slowly, becomes usable)."""
+    """The operands in the dtype to multiply in. On a CPU, 16-bit operands become float32.
+
+    A GPU multiplies 16-bit operands into float32. A CPU would round each product to 16 bits, only some CPUs would gain
+    speed, and most multiply float16 slowly.
+    """
     if rows.is_cuda:
         return rows, weight, bias
     dtype = accumulation_dtype(rows.dtype)
@@ -59,7 +61,7 @@ def widened(rows: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, 
 def logits_(
     rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, transform: Transform, slopes: bool = False
 ) -> tuple[Tensor, Tensor | float]:
-    """The transformed logits, in `out`, and, where asked for, the derivatives by what they were."""
+    """Compute the transformed logits in `out`. With `slopes` also return the derivative of the transform."""
     softcap, temperature = transform
     product(rows, weight.t(), out)
     if bias is not None:
@@ -79,7 +81,7 @@ def times_slope_(dl: Tensor, slope: Tensor | float) -> None:
 
 
 def tiles(workspace: Workspace, n_rows: int, n_classes: int, group: int = 1) -> Iterator[tuple[slice, slice]]:
-    """All (rows, columns) tiles, the vocabulary innermost."""
+    """All tiles as (rows, columns), with the vocabulary as the inner loop."""
     height = workspace.rows(n_rows, group)
     width = workspace.columns(height, n_classes)
     for rows in spans(n_rows, height):
@@ -88,15 +90,15 @@ def tiles(workspace: Workspace, n_rows: int, n_classes: int, group: int = 1) -> 
 
 
 def local_target(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """The target's column within the tile, (R, 1), and whether it lies there, (R, 1)."""
+    """The target's column in the tile, (R, 1), and a mask of the rows whose target is in the tile, (R, 1)."""
     local = target[:, None] - columns.start
     width = columns.stop - columns.start
     return local.clamp(0, width - 1), (local >= 0) & (local < width)
 
 
 def exp_(tile: Tensor, maximum: Tensor, log_total: Tensor | None = None) -> Tensor:
-    """exp((tile − maximum) − log_total) in place; the two are subtracted apart, since their sum would round away
-    the digits of a small log_total beside a large maximum."""
+    """exp((tile − maximum) − log_total) in place. They are subtracted one by one: the sum of a large maximum and a
+    small log_total would lose the digits of log_total."""
     tile.sub_(maximum)
     if log_total is not None:
         tile.sub_(log_total)
@@ -115,7 +117,7 @@ def zero_gradients(
 def add_gradients(
     tile: Tensor, rows: Tensor, weight: Tensor, columns: slice, gradients, needs: tuple[bool, bool, bool]
 ) -> None:
-    """Adds one tile of dl to (dz of these rows, dE, db)."""
+    """Add the contribution of one tile of dl to (dz of these rows, dE, db)."""
     grad_rows, grad_weight, grad_bias = gradients
     if needs[0]:
         product(tile.to(weight.dtype), weight[columns], grad_rows, accumulate=True)

@@ -1,13 +1,13 @@
-"""Fused MoS in Triton for CUDA tensors: the functions of `Kernels` for bfloat16, float16 and float32.
+"""The Triton backend for CUDA tensors: the functions of `Kernels` for bfloat16, float16 and float32.
 
-Tiles of logits never leave the chip in the forward pass. The backward passes write dl, a span of the vocabulary or a
-block of tokens at a time, in the operands' dtype to a bounded workspace, from which two matrix products of the vendor's
-library make dz and dE, accumulated in float32. No atomics: equal calls give equal bits.
+In the forward pass, tiles of logits never leave the chip. The backward passes write dl to a bounded workspace in the
+operands' dtype, one span of the vocabulary or one block of tokens at a time. Two cuBLAS products then form dz and dE,
+accumulated in float32. There are no atomics, so equal calls give equal bits.
 
-float32 products follow torch's setting, `torch.backends.cuda.matmul.fp32_precision` or its old names: full precision,
-or TF32.
+float32 products run in full precision or TF32 as torch is set, by `torch.backends.cuda.matmul.fp32_precision` or its
+older names.
 
-With TRITON_INTERPRET=1 in the environment before triton is imported, the kernels run on CPU tensors, slowly: for tests.
+For tests, set TRITON_INTERPRET=1 before triton is imported to run the kernels on CPU tensors, slowly.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .products import cdiv, spans
 from .row_filter import kept_rows
-from .tiled import row_entropy  # noqa: F401  (in plain torch here, too, as the next ones)
+from .tiled import row_entropy  # noqa: F401  (this and the next are in plain torch here, too)
 from .tiled_mixture import mixture_sum, mixture_sum_backward  # noqa: F401
 from .tracing import assume_constant_result
 from .transform import IDENTITY, Transform
@@ -56,12 +56,12 @@ from .triton_kernels.workspace import workspace_bytes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 MIN_GRADIENT_ROWS = 1024
-"""Rows of one token block below which gradients are not formed in the forward pass: each block reads and writes the
-whole weight gradient."""
+"""Fewest rows of a block of tokens to form gradients in the forward pass: each block reads and writes the whole weight
+gradient."""
 
 
 def availability() -> str:
-    """What `fused_mos.backends()` says of this backend: "available …", or why not."""
+    """This backend's entry in `fused_mos.backends()`: "available …", or the reason why not."""
     if INTERPRETED:
         return "available (interpreted: TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
@@ -72,7 +72,7 @@ def availability() -> str:
 
 
 def unsupported(device: torch.device) -> str | None:
-    """Why tensors on this device cannot be computed here; None where they can."""
+    """None if this backend can compute on the device, else the reason why not."""
     if device.type == "cpu" and INTERPRETED:
         return None
     if device.type != "cuda":
@@ -85,25 +85,26 @@ def unsupported(device: torch.device) -> str | None:
 
 @assume_constant_result
 def _why_too_old(device: torch.device) -> str | None:
-    """As `too_old`, of a device. Where torch finds none, tensors on it are fake ones, of which nothing is computed."""
+    """`too_old` for a device. If torch finds no GPU, CUDA tensors are fake, and nothing will be computed with them."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= configurations.OLDEST:
         return None
     return too_old(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def too_old(gpu: str, capability: tuple[int, int]) -> str | None:
-    """Why the kernels cannot run on a GPU; None where they can."""
+    """None if the kernels can run on the GPU, else the reason why not."""
     if capability >= configurations.OLDEST:
         return None
     oldest, its = (".".join(map(str, numbers)) for numbers in (configurations.OLDEST, capability))
-    return f"it needs a GPU of compute capability {oldest} or newer, and {gpu} has {its}; use backend='tiled'"
+    return f"it needs a GPU of compute capability {oldest} or newer, but {gpu} has {its}; use backend='tiled'"
 
 
 # ---------------------------------------------------------------------------------------- gradients in the forward pass
 
 
 def _sums_in_place(weight: Tensor, parts: bool, with_columns: bool, one_block: bool) -> bool:
-    """Whether dE is summed where it will be: where that has the sums' dtype, or one block's are all, and no padding."""
+    """True if dE can be summed directly in its result, without a float32 copy: the result needs no padding or
+    extra columns, and either it is float32 or a single block computes all of it."""
     n_classes, n_features = weight.shape
     dtype = torch.bfloat16 if parts else weight.dtype
     unpadded = (padded_classes(n_classes, dtype), row_length(n_features, dtype)) == (n_classes, n_features)
@@ -111,18 +112,18 @@ def _sums_in_place(weight: Tensor, parts: bool, with_columns: bool, one_block: b
 
 
 def _bias_in_columns(n_rows: int, weight: Tensor) -> bool:
-    """Whether the product that makes dE makes the bias's gradient, too. Not where its sums, which then have a place of
-    their own, would be most of the workspace, and a pass over the exponentials reads less."""
+    """True if the product that forms dE also forms the bias's gradient, in extra columns. False if the separate sums
+    this needs would fill most of the workspace and one more pass over the exponentials reads less."""
     sums_are_large = 8 * weight.numel() > workspace_bytes(weight.device) and n_rows < 4 * weight.shape[1]
     return has_columns(weight) and not sums_are_large
 
 
 def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> int:
-    """Rows, of whole tokens, whose exponentials over the whole vocabulary are held at once; 0 where none are."""
+    """Number of rows, of whole tokens, whose exponentials over the whole vocabulary fit in the workspace; 0 if none."""
     (n_classes, n_features), parts = weight.shape, multiplies_in_parts(n_rows, weight)
     itemsize = 6 if parts else weight.itemsize
-    # beside them a number for each tile of at least 64 classes, the rows with their columns, their gradient's sums;
-    # and once the sums of dE
+    # besides its exponentials, a row has a number per tile of at least 64 classes, a copy of itself with extra columns,
+    # and the sums of its gradient; the sums of dE are there once
     bytes_of_row = (itemsize + 4 / 64) * n_classes + (itemsize + (8 if parts else 4)) * (n_features + 8)
     n_bytes = workspace_bytes(weight.device) - bytes_of_padded(n_rows, weight)
     if parts:
@@ -136,14 +137,14 @@ def _rows_of_block(n_rows: int, n_experts: int, weight: Tensor, bias: Tensor | N
     if held < n_experts:
         return 0
     blocks = math.ceil(n_rows / held)
-    tokens = min(math.ceil(n_rows / blocks / n_experts), held // n_experts)  # blocks of about one size
-    if blocks > 1 and tokens > 16:  # whose parts of vectors are aligned, as the kernels of one block are compiled
+    tokens = min(math.ceil(n_rows / blocks / n_experts), held // n_experts)  # blocks of about equal size
+    if blocks > 1 and tokens > 16:  # align each block's part of a vector, as the kernels compiled for one block expect
         tokens = min(math.ceil(tokens / 16) * 16, held // n_experts // 16 * 16) or tokens
     return tokens * n_experts
 
 
 def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:
-    if n_tokens == 0 or weight.dtype == torch.float16:  # float16 has no room for exponentials beside a guessed maximum
+    if n_tokens == 0 or weight.dtype == torch.float16:  # exponentials relative to a guessed maximum overflow float16
         return False
     n_rows = n_tokens * n_experts
     return _rows_of_block(n_rows, n_experts, weight, bias) >= min(MIN_GRADIENT_ROWS, n_rows)
@@ -162,10 +163,11 @@ def nll_with_gradients(
     transform: Transform = IDENTITY,
     loss_weights: Tensor | None = None,  # (3, N)
 ) -> tuple[Tensor, ...]:
-    """The gradients of the losses' sum, of a mean, too: three products instead of four. See
-    triton_kernels/exponentials.py.
+    """Loss and gradients in three products instead of four (see triton_kernels/exponentials.py). The gradients are
+    those of the losses' sum even for a mean; the divisor accounts for it.
 
-    With weights, dl = A p − B 1[v = target] is off by up to 2⁻²⁰ |B| p where A and B nearly cancel (loss.py)."""
+    With weights, dl = A p − B 1[v = target] has an error of up to 2⁻²⁰ |B| p where A and B nearly cancel (loss.py).
+    """
     loss, divisor, weighted = empty_float32(latent), empty_float32(latent), None
     if loss_weights is not None:
         weighted = WeightedLosses(*loss_weights.unbind(), empty_float32(latent, len(target)))  # type: ignore[call-arg]
@@ -236,7 +238,7 @@ def nll_with_gradients(
 
 def _mix(
     logits: Logits,  # of R rows, aligned
-    written: Exponentials,  # the targets' entries out
+    written: Exponentials,  # output at the targets' entries
     targets: Targets,  # of N tokens
     reference: Tensor,  # (R,)
     losses: Tensor,  # (N,) out
@@ -260,7 +262,7 @@ def _exponentials(
     logits: Logits,  # of R rows, aligned
     target: Tensor,  # (R / n_experts,)
     reference: Tensor,  # (R,) out
-    a: Tensor,  # (R, ≥ V) out: exp(l − reference)·d, 0 at the target and beyond the last class
+    a: Tensor,  # (R, ≥ V), output: exp(l − reference)·d, 0 at the target and beyond the last class
     target_logit: Tensor,  # (R,) out
     n_experts: int,
 ) -> Exponentials:
@@ -269,7 +271,7 @@ def _exponentials(
     constants |= {"D": e.shape[1]}
     rows_of_grid = cdiv(n, tile.rows)
     launch(exponentials.reference_kernel, (rows_of_grid,), logits, reference, target_logit, **constants)
-    n_tiles = cdiv(a.shape[-1], tile.classes)  # zeros beyond the last class, too
+    n_tiles = cdiv(a.shape[-1], tile.classes)  # includes the zeros beyond the last class
     out = Exponentials(a, empty_float32(z, n_tiles, n), target_logit, a.shape[-1], plane_of(a))
     arguments = logits, target, reference, out
     constants |= {"EXPERTS": n_experts}
@@ -279,7 +281,7 @@ def _exponentials(
         launch(persistent_exponentials_kernel, (programs,), *tiles, *arguments, **constants)
     else:
         launch(exponentials.exponentials_kernel, (rows_of_grid, n_tiles), *arguments, **constants)
-    # fewer rows and more warps, since it holds more in registers
+    # this kernel holds more in registers, so it gets fewer rows and more warps
     rows = min(tile.rows, 64)
     constants |= {"TILE": constants["TILE"]._replace(rows=rows), "warps": 8}
     launch(exponentials.recheck_kernel, (cdiv(n, rows),), *arguments, **constants)
@@ -287,7 +289,7 @@ def _exponentials(
 
 
 def scaled(gradients_: Sequence[Tensor], factor: Tensor, divisor: Tensor) -> list[Tensor]:
-    """All of them by one kernel."""
+    """Scale all gradients in one kernel."""
     results = [torch.empty_like(gradient) for gradient in gradients_]
     sizes = Sizes(*(gradient.numel() for gradient in gradients_))
     sources, outs = (

@@ -8,10 +8,11 @@
     model.save_pretrained("gpt2-mos")
     model = AutoModelForCausalLM.from_pretrained("gpt2-mos")
 
-`import fused_mos.hf` is what lets the Auto classes load such a folder. docs/huggingface.md says what else there is to
-know. The modules: `head` stands where lm_head stood, `loss` is what a forward pass asks it for, `model` and `config`
-are what the classes of a model and of its configuration get, `classes` makes these, `after_head` deals with what a
-model does to logits, `trl` answers TRL's trainers, and `replace` puts all of it together.
+`import fused_mos.hf` lets the Auto classes load such a folder. See docs/huggingface.md for the options and limits.
+
+Modules: `head` is the module that replaces lm_head; `loss` describes the loss that a forward pass asks it for; `model`
+and `config` extend the classes of a model and its configuration; `classes` makes those classes; `after_head` moves the
+model's scaling of logits into the head; `trl` supports TRL's trainers; `replace` combines everything.
 """
 
 from .requirement import check_transformers

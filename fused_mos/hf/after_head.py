@@ -1,5 +1,5 @@
-"""What a model does to its logits after lm_head, such as Gemma 2's soft cap and Cohere's scale: found by a probe, taken
-into the head, and made to do nothing in the model."""
+"""Moves what a model does to its logits after lm_head, such as Gemma 2's soft cap and Cohere's scale, into the head. A
+probe finds it, and the model's own is disabled."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 SOFTCAPS = ("final_logit_softcapping",)
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-"""Names that configurations and models have for them. Whether a scale multiplies or divides, the probe tells."""
+"""Names of scales in configurations and models. The probe tells whether a scale multiplies or divides."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AfterHead:
-    """logits -> cap·tanh(scale·logits / cap), and the names by which the model knows the two."""
+    """logits -> cap·tanh(scale·logits / cap), and the model's names for scale and cap."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -27,8 +27,8 @@ class AfterHead:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def neutralise(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Makes the model leave logits alone; returns the attributes of the model that it had before. The configuration
-        has to be a copy."""
+        """Make the model leave logits unchanged, and return the model's previous attributes. The model's configuration
+        is changed and must be a copy."""
         before = {}
         for name in self.names:
             neutral = None if name in SOFTCAPS else 1.0
@@ -44,7 +44,7 @@ NOTHING = AfterHead()
 
 
 def find(model: PreTrainedModel, head: nn.Module) -> AfterHead:
-    """What the model does after `head`. Raises ValueError where that is something else."""
+    """Find what the model does after `head`. Raises ValueError if it is more than a scale and a soft cap."""
     given, seen = probe(model, head)
     for candidate in _candidates(model):
         if _close(candidate(given), seen):
@@ -61,8 +61,8 @@ def leaves_logits_alone(model: PreTrainedModel, head: nn.Module) -> bool:
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tensor]:
-    """Logits put in the place of what `head` returns, and what the model makes of them. They are large, since a cap of
-    30 leaves the logits of a model that was just made as they are."""
+    """Large logits put in place of the output of `head`, and the model's output for them. They must be large: a cap of
+    30 hardly changes the logits of an untrained model."""
     given = []
 
     def replace(_, __, logits: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def probe(model: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def input_rms(model: PreTrainedModel, head: nn.Module) -> float:
-    """The root mean square of the hidden states that `head` gets."""
+    """The root mean square of the hidden states that `head` receives."""
     squares = []
     hook = head.register_forward_pre_hook(lambda _, inputs: squares.append(inputs[0].double().square().mean()))
     try:
@@ -90,7 +90,7 @@ def input_rms(model: PreTrainedModel, head: nn.Module) -> float:
 
 
 def tokens(model: PreTrainedModel) -> Tensor:
-    """Some, for a forward pass: (2, 8)."""
+    """Some tokens (2, 8) for a forward pass."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return (torch.arange(16, device=weight.device) * 7 + 1).view(2, 8) % len(weight)
@@ -110,5 +110,5 @@ def _candidates(model: PreTrainedModel) -> Iterator[AfterHead]:
 
 
 def _close(expected: Tensor, seen: Tensor) -> bool:
-    """Within the rounding of bfloat16, in which a model may compute."""
+    """True if they agree up to rounding to bfloat16, in which a model may compute."""
     return expected.shape == seen.shape and bool(((expected - seen).abs() <= 0.02 * expected.abs() + 1e-3).all())

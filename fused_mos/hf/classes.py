@@ -1,6 +1,6 @@
-"""Makes the classes of models with a mixture: subclasses of a base model's class and of its configuration's.
+"""Makes the classes of models with a mixture: subclasses of a base model's class and of its configuration class.
 
-They are attributes of this module, made at the first access, so that pickle finds them in a fresh process, too.
+They are attributes of this module, made at first access, so pickle finds them in a new process, too.
 """
 
 import functools
@@ -28,8 +28,8 @@ class Classes(NamedTuple):
 
 @functools.cache
 def classes_of(base_config: Any) -> Classes:
-    """The classes for the class of a base model's configuration, registered with transformers' Auto classes. Raises
-    ValueError for one that AutoModelForCausalLM does not know."""
+    """The classes for a base model's configuration class, registered with transformers' Auto classes. Raises ValueError
+    if AutoModelForCausalLM does not know the configuration."""
     base = causal_lm_of(base_config)
     config = type(PREFIX + base_config.__name__, (ConfigWithMoS, base_config), _config_members())
     model = type(PREFIX + base.__name__, (ModelWithMoS, base), _model_members(base, config))
@@ -37,15 +37,15 @@ def classes_of(base_config: Any) -> Classes:
         globals()[made.__name__] = made
     AutoModelForCausalLM.register(config, model, exist_ok=True)
     body = MODEL_MAPPING.get(base_config, None)
-    if body is not None:  # AutoModel loads the base model's body; register would want a config_class of this name
+    if body is not None:  # AutoModel loads the base model's body, whose config_class `register` would not accept
         AutoModel._model_mapping.register(config, body, exist_ok=True)
-    # Trainer shifts the labels that it smooths for the models named here alone
+    # for label smoothing, Trainer shifts labels only for the models named here
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"mos_{base_config.model_type}"] = model.__name__
     return Classes(config, model)
 
 
 def causal_lm_of(config: Any) -> Any:
-    """The model that AutoModelForCausalLM makes of a configuration."""
+    """The model class that AutoModelForCausalLM uses for a configuration class. Raises ValueError if there is none."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None)
     if model is None:
         raise ValueError(f"{config.__name__} must be of a model that AutoModelForCausalLM knows")
@@ -68,20 +68,20 @@ def _model_members(base: type, config: type) -> dict:
         "_no_split_modules": [*(base._no_split_modules or []), LMHead.__name__],  # type: ignore[attr-defined]
         "_tied_weights_keys": {key.replace(f"{name}.", f"{name}.decoder.", 1): tied[key] for key in tied},
     }
-    for plan in ("_tp_plan", "_pp_plan", "_fsdp_plan"):  # how to spread an nn.Linear
+    for plan in ("_tp_plan", "_pp_plan", "_fsdp_plan"):  # plans to shard an nn.Linear
         if getattr(base, plan, None):
             members[plan] = {key: value for key, value in getattr(base, plan).items() if key != name}
     return members
 
 
 def _head_name(tied: dict[str, str]) -> str:
-    """The attribute with the output embeddings: "lm_head" but for a few models, whose ties say so."""
+    """The attribute with the output embeddings: "lm_head" except for a few models, whose tied weights tell it."""
     names = [key.removesuffix(".weight") for key in tied if key.endswith(".weight")]
     return next((name for name in names if "." not in name), "lm_head")
 
 
 def __getattr__(name: str) -> type:
-    """The class `name`, made where nobody needed it yet."""
+    """The class `name`, made at first access."""
     base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if isinstance(base, type):
         config: Any = base if issubclass(base, PreTrainedConfig) else getattr(base, "config_class", None)

@@ -1,8 +1,8 @@
-"""The configuration of a model with a mixture, and the file beside its config.json.
+"""The configuration of a model with a mixture, and the Python file saved with its config.json.
 
-In memory it has the base model's model_type, by which transformers converts weights (those of a mixture-of-experts
-model load at random without) and peft finds its defaults. On disk that is "fused_mos", which no other class takes for
-its own, and the base's is beside it.
+In memory it has the base model's model_type: transformers converts weights by it (a mixture-of-experts model would
+otherwise load random weights), and peft finds its defaults. On disk the model_type is "fused_mos", which belongs to no
+other class, and the base model's is a separate entry.
 """
 
 import shutil
@@ -16,8 +16,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "fused_mos"
 STUB = Path(__file__).parent / "configuration_fused_mos.py"
-"""Saved beside config.json: where fused_mos.hf is not imported, transformers asks for leave to run it, and then either
-loads the model or names the package to install."""
+"""Saved with config.json. If fused_mos.hf is not imported, transformers asks for permission to run it. It then loads
+the model or names the package to install."""
 
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ else:
 
 
 class ConfigWithMoS(Base):
-    """What the configuration of a base model gets besides."""
+    """Mixed into the class of a base model's configuration."""
 
     mos: dict[str, Any] | None = None
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """TRL reads it of every class that transformers itself does not have."""
+    """TRL reads this from every class that is not transformers' own."""
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -40,7 +40,7 @@ class ConfigWithMoS(Base):
         return super().from_dict(config_dict, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved."""
+        """The entries to save."""
         return {
             **super().to_diff_dict(),
             "model_type": MODEL_TYPE,
@@ -54,7 +54,7 @@ class ConfigWithMoS(Base):
 
 
 class MoSConfig(PreTrainedConfig):
-    """What AutoConfig finds under "fused_mos": makes the configuration of the base model that a file names."""
+    """AutoConfig's class for "fused_mos". It makes the configuration of the base model that a file names."""
 
     model_type = MODEL_TYPE
 

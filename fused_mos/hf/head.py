@@ -1,4 +1,4 @@
-"""The module that stands where lm_head stood."""
+"""The head that replaces a model's lm_head."""
 
 import dataclasses
 from typing import Any
@@ -15,15 +15,15 @@ from .loss import LossRequest
 
 @dataclasses.dataclass
 class HeadOptions:
-    """What the configuration of a model keeps of its head, under `mos`."""
+    """The head's entry `mos` in a model's configuration."""
 
     n_experts: int
     rank: int | None = None
-    """Of the experts' changes to the hidden state; None for full."""
+    """Rank of the experts' changes to the hidden state; None for full rank."""
     scale: float = 1.0
-    """What the logits are multiplied by, as Cohere and Granite do after lm_head."""
+    """Factor of the logits, as in Cohere and Granite after lm_head."""
     softcap: float | None = None
-    """As Gemma 2 has after lm_head."""
+    """Soft cap of the logits, as in Gemma 2 after lm_head."""
 
     def __post_init__(self):
         self.n_experts = check_int("n_experts", self.n_experts)
@@ -35,21 +35,21 @@ class HeadOptions:
 
 
 class LMHead(MoS):
-    """A mixture in the place of an lm_head: hidden states (…, D) -> logits (…, V), or the loss that the model asks for.
+    """A mixture in place of an lm_head: hidden states (…, D) -> logits (…, V), or the loss that the model asks for.
 
-    The logits are log p + Σ_k π_k L_k, with the experts' log-normalisers L_k: those that the softmax had where all
-    experts are equal. Softmax, and so most of what is done with logits, does not see the difference to log p; a
-    repetition penalty, which looks at their signs, does.
+    The logits are log p + Σ_k π_k L_k, with the experts' log-normalisers L_k. While all experts are equal, these are
+    the logits of the original softmax. The second term does not change a softmax of the logits, but it matters to a
+    repetition penalty, which depends on their signs.
     """
 
     scale = 1.0
     request: LossRequest | None = None
-    """What the model's forward pass, while it runs, asks for."""
+    """The loss that the model's current forward pass asks for, if any."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        # Empty, and saved. A class that expects an nn.Linear here stops at its size and does not load a random one;
-        # Mamba reads its dtype.
+        # An empty weight is saved, too. A class that expects an nn.Linear here then fails on its size instead of
+        # loading random values. Mamba reads its dtype.
         weight = self.decoder.weight
         self.register_buffer("weight", torch.empty(0, device=weight.device, dtype=weight.dtype))
 
@@ -63,8 +63,11 @@ class LMHead(MoS):
         return super()._operands(input)
 
     def _take_over_from_accelerate(self) -> None:
-        """With a device_map accelerate has a hook on each layer that moves its inputs. This head reads its decoder and
-        gets inputs on the right device by its own hook, so the decoder's is removed, unless its weight is elsewhere."""
+        """Remove accelerate's hook on the decoder, which moves the inputs of a layer under a device_map. The head reads
+        the decoder without calling it, and its own hook moves the inputs.
+
+        Raises RuntimeError if the decoder's weight is offloaded.
+        """
         if self.decoder.weight.device.type == "meta":
             raise RuntimeError(
                 "the decoder of this head is offloaded, and a mixture reads it without calling it; load the model with "
@@ -85,7 +88,8 @@ class LMHead(MoS):
         return self.logits(input) if self.request is None else self._answer(self.request, input)
 
     def _answer(self, request: LossRequest, input: Tensor) -> Tensor:
-        """The loss is what the module returns, since hooks of FSDP2 and accelerate see outputs alone."""
+        """The loss of `request`. It is returned as the module's output, since hooks of FSDP2 and accelerate see only
+        outputs."""
         result = super().forward(
             input,
             request.target(input),
@@ -97,8 +101,8 @@ class LMHead(MoS):
         return request.reduced(result.loss)
 
     def logits(self, input: Tensor) -> Tensor:
-        """log p + Σ_k π_k L_k: (…, in_features) -> (…, n_classes). Products as in `mos_log_prob`, and one more where a
-        gradient is wanted."""
+        """log p + Σ_k π_k L_k: (…, in_features) -> (…, n_classes). Costs the products of `mos_log_prob`, and one more
+        with gradients."""
         latent, prior_logits, weight, bias = self._operands(input)
         with prepared(latent, prior_logits, weight, bias, self.backend, self.softcap) as operands:
             log_prob, lse = LOCAL.of_backend(operands).distribution_with_lse(operands.contiguous())
@@ -106,14 +110,14 @@ class LMHead(MoS):
         return (log_prob + level).view(*input.shape[:-1], -1)
 
     def own_parameters(self) -> dict[nn.Module, list[nn.Parameter]]:
-        """Those that a mixture has beside the decoder's, by the module that holds them."""
+        """The mixture's parameters besides the decoder's, by the module that holds them."""
         modules = [module for module in self.modules() if module is not self.decoder]
         return {module: list(module.parameters(recurse=False)) for module in modules}
 
 
 def upcycle(linear: nn.Linear, options: HeadOptions, noise: float, input_rms: float, backend: str) -> LMHead:
-    """A head that goes on from a trained lm_head, whose Parameters it shares; for hidden states of root mean square
-    `input_rms` at first."""
+    """A head with the log-probabilities of a trained lm_head, whose Parameters it shares. `input_rms` is the root mean
+    square of the hidden states."""
     head = LMHead.from_linear(
         linear,
         options.n_experts,
@@ -128,7 +132,7 @@ def upcycle(linear: nn.Linear, options: HeadOptions, noise: float, input_rms: fl
 
 
 def build(linear: nn.Linear, options: HeadOptions) -> LMHead:
-    """A head of the shape of `upcycle`'s, to load weights into."""
+    """A head with the shapes of `upcycle`, to load weights into."""
     weight = linear.weight
     head = LMHead(
         linear.in_features,

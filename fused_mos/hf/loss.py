@@ -1,4 +1,4 @@
-"""What a forward pass asks the head for in the place of logits: the loss of its labels."""
+"""The loss that a forward pass asks the head for instead of logits."""
 
 import dataclasses
 from typing import Any
@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass
 class LossRequest:
-    """The loss that transformers' ForCausalLMLoss computes of logits, with label smoothing besides."""
+    """The loss of transformers' ForCausalLMLoss, with label smoothing."""
 
     labels: Tensor  # (B, T)
     shifted: bool
     n_items: Tensor | int | None
-    """What the sum is divided by, of all micro-batches; None for a mean."""
+    """Divisor of the sum, the number of targets in all micro-batches; None for a mean."""
     ignore_index: int
     label_smoothing: float
 
     @classmethod
     def of(cls, arguments: dict[str, Any], label_smoothing: float) -> "LossRequest":
-        """That of a model's keyword arguments, "labels" among them."""
+        """The request of a model's keyword arguments, which contain "labels"."""
         shifted = arguments.get("shift_labels")
         return cls(
             labels=arguments["labels"] if shifted is None else shifted,
@@ -34,7 +34,7 @@ class LossRequest:
         return "mean" if self.n_items is None else "sum"
 
     def target(self, hidden: Tensor) -> Tensor:
-        """The class that follows each position, (B, T)."""
+        """The next class at each position, (B, T)."""
         labels = self.labels.to(hidden.device)
         return labels if self.shifted else nn.functional.pad(labels, (0, 1), value=self.ignore_index)[..., 1:]
 

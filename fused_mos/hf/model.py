@@ -1,4 +1,4 @@
-"""What the class of a base model gets besides: the head in its place, and a forward that gives labels to the head."""
+"""Extends the class of a base model: puts the head in place of lm_head, and passes labels to the head in forward."""
 
 import functools
 import inspect
@@ -17,7 +17,7 @@ from .loss import LossRequest
 
 
 def _already_a_loss(logits: Tensor, *_, **__) -> Tensor:
-    """In the place of the model's loss function, while the head returns the loss for logits."""
+    """Replaces the model's loss function while the head returns the loss instead of logits."""
     return logits
 
 
@@ -28,22 +28,21 @@ else:
 
 
 class ModelWithMoS(Base):
-    """Comes before the base model's class in the order of method resolution.
+    """Mixin that precedes the base model's class in the method resolution order.
 
-    The head is put in its place in `post_init`, before transformers ties, initialises and loads weights, so all of that
-    finds it there. As for transformers' own functions, the output embeddings are the head's decoder: resizing the
-    vocabulary, for example, resizes that.
+    `post_init` sets the head before transformers ties, initialises and loads weights. For transformers' own functions,
+    the output embeddings are the head's decoder: resizing the vocabulary, for example, resizes the decoder.
     """
 
     lm_head_name: str
-    """The attribute that has the head, which peft may have wrapped."""
+    """Name of the attribute with the head, which peft may have wrapped."""
     label_smoothing = 0.0
-    """Of the loss in training, as in torch's CrossEntropyLoss. Trainer's label_smoothing_factor does the same, but then
-    Trainer keeps the labels to itself and asks for the logits of all tokens."""
+    """Label smoothing of the training loss, as in torch's CrossEntropyLoss. Trainer's label_smoothing_factor has the
+    same effect, but makes Trainer withhold the labels and ask for the logits of all tokens."""
     _warned_of_logits = False
 
     def heads(self) -> list[LMHead]:
-        """The head, or its original and its trained copies where peft's modules_to_save has it, in this order."""
+        """The head, or the original and its trained copies, in this order, if peft's modules_to_save has it."""
         found = getattr(self, self.lm_head_name).modules()
         return [module for module in found if isinstance(module, LMHead)]
 
@@ -53,7 +52,8 @@ class ModelWithMoS(Base):
         super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # by identity: transformers does not call it with a module of foreign code that holds nothing itself
+        # compare by identity, since transformers does not call this with modules of foreign code that hold no
+        # parameters
         for head in self.heads():
             if module in (own := head.own_parameters()):
                 std = getattr(self.config, "initializer_range", None) or 0.02
@@ -91,14 +91,14 @@ class ModelWithMoS(Base):
 
 
 def forward_of(base: Callable) -> Callable:
-    """The forward of a base model whose loss the head computes, where it can, without logits."""
+    """Wrap a base model's forward to let the head compute the loss without logits, where possible."""
     names = list(inspect.signature(base).parameters)[1:]
 
     @functools.wraps(base)  # Trainer and generate read its signature
     def forward(self, *arguments, skip_logits: bool | None = None, **named):
         named = dict(zip(names, arguments)) | named
         if named.get("labels") is None and named.get("shift_labels") is not None:
-            named["labels"] = named["shift_labels"]  # what makes a base model compute a loss
+            named["labels"] = named["shift_labels"]  # a base model computes a loss only with labels
         if skip_logits is None:
             skip_logits = self.training
         if named.get("labels") is None or not skip_logits or self.loss_function is not ForCausalLMLoss:
@@ -122,7 +122,7 @@ def forward_of(base: Callable) -> Callable:
 
 
 def _warn_of_logits(model: ModelWithMoS, logits: Tensor) -> None:
-    """Once a model: logits in training are what fused losses are to avoid, and Trainer asks for them without a word."""
+    """Warn once per model of logits in training, which a fused loss should avoid; Trainer asks for them silently."""
     if torch.compiler.is_compiling() or model._warned_of_logits or not logits.requires_grad:
         return
     model._warned_of_logits = True
@@ -130,14 +130,14 @@ def _warn_of_logits(model: ModelWithMoS, logits: Tensor) -> None:
     warnings.warn(
         f"in training and without labels this model makes the logits of all tokens, {logits.numel() // n_classes} × "
         f"{n_classes} numbers or {logits.nbytes / 1e6:.1f} MB here, and again for their gradient; with labels=... it "
-        "computes its loss without them. Trainer's label_smoothing_factor needs them: set model.label_smoothing in its "
-        "place. skip_logits=False says that they are wanted",
+        "computes its loss without them. Trainer's label_smoothing_factor needs them: set model.label_smoothing "
+        "instead. Pass skip_logits=False if you want the logits",
         stacklevel=5,
     )
 
 
 def _without_logits(output: Any) -> Any:
-    """The same output without the logits, in whose place there is the loss."""
+    """The same output with logits removed. Until now their entry held the loss."""
     if isinstance(output, tuple):
         return output[:1] + output[2:]
     return type(output)(**{name: value for name, value in output.items() if name != "logits"})

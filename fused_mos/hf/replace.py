@@ -1,4 +1,4 @@
-"""replace_head: from a model with an lm_head to the same one with a mixture, in place."""
+"""`replace_head`, which replaces a model's lm_head by a mixture in place."""
 
 import contextlib
 import copy
@@ -23,22 +23,23 @@ from .model import ModelWithMoS
 def replace_head(
     model: PreTrainedModel, n_experts: int, *, rank: int | None = None, noise: float = 0.0, backend: str = "auto"
 ) -> PreTrainedModel:
-    """Makes the lm_head of a causal language model a mixture of softmaxes, in place, and returns the model.
+    """Replace the lm_head of a causal language model by a mixture of softmaxes, in place, and return the model.
 
-    At first it computes what it did: every expert is the softmax of before. The decoder keeps lm_head's Parameters,
-    tied to the embedding or not; `lm_head.latent` and `lm_head.prior` are new. Make optimizers afterwards.
+    The log-probabilities do not change at first: every expert equals the original softmax. The decoder keeps lm_head's
+    Parameters, tied to the embedding or not; `lm_head.latent` and `lm_head.prior` are new. Make optimizers afterwards.
+
+    In training, `model(..., labels=...)` then computes the loss without logits, and the output's logits are None. In
+    evaluation, or with `skip_logits=False`, it returns both. `model.label_smoothing` smooths the labels in training.
 
     Args:
-        model: of a class that AutoModelForCausalLM makes, with an nn.Linear for its output embeddings.
+        model: a model of a class that AutoModelForCausalLM makes, with an nn.Linear as output embeddings.
         n_experts: K, the number of softmaxes.
-        rank: of each expert's change to the hidden state; None for full.
-        noise: the length of that change at first, relative to the hidden state's. 0 leaves the loss as it is.
+        rank: rank of each expert's change to the hidden state; None for full rank.
+        noise: initial length of that change, relative to the hidden state. 0 does not change the loss.
         backend: one of `fused_mos.backends()`, or "auto".
 
-    From then on `model(..., labels=...)` in training computes the loss without logits, which are None; in evaluation,
-    or with `skip_logits=False`, both. `model.label_smoothing` smoothes the labels in training.
-
-    Raises TypeError or ValueError, and leaves the model as it was, where it cannot be done; the message says why.
+    Raises:
+        TypeError, ValueError: the head cannot be replaced, for the reason in the message. The model is then unchanged.
     """
     linear = _check(model)
     options = HeadOptions(n_experts, rank)
@@ -80,7 +81,7 @@ def replace_head(
 
 
 class _State(NamedTuple):
-    """What the replacement changes in a model."""
+    """The parts of a model that the replacement changes."""
 
     kind: type
     config: PreTrainedConfig
@@ -89,7 +90,7 @@ class _State(NamedTuple):
 
 
 def _put(model: PreTrainedModel, name: str, state: _State) -> None:
-    """Gives the model this state, with the head as its attribute `name`."""
+    """Set the model to this state, with the head as its attribute `name`."""
     for module in [module for module in model.modules() if getattr(module, "config", None) is model.config]:
         module.config = state.config  # type: ignore[assignment]
     model.__class__ = state.kind
@@ -101,7 +102,7 @@ def _put(model: PreTrainedModel, name: str, state: _State) -> None:
 
 
 def _check(model: PreTrainedModel) -> nn.Linear:
-    """Returns the head. Raises TypeError or ValueError for a model whose head cannot be replaced."""
+    """Return the model's lm_head. Raises TypeError or ValueError if it cannot be replaced."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a PreTrainedModel of transformers, got {type(model).__name__}; replace the head before "
@@ -145,7 +146,7 @@ def _check(model: PreTrainedModel) -> nn.Linear:
 
 
 def _has_optimizer(model: nn.Module) -> bool:
-    gc.collect()  # those that nobody has any more, but for their own references
+    gc.collect()  # drop optimizers that only reference cycles keep alive
     ours = {id(parameter) for parameter in model.parameters()}
     optimizers = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.optim.Optimizer)]
     groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
@@ -153,7 +154,7 @@ def _has_optimizer(model: nn.Module) -> bool:
 
 
 def _compare_losses(model: PreTrainedModel, head: LMHead) -> None:
-    """Raises ValueError unless the fused loss is that of the logits."""
+    """Raise ValueError unless the fused loss equals the loss of the logits."""
     tokens, name = after_head.tokens(model), type(model).__name__
     with _evaluating(model):
         if not after_head.leaves_logits_alone(model, head):
@@ -162,7 +163,7 @@ def _compare_losses(model: PreTrainedModel, head: LMHead) -> None:
             )
         unfused = model(tokens, labels=tokens, use_cache=False).loss
         fused: Tensor | None = None
-        with contextlib.suppress(Exception):  # anything, where a model makes its own loss and takes this one for logits
+        with contextlib.suppress(Exception):  # models with a loss of their own take this one for logits, and may fail
             fused = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss
     if fused is None or fused.dim() or not torch.allclose(fused.float(), unfused.float(), rtol=1e-3, atol=1e-4):
         raise ValueError(
@@ -173,7 +174,7 @@ def _compare_losses(model: PreTrainedModel, head: LMHead) -> None:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients."""
+    """Disable dropout and gradients inside the `with` block."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,10 +1,10 @@
-"""One clear error where transformers is missing or too old."""
+"""Raises one clear error if transformers is missing or too old."""
 
 OLDEST = 5
 
 
 def check_transformers() -> None:
-    """Raises ImportError unless transformers 5 or newer can be imported."""
+    """Raise ImportError unless transformers 5 or newer can be imported."""
     try:
         from transformers import __version__ as version
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""TRL's fused head by the mixture.
+"""Computes TRL's fused head with the mixture.
 
-TRL's trainers put a forward in the place of a model's that multiplies hidden states by the weight of the output
-embeddings. That would train and score one softmax of the decoder in silence, so a model with a mixture takes TRL's call
-and answers it by its head.
+TRL's trainers replace a model's forward by one that multiplies hidden states with the weight of the output embeddings.
+This would silently train and score a single softmax. So a model with a mixture intercepts TRL's call and answers it
+with its head.
 """
 
 import functools
@@ -19,7 +19,7 @@ IGNORED = -100
 
 
 def is_fused_head(forward: Any) -> bool:
-    """Whether it is what TRL's add_fused_lm_head sets."""
+    """True if `forward` is the one that TRL's add_fused_lm_head sets."""
     function = getattr(forward, "__func__", None)
     if function is None:
         return False
@@ -27,9 +27,9 @@ def is_fused_head(forward: Any) -> bool:
 
 
 def by_the_mixture(forward: MethodType) -> MethodType:
-    """The same forward where `fused_lm_head` is not asked for; where it is, TRL's output by the head's own methods.
+    """Wrap TRL's forward: with `fused_lm_head`, the head's own methods compute TRL's output.
 
-    At a temperature other than 1, the entropy and `is_top1` are of log-probabilities (tokens, V), which are formed.
+    At a temperature other than 1, the entropy and `is_top1` need the log-probabilities (tokens, V), which are formed.
     """
     of_trl = inspect.getclosurevars(forward.__func__)
     temperature, wanted = of_trl.nonlocals["temperature"], of_trl.nonlocals.get("outputs", ("log_probs", "entropy"))
@@ -61,7 +61,7 @@ def by_the_mixture(forward: MethodType) -> MethodType:
 def _values(
     head: LMHead, hidden: Tensor, target: Tensor, mask: Tensor, temperature: float, wanted: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """TRL's fields (B, T), 0 where the target is ignored."""
+    """TRL's output fields (B, T), 0 where the target is ignored."""
     dense = {"log_sum_sq_probs", "mean_logits"} | ({"entropy", "is_top1"} if temperature != 1 else set())
     if dense.isdisjoint(wanted):
         if not {"entropy", "is_top1"} & set(wanted):

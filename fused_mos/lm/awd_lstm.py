@@ -1,6 +1,6 @@
-"""AWD-LSTM (Merity et al. 2017) with a mixture head (Yang et al. 2018, section 3), from top to bottom.
+"""AWD-LSTM (Merity et al. 2017) with a mixture head (Yang et al. 2018, section 3).
 
-Shape letters: T time steps, B batch columns, V words. Every dropout is named as in the papers' code.
+Shapes: T time steps, B batch columns, V words. Dropouts are named as in the papers' code.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from ..module import MoC, MoS, Softmax
 from .lstm import WeightDropLSTM
 
 Hidden = list[tuple[Tensor, Tensor]]
-"""One (h, c) per layer, each (1, B, width of the layer)."""
+"""One (h, c) per layer, (1, B, width of the layer) each."""
 
 HEADS = ("mos", "moc", "softmax")
 
@@ -24,7 +24,7 @@ HEADS = ("mos", "moc", "softmax")
 def check_head(
     head: str, embedding_size: int, hidden_sizes: tuple[int, ...], latent: str, latent_norm: bool, rank: int | None
 ) -> None:
-    """Raises ValueError for latent vectors that a model of these sizes cannot have."""
+    """Raise ValueError if a model of these sizes cannot have such latent vectors."""
     if head != "softmax":
         names = "the last of hidden_sizes", "embedding_size"
         check_latents(latent, hidden_sizes[-1], embedding_size, latent_norm, rank, names)
@@ -37,8 +37,8 @@ def check_head(
 class LMOutput(NamedTuple):
     log_likelihood: Tensor  # (T, B), of each target
     loss: Tensor  # (), mean negative log-likelihood in nats
-    raw: Tensor  # (T, B, last width), the last layer before dropout: for TAR
-    dropped: Tensor  # (T, B, last width), after dropout: for AR
+    raw: Tensor  # (T, B, last width), output of the last layer before dropout, for TAR
+    dropped: Tensor  # (T, B, last width), the same after dropout, for AR
     hidden: Hidden
 
 
@@ -48,21 +48,25 @@ class AWDLSTM(nn.Module):
     Args:
         n_words: V, size of the vocabulary.
         embedding_size: D, also the size of the head's latent vectors.
-        hidden_sizes: width of each LSTM layer. With head="softmax" the last layer feeds the tied decoder
-            directly, so it is given the width of the embedding instead.
+        hidden_sizes: width of each LSTM layer. With head="softmax" the last layer feeds the tied decoder directly and
+            has the width of the embedding instead.
         head: "mos", "moc" or "softmax".
-        n_experts: K; "softmax" ignores it.
-        dropoute: embedding dropout, of whole words. dropouti: locked dropout of the embeddings.
-        dropouth: locked dropout between LSTM layers. dropout: locked dropout of the last layer's output.
-        dropoutl: locked dropout of the latent vectors. wdrop: dropout of the recurrent weights.
+        n_experts: K; ignored by "softmax".
+        dropoute: embedding dropout, which drops whole words.
+        dropouti: locked dropout of the embeddings.
+        dropouth: locked dropout between LSTM layers.
+        dropout: locked dropout of the last layer's output.
+        dropoutl: locked dropout of the latent vectors.
+        wdrop: dropout of the recurrent weights.
         tied: whether the decoder shares the embedding's weight.
-        backend: of the head, see `fused_mos.backends()`.
+        backend: backend of the head, see `fused_mos.backends()`.
         grad_filter_eps: see `functional.mos_nll_loss`.
-        latent, latent_norm, rank: the kind of a mixture's latent vectors, see `fused_mos.MoS`; "residual" needs a last
-            layer as wide as the embedding. "softmax" takes the defaults alone.
-        products: of the LSTM layers in training, see `WeightDropLSTM`.
+        latent, latent_norm, rank: kind of a mixture's latent vectors, see `fused_mos.MoS`. "residual" needs a last
+            layer as wide as the embedding. "softmax" takes only the defaults.
+        products: dtype of the LSTM layers' matrix products in training, see `WeightDropLSTM`.
 
-    Raises ValueError for an argument that is not as above.
+    Raises:
+        ValueError: an argument does not fit the description above.
     """
 
     def __init__(
@@ -128,13 +132,14 @@ class AWDLSTM(nn.Module):
 
     @classmethod
     def from_published(cls, state_dict: dict[str, Tensor], **options) -> "AWDLSTM":
-        """A model with the weights of the paper's published code, whose sizes are read off their shapes.
+        """Return a model with the weights of the paper's published code. Its sizes follow from their shapes.
 
         Args:
-            state_dict: with the published names, such as `rnns.0.module.weight_hh_l0_raw`.
+            state_dict: weights under the published names, such as `rnns.0.module.weight_hh_l0_raw`.
             options: dropouts (by default the paper's on Penn Treebank), backend, grad_filter_eps.
 
-        Raises ValueError where names are missing, left over or do not fit each other.
+        Raises:
+            ValueError: names are missing or left over, or shapes do not fit each other.
         """
         refused = "state_dict is not of the published code: "
         count = len({name.split(".")[1] for name in state_dict if name.startswith("rnns.")})
@@ -151,7 +156,7 @@ class AWDLSTM(nn.Module):
 
         (n_words, size), n_experts = state_dict["encoder.weight"].shape, state_dict["prior.weight"].shape[0]
         widths = tuple(state_dict[name].shape[1] for name in of_layers[1])
-        # before a model is made of them: sizes that do not fit each other could ask for any amount of memory
+        # check before making a model: sizes that do not fit each other could take any amount of memory
         expected = {
             "decoder.weight": (n_words, size),
             "prior.weight": (n_experts, widths[-1]),
@@ -172,14 +177,15 @@ class AWDLSTM(nn.Module):
         return model
 
     def initial_hidden(self, batch_size: int) -> Hidden:
-        """Zeros, as at the start of an epoch."""
+        """A hidden state of zeros, for the start of an epoch."""
         weight = self.encoder.weight
         return [
             (weight.new_zeros(1, batch_size, width), weight.new_zeros(1, batch_size, width)) for width in self.widths
         ]
 
     def features(self, tokens: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Tensor, Hidden]:
-        """tokens (T, B) -> the last layer's output before and after dropout, (T, B, width), and the new hidden."""
+        """tokens (T, B) -> the last layer's output before and after dropout, (T, B, width), and the new hidden
+        state."""
         if hidden is None:
             hidden = self.initial_hidden(tokens.shape[1])
         if len(hidden) != len(self.rnns):
@@ -195,51 +201,53 @@ class AWDLSTM(nn.Module):
         return x, locked_dropout(x, self.dropout, self.training), new_hidden
 
     def forward(self, tokens: Tensor, target: Tensor, hidden: Hidden | None = None) -> LMOutput:
-        """tokens (T, B) and target (T, B), the tokens one step later; hidden of the previous segment, or None."""
+        """Loss of target (T, B), the tokens (T, B) one step later. `hidden` is that of the previous segment, or
+        None."""
         raw, dropped, hidden = self.features(tokens, hidden)
         output, loss = self.head(dropped, target, grad_filter_eps=self.grad_filter_eps)
         return LMOutput(output, loss, raw, dropped, hidden)
 
     def log_prob(self, tokens: Tensor, hidden: Hidden | None = None) -> Tensor:
-        """tokens (T, B) and the hidden of what came before, or None -> log-probabilities of each next word (T, B, V).
+        """Log-probabilities of each next word, (T, B, V), after tokens (T, B). `hidden` is the state before them, or
+        None.
 
-        `features` and `head.log_prob` give the same with the new hidden.
+        To get the new hidden state too, call `features` and `head.log_prob`.
         """
         return self.head.log_prob(self.features(tokens, hidden)[1])
 
 
 def activation_regularization(dropped: Tensor) -> Tensor:
-    """AR: mean square of the dropped output of the last layer (Merity et al. 2017, section 4.5); () ."""
+    """AR: mean square () of the last layer's output after dropout (Merity et al. 2017, section 4.5)."""
     return dropped.pow(2).mean()
 
 
 def temporal_activation_regularization(raw: Tensor) -> Tensor:
-    """TAR: mean square of the change of the last layer between time steps; 0 for a single step; ()."""
+    """TAR: mean square () of the last layer's change between time steps; 0 for a single step."""
     if raw.shape[0] < 2:
         return raw.new_zeros(())
     return (raw[1:] - raw[:-1]).pow(2).mean()
 
 
 def detach(hidden: Hidden) -> Hidden:
-    """Cuts backpropagation through time between segments."""
+    """Cut backpropagation through time between segments."""
     return [(h.detach(), c.detach()) for h, c in hidden]
 
 
 def carry_on(hidden: Hidden, new: Hidden) -> None:
-    """Writes the hidden state after a segment in the place of the one before it. Call it after the backward pass, which
-    reads that one."""
+    """Overwrite the hidden state before a segment by the one after it. Call it after the backward pass, which still
+    reads the old one."""
     with torch.no_grad():
         torch._foreach_copy_([x for state in hidden for x in state], [x for state in new for x in state])
 
 
 def gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients after a backward pass, which gives every parameter of the model one."""
+    """The gradients of all parameters after a backward pass."""
     return [cast(Tensor, p.grad) for p in parameters]
 
 
 def _rename_published_keys(module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
-    """Lets load_state_dict read the paper's published code: the head's modules stand on top level there, and
-    each LSTM in a wrapper that calls its recurrent weight `weight_hh_l0_raw`."""
+    """Let load_state_dict read checkpoints of the paper's published code. There the head's modules are at the top
+    level, and each LSTM is in a wrapper that calls its recurrent weight `weight_hh_l0_raw`."""
     for key in list(state_dict):
         name = key.removeprefix(prefix)
         if name.startswith(("prior.", "latent.", "decoder.")):

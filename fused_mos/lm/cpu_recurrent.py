@@ -1,7 +1,7 @@
 """One LSTM layer over a whole sequence on a CPU (csrc/cpu/lstm.cpp), with float32 or bfloat16 products.
 
-What does not depend on the step before, the input's products and the gradients of weights and inputs, are products over
-all steps at once, by torch. Sums and cell states are float32.
+Products that do not depend on the previous step (those of the inputs, and the gradients of weights and inputs) are
+computed over all steps at once, by torch. Sums and cell states are float32.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ except ImportError:  # the package was built without a C++ compiler
     _cpu = None
 
 MIN_STEPS = 8
-"""Steps below which packing the weights costs more than is gained."""
+"""Fewest steps: for fewer, packing the weights costs more than it gains."""
 
 MAX_BATCH = 32
-"""Rows above which torch.lstm's products, of all rows at once, are faster."""
+"""Most rows: for more, torch.lstm's products of all rows at once are faster."""
 
 MIN_WIDTH = 64
 
@@ -34,7 +34,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def pays(x: Tensor, width: int) -> bool:
-    """Whether the kernels are there and faster than torch.lstm for input x (T, B, features)."""
+    """True if the kernels are available and faster than torch.lstm for x (T, B, features)."""
     n_steps, batch_size, _ = x.shape
     return (
         _cpu is not None
@@ -46,7 +46,7 @@ def pays(x: Tensor, width: int) -> bool:
 
 
 def lstm(
-    x: Tensor,  # (T, B, features), float32 as all are
+    x: Tensor,  # (T, B, features), float32 like all arguments
     hidden: tuple[Tensor, Tensor],  # h, c, (1, B, H) each
     weight_ih: Tensor,  # (4H, features)
     weight_hh: Tensor,  # (4H, H)
@@ -54,8 +54,8 @@ def lstm(
     bias_hh: Tensor,  # (4H,)
     products: torch.dtype | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The output (T, B, H) and the last h, c. With products=torch.bfloat16 the operands of matrix products are rounded
-    to it where the processor multiplies them faster."""
+    """The output (T, B, H) and the last h, c. With products=torch.bfloat16, operands of matrix products are rounded to
+    bfloat16 if the processor multiplies it faster."""
     h0, c0 = (state.contiguous() for state in hidden)
     output, last_cell = _Lstm.apply(products == torch.bfloat16, x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
     return output, (output[-1:].clone(), last_cell)
@@ -80,7 +80,7 @@ class _Lstm(torch.autograd.Function):
     def backward(ctx, grad_output, grad_last_cell):
         *inputs, gates, cells, output = ctx.saved_tensors
         given = [gradient for gradient in (grad_output, grad_last_cell) if gradient is not None]
-        # they are to be differentiated, too, or are many at once
+        # the gradients must be differentiable themselves, or are batched
         if torch.is_grad_enabled() or not all(has_memory(gradient) for gradient in given):
             return None, *_differentiable_gradients(inputs, ctx.needs_input_grad[1:], grad_output, grad_last_cell)
         x, h0, c0, weight_ih, weight_hh, _, _ = inputs
@@ -118,7 +118,7 @@ class _Lstm(torch.autograd.Function):
                 grad_hh = grad_gates.t() @ torch.cat([h0, output[:-1]]).flatten(0, 1)
         if any(wants_bias):
             grad_bias = grad_gates.sum(0)
-        of_biases = grad_bias, grad_bias.clone() if all(wants_bias) else grad_bias  # each may be written to
+        of_biases = grad_bias, grad_bias.clone() if all(wants_bias) else grad_bias  # the caller may write to each
         return None, grad_x, grad_h0, grad_c0 if wants_c0 else None, grad_ih, grad_hh, *of_biases
 
 
@@ -140,7 +140,7 @@ def _arguments(bf16: bool, weight, h0, c0, gates, cells, **addresses: int):
 
 
 def _differentiable_gradients(inputs, needs, grad_output, grad_last_cell):
-    """Those of torch.lstm, which the graph of this backward pass then holds."""
+    """Gradients computed by torch.lstm, as part of the graph of this backward pass."""
     x, h0, c0, *weights = inputs
     with torch.enable_grad():
         output, _, last_cell = torch.lstm(x, (h0, c0), weights, True, 1, 0.0, True, False, False)
@@ -153,14 +153,14 @@ def _differentiable_gradients(inputs, needs, grad_output, grad_last_cell):
     return [next(found) if needed else None for needed in needs]
 
 
-# torch's setting is one of the process: the first thread that wants it sets it, the last restores it
+# torch's setting is global to the process: the first thread that needs it sets it, the last restores it
 _lock = threading.Lock()
 _n_rounding, _precision = 0, ""
 
 
 @contextlib.contextmanager
 def _products(bf16: bool) -> Iterator[None]:
-    """Lets torch round the operands of float32 products to bfloat16, with float32 sums, where oneDNN is faster so."""
+    """Let torch round the operands of float32 products to bfloat16, with float32 sums, if oneDNN is faster that way."""
     global _n_rounding, _precision
     if not bf16:
         yield

@@ -1,4 +1,4 @@
-"""Which expert of a mixture speaks when, and what the embedding holds to be alike."""
+"""Analysis of a model: the experts' shares in each prediction, and nearest words in the embedding."""
 
 from typing import NamedTuple
 
@@ -13,14 +13,16 @@ from ..module import MoC, MoS
 
 class ExpertShares(NamedTuple):
     prior: Tensor  # (T, B, K), π before the word is seen
-    responsibility: Tensor  # (T, B, K), of each expert for the word: π_k p_k(word) / p(word)
+    responsibility: Tensor  # (T, B, K), each expert's for the word: π_k p_k(word) / p(word)
     log_likelihood: Tensor  # (T, B), log p(word) in nats
 
 
 def expert_shares(head: Head, features: Tensor, target: Tensor) -> ExpertShares:
-    """features (T, B, in_features) and target (T, B) -> the experts' shares in each target's probability (Yang et al.
-    2018, section 2.3). Dropout is on if the head is in training. Raises ValueError for a head without experts of its
-    own."""
+    """The experts' shares in each target's probability (Yang et al. 2018, section 2.3), from features
+    (T, B, in_features) and target (T, B). Dropout is on if the head is in training mode.
+
+    Raises ValueError unless the head is a MoS.
+    """
     if isinstance(head, MoC) or not isinstance(head, MoS):
         raise ValueError(f"head must be a MoS, whose experts each predict words, got {type(head).__name__}")
     latent, prior_logits = head.mixture(features)
@@ -36,8 +38,8 @@ def expert_shares(head: Head, features: Tensor, target: Tensor) -> ExpertShares:
 
 
 def nearest_words(weight: Tensor, words: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The rows of weight (V, D) whose direction is nearest to those of `words` (n,), themselves left out:
-    cosines (n, count), highest first, and indices (n, count)."""
+    """The rows of weight (V, D) with the largest cosine to those of `words` (n,), without the words themselves: cosines
+    (n, count), highest first, and indices (n, count)."""
     unit = torch.nn.functional.normalize(weight, dim=-1)
     cosine = unit[words] @ unit.T
     cosine.scatter_(1, words[:, None], -torch.inf)

@@ -16,12 +16,12 @@ def next_word(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # (B,)
-    """A word for each row.
+    """Draw the next word of each row.
 
-    Without truncation an expert is drawn from the prior and then a word from that expert alone, at the cost of one
-    softmax; `temperature` divides that expert's logits. With `top_k` or `top_p` it divides the mixture's
-    log-probabilities, of which the `top_k` largest are kept, and then the fewest whose probabilities reach `top_p`
-    (nucleus sampling, Holtzman et al. 2020).
+    Without truncation, an expert is drawn from the prior and then a word from that expert alone, at the cost of one
+    softmax. `temperature` divides that expert's logits. With `top_k` or `top_p`, `temperature` divides the mixture's
+    log-probabilities. The `top_k` most probable words are kept, and of these the fewest whose probabilities reach
+    `top_p` (nucleus sampling, Holtzman et al. 2020).
     """
     if not top_k and top_p >= 1:
         return model.head.sample(features, temperature=temperature, generator=generator)
@@ -33,7 +33,8 @@ def next_word(
 def generate(
     model: AWDLSTM, prompt: Tensor, n_words: int, generator: torch.Generator | None = None, **options
 ) -> Iterator[Tensor]:
-    """prompt (T, B), T ≥ 1 -> n_words times the next word of each column, (B,). `options` are those of `next_word`."""
+    """Yield the next word of each column, (B,), n_words times after prompt (T, B), T ≥ 1. `options` are those of
+    `next_word`."""
     model.eval()
     tokens, hidden = prompt, None
     for _ in range(n_words):

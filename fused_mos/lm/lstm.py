@@ -1,4 +1,4 @@
-"""One LSTM layer whose hidden-to-hidden weight is dropped (Merity et al. 2017, section 2)."""
+"""An LSTM layer with dropout on its hidden-to-hidden weight (Merity et al. 2017, section 2)."""
 
 import math
 import weakref
@@ -16,17 +16,17 @@ from .recurrent_kernel import kernel_for
 class WeightDropLSTM(nn.Module):
     """A single-layer LSTM over (T, B, features) with DropConnect on the recurrent weight.
 
-    The mask is element-wise, drawn anew at each forward pass in training, shared by all its time steps, and
-    scaled by 1/(1 − weight_dropout). Parameters, gate order and initialisation are those of torch.nn.LSTM.
+    In training, each forward pass draws an element-wise mask for all its time steps and scales by
+    1/(1 − weight_dropout). Parameters, gate order and initialisation are those of torch.nn.LSTM. The layer computes in
+    its parameters' dtype even under torch.autocast, since a 16-bit cell state would lose small increments.
 
-    It computes in its parameters' dtype, also under torch.autocast: a cell state in 16 bits would lose what it adds up.
+    products: torch.bfloat16 lets training round the operands of matrix products, including h, to bfloat16 if a kernel
+        is faster that way. This applies to CPUs with AMX, AMD CPUs with bfloat16, and GPUs with float32 parameters, at
+        most 16 columns and an even hidden_size of at most 1,152; there, double backward is not supported. Sums and cell
+        states stay float32.
 
-    products: torch.bfloat16 lets training round the operands of matrix products, h among them, where a kernel is faster
-        so: on a CPU with AMX, or an AMD one with bfloat16, and on GPUs for float32 parameters, at most 16 columns and
-        an even hidden_size up to 1,152, where gradients cannot be differentiated again. Sums and cells stay float32.
-
-    On a CPU a kernel of ours computes float32 layers of at least 64 units, over at least 8 steps of at most 32 columns;
-    all else is torch.lstm.
+    On a CPU, native kernels compute float32 layers with at least 64 units over at least 8 steps of at most 32 columns.
+    Everything else uses torch.lstm.
     """
 
     def __init__(
@@ -59,7 +59,8 @@ class WeightDropLSTM(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(T, B, input_size) and h, c of (1, B, hidden_size) -> (T, B, hidden_size) and the last h, c.
+        """x (T, B, input_size) and hidden (h, c) of (1, B, hidden_size) -> output (T, B, hidden_size) and the last (h,
+        c).
 
         Raises ValueError for other shapes.
         """
@@ -69,12 +70,12 @@ class WeightDropLSTM(nn.Module):
             if (result := self._by_kernel(x, hidden)) is not None:
                 return result
             weights = [self.weight_ih_l0, self._recurrent(), self.bias_ih_l0, self.bias_hh_l0]
-            # nn.LSTM's own kernel, called with a weight that is not a Parameter; train only matters to cuDNN
+            # the kernel of nn.LSTM, for a weight that is not a Parameter; only cuDNN uses `train`
             output, h, c = torch.lstm(x, hidden, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
         return output, (h, c)
 
     def _by_kernel(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-        """The forward pass by a kernel of ours; None where it is not wanted, not to be had, or not faster."""
+        """The forward pass by a native kernel, or None if it is not wanted, not available or not faster."""
         tensors = x, *hidden, *self.parameters()
         if not is_ordinary(tensors) or forward_ad._current_level >= 0:
             return None
@@ -94,7 +95,8 @@ class WeightDropLSTM(nn.Module):
         return kernel(plan, x, hidden, self.weight_ih_l0, recurrent, self.bias_ih_l0, self.bias_hh_l0)
 
     def _check_shapes(self, x: Tensor, hidden: tuple[Tensor, Tensor]) -> None:
-        """torch.lstm leaves this to nn.LSTM, and reads beyond the end of what is too small."""
+        """Raise ValueError for wrong shapes. torch.lstm itself does not check, and reads beyond the end of small
+        tensors."""
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x must be (T, B, input_size = {self.input_size}), got {tuple(x.shape)}")
         expected = (1, x.shape[1], self.hidden_size)
@@ -112,18 +114,18 @@ class WeightDropLSTM(nn.Module):
         return self._flat.write(weight, mask)
 
     def __getstate__(self):
-        return self.__dict__ | {"_flat": None}  # a copy makes its own
+        return self.__dict__ | {"_flat": None}  # a copy makes its own buffer
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, weight_dropout={self.weight_dropout}"
 
 
 class _FlatWeights:
-    """The weights in one buffer, as cuDNN wants them; given others, it warns and copies them all at every call.
+    """The weights in one buffer, as cuDNN expects them. Otherwise it warns, and copies all weights at every call.
 
-    All but the recurrent weight become views of the buffer. The recurrent one is written into its place, dropped, at
-    each forward pass. There is one such place, so while a backward pass still needs what it holds, the next dropped
-    weight is a tensor of its own.
+    All parameters but the recurrent weight become views of the buffer. Each forward pass writes the recurrent weight,
+    after dropout, into its place in the buffer. While a backward pass still needs the contents of that place, the next
+    dropped weight gets a tensor of its own.
     """
 
     def __init__(self, lstm: WeightDropLSTM):
@@ -134,17 +136,17 @@ class _FlatWeights:
             if p is not lstm.weight_hh_l0:
                 p.data = view
         self.recurrent = views[1]
-        self.reader: weakref.ref | None = None  # to the node of the graph that `recurrent` is part of
+        self.reader: weakref.ref | None = None  # the autograd node that still reads `recurrent`
 
     def holds(self, lstm: WeightDropLSTM) -> bool:
-        """Not after the parameters were moved to another device or dtype."""
+        """True if the parameters are views of this buffer; False after a move to another device or dtype."""
         storage = self.buffer.untyped_storage().data_ptr()
         return all(
             p.untyped_storage().data_ptr() == storage for p in (lstm.weight_ih_l0, lstm.bias_ih_l0, lstm.bias_hh_l0)
         )
 
     def write(self, weight: Tensor, mask: Tensor | None) -> Tensor:
-        """weight·mask, differentiable with respect to weight."""
+        """Write weight·mask to the buffer and return it, differentiable with respect to `weight`."""
         reader = None if self.reader is None else self.reader()
         if reader is not None and not reader.finished:
             return weight if mask is None else weight * mask

@@ -1,4 +1,4 @@
-"""NT-ASGD: SGD that starts to average when validation stops improving (Merity et al. 2017, section 3)."""
+"""NT-ASGD: SGD that starts averaging when the validation loss stops improving (Merity et al. 2017, section 3)."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,16 +8,14 @@ from torch import Tensor, nn
 
 
 class NTASGD:
-    """SGD until the non-monotone trigger, then SGD with the average of its iterates to the end (ASGD with t0 = 0, lambd
-    = 0).
+    """SGD until the non-monotone trigger, then SGD with an average of its iterates (ASGD with t0 = 0, lambd = 0).
 
-    Call `record(valid_loss)` after each epoch: once more than `nonmono` values are recorded and the newest is
-    worse than the best of all but the last `nonmono`, averaging starts. `averaged()` puts the averages in
-    place for validation and checkpoints.
+    Call `record(valid_loss)` after each epoch. Averaging starts once more than `nonmono` losses are recorded and the
+    newest is worse than the best of all but the last `nonmono`. Use `averaged()` for validation and checkpoints.
 
-    The average is that of torch.optim.ASGD: over all iterates but the first since averaging started. Its steps are not:
-    torch takes each with the learning rate that was set before the previous one. The rescaling by BPTT length is meant
-    for its own segment, as under SGD. It also reads its rate back from the device at every step.
+    The average is that of torch.optim.ASGD: over all iterates since averaging started, except the first. The steps
+    differ: torch.optim.ASGD takes each step with the learning rate of the previous one, but the rescaling by BPTT
+    length is meant for the current segment. It also reads the learning rate back from the device at every step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, nonmono: int = 5):
@@ -38,7 +36,7 @@ class NTASGD:
         self.averaged_steps = 0
 
     def record(self, valid_loss: float) -> bool:
-        """Returns whether the trigger fires, which also ends fine-tuning."""
+        """Record a validation loss and return True if the trigger fires, which also ends fine-tuning."""
         history = self.history
         fires = len(history) > self.nonmono and valid_loss > min(history[: -self.nonmono or None])
         if fires and not self.averaging:
@@ -51,7 +49,7 @@ class NTASGD:
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:
-        """One step at the learning rate lr·scale."""
+        """Take one step with the learning rate lr·scale."""
         for group in self.sgd.param_groups:
             group["lr"] = self.lr * scale
         self.sgd.step()
@@ -61,7 +59,7 @@ class NTASGD:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the block the parameters hold their averages, if averaging has begun."""
+        """Replace the parameters by their averages inside the `with` block, if averaging has started."""
         if self.averages is None:
             yield
             return
@@ -75,12 +73,13 @@ class NTASGD:
                 torch._foreach_copy_(self.parameters, current)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict]:
-        """Tensors, by name, and what JSON can hold: together they resume the optimizer exactly."""
+        """The optimizer's tensors by name, and the rest of its state as JSON values."""
         tensors = {f"average.{i}": average for i, average in enumerate(self.averages or ())}
         return tensors, {"averaging": self.averaging, "averaged_steps": self.averaged_steps, "history": self.history}
 
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict) -> None:
-        """Raises KeyError where a tensor or a number is missing, ValueError where a tensor is of another shape."""
+        """Restore the optimizer from `state_dict`. Raises KeyError if an entry is missing, ValueError if a tensor has
+        another shape."""
         self.history, self.averaged_steps = list(meta["history"]), meta["averaged_steps"]
         self.averages = None
         if meta["averaging"]:

@@ -1,7 +1,7 @@
-"""Models of the paper's published code (zihangdai/mos): whole modules, pickled by torch.save.
+"""Reads models saved by the paper's published code (zihangdai/mos), which are whole modules pickled by torch.save.
 
-Unpickling such a file can run any code. `saved` reads it as data instead: tensors and containers as what they are, and
-every class of a module, of a fixed list, as a plain record of its attributes.
+Unpickling such a file can run any code. `saved` reads it as data instead: it restores tensors and containers, and turns
+objects of a fixed list of module classes into plain records of their attributes.
 """
 
 import math
@@ -16,7 +16,7 @@ from .saved import Record, View, read_saved
 
 
 class PublishedError(UserError, ValueError):
-    """A file that is not a model of the published code, with its path."""
+    """The file, named in the message, is not a model of the published code."""
 
 
 _CLASSES = {
@@ -31,19 +31,19 @@ _CLASSES = {
         "torch.nn.modules.linear": ("Linear",),
         "torch.nn.modules.activation": ("Tanh",),
         "torch.nn.backends.thnn": ("THNNFunctionBackend", "_get_thnn_function_backend"),
-        "builtins": ("getattr",),  # of a bound method, which weight drop puts in place of one of the LSTM's
+        "builtins": ("getattr",),  # pickles the bound method with which weight drop replaces one of the LSTM's
     }.items()
     for name in names
 }
-_MAX_NAMES, _MAX_LENGTH = 1000, 200  # twenty times those of the published models
+_MAX_NAMES, _MAX_LENGTH = 1000, 200  # twenty times what the published models need
 
 
 def read_published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict of a model that the published code saved, with its own names, on the CPU; and its dropouts by the
-    names of AWDLSTM's arguments.
+    """Read a model saved by the published code: its state_dict on the CPU, under the published names, and its dropouts,
+    under the names of AWDLSTM's arguments.
 
-    Reads the formats of PyTorch 0.4 and of today. Raises PublishedError where the file is another's; no code in it is
-    run.
+    The file may be in the format of PyTorch 0.4 or of today. No code in it is run. Raises PublishedError if it is not
+    such a model.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,7 +51,7 @@ def read_published(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]
     try:
         model, storages = read_saved(path, _CLASSES)
         views, dropouts = _views_and_dropouts(model)
-        # a tied weight has two names; more than that would make a model much larger than its file
+        # a tied weight has two names; more could make the model much larger than its file
         if sum(math.prod(view.size) for view in views.values()) > 2 * sum(storage.numel for storage in storages):
             raise ValueError("its parameters share their memory")
         return {name: view.tensor().float() for name, view in views.items()}, dropouts
@@ -88,8 +88,8 @@ def _views_and_dropouts(model: Any) -> tuple[dict[str, View], dict[str, float]]:
 
 
 def _modules(model: Record) -> Iterator[tuple[str, Record]]:
-    """Each module with the beginning of its parameters' names. A module that occurs twice is counted twice, so that
-    one that holds itself, or two of the next that hold two of the next, has an end."""
+    """Each module with the prefix of its parameters' names. Repeated modules count each time, so the limit also ends
+    recursion through a module that holds itself, or chains that double at each level."""
     waiting, count = [("", model)], 1
     while waiting:
         prefix, module = waiting.pop()
@@ -106,7 +106,7 @@ def _children(module: Record, attribute: str, kind: type) -> list[tuple[str, Any
 
 
 def _named(what: str, values: Any, kind: type) -> list[tuple[str, Any]]:
-    """A dictionary's names and values, without those that are None."""
+    """The names and values of a dictionary, without None."""
     if not isinstance(values, dict) or not all(isinstance(value, kind | None) for value in values.values()):
         raise ValueError(f"a {what} holds something else than {kind.__name__}s")
     if len(values) > _MAX_NAMES or any(len(name) > _MAX_LENGTH for name in values):

@@ -1,8 +1,8 @@
 """One LSTM layer over a whole sequence on a GPU, with bfloat16 products (csrc/cuda/lstm.cuh).
 
-A launch keeps the recurrent weights on the chip for all steps. What does not depend on the step before, the input's
-products and the gradients of weights and inputs, are cuBLAS products over all steps at once. Sums are float32, and so
-are cell states.
+A launch keeps the recurrent weights on the chip for all steps. Products that do not depend on the previous step (those
+of the inputs, and the gradients of weights and inputs) are computed over all steps at once, by cuBLAS. Sums and cell
+states are float32.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ class RecurrentKernel(NativeKernels):
     """The LSTM kernels."""
 
     def plan(self, x: Tensor, weight_hh: Tensor) -> Any:
-        """How a layer with input x (T, B, features) and weights (4H, H) would be cut up; None where it cannot be: for
-        more than 16 columns, an odd width, or one that does not fit on the chip."""
+        """The launch plan for input x (T, B, features) and weights (4H, H). None if the kernels do not support them:
+        for more than 16 columns, an odd width, or weights that do not fit on the chip."""
         n_steps, batch_size, _ = x.shape
         try:
             return self.native.Lstm(n_steps, batch_size, weight_hh.shape[1], *self.limits(x.device))
@@ -38,8 +38,8 @@ class RecurrentKernel(NativeKernels):
 
     def __call__(
         self,
-        plan: Any,  # of these x and weight_hh
-        x: Tensor,  # (T, B, features), float32 as all are
+        plan: Any,  # for x and weight_hh
+        x: Tensor,  # (T, B, features), float32 like all arguments
         hidden: tuple[Tensor, Tensor],  # h, c, (1, B, H) each
         weight_ih: Tensor,  # (4H, features)
         weight_hh: Tensor,  # (4H, H)
@@ -100,8 +100,8 @@ class _Lstm(torch.autograd.Function):
 
 
 def _bfloat16_rows(matrix: Tensor) -> Tensor:
-    """The matrix in bfloat16, with columns of zeros up to a multiple of 8: cuBLAS is three times as fast where rows
-    begin at multiples of 16 bytes."""
+    """The matrix in bfloat16, padded with columns of zeros to a multiple of 8: cuBLAS is three times as fast if rows
+    start at multiples of 16 bytes."""
     padding = -matrix.shape[1] % 8
     if not padding:
         return matrix.to(torch.bfloat16)
@@ -112,7 +112,7 @@ def _bfloat16_rows(matrix: Tensor) -> Tensor:
 
 @cache
 def kernel_for(device: torch.device) -> RecurrentKernel | None:
-    """The kernels of a GPU that has them: from A100 on, where the package was built with nvcc."""
+    """The kernels for an A100 or newer GPU. None for other devices and older drivers, or if built without nvcc."""
     if _cuda is None or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     return None if too_new(*_cuda.versions()) else RecurrentKernel(_cuda, limits, on)

@@ -1,12 +1,12 @@
-"""What torch.save wrote, read as data: no name in the file is imported, and nothing that it asks for is called.
+"""Reads files written by torch.save as data. No name in the file is imported and nothing that it asks for is called.
 
-A pickle can call any function and set any attribute of an object that it reaches. This reader interprets the opcodes
-that torch.save writes, and all that they can reach are the values that it makes: numbers, strings, containers, and the
-`Name`s, `Record`s, `Storage`s and `View`s below. It reads the zip archive of today and the stream of PyTorch 0.4, not
-the tar archive before that, and not TorchScript, which is a program.
+A pickle can call any function and set any attribute of an object that it reaches. This reader interprets only the
+opcodes that torch.save writes. They can reach only values that the reader makes: numbers, strings, containers, and the
+`Name`s, `Record`s, `Storage`s and `View`s below. It supports today's zip archive and the stream of PyTorch 0.4, but not
+the older tar archive or TorchScript, which is a program.
 
-Memory and time are bounded by the size of the file: the pickle and the archive's directory are limited, nothing is
-compressed, and dictionaries have strings as keys, so that a hash is neither slow nor one of many equal ones.
+Memory and time are bounded by the size of the file: the pickle and the archive's directory have a maximum size, nothing
+is compressed, and dictionaries have strings as keys, whose hashes are fast and do not collide.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-_MAX_BYTES = 4 << 20  # of the pickle or the archive's directory: a thousand times those of a language model
-_MAX_STEPS = 200_000  # opcodes, and what some of them copy
+_MAX_BYTES = 4 << 20  # for the pickle and for the archive's directory: a thousand times what a language model needs
+_MAX_STEPS = 200_000  # opcodes, and the values that some of them copy
 _CHUNK = 1 << 20
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
@@ -65,14 +65,14 @@ class Name:
 
 @dataclasses.dataclass(eq=False)
 class Record:
-    """An object of a class that the reader was told of: its attributes, and none of its code."""
+    """An object of a class that the reader was told to accept: its attributes without its code."""
 
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(eq=False)
 class Storage:
-    """The memory of tensors; `data` (numel,) once the file has been read to its end."""
+    """The memory of tensors. `data` is (numel,) once the whole file has been read."""
 
     dtype: torch.dtype
     numel: int
@@ -86,7 +86,7 @@ class Storage:
 
 @dataclasses.dataclass(eq=False)
 class View:
-    """A tensor."""
+    """A tensor: a view of a storage."""
 
     storage: Storage
     offset: int
@@ -94,13 +94,13 @@ class View:
     stride: tuple[int, ...]
 
     def tensor(self) -> Tensor:
-        if math.prod(self.size) > self.storage.numel:  # an expanded one would be that large once it is copied
+        if math.prod(self.size) > self.storage.numel:  # an expanded tensor would take this much memory when copied
             raise ValueError(f"a tensor of {math.prod(self.size)} numbers is kept in {self.storage.numel}")
         return self.storage.data.as_strided(self.size, self.stride, self.offset)
 
 
 class _Unpickler:
-    """Values of the pickles of one file, whose storages it collects by their keys."""
+    """Interprets the pickles of one file and collects the storages by key."""
 
     def __init__(self, classes: Collection[str]):
         self.storages: dict[str, Storage] = {}
@@ -108,7 +108,7 @@ class _Unpickler:
         self._steps = 0
 
     def load(self, file: BinaryIO) -> Any:
-        """The value of the pickle that begins here; leaves the file behind it."""
+        """The value of the pickle at the file's position, which moves past it."""
         self._stack: list[Any] = []
         self._marks: list[int] = []
         memo: dict[Any, Any] = {}
@@ -180,7 +180,7 @@ class _Unpickler:
                 self._set_state(stack[-1], state)
             case "BINPERSID":
                 (identity,) = self._popped(1)
-                stack.append(self._persistent(*_as(tuple, identity)[:7]))  # of which none has more than six parts
+                stack.append(self._persistent(*_as(tuple, identity)[:7]))  # they have at most six parts
             case _:
                 raise ValueError(f"its pickle has the opcode {opcode}, which torch.save does not write")
 
@@ -196,21 +196,21 @@ class _Unpickler:
         return self._popped(len(self._stack) - self._marks.pop())
 
     def _named(self, module: str, name: str) -> Name:
-        module = "builtins" if module == "__builtin__" else module  # as protocol 2 calls it
+        module = "builtins" if module == "__builtin__" else module  # the name in protocol 2
         path = f"{module}.{name}"
         if path not in _KNOWN and path not in self._classes:
             raise ValueError(f"it names {path[:100]}, which no model of the published code needs")
         return Name(path)
 
     def _made(self, path: str, arguments: tuple) -> Any:
-        """What a call would return."""
+        """The value that a call in the pickle stands for."""
         if path in self._classes:
             return Record()
         if path in _TENSORS:
             storage, offset, size, stride = arguments[:4]
             numbers = (offset, *_as(tuple, size), *_as(tuple, stride))
             if len(numbers) > 9 or not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
-                raise ValueError("a tensor has no size, or more than four axes")  # products of such take no time
+                raise ValueError("a tensor has no size, or more than four axes")  # limits the cost of their product
             return View(_as(Storage, storage), offset, size, stride)
         if path in _PARAMETERS:
             return arguments[0]
@@ -225,8 +225,8 @@ class _Unpickler:
         raise ValueError(f"it calls {path}")
 
     def _set_state(self, target: Any, state: Any) -> None:
-        """The attributes of a record. Those of a dictionary, such as the versions in a state_dict, are dropped; nothing
-        else can have any."""
+        """Set the attributes of a record. Attributes of a dictionary, such as the versions in a state_dict, are
+        dropped. Raises ValueError for anything else."""
         if type(target) not in (Record, dict):
             raise ValueError(f"its pickle sets attributes of a {type(target).__name__}")
         for part in state if type(state) is tuple else (state,):
@@ -235,7 +235,7 @@ class _Unpickler:
                 target.attributes.update(part)
 
     def _persistent(self, kind: str, name: Any, *rest: Any) -> Any:
-        if kind == "module":  # a class, beside which PyTorch 0.4 saved its source
+        if kind == "module":  # a class, which PyTorch 0.4 saved with its source
             return _as(Name, name)
         key, _, numel, *view = rest
         dtype = _DTYPES[_as(Name, name).path]
@@ -248,7 +248,7 @@ class _Unpickler:
 
 
 def _as(kind: type, value: Any) -> Any:
-    """The value, which must be of exactly this type."""
+    """Return the value. Raises ValueError unless it is of exactly this type."""
     if type(value) is not kind:
         raise ValueError(f"its pickle has a {type(value).__name__} where a {kind.__name__} is needed")
     return value
@@ -261,7 +261,7 @@ def _pair(item: Any) -> Iterable[Any]:
 
 
 def _put(target: dict[str, Any], items: list[Any]) -> dict[str, Any]:
-    """Adds keys and values, which follow each other."""
+    """Add keys and values, which alternate in `items`, to a dictionary."""
     if len(items) % 2:
         raise ValueError("its pickle has a key without a value")
     for key, value in zip(items[::2], items[1::2]):
@@ -273,7 +273,7 @@ def _put(target: dict[str, Any], items: list[Any]) -> dict[str, Any]:
 
 
 class _Reader(io.BufferedReader):
-    """A file of which no single read, such as that of an archive's directory, takes much memory."""
+    """A file that refuses single reads that would take much memory, such as a huge archive directory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MAX_BYTES:
@@ -282,12 +282,13 @@ class _Reader(io.BufferedReader):
 
 
 def read_saved(path: Path, classes: Collection[str]) -> tuple[Any, list[Storage]]:
-    """The value in a file that torch.save wrote, and its storages.
+    """The value in a file written by torch.save, and its storages.
 
     Args:
-        classes: of the objects to read, each as a Record, such as "torch.nn.modules.linear.Linear".
+        classes: names of classes to read as Records, such as "torch.nn.modules.linear.Linear".
 
-    Raises ValueError where it is none, or names anything else; a damaged file can raise any Exception.
+    Raises ValueError if torch.save did not write the file or it names anything else. A damaged file can raise any
+    Exception.
     """
     with _Reader(io.FileIO(path)) as file:
         start = file.read(512)
@@ -331,11 +332,11 @@ def _read_zip(file: _Reader, size: int, unpickler: _Unpickler) -> Any:
 
 
 def _read_stream(file: _Reader, size: int, unpickler: _Unpickler) -> Any:
-    """Five pickles, and then each storage behind its length."""
+    """Read the stream of PyTorch 0.4: five pickles, then each storage after its length."""
     pickles = io.BytesIO(file.read(_MAX_BYTES))
     if unpickler.load(pickles) != _MAGIC or unpickler.load(pickles) != _PROTOCOL:
         raise ValueError("torch.save did not write it")
-    unpickler.load(pickles)  # of the machine, which every PyTorch ignores
+    unpickler.load(pickles)  # information on the machine, which PyTorch ignores
     value, keys = unpickler.load(pickles), _as(list, unpickler.load(pickles))
     if sorted(_as(str, key) for key in keys) != sorted(unpickler.storages):
         raise ValueError("its storages are not those of its tensors")

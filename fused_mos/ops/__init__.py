@@ -1,17 +1,17 @@
-"""torch.library custom ops: the autograd, fake kernels and backend dispatch between `functional` and the backends.
+"""torch.library custom ops, the layer between `functional` and the backends: autograd, fake kernels and dispatch.
 
-Each is opaque to torch.compile, so that no (N, K, V) tensor can appear in a graph, and checks its arguments before it
-takes an address: the ops can also be called as `torch.ops.fused_mos.…`. Differentiable are
+An op is opaque to torch.compile, so no (N, K, V) tensor can appear in a graph. It checks its arguments before it takes
+an address, since it can also be called as `torch.ops.fused_mos.…`. The differentiable ops are
 
     fused_mos::nll                 per-token NLL; its backward recomputes the logits (4 products)
-    fused_mos::nll_with_gradients  the same and the gradient of its sum, formed in the forward pass (3 products)
+    fused_mos::nll_with_gradients  the same with the gradient of its sum, formed in the forward pass (3 products)
     fused_mos::expert_log_prob     l − L of given classes, (N, K, M), and L, (N, K)
     fused_mos::likelihood_and_sum  log p of a class and a sum over all log p, (N,) each
     fused_mos::logsumexp           log Σ_v exp l, (N, K)
     fused_mos::log_prob            log-probabilities of all classes, (N, V)
 
-Their outputs are float32 for 16-bit inputs, gradients have the dtype of their input. Double backward is
-refused: the `reference` backend, which is plain torch, has it.
+Outputs are float32 for 16-bit inputs. Gradients have the dtype of their input. Double backward raises RuntimeError; use
+the `reference` backend, which is plain torch, for that.
 """
 
 from .. import _flops

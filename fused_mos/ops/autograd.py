@@ -1,4 +1,4 @@
-"""What the ops share: results without values, for fake kernels, and gradients."""
+"""Shared by the ops: registration of fake kernels, and empty results and gradients."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from .._backends.reference import accumulation_dtype
 
 
 def fake_of(op: CustomOpDef) -> Callable[[Callable], Callable]:
-    """Registers an op's fake kernel, which torch takes as soon as any of the tensors is on the meta device. It refuses
-    others beside them, since its results would be memory that nobody has written."""
+    """Register an op's fake kernel. torch calls it as soon as any tensor is on the meta device, so it raises ValueError
+    if others are not: its results would be uninitialised memory."""
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -30,14 +30,14 @@ def fake_of(op: CustomOpDef) -> Callable[[Callable], Callable]:
 
 
 def empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Uninitialised contiguous gradients, of no elements where not needed: what the ops promise their callers."""
+    """Uninitialised contiguous gradients, as all ops return them: those that are not needed have no elements."""
     like = next(tensor for tensor in inputs if tensor is not None)
     tensors = (like if tensor is None else tensor for tensor in inputs)
     return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needs))
 
 
 def empty_statistics(latent: Tensor, count: int) -> list[Tensor]:
-    """Uninitialised (N, K) tensors of the accumulation dtype."""
+    """`count` uninitialised (N, K) tensors in the accumulation dtype."""
     return [latent.new_empty(latent.shape[:2], dtype=accumulation_dtype(latent.dtype)) for _ in range(count)]
 
 

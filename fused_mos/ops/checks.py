@@ -1,7 +1,7 @@
-"""Checks of the ops' arguments, before a kernel takes their addresses: shapes, dtypes, devices and memory.
+"""Checks of the ops' arguments before a kernel takes their addresses: shapes, dtypes, devices and memory.
 
-`functional` has checked all of it, and more. But the ops are callable without it, and what a wrong shape would read or
-write is memory of others.
+`functional` has checked all of this and more. But the ops can be called directly, and a wrong shape would read or write
+foreign memory.
 """
 
 import math
@@ -23,17 +23,19 @@ def operands(
     bias: Tensor | None,  # (V,)
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The operands, contiguous, of a backend that can compute with them; without a prior, that is None.
+    """Check the operands and return them contiguous. `prior_logits` is None for ops without a prior.
 
-    Raises TypeError, ValueError, or RuntimeError for a backend that is not available and for a storage that was freed.
+    Raises TypeError or ValueError for bad operands or a backend that cannot compute them, RuntimeError if the backend
+    is not available or a tensor's storage was freed.
     """
     named = check_shapes(latent, prior_logits, weight, bias)
-    # of meta tensors, which have no addresses, an audit runs the host's part
+    # meta tensors have no addresses; the audit of the kernels runs the host's part with them
     if latent.device.type != "meta" and _backends.resolve(backend, latent.device, latent.dtype) != backend:
         raise ValueError(f"an op's backend must be named, got {backend!r}")
     for name, tensor in named.items():
         check_memory(name, tensor)
-    return tuple(t if t is None else t.contiguous() for t in (latent, prior_logits, weight, bias))  # type: ignore[return-value]
+    given = latent, prior_logits, weight, bias
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in given)  # type: ignore[return-value]
 
 
 def given_normalisers(
@@ -45,7 +47,7 @@ def given_normalisers(
     log_total: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """As `operands`, with what else `Kernels.log_prob` takes."""
+    """`operands` with the normalisers that `Kernels.log_prob` takes."""
     latent, _, weight, bias = operands(latent, None, weight, bias, backend)
     statistics = {"log_prior": log_prior, "maximum": maximum, "log_total": log_total}
     log_prior, maximum, log_total = numbers(latent, latent.shape[:2], **statistics)
@@ -81,7 +83,7 @@ def indices(index: Tensor, latent: Tensor) -> Tensor:  # (N, M) int64
 
 
 def numbers(like: Tensor, shape: tuple[int, ...], **tensors: Tensor) -> list[Tensor]:
-    """Tensors of `shape`, on the device of `like` and in the dtype that its sums have; contiguous."""
+    """Check that tensors have `shape`, the device of `like` and the accumulation dtype, and return them contiguous."""
     dtype = accumulation_dtype(like.dtype)
     for name, tensor in tensors.items():
         if tensor.shape != shape:
@@ -103,7 +105,7 @@ def seeds(seed: Tensor, like: Tensor) -> Tensor:  # (1,) int64
 
 
 def needed(needs: Sequence[bool], count: int, bias: Tensor | None) -> tuple[bool, ...]:
-    """`needs`, whose last entry is the bias's."""
+    """Check `needs`, whose last entry is that of the bias, and return it as a tuple."""
     if len(needs) != count:
         raise ValueError(f"needs must have {count} entries, got {len(needs)}")
     if needs[-1] and bias is None:
@@ -112,7 +114,7 @@ def needed(needs: Sequence[bool], count: int, bias: Tensor | None) -> tuple[bool
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
-    """Raises RuntimeError where a tensor's storage ends before the tensor, as after `untyped_storage().resize_(0)`."""
+    """Raise RuntimeError if a tensor is longer than its storage, as after `untyped_storage().resize_(0)`."""
     if tensor.numel() == 0:
         return
     last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))

@@ -1,7 +1,8 @@
-"""Ordinary calls of an op, past torch's dispatcher, whose Python around a custom op takes longer than a small kernel.
+"""Calls an op's function directly, past torch's dispatcher, whose Python overhead for a custom op exceeds a small
+kernel.
 
-An ordinary call has plain tensors with memory, and nobody who looks on: no tracing, no dispatch mode (fake tensors, a
-FLOP counter), no transform of torch.func. All others go to the op, with equal results.
+This is done for ordinary calls: plain tensors with memory, and no tracing, dispatch mode (fake tensors, a FLOP counter)
+or transform of torch.func. All other calls go through the op, with equal results.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,7 +33,7 @@ def _nobody_looks_on() -> bool:
 
 
 def is_ordinary(arguments: Iterable[Any]) -> bool:
-    """Whether these tensors have values, and nothing traces or transforms what is done with them."""
+    """True if all tensors have values and nothing traces or transforms operations on them."""
     return not torch.compiler.is_compiling() and _nobody_looks_on() and _are_plain(arguments)
 
 
@@ -42,11 +43,11 @@ def direct(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """What calls `op`, or in an ordinary call its function; with the gradient that is registered for it."""
+    """Return a function that calls `function` in an ordinary call and `op` otherwise, with the op's own gradient."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:  # with ctx: torch would else ask for the signature in each call
+        def forward(ctx: Any, *arguments: Any) -> Any:  # without ctx, torch would inspect the signature in each call
             output = function(*arguments)
             assert setup_context is not None
             setup_context(ctx, arguments, output)

@@ -1,4 +1,4 @@
-"""The distribution: its normalisers, its log-probabilities, its most probable classes, and samples of it."""
+"""Ops over the mixture's distribution: normalisers, log-probabilities, most probable classes and samples."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,8 @@ def normalisers(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log π and the terms maximum and log_total of each expert's log Σ_v exp l, (N, K) each; not differentiable."""
+    """log π, and the two terms maximum and log_total of each expert's log Σ_v exp l, (N, K) each. Not
+    differentiable."""
     inputs, transform = (
         checks.operands(latent, prior_logits, weight, bias, backend),
         checks.transform(softcap, temperature),
@@ -52,7 +53,7 @@ def log_prob(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log p (N, V), and maximum and log_total (N, K) for the backward pass."""
+    """log p (N, V), and for the backward pass maximum and log_total (N, K)."""
     kernels, transform = _backends.kernels(backend), checks.transform(softcap, temperature)
     latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
     if _backends.one_sweep_pays(backend, *latent.shape[:2], *weight.shape):
@@ -128,7 +129,7 @@ log_prob.register_autograd(_log_prob_backward, setup_context=_log_prob_setup)
 def mixture_log_prob(
     latent: Tensor,  # (N, K, D)
     log_prior: Tensor,  # (N, K)
-    weight: Tensor,  # (V, D): all classes, or some
+    weight: Tensor,  # (V, D): all classes, or some of them
     bias: Tensor | None,  # (V,)
     maximum: Tensor,  # (N, K), of all classes
     log_total: Tensor,  # (N, K), of all classes
@@ -136,7 +137,7 @@ def mixture_log_prob(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """log p of the classes in `weight`, (N, V); not differentiable."""
+    """log p of the classes in `weight`, (N, V). Not differentiable."""
     given = checks.given_normalisers(latent, log_prior, weight, bias, maximum, log_total, backend)
     return _backends.kernels(backend).log_prob(*given, checks.transform(softcap, temperature))
 
@@ -147,14 +148,14 @@ def _(latent, log_prior, weight, bias, maximum, log_total, backend, softcap=0.0,
 
 
 TOPK_BYTES = 32 * 2**20
-"""Bytes of the log-probabilities that `topk` holds at once."""
+"""Most bytes of log-probabilities that `topk` holds at once."""
 
 
 @custom_op("fused_mos::mixture_topk", mutates_args=())
 def mixture_topk(
     latent: Tensor,  # (N, K, D)
     log_prior: Tensor,  # (N, K)
-    weight: Tensor,  # (V, D): all classes, or some
+    weight: Tensor,  # (V, D): all classes, or some of them
     bias: Tensor | None,  # (V,)
     maximum: Tensor,  # (N, K), of all classes
     log_total: Tensor,  # (N, K), of all classes
@@ -163,8 +164,8 @@ def mixture_topk(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The k most probable of the classes in `weight`, all of them where they are fewer: their log-probabilities,
-    descending, and the classes, (N, ≤ k) each."""
+    """The k most probable of the classes in `weight`, or all if there are fewer: their log-probabilities, descending,
+    and the classes, (N, ≤ k) each."""
     given = checks.given_normalisers(latent, log_prior, weight, bias, maximum, log_total, backend)
     return _topk_of_spans(*given, checks.count(k), backend, checks.transform(softcap, temperature))
 
@@ -180,7 +181,7 @@ def _topk_of_spans(
     backend: str,
     transform: Transform,
 ) -> tuple[Tensor, Tensor]:
-    """Selects them from spans of the vocabulary, one after the other."""
+    """Select the k best classes from one span of the vocabulary after another."""
     n, n_classes = latent.shape[0], weight.shape[0]
     values, indices = maximum.new_empty(n, 0), torch.empty(n, 0, dtype=torch.int64, device=latent.device)
     columns = max(TOPK_BYTES // (maximum.itemsize * max(n, 1)), 2 * k, 256)
@@ -240,8 +241,8 @@ def topk(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The k most probable classes, all of them where they are fewer: their log-probabilities, descending, and the
-    classes, (N, ≤ k) each."""
+    """The k most probable classes, or all if there are fewer: their log-probabilities, descending, and the classes,
+    (N, ≤ k) each."""
     kernels, transform = _backends.kernels(backend), checks.transform(softcap, temperature)
     latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
     k, n, n_classes = checks.count(k), latent.shape[0], weight.shape[0]
@@ -276,7 +277,7 @@ def sample(
     backend: str,
     softcap: float = 0.0,
 ) -> Tensor:
-    """A class of an expert, which is drawn from the prior, for each token, (N,) int64; −1 where none can be drawn."""
+    """Draw an expert from the prior and one of its classes for each token, (N,) int64; −1 if none can be drawn."""
     kernels, transform = _backends.kernels(backend), checks.transform(softcap, temperature)
     latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
     seed = checks.seeds(seed, latent)

@@ -1,6 +1,5 @@
-"""Each expert by itself: its log-normalisers, and its log-probabilities of given classes. With the prior, they make
-whatever is asked of a mixture at a few classes, in plain torch.
-"""
+"""Ops over single experts: log-normalisers, and log-probabilities of given classes. Together with the prior, plain
+torch computes the mixture at those classes from them."""
 
 from collections.abc import Sequence
 
@@ -26,8 +25,8 @@ def row_statistics(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """maximum, log_total and target logit of each row, (N, K), which is NaN where the target is no class, or there is
-    none: for parts of a softmax."""
+    """maximum, log_total and target logit of each row, (N, K) each: the statistics of a part of a softmax. The target
+    logit is NaN without targets and where the target is no class."""
     latent, _, weight, bias = checks.operands(latent, None, weight, bias, backend)
     n, k, d = latent.shape
     row_target = None if target is None else checks.targets(target, latent).repeat_interleave(k)
@@ -48,7 +47,7 @@ def _(latent, weight, bias, target, backend, softcap=0.0, temperature=1.0):
 def logsumexp(
     latent: Tensor, weight: Tensor, bias: Tensor | None, backend: str, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L[n,k] = log Σ_v exp l[n,k,v]: (N, K, D), (V, D), (V,) -> (N, K), and its two terms maximum and log_total."""
+    """L[n,k] = log Σ_v exp l[n,k,v] and its two terms maximum and log_total: (N, K, D), (V, D), (V,) -> (N, K) each."""
     latent, _, weight, bias = checks.operands(latent, None, weight, bias, backend)
     n, k, d = latent.shape
     rows, transform = latent.view(n * k, d), checks.transform(softcap)
@@ -127,8 +126,8 @@ def expert_log_prob(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """l − L of the classes in `index`, (N, K, M), NaN where an entry is no class; L (N, K); and for the backward pass
-    its terms maximum and log_total, and l. Both are differentiable."""
+    """l − L of the classes in `index`, (N, K, M), NaN for entries that are no class, and L, (N, K). Both are
+    differentiable. Then, for the backward pass, the terms maximum and log_total of L, and l."""
     latent, _, weight, bias = checks.operands(latent, None, weight, bias, backend)
     index, transform = checks.indices(index, latent), checks.transform(softcap, temperature)
     (n, k, d), n_each = latent.shape, index.shape[1]
@@ -163,7 +162,7 @@ def expert_log_prob_backward(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dl = (g_L − Σ_m g) exp(l − L) + Σ_m g 1[v = index]."""
+    """Gradients of (latent, weight, bias) for dl = (g_L − Σ_m g) exp(l − L) + Σ_m g 1[v = index]."""
     latent, _, weight, bias = checks.operands(latent, None, weight, bias, backend)
     index, transform = checks.indices(index, latent), checks.transform(softcap, temperature)
     (n, k, d), n_each = latent.shape, index.shape[1]
@@ -177,7 +176,7 @@ def expert_log_prob_backward(
         is_class = inside(index, weight).expand(n, k)
         of_rows, of_target = index[:, 0].repeat_interleave(k), torch.where(is_class, -grad[..., 0], 0).view(-1)
     operands: tuple[Tensor | None, ...] = latent.view(n * k, d), weight, bias
-    if n_each > 1:  # the two parts of a gradient nearly cancel where a model has learnt: 16 bits are too few for each
+    if n_each > 1:  # in a trained model the two parts of a gradient nearly cancel, and 16 bits are too few for each
         operands = tuple(tensor if tensor is None else tensor.to(grad.dtype) for tensor in operands)
     grad_rows, grad_weight, grad_bias = _backends.kernels(backend).rows_backward(
         *operands, of_rows, maximum.view(-1), log_total.view(-1), of_lse, of_target, needs, transform=transform
@@ -185,7 +184,8 @@ def expert_log_prob_backward(
     gradients = grad_rows.view(n, k, d) if needs[0] else grad_rows, grad_weight, grad_bias
     if n_each == 1:
         return gradients
-    add_gathered_gradients(grad, logits, latent, weight, index, gradients, needs[:3], transform)  # type: ignore[arg-type]
+    wanted = needs[0], needs[1], needs[2]
+    add_gathered_gradients(grad, logits, latent, weight, index, gradients, wanted, transform)
     return tuple(gradient.to(latent.dtype) for gradient in gradients)
 
 

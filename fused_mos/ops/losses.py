@@ -1,4 +1,4 @@
-"""The loss: each token's NLL, and the same with the gradient of its sum."""
+"""Ops for the loss: each token's NLL, and the same with the gradient of its sum."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +29,8 @@ def _nll(
     softcap: float = 0.0,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """nll (N,), for the backward pass maximum, log_total and target_logit, (N, K) each, and where asked for their
-    sum lse, which is differentiable, too."""
+    """nll (N,); for the backward pass maximum, log_total and target_logit, (N, K) each; and, `with_lse`,
+    lse = maximum + log_total. nll and lse are differentiable."""
     inputs = checks.operands(latent, prior_logits, weight, bias, backend)
     transform = checks.transform(softcap)
     losses, maximum, log_total, target_logit = _backends.kernels(backend).nll(
@@ -71,8 +71,8 @@ def nll_backward(
     softcap: float = 0.0,
     grad_lse: Tensor | None = None,  # (N, K)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of (latent, prior_logits, weight, bias): dl = (g r + g_L) exp(l − L) − g r 1[v = y],
-    da = g (π − r). With a gradient of the lse no row is filtered."""
+    """Gradients of (latent, prior_logits, weight, bias): dl = (g r + g_L) exp(l − L) − g r 1[v = y] and
+    da = g (π − r). With `grad_lse` no rows are filtered."""
     inputs = checks.operands(latent, prior_logits, weight, bias, backend)
     (grad,) = checks.numbers(latent, latent.shape[:1], grad=grad)
     statistics = {"maximum": maximum, "log_total": log_total, "target_logit": target_logit}
@@ -124,7 +124,7 @@ def _nll_backward(ctx, grad, *others):
 
 def _recomputed(
     options: tuple[int, float, str, float],
-    saved: Sequence[Tensor],  # the inputs and statistics
+    saved: Sequence[Tensor],  # inputs and statistics
     grad: Tensor | None,  # (N,) of nll
     grad_lse: Tensor | None,  # (N, K)
     needs: list[bool],
@@ -160,11 +160,11 @@ def _nll_with_gradients(
     with_lse: bool = False,
     loss_weights: Tensor | None = None,  # (3, N)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss (), which is nll's sum, over the valid targets its mean or, with loss weights, what `Kernels` says; a
-    divisor (); nll (N,); maximum, log_total and target_logit (N, K); for the inputs that `needs` names the gradients of
-    divisor·loss; and where asked for lse (N, K).
+    """The loss (); a divisor (); nll (N,); maximum, log_total and target_logit (N, K); the gradients of divisor·loss
+    that `needs` asks for; and, `with_lse`, lse (N, K).
 
-    Backward through the loss only scales them. Backward through `nll` and `lse` is possible too and recomputes.
+    The loss is the sum of nll, its mean over the valid targets or, with `loss_weights`, that of `Kernels`. The backward
+    pass of the loss only scales the gradients. nll and lse are differentiable too, by recomputing the logits.
     """
     inputs, target = checks.operands(latent, prior_logits, weight, bias, backend), checks.targets(target, latent)
     needs, transform = checks.needed(needs, 4, bias), checks.transform(softcap)
@@ -210,7 +210,7 @@ def _nll_with_gradients_setup(ctx, inputs, output):
     latent, prior_logits, weight, bias, target, ignore_index, filter_eps, _, _, backend, softcap, with_lse, _ = inputs
     _, divisor, _, *rest, lse = output
     ctx.mark_non_differentiable(divisor, *rest, *(() if with_lse else (lse,)))
-    ctx.set_materialize_grads(False)  # an unused output must not cost a recomputing backward pass
+    ctx.set_materialize_grads(False)  # unused outputs must not cause a backward pass that recomputes
     statistics, gradients = rest[:3], rest[3:]
     ctx.save_for_backward(latent, prior_logits, weight, bias, target, *statistics, divisor, *gradients)
     ctx.options = ignore_index, filter_eps, backend, softcap
@@ -222,7 +222,7 @@ def _scaled(
     divisor: Tensor,  # ()
     backend: str,
 ) -> list[Tensor]:
-    """The gradients times factor / divisor, or 0 where the divisor is 0."""
+    """The gradients times factor / divisor, or 0 if the divisor is 0."""
     if not _backends.has_own_small_kernels(backend):
         raise ValueError(f"backend {backend!r} has no kernel of its own for that")
     if len(gradients) != 4:
@@ -248,14 +248,14 @@ def _nll_with_gradients_backward(ctx, grad_loss, _, grad_nll, *others):
     refuse_double_backward()
     backend, grad_lse = ctx.options[2], others[-1]
     needs = list(ctx.needs_input_grad[:4])
-    saved = ctx.saved_tensors  # once: activation checkpointing recomputes what is asked for, and refuses to do so twice
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes it and refuses to do so twice
     inputs, divisor, gradients = saved[:8], saved[8], saved[9:]
     result: tuple[Tensor | None, ...] = (None,) * 4
     if grad_loss is not None:
-        batched = is_batched(grad_loss)  # which no op of gradients takes
+        batched = is_batched(grad_loss)  # the ops do not take batched gradients
         if batched:
             grad_loss = grad_loss * torch.where(divisor != 0, 1 / divisor, 0)
-        # in plain torch it may return what it gets, which an op may not
+        # plain torch may return its inputs, which an op may not
         multiplied = call_scaled if _backends.has_own_small_kernels(backend) and not batched else from_rows.scaled
         result = as_gradients(multiplied(gradients, grad_loss, divisor, backend), needs)
     if grad_nll is not None or grad_lse is not None:

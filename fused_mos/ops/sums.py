@@ -1,5 +1,5 @@
-"""A sum over the mixture's classes together with the target's log-probability: one op, whose backward pass takes three
-products for both.
+"""Ops for a sum over the mixture's classes together with the target's log-probability. One backward pass of three
+products serves both.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def _sum(
 def mixture_sum(
     latent: Tensor,  # (N, K, D)
     log_prior: Tensor,  # (N, K)
-    weight: Tensor,  # (V, D): all classes, or some
+    weight: Tensor,  # (V, D): all classes, or some of them
     bias: Tensor | None,  # (V,)
     maximum: Tensor,  # (N, K), of all classes
     log_total: Tensor,  # (N, K), of all classes
@@ -47,8 +47,8 @@ def mixture_sum(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum over the classes in `weight`, (N,); what they add to s (N, K); and the most probable of them, (N,) int64,
-    and its log p, (N,). Not differentiable."""
+    """The sum over the classes in `weight`, (N,); their contribution to s (N, K); and the most probable of them, (N,)
+    int64, with its log p, (N,). Not differentiable."""
     given = checks.given_normalisers(latent, log_prior, weight, bias, maximum, log_total, backend)
     sum_ = _sum(latent, weight, kind, class_weight, mixture_temperature)
     return _backends.kernels(backend).mixture_sum(sum_, *given, checks.transform(softcap, temperature))
@@ -75,8 +75,8 @@ def _(
 
 @custom_op("fused_mos::mixture_sum_backward", mutates_args=())
 def mixture_sum_backward(
-    grad: Tensor,  # (N,): of the sum
-    grad_target: Tensor,  # (N,): of log p[target]
+    grad: Tensor,  # (N,), gradient of the sum
+    grad_target: Tensor,  # (N,), gradient of log p[target]
     grad_lse: Tensor,  # (N, K)
     latent: Tensor,  # (N, K, D)
     prior_logits: Tensor,  # (N, K)
@@ -87,7 +87,7 @@ def mixture_sum_backward(
     log_total: Tensor,  # (N, K)
     target_logit: Tensor,  # (N, K)
     s: Tensor,  # (N, K), completed, over all classes
-    value: Tensor,  # (N,), of `mixture_sum` over all classes
+    value: Tensor,  # (N,), result of `mixture_sum` over all classes
     kind: str,
     class_weight: Tensor | None,  # (V,)
     mixture_temperature: float,
@@ -96,8 +96,8 @@ def mixture_sum_backward(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of (latent, prior_logits, weight, bias). A target that is no class of `weight` gets no gradient here; its logit
-    is NaN where it is none at all."""
+    """Gradients of (latent, prior_logits, weight, bias). A target that is not among the classes of `weight` gets no
+    gradient here. Its logit is NaN if it is no class at all."""
     latent, prior_logits, weight, bias = checks.operands(latent, prior_logits, weight, bias, backend)
     named = {"grad_lse": grad_lse, "maximum": maximum, "log_total": log_total, "target_logit": target_logit, "s": s}
     numbers = checks.numbers(latent, latent.shape[:2], **named)
@@ -167,13 +167,13 @@ def likelihood_and_sum(
     softcap: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The target's log p (N,), NaN where it is no class; lse (N, K); the sum (N,); and whether no class is more
-    probable than the target, (N,) bool. The first three are differentiable; the rest is for the backward pass."""
+    """The target's log p (N,), NaN where it is no class; lse (N, K); the sum (N,); and a mask (N,) bool of the targets
+    that no class beats. The first three are differentiable. Further results are for the backward pass."""
     inputs, target = checks.operands(latent, prior_logits, weight, bias, backend), checks.targets(target, latent)
     transform, kernels = checks.transform(softcap, temperature), _backends.kernels(backend)
     (n, k, d), log_prior = latent.shape, log_softmax_prior(prior_logits)
     rows, of_rows = inputs[0].view(n * k, d), target.repeat_interleave(k)
-    if k == 1 and kind == "entropy":  # which the normaliser's product tells, and whether the target is the best
+    if k == 1 and kind == "entropy":  # the product for the normaliser gives the entropy and the best class, too
         *statistics, value = kernels.row_entropy(rows, *inputs[2:], of_rows, transform)
         maximum, log_total, target_logit = (statistic[:, None] for statistic in statistics)
         likelihood, is_top1 = ((target_logit - maximum) - log_total).squeeze(1), at_top(statistics[2], statistics[0])
@@ -190,7 +190,7 @@ def likelihood_and_sum(
 
 
 def at_top(value: Tensor, largest: Tensor) -> Tensor:
-    """Whether a value is the largest, or differs from it by roundings alone."""
+    """A mask of the values that equal the largest up to rounding."""
     return largest - value <= 4 * torch.finfo(value.dtype).eps * largest.abs().clamp_min(1)
 
 

@@ -303,7 +303,7 @@ def test_gpu_layer_takes_it():
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("device::sync_block();  // one a step is enough: the next step has other sums\n    if", "if"),
+        ("device::sync_block();  // one barrier per step is enough: the next step uses the other sums\n    if", "if"),
         ("shared + step % 2 * SUMS<COLUMNS>", "shared"),
         ("while (!arrived(present))", "while (false)"),
         ("device::wait_for_copies<0>();\n    auto gates", "auto gates"),

@@ -140,7 +140,7 @@ def test_where_there_is_no_triton(tmp_path):
     for arguments in (["tune"], ["tune", "--compile-only"]):
         result = run(*arguments)
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr == "error: the kernels are Triton's, and there is no triton: pip install triton\n"
+        assert result.stderr == "error: tuning needs triton, which is not installed; pip install triton\n"
     completion = run("--print-completion", "bash")
     assert completion.returncode == 0 and "--compile-only" in completion.stdout and "--micro" in completion.stdout
 

@@ -1,20 +1,20 @@
 """The Triton kernels of `_backends/triton.py`, their launch configurations and the proof that they compile.
 
-tiles.py           one tile of logits, its operands, and what all kernels do with it
-rows.py            log-sum-exp and samples of single rows
-exponentials.py    exponentials of logits that are kept, for gradients formed in the forward pass
-loss.py            the mixture's loss of its rows' sums, and each row's part in its gradient
-gradients.py       dl of the NLL, recomputed
-mixture.py         log-probabilities of the mixture and their dl
-finish.py          what is around the products: operands scaled and filled up, results rounded
-forward.py         calls of the kernels that need no gradient
-backward.py        calls of those that recompute the logits for one
-workspace.py       how much memory may be taken
+tiles.py           one tile of logits and its operands, shared by all kernels
+rows.py            kernels: log-sum-exp and samples of single rows
+exponentials.py    kernels: stored exponentials of logits, for gradients formed in the forward pass
+loss.py            kernels: the mixture's loss from sums of its rows, and each row's factor in the gradient
+gradients.py       kernels: dl of the NLL from recomputed logits
+mixture.py         kernels: log-probabilities of the mixture and their dl
+finish.py          kernels around the matrix products: scale and pad operands, round results
+forward.py         launches that need no gradient
+backward.py        launches that recompute the logits for a gradient
+workspace.py       the limit of extra memory
 configurations.py  tile sizes by architecture and shape class
-operands.py        operands as the kernels want them
-launch.py          how kernels are called, and how calls are recorded instead
-shapes.py          shapes and products that are proven and tuned
-proof.py           compiles what the backend would call, without a GPU
-sass.py            reads the machine code that came out
+operands.py        alignment and padding of operands
+launch.py          launching kernels, and recording launches
+shapes.py          shapes and products to prove and tune
+proof.py           compiles every kernel without a GPU
+sass.py            reads the machine code of compiled kernels
 tuning.py          measures tiles on a GPU
 """

@@ -1,4 +1,4 @@
-"""Gradients where the logits are computed once more: a span of the vocabulary's dl at a time, and two products."""
+"""Gradients from recomputed logits: dl for one span of the vocabulary at a time, followed by two products."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -42,10 +42,10 @@ from .parts import in_parts, multiplies_in_parts, plane_of, product_of
 from .tiles import LogitGradients, Logits, scales
 
 MAX_ROWS = 32_768
-"""Rows of dl held at once when it is recomputed: more would leave too few classes for efficient products."""
+"""Most rows of dl to hold at once: more would leave too few classes for efficient products."""
 
 MIN_COLUMNS = 256
-"""Classes of dl held at once at least."""
+"""Fewest classes of dl to hold at once."""
 
 
 def _recomputed_gradients(
@@ -57,8 +57,11 @@ def _recomputed_gradients(
     group: int,
     unscale: Tensor | None,  # ()
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """unscale times the gradients of (rows, weight, bias), from spans of the vocabulary of dl: a span's dE is complete
-    once all its rows are summed. Blocks hold a multiple of `group` rows. `write_dl` writes 0 beyond the last class."""
+    """`unscale` times the gradients of (rows, weight, bias), from one span of classes of dl at a time.
+
+    Blocks hold a multiple of `group` rows, and a span's dE is complete once all blocks are summed. `write_dl` writes 0
+    beyond the last class.
+    """
     n, (n_classes, d) = z.shape[0], weight.shape
     if n == 0 or not any(needs):
         zeros = (x.new_zeros(x.shape if need else 0) for x, need in zip((z[:, :d], weight, weight[:, 0]), needs))
@@ -77,11 +80,11 @@ def _recomputed_gradients(
     n_bytes = workspace.workspace_bytes(z.device) - grad_rows.nbytes - bytes_of_padded(n, weight)
     if with_columns or parts:
         n_bytes -= operand.nbytes + (e.nbytes if parts else 0)
-    bytes_of_column = height * (6 if parts else z.itemsize) + 4 * operand.shape[-1]  # of dl, and the sums of dE
+    bytes_of_column = height * (6 if parts else z.itemsize) + 4 * operand.shape[-1]  # dl and the sums of dE
     columns = max(n_bytes, workspace.WORKSPACE_BYTES // 4) // bytes_of_column // 128 * 128
     padded = padded_classes(n_classes, operand)
     columns = min(max(columns, MIN_COLUMNS), padded)
-    # rows of dl hold a multiple of 16 numbers, which is what Triton asks of a stride for 16-byte stores
+    # Triton stores 16 bytes at a time only if the stride of dl is a multiple of 16
     dl = operand.new_empty(*operand.shape[:-2], height, triton.cdiv(columns, 16) * 16)
     rounded_once = n <= height and unscale is None
     all_sums = z.new_empty((columns, operand.shape[-1]), dtype=z.dtype if rounded_once else torch.float32)
@@ -110,15 +113,15 @@ def _recomputed_gradients(
 
 def finish(
     sums: Tensor | None,  # (≥ V, ≥ D), or with the bias's two columns (≥ V, ≥ D + 2)
-    grad_weight: Tensor,  # (V, D) out; empty where not needed
-    grad_bias: Tensor,  # (V,) out; empty where not needed
+    grad_weight: Tensor,  # (V, D) out; empty if not needed
+    grad_bias: Tensor,  # (V,) out; empty if not needed
     with_columns: bool,
     d: int,
     unscale: Tensor | None = None,
     loss: Loss | None = None,
     mean: bool = False,
 ) -> None:
-    """Writes gradients of a span from their sums, and the loss."""
+    """Write the gradients of a span from their sums, and the loss."""
     wants_weight, wants_bias = grad_weight.numel() > 0, with_columns and grad_bias.numel() > 0
     sums = sums if wants_weight or wants_bias else None
     n_classes = len(grad_weight) if wants_weight else len(grad_bias)
@@ -142,7 +145,7 @@ def rows_backward(
     grad_target: Tensor | None,  # (R,)
     needs: tuple[bool, bool, bool],
     transform: Transform = IDENTITY,
-    n_experts: int = 1,  # rows that share a target, which then is (R / n_experts,)
+    n_experts: int = 1,  # rows that share a target; target is (R / n_experts,)
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, e = aligned(rows_), aligned_weight(weight)
     grad_target = grad_lse if grad_target is None else grad_target
@@ -220,7 +223,7 @@ def log_prob_backward(
     needs: tuple[bool, bool, bool, bool],
     transform: Transform = IDENTITY,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two sweeps of two products, the first for s = Σ_v G q, and the two products with dl."""
+    """Gradients in two sweeps of two products each, the first for s = Σ_v G q, and two more products with dl."""
     (n, k, d), n_classes = latent.shape, weight.shape[0]
     z, e = aligned(latent.view(n * k, d)), aligned_weight(weight)
     grad = grad.float().contiguous()
@@ -251,7 +254,7 @@ def _sums_of_weighted_posteriors(
     logits: Logits,  # of N rows of K experts
     experts: Mixture,
 ) -> Tensor:  # (N, K)
-    """s = Σ_v G q, from spans of the vocabulary whose tiles' terms fit into a small part of the workspace."""
+    """s = Σ_v G q, in spans of the vocabulary whose partial sums fit into a small part of the workspace."""
     (n, k), n_classes, z = experts.log_prior_ptr.shape, logits.n_classes, logits.z_ptr
     s = empty_float32(z, n, k).zero_()
     tile, constants = choose_tile("mixture-gradient", z, n, logits.e_ptr)

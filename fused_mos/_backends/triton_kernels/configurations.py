@@ -1,8 +1,7 @@
-"""Tile sizes of the kernels: a table by architecture, precision and shape class, and a user's own, tuned on the
-machine.
+"""Tile sizes of the kernels: a table by architecture, precision and shape class, and tiles tuned on the user's GPU.
 
-Nothing is tuned while a program runs: a step takes the table's tile, or the one that `python -m fused_mos.tune` left in
-the user's cache for this GPU.
+Nothing is tuned while a program runs. A kernel takes its tile from the user's cache for this GPU, which
+`python -m fused_mos.tune` fills, or from the table.
 """
 
 import dataclasses
@@ -19,14 +18,14 @@ from ...runtime import files
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's tile: rows (or tokens), classes, features of one step of its product; its warps and pipeline stages.
+    """The tile of a program: rows (or tokens), classes, features per step of its product, warps and pipeline stages.
 
-    resident: the operand that its loop over tiles does not change stays in shared memory, unrolled, with all D
-    features: the latent rows while the vocabulary passes by, the embedding tile while the experts do.
+    resident: keep the operand that does not change between tiles in shared memory, with all D features and the loop
+    over them unrolled. It is the latent rows in loops over the vocabulary, the embedding tile in loops over experts.
 
-    described: operands pass through descriptors, which the tensor memory accelerator (TMA) of an H100 and newer GPUs
-    reads by itself, and so do the results of the family gradient, whose programs, one a multiprocessor, walk through
-    the tiles. Not for the family sample.
+    described: load operands through descriptors, by the tensor memory accelerator (TMA) of an H100 or newer GPU. The
+    family "gradient" also stores its results that way, from persistent programs, one per multiprocessor. Not for the
+    family "sample".
     """
 
     rows: int
@@ -41,25 +40,26 @@ class Tile:
 @dataclass(frozen=True)
 class Architecture:
     multiprocessors: int
-    shared_memory: int  # bytes that one program can have
+    shared_memory: int  # bytes available to one program
     tiles: dict[str, Tile]  # "family precision rows width" -> Tile
     has_tma: bool = False
-    multiplies_parts: bool = False  # float32 by products of 16-bit parts, which are some fifteen times as fast
+    multiplies_parts: bool = False  # multiply float32 in 16-bit parts, at about fifteen times the rate
 
 
 FAMILIES = ("statistics", "sample", "gradient", "mixture", "mixture-gradient")
-"""statistics and sample: a running result over a split of the vocabulary. gradient: one tile, written. mixture: a tile
-for each expert, summed; its rows are tokens. mixture-gradient: that, and then each expert's tile again."""
+"""What a program does. statistics, sample: keep a running result over a split of the vocabulary. gradient: write one
+tile. mixture: sum the tiles of all experts, for rows that are tokens. mixture-gradient: the same, then compute each
+expert's tile again."""
 
 PRECISIONS = ("16-bit", "tf32", "ieee")
-"""How operands are multiplied; ieee, torch's name for float32 in full, by three TF32 products."""
+"""How operands are multiplied. "ieee" is torch's name for full float32, which takes three TF32 products."""
 ROW_CLASSES = {"few": 16, "some": 64, "many": 2**31}
 WIDTH_CLASSES = {"narrow": 320, "wide": 2**31}
-"""Shape classes by the largest number of rows, and of features, in them."""
+"""Shape classes, by their largest number of rows or of features."""
 
 
 def _table(changes: dict[str, Tile]) -> dict[str, Tile]:
-    """The tile of every key: that of the longest prefix of `key` in the defaults and `changes`, which come last."""
+    """The tile of every key: that of its longest prefix in the defaults and `changes`. `changes` win ties."""
     defaults = {
         "few 16-bit": Tile(16, 128, 64, 4, 4),
         "few tf32": Tile(16, 128, 32, 4, 3),
@@ -103,14 +103,14 @@ _RESIDENT = {
     "many 16-bit mixture narrow": Tile(64, 64, 64, 8, 2, True),
     "many 16-bit mixture-gradient narrow": Tile(64, 64, 64, 8, 2, True),
 }
-_DESCRIBED = {  # measured on an H200: of some fifteen tiles each, the fastest at the paper's shapes
+_DESCRIBED = {  # the fastest of about fifteen tiles each, at the paper's shapes on an H200
     "many 16-bit statistics": Tile(128, 256, 64, 8, 3, described=True),
     "many 16-bit gradient": Tile(128, 256, 64, 8, 3, described=True),
     "many 16-bit sample": Tile(64, 128, 64, 8, 3),
     "many 16-bit mixture": Tile(128, 128, 64, 8, 4, described=True),
     "many 16-bit mixture-gradient": Tile(64, 128, 64, 8, 3, described=True),
 }
-_LARGE_IEEE = {  # operands in shared memory leave registers for larger tiles
+_LARGE_IEEE = {  # these keep operands in shared memory, which leaves registers for larger tiles
     "some ieee": Tile(64, 128, 32, 8, 2),
     "many ieee": Tile(128, 128, 32, 8, 2),
     "some ieee sample": Tile(64, 64, 32, 8, 2),
@@ -135,7 +135,7 @@ _SHALLOW_GRADIENT = {
     "many ieee gradient wide": Tile(64, 64, 16, 4, 2),
 }
 _FLAT_MIXTURE = {"many ieee mixture": Tile(16, 32, 16, 4, 2)}
-_SMALL_PREDICTION = {  # whose maxima and places need registers beside the sums
+_SMALL_PREDICTION = {  # running maxima and their indices need registers besides the sums
     "few 16-bit mixture": Tile(16, 64, 64, 4, 4),
     "few tf32 mixture": Tile(16, 64, 32, 4, 3),
     "some ieee mixture wide": Tile(64, 32, 32, 8, 2),
@@ -149,23 +149,23 @@ ARCHITECTURES = {
 }
 INTERPRETER = Architecture(4, 2**30, {}, has_tma=True, multiplies_parts=True)
 INTERPRETER_TILE = Tile(32, 2048, 128, 4, 1, True)
-"""The interpreter's cost is per operation, not per number."""
+"""A large tile: the interpreter takes time per operation, not per element."""
 
 LARGEST_ROUNDED = 62 * 2**20
-"""Bytes of an operand that is copied to be rounded to TF32."""
+"""Most bytes of an operand that is copied to round it to TF32."""
 
 OLDEST = (8, 0)
 
 
 def architecture_name(capability: tuple[int, int]) -> str:
-    """The newest architecture of the table that is not newer than a GPU's compute capability."""
+    """The newest architecture in the table that is not newer than the GPU's compute capability."""
     known = {tuple(divmod(int(name.removeprefix("sm_")), 10)): name for name in ARCHITECTURES}
     return known[max(known_capability for known_capability in known if known_capability <= capability)]
 
 
 def cache_file(gpu: str) -> Path:
-    """Where `python -m fused_mos.tune` keeps the tiles that it found for a GPU."""
-    import triton  # here: the tables are also read where there is none, for the flags of `tune`
+    """The file in which `python -m fused_mos.tune` saves the tiles it found for a GPU."""
+    import triton  # not at the top: the flags of `tune` need the tables even without triton
 
     return files.cache_folder() / f"{re.sub(r'[^A-Za-z0-9]+', '-', gpu)}-triton-{triton.__version__}.json"
 
@@ -177,7 +177,7 @@ def save_tuned(gpu: str, tiles: dict[str, Tile]) -> Path:
 
 
 def load_tuned(gpu: str) -> dict[str, Tile]:
-    """The tuned tiles of a GPU; none where nothing was tuned. ValueError where the file is not what `tune` writes."""
+    """The tuned tiles of a GPU, if any. Raises ValueError if the file is not one that `tune` writes."""
     path = cache_file(gpu)
     if not path.exists():
         return {}
@@ -196,7 +196,7 @@ def load_tuned(gpu: str) -> dict[str, Tile]:
 
 @functools.cache
 def of_device(index: int) -> Architecture:
-    """The architecture of a CUDA device, with the user's tuned tiles over those of the table."""
+    """The architecture of a CUDA device. The user's tuned tiles replace those of the table."""
     properties = torch.cuda.get_device_properties(index)
     base = ARCHITECTURES[architecture_name((properties.major, properties.minor))]
     tiles = base.tiles | load_tuned(properties.name)
@@ -204,10 +204,10 @@ def of_device(index: int) -> Architecture:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of this dtype are made; float32 follows torch's own setting for CUDA products.
+    """The precision of products of this dtype, one of PRECISIONS. float32 follows torch's setting for CUDA products.
 
-    It is read by its new name, which also shows what `torch.set_float32_matmul_precision` has set. The old getter
-    raises where the new name was set to TF32.
+    The setting is read by its new name, which also reflects `torch.set_float32_matmul_precision`. The old getter raises
+    if TF32 was set by the new name.
     """
     if dtype != torch.float32:
         return "16-bit"

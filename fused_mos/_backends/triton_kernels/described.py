@@ -1,10 +1,9 @@
-"""Kernels whose operands pass through descriptors, which the tensor memory accelerator (TMA) of an H100 and newer GPUs
-reads by itself, beside the plain ones: a configuration chooses (`configurations.Tile.described`). The loops over tiles
-and over features are one, so that the operands of the next tile are on their way while the numbers of this one are
-made.
+"""Variants of kernels that load operands through descriptors, by the tensor memory accelerator (TMA) of an H100 or
+newer GPU. `configurations.Tile.described` chooses them. The loops over tiles and features are fused, so the operands of
+the next tile load while this tile is computed.
 
-Those that write a tile of a or dl for each tile of logits are persistent: as many programs as multiprocessors, each of
-which walks through tiles.
+Kernels that write a tile of a or dl for each tile of logits are persistent: there are as many programs as
+multiprocessors, and each loops over tiles.
 """
 
 import triton
@@ -29,12 +28,12 @@ def persistent_exponentials_kernel(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """As `exponentials.exponentials_kernel`."""
+    """`exponentials.exponentials_kernel` with descriptors."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     row_tiles = tl.cdiv(logits.n_rows, ROWS)
     n_tiles = row_tiles * tl.cdiv(out.n_columns, CLASSES)
-    # down the rows first, so that programs that run together read one tile of E
+    # rows vary fastest, so programs that run together read the same tile of E
     for tile_index in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=True):
         first_row = (tile_index % row_tiles) * ROWS
         class_tile = tile_index // row_tiles
@@ -70,7 +69,7 @@ def persistent_gradient_kernel(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """As `gradients.gradient_kernel`."""
+    """`gradients.gradient_kernel` with descriptors."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     row_tiles = tl.cdiv(logits.n_rows, ROWS)
@@ -98,7 +97,7 @@ def described_statistics_kernel(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """As `rows.statistics_kernel`."""
+    """`rows.statistics_kernel` with descriptors."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     n_rows = logits.n_rows

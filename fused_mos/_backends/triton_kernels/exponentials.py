@@ -1,17 +1,18 @@
-"""Kernels for exponentials of logits that are kept: a = exp(l − reference), for gradients formed in the forward pass.
+"""Kernels that store exponentials of logits, a = exp(l − reference), to form gradients in the forward pass.
 
-L and the row weights w of dl = w·(exp(l − L) − 1[v = target]) are not known when the logits are. So a block of tokens
-keeps a, with the target's entry −Σ of the others, relative to a reference: the row's largest logit among the first
-tile's classes, which any format with float32's range can take for the maximum. Then dl = f·a with one factor
-f = w·exp(reference − L) for each row. Where logits are transformed, a is multiplied by the derivative d of that.
+When the logits are computed, L and the row weights w of dl = w·(exp(l − L) − 1[v = target]) are not known yet. So a
+block of tokens stores a, relative to a reference instead of L. Later, the target's entry becomes −Σ of the others, and
+dl = f·a with one factor f = w·exp(reference − L) per row. If the logits are transformed, a also contains the
+transform's derivative d. The reference is the row's largest logit in the first tile of classes. In a format with
+float32's range it can stand in for the maximum.
 
-    reference_kernel       the references
-    exponentials_kernel    a, 0 at the target, and the sum of each tile's exponentials
-    recheck_kernel         the same once more for rows whose reference turns out too small: it normally returns at once
+    reference_kernel       computes the references
+    exponentials_kernel    writes a, with 0 at the target, and the sum of each tile's exponentials
+    recheck_kernel         repeats this for rows whose reference turned out too small; it normally returns at once
 
-Exponents are 2's: log2(e)·l − reference2, one fused multiply-add, where reference2 is log2(e)·reference as it is
-rounded. Whoever reads `a` takes that rounded number for the reference (`loss.py`), so that its rounding, which a large
-logit makes large, is the same for all of a row and cancels.
+Exponents have base 2: log2(e)·l − reference2 is one fused multiply-add, where reference2 is log2(e)·reference, rounded.
+The rounding error is large for a large logit, but it is the same for all of a row. Readers of `a` use the rounded
+number too (`loss.py`), so the error cancels.
 """
 
 from typing import NamedTuple
@@ -24,27 +25,29 @@ from .parts import store_parts
 from .tiles import LOG2E, LOWEST, logits_tile, row_targets, times_derivative
 
 LOWEST_REFERENCE = tl.constexpr(LOWEST.value / 2)
-"""A reference that is finite also where it is multiplied by log2(e)."""
+"""The lowest reference: its product with log2(e) is still finite."""
 
 LARGEST_REFERENCE = tl.constexpr(2.0**28)
-"""Beyond it the rounding of log2(e)·reference, half a unit in its last place, would be factors of 2¹⁶ and more."""
+"""For larger references the rounding error of log2(e)·reference, half a unit in the last place, would mean factors of
+2¹⁶ or more."""
 
 MARGIN = tl.constexpr(86.0)
-"""Powers of 2 by which a row's sum may pass 1: 2⁸⁶ and sums of it are far from float32's and bfloat16's limits."""
+"""Powers of 2 by which a row's sum may exceed 1: 2⁸⁶ and sums of such numbers are far below float32's and bfloat16's
+limits."""
 
 
 TOTALS = tl.constexpr(16)
-"""Tiles whose sums of a row are loaded at once: one by one, each would wait for the one before."""
+"""Tiles whose sums are loaded at once: one at a time, each load would wait for the one before."""
 
 
 class Exponentials(NamedTuple):
-    """What the forward pass keeps of a block of tokens: a = exp(l − reference)·d, and sums of the exponentials."""
+    """Results of the forward pass for a block of tokens: a = exp(l − reference)·d, and sums of the exponentials."""
 
     a_ptr: Tensor  # (R, n_columns): 0 at the target, until mix_kernel writes it, and beyond the last class
-    tile_total_ptr: Tensor  # (tiles, R): Σ exp(l − reference), but for the target's
+    tile_total_ptr: Tensor  # (tiles, R): Σ exp(l − reference) without the target's
     target_logit_ptr: Tensor  # (R,): NaN where the target is no class
-    n_columns: int  # the classes, rounded up so that stores are 16 bytes wide
-    plane: int | None = None  # of a in parts (parts.py): numbers from one part to the next
+    n_columns: int  # number of classes, rounded up to make stores 16 bytes wide
+    plane: int | None = None  # elements from one part of a to the next (parts.py)
 
 
 @triton.jit
@@ -55,7 +58,7 @@ def reference_kernel(
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The largest logit among the first tile's classes."""
+    """Write the largest logit among the first tile's classes."""
     first_row = tl.program_id(0) * TILE.rows
     row = first_row + tl.arange(0, TILE.rows)
     mask = row < logits.n_rows
@@ -75,16 +78,16 @@ def kept_exponentials(
     tile_index,
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
-    ANY_REFERENCE: tl.constexpr,  # or one of up to LARGEST_REFERENCE alone: rows of others have infinite sums
+    ANY_REFERENCE: tl.constexpr,  # if False, rows with a reference above LARGEST_REFERENCE get infinite sums
 ):
-    """a of one tile, (ROWS, CLASSES); writes its rows' sums of exponentials, and the target logits that it has."""
+    """Return a of one tile, (ROWS, CLASSES). Write its rows' sums of exponentials and the target logits in it."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     row = first_row + tl.arange(0, ROWS)
     column = tl.arange(0, CLASSES)
     mask = row < logits.n_rows
     target = row_targets(target_ptr, logits, first_row, tile_index * CLASSES, EXPERTS=EXPERTS, TILE=TILE)
-    # most tiles hold no target of these rows: looking for one in each would cost as much as the exponentials
+    # most tiles hold none of these rows' targets, and masking every tile would cost as much as the exponentials
     if tl.max(target, 0) >= 0:
         hit = column[None, :] == target[:, None]
         target_logit = tl.sum(tl.where(hit, tile, 0.0), 1)
@@ -99,7 +102,7 @@ def kept_exponentials(
     a = tl.exp2(exponent)
     partial = tl.cast(tile_index, tl.int64) * logits.n_rows + row
     tl.store(out.tile_total_ptr + partial, tl.sum(a, 1), mask=mask)
-    # of an ignored token, whose factor is 0, a NaN would still be one in dE; others have it in their factor, too
+    # maximum drops NaN: with an ignored token's factor of 0 it would still be NaN in dE. Other tokens have NaN factors
     return tl.maximum(times_derivative(a, tile, logits), 0.0)
 
 
@@ -116,7 +119,7 @@ def exponentials_tile(
     TILE: tl.constexpr,
     ANY_REFERENCE: tl.constexpr,
 ):
-    """Write one tile of a, (ROWS, CLASSES), its rows' sums, and the target logits that it has."""
+    """Write one tile of a, (ROWS, CLASSES), its rows' sums, and the target logits in it."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     row = tl.arange(0, ROWS)
@@ -151,7 +154,7 @@ def exponentials_kernel(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write a, and each tile's sums."""
+    """Write a and each tile's sums."""
     first_row = tl.program_id(0) * TILE.rows
     row = first_row + tl.arange(0, TILE.rows)
     reference = tl.load(reference_ptr + row, mask=row < logits.n_rows, other=0.0)
@@ -171,7 +174,7 @@ def recheck_kernel(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """`exponentials_kernel` again, with the maximum as reference, for blocks with a row beyond the margin."""
+    """Repeat `exponentials_kernel` with the maximum as reference, for blocks of rows with a sum beyond the margin."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     first_row = tl.program_id(0) * ROWS
@@ -186,7 +189,7 @@ def recheck_kernel(
         partial = (first + part)[:, None].to(tl.int64) * logits.n_rows + row[None, :]
         there = (first + part < n_tiles)[:, None] & mask[None, :]
         total += tl.sum(tl.load(out.tile_total_ptr + partial, mask=there, other=0.0), 0)
-    # an infinite sum is beyond, and so is a NaN, which cannot be helped
+    # infinite sums are beyond the margin, and so is NaN, which no reference can repair
     beyond = mask & (~(total < tl.exp2(MARGIN)) | ((target_logit - reference) * LOG2E > MARGIN))
     if tl.max(beyond.to(tl.int32), 0) > 0:
         maximum = tl.full((ROWS,), LOWEST_REFERENCE, tl.float32)
@@ -195,7 +198,7 @@ def recheck_kernel(
             maximum = tl.maximum(maximum, tl.max(tile, 1))
         reference = tl.where(beyond, maximum, reference)
         tl.store(reference_ptr + row, reference, mask=mask)
-        # those beyond the last class, too: of a large reference they are NaN
+        # also write the columns beyond the last class, which are NaN for a large reference
         for tile_index in range(0, tl.cdiv(out.n_columns, CLASSES)):
             exponentials_tile(
                 logits,

@@ -1,8 +1,8 @@
-"""Kernels around the products of a gradient: operands scaled and filled up, results rounded.
+"""Kernels around the products of a gradient: they scale and pad operands and round results.
 
-    scaled_rows_kernel   rows times factors: dz = f·(a·E), rounded; and operands filled up with zeros
+    scaled_rows_kernel   rows times factors: rounds dz = f·(a·E), and pads operands with zeros
     finish_kernel        dE and db from their float32 sums, and the loss
-    column_sums_kernel   db of float32, a sum over rows times factors
+    column_sums_kernel   db for float32, a sum over rows times factors
     scaled_kernel        all gradients times a factor that is known in the backward pass
 
 Numbers that change from batch to batch are not specialised (see loss.py).
@@ -18,26 +18,26 @@ from .tiles import rounded_to_tf32
 
 
 class Finished(NamedTuple):
-    """The float32 sums of some rows of dE, and what is to be made of them."""
+    """The float32 sums of some rows of dE, and the gradients to make from them."""
 
-    sums_ptr: Tensor | None  # (≥ V, SUMS): Σ dE, then, of a bias, two columns whose sum is Σ db
+    sums_ptr: Tensor | None  # (≥ V, SUMS): Σ dE and, with a bias, two columns that add up to Σ db
     grad_weight_ptr: Tensor | None  # (V, D) out
     grad_bias_ptr: Tensor | None  # (V,) out
-    unscale_ptr: Tensor | None  # (): to multiply the sums by
+    unscale_ptr: Tensor | None  # (), multiplies the sums
 
 
 class Loss(NamedTuple):
-    """Each token's loss, and the sum or mean that is to be made of them."""
+    """Each token's loss, and their sum or mean."""
 
     losses_ptr: Tensor  # (N,)
     target_ptr: Tensor  # (N,) int64
     loss_ptr: Tensor  # () out
-    divisor_ptr: Tensor  # () out: the number of targets that count, or 1 of a sum
+    divisor_ptr: Tensor  # () out: the number of counted targets, or 1 for a sum
     ignore_index: int
 
 
 class Gradients(NamedTuple):
-    """Tensors of one kind, None for those that are not there."""
+    """One tensor for each gradient, or None."""
 
     latent_ptr: Tensor | None
     prior_ptr: Tensor | None
@@ -46,7 +46,7 @@ class Gradients(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers of elements of `Gradients`, 0 for those that are not there."""
+    """Number of elements of each of `Gradients`, 0 for None."""
 
     n_latent: int
     n_prior: int
@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 
 @triton.jit
 def scale_rows(
-    z_ptr,  # (R, STRIDE), of which D features
+    z_ptr,  # (R, STRIDE), with D features
     row,  # (ROWS,)
     mask,  # (ROWS,): rows to read; others are 0
     written,  # (ROWS,): rows to write
@@ -65,12 +65,12 @@ def scale_rows(
     STRIDE: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,  # 2 for the factor and what its rounding loses, behind the features; or 0
+    COLUMNS: tl.constexpr,  # 2 to append the factor and its rounding error to the features, or 0
     FEATURES: tl.constexpr,
-    TF32: tl.constexpr,  # round to it
+    TF32: tl.constexpr,  # round to TF32
 ):
-    """[factor·z, factor, what rounding takes from the factor, 0 …]; a row of factor 0 is exactly 0, also where its
-    latent vector is not finite."""
+    """Write [factor·z, factor, the factor's rounding error, 0 …]. A row with factor 0 is exactly 0, even if its latent
+    vector is not finite."""
     dtype: tl.constexpr = result_ptr.dtype.element_ty
     rounded = factor.to(dtype).to(tl.float32)
     for first in range(0, WIDTH, FEATURES):
@@ -88,8 +88,8 @@ def scale_rows(
 
 @triton.jit(do_not_specialize=["n_rows", "n_result"])
 def scaled_rows_kernel(
-    source_ptr,  # (R, STRIDE), of which D features
-    factor_ptr,  # (R,); () where it is the same for all rows; None for 1
+    source_ptr,  # (R, STRIDE), with D features
+    factor_ptr,  # (R,), or () for all rows; None for 1
     result_ptr,  # (n_result, WIDTH) out
     n_rows,
     n_result,
@@ -102,7 +102,7 @@ def scaled_rows_kernel(
     FEATURES: tl.constexpr,
     TF32: tl.constexpr,
 ):
-    """Write rows times their factors, in the result's dtype, filled up with zeros to its rows and its width."""
+    """Write rows times their factors in the result's dtype, padded with zeros to its height and width."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < n_rows
     if factor_ptr is None:
@@ -117,10 +117,10 @@ def scaled_rows_kernel(
 
 @triton.jit(do_not_specialize=["n_classes", "n_blocks", "n_tokens"])
 def finish_kernel(
-    sums,  # Finished, of rows of dE
+    sums,  # Finished
     loss,  # Loss, or None
     n_classes,
-    n_blocks,  # programs over the sums; one more makes the loss
+    n_blocks,  # programs over the sums; one more computes the loss
     n_tokens,
     SUMS: tl.constexpr,  # width of the sums
     D: tl.constexpr,
@@ -128,7 +128,8 @@ def finish_kernel(
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Write dE and db from their sums; the last program writes Σ losses, or their mean over the targets that count."""
+    """Write dE and db from their sums. The last program writes the sum of the losses, or their mean over the counted
+    targets."""
     block = tl.program_id(0)
     if block < n_blocks:
         if sums.sums_ptr is not None:
@@ -182,21 +183,21 @@ def write_sums(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def column_sums_kernel(
-    a_ptr,  # (R, stride), of which n_columns
+    a_ptr,  # (R, stride), with n_columns
     factor_ptr,  # (R,), or None for 1
     sums_ptr,  # (n_columns,) out
     n_rows,
     n_columns,
     stride,
-    plane,  # of a matrix in parts: numbers from one part to the next; or None
+    plane,  # elements from one part of a to the next (parts.py), or None
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write Σ factor·a over rows, compensated: where most of ten thousand rows have one target, as many numbers of one
-    sign are added up, and their roundings with them."""
+    """Write Σ factor·a over rows, with compensated summation. If most of ten thousand rows have the same target, that
+    many numbers of one sign are added, and their rounding errors would add up too."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    excess = tl.zeros((ROWS, COLUMNS), tl.float32)  # of the total, by its roundings
+    excess = tl.zeros((ROWS, COLUMNS), tl.float32)  # rounding error of the total
     for first in range(0, n_rows, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < n_rows)[:, None] & (column < n_columns)[None, :]
@@ -225,7 +226,7 @@ def scaled_kernel(
     divisor_ptr,  # ()
     BLOCK: tl.constexpr,
 ):
-    """Write gradients times factor / divisor; where the divisor is 0, so are they: a mean over nothing."""
+    """Write gradients times factor / divisor, or 0 if the divisor is 0 (a mean over no targets)."""
     divisor = tl.load(divisor_ptr)
     factor = tl.where(divisor != 0, tl.load(factor_ptr).to(tl.float32) / divisor, 0.0)
     block = tl.program_id(0)
@@ -237,7 +238,8 @@ def scaled_kernel(
 
 @triton.jit
 def scale_block(source_ptr, result_ptr, n, factor, block, BLOCK: tl.constexpr):
-    """Block `block` of one tensor, if it has it; returns the block's number after that tensor."""
+    """Scale block `block` of a tensor, if the tensor has that many. Return the block's number counted from the end of
+    the tensor."""
     if source_ptr is not None:
         if (block >= 0) & (block < tl.cdiv(n, BLOCK)):
             index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""Calls of the kernels that need no gradient: statistics and samples of single rows, the mixture's loss,
+"""Launches of the kernels without gradients: statistics and samples of single rows, the mixture's loss,
 log-probabilities and most probable classes.
 """
 
@@ -20,17 +20,18 @@ from .operands import aligned, aligned_weight, described, described_experts, emp
 from .tiles import Logits, scales
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
-"""Programs to aim at when the vocabulary is split because rows are few."""
+"""Programs to aim for when the vocabulary is split because there are few rows."""
 
 
 def splits_of_vocabulary(n_rows: int, n_classes: int, tile: Tile, device: torch.device) -> tuple[int, int]:
-    """How many splits of the vocabulary occupy the device, and the tiles of each."""
+    """The number of splits of the vocabulary that occupies the device, and the tiles of each."""
     return _splits(cdiv(n_classes, tile.classes), cdiv(n_rows, tile.rows), architecture_of(device).multiprocessors)
 
 
 @functools.lru_cache(maxsize=1024)
 def _splits(tiles: int, programs_of_split: int, multiprocessors: int) -> tuple[int, int]:
-    """Of about as many programs as wanted, the number after which multiprocessors wait for the last ones the least."""
+    """A number of splits that gives about as many programs as wanted and the least idle time at the end, and the tiles
+    of each."""
     most = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs_of_split), tiles)
 
     def tiles_in_turn(splits: int) -> int:
@@ -63,7 +64,7 @@ def split_statistics(
     target: Tensor | None,  # (R / n_experts,)
     n_experts: int,
 ) -> Splits:
-    """Statistics of R rows by parts of the vocabulary."""
+    """Statistics of R rows for each split of the vocabulary."""
     z, n = logits.z_ptr, logits.n_rows
     tile, constants = choose_tile("statistics", z, n, logits.e_ptr)
     n_splits, tiles_of_split = splits_of_vocabulary(max(n, 1), logits.n_classes, tile, z.device)
@@ -89,7 +90,7 @@ def combine(
     nll: Tensor | None = None,  # (N,) out
     weighted: WeightedLosses | None = None,  # out
 ) -> None:
-    """Writes the statistics of whole rows, and what is asked for of the mixture."""
+    """Write the statistics of whole rows, and those results of the mixture that are not None."""
     mix = mixture_constants(n_experts)
     grid = (cdiv(n_tokens, mix.tokens),)
     arguments = splits, statistics, targets, log_prior, nll, weighted, n_tokens, splits.total_ptr.shape[0]
@@ -136,7 +137,7 @@ def choose_rows(
     prior_logits: Tensor,  # (N, K)
     seed: Tensor,  # (1,)
 ) -> Tensor:  # (N, D)
-    """By Gumbel-max, with random numbers that depend on the seed, the token and the expert alone."""
+    """Draw one expert per token by Gumbel-max. The random numbers depend only on the seed, the token and the expert."""
     n, k, d = latent.shape
     mix = mixture_constants(k, d)
     chosen = latent.new_empty(n, d)
@@ -152,7 +153,7 @@ def sample(
     transform: Transform,
     seed: Tensor,  # (1,)
 ) -> Tensor:  # (R,)
-    """Gumbel-max, with random numbers that depend on the seed, the row and the class alone."""
+    """Draw one class per row by Gumbel-max. The random numbers depend only on the seed, the row and the class."""
     rows_, weight = aligned(rows_), aligned_weight(weight)
     n, d = rows_.shape
     logits = Logits(rows_, weight, bias, n, weight.shape[0], *scales(transform))
@@ -177,7 +178,7 @@ def _first_of_best(best: Tensor, index: Tensor) -> Tensor:  # (splits, N), (spli
 
 def _mixture_tile(logits: Logits, n_experts: int) -> tuple[Tile, dict]:
     tile, constants = choose_tile("mixture", logits.z_ptr, logits.n_rows, logits.e_ptr)
-    if n_experts == 1:  # whose tile of the embedding serves once, resident or not
+    if n_experts == 1:  # each tile of the embedding is then used once, so keeping it resident gains nothing
         constants["TILE"] = constants["TILE"]._replace(resident=False)
     return tile, constants
 

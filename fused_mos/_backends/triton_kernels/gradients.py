@@ -1,6 +1,6 @@
-"""Kernels for the gradient of the NLL where the logits are computed once more: dl = w·(exp(l − L) − 1[v = target]) with
-known L and row weights w, times the transform's derivative. A span of the vocabulary's dl is written in the operands'
-dtype, and two matrix products turn it into dz and dE.
+"""Kernels for the gradient of the NLL from recomputed logits: dl = w·(exp(l − L) − 1[v = target]) with known L and row
+weights w, times the transform's derivative. dl is written for one span of the vocabulary, in the operands' dtype, and
+two matrix products turn it into dz and dE.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from .tiles import LOG2E, logits_tile, row_targets, times_derivative
 
 
 class RowGradients(NamedTuple):
-    """The gradients of each row's log-sum-exp and, with the other sign, of its target's logit."""
+    """The gradients of each row's log-sum-exp and, with the opposite sign, of its target's logit."""
 
     grad_lse_ptr: Tensor  # (R,)
     grad_target_ptr: Tensor  # (R,)
@@ -31,7 +31,7 @@ def gradient_kernel(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """dl = grad_lse·exp(l − L) − grad_target·1[v = target], times the transform's derivative."""
+    """Write dl = grad_lse·exp(l − L) − grad_target·1[v = target], times the transform's derivative."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     first_row = tl.program_id(0) * ROWS
@@ -68,7 +68,7 @@ def logit_gradients(
     column = tl.arange(0, CLASSES)
     mask = row < logits.n_rows
     grad_lse = tl.load(weights.grad_lse_ptr + row, mask=mask, other=0.0)
-    # a row of weight 0 is exactly 0, whatever its statistics are
+    # a row of weight 0 is exactly 0, even if its statistics are not finite
     shift = tl.where(grad_lse != 0, tl.load(statistics.log_total_ptr + row, mask=mask, other=0.0) * LOG2E, float("inf"))
     maximum = tl.load(statistics.maximum_ptr + row, mask=mask, other=0.0)
     dl = tl.exp2((tile - maximum[:, None]) * LOG2E - shift[:, None]) * grad_lse[:, None]
@@ -90,7 +90,7 @@ def move_rows_kernel(
     stride,
     COLUMNS: tl.constexpr,
 ):
-    """a[destination] = a[source], where no row is both."""
+    """a[destination] = a[source], for rows that are not both."""
     move = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     value = tl.load(a_ptr + tl.load(source_ptr + move) * stride + column, mask=column < n_columns)

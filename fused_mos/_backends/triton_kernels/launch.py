@@ -1,7 +1,7 @@
-"""How kernels are called: on the tensors' device, with the tile of its architecture; or not called but recorded.
+"""Launches kernels on the tensors' device with the tile of its architecture, or records the launches instead.
 
-A recording runs the backend's own code on tensors of the meta device and notes the calls that it would make, for the
-proof by compilation (proof.py) and for the tuner's candidates.
+Recording runs the backend's own code on meta tensors and notes the launches it would make, for the proof by compilation
+(proof.py) and for the tuner's candidates.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from .configurations import Architecture, Tile
 from .tiles import TileConstants
 
 INTERPRETED = triton.knobs.runtime.interpret
-"""Whether TRITON_INTERPRET=1 was set when triton was imported: kernels then run on the CPU, and take CPU tensors."""
+"""True if TRITON_INTERPRET=1 was set when triton was imported: kernels then run on CPU tensors."""
 
 
 @dataclass
 class Call:
-    """One launch: the kernel, its arguments in order (tensors, numbers, None, NamedTuples of these), its constants, and
-    the tile."""
+    """One launch: the kernel, its arguments in order (tensors, numbers, None, or NamedTuples of these), its constants
+    and its tile."""
 
     kernel: triton.runtime.JITFunction
-    key: str  # of the tile's configuration; "" for kernels that have none
+    key: str  # the tile's configuration; "" for kernels without one
     arguments: tuple
     constants: dict
     warps: int
@@ -37,7 +37,7 @@ class Call:
 
 @dataclass
 class _Override:
-    """What replaces the device's own architecture: while recording, tuning and testing."""
+    """Replaces the device's own architecture while recording, tuning and testing."""
 
     architecture: Architecture
     calls: list[Call] | None = None
@@ -51,7 +51,8 @@ _override: _Override | None = None
 def overridden(
     architecture: Architecture, tiles: dict[str, Tile] | None = None, record: bool = False
 ) -> Iterator[list[Call]]:
-    """Takes tiles from `tiles`, then from `architecture`; yields the list of recorded calls."""
+    """Take tiles from `tiles`, or else from `architecture`, inside the `with` block. Yields the list of recorded
+    calls."""
     global _override
     calls: list[Call] = []
     before, _override = _override, _Override(architecture, calls if record else None, tiles or {})
@@ -70,14 +71,14 @@ def architecture_of(device: torch.device) -> Architecture:
 
 
 def choose_tile(family: str, like: Tensor, n_rows: int, e: Tensor) -> tuple[Tile, dict]:
-    """The tile for `n_rows` rows of `like`'s width and dtype, and what `launch` takes of it. `e` is the embedding, as
-    it is loaded."""
+    """The tile for `n_rows` rows of `like`'s width and dtype, and the arguments of `launch` that it sets. `e` is the
+    embedding as the kernel loads it."""
     precision = configurations.precision(like.dtype)
     key = configurations.tile_key(family, precision, n_rows, like.shape[-1])
     tiles = architecture_of(like.device).tiles | (_override.tiles if _override is not None else {})
     tile = tiles.get(key, configurations.INTERPRETER_TILE)
     tile = replace(tile, features=min(tile.features, max(triton.next_power_of_2(like.shape[-1]), 16)))
-    # three TF32 products of a number's high and low parts have float32's accuracy, on tensor cores
+    # three TF32 products of high and low parts have float32's accuracy and run on tensor cores
     dot = "tf32x3" if precision == "ieee" else "tf32"
     rounds = precision == "tf32" and e.nbytes > configurations.LARGEST_ROUNDED
     constants = TileConstants(tile.rows, tile.classes, tile.features, dot, tile.resident, rounds, tile.described)
@@ -85,8 +86,8 @@ def choose_tile(family: str, like: Tensor, n_rows: int, e: Tensor) -> tuple[Tile
 
 
 def _variant(arguments: tuple) -> tuple[torch.device, list]:
-    """The tensors' device, and whatever of the arguments Triton compiles a kernel anew for: dtypes, and whether
-    addresses and integers are multiples of 16."""
+    """The tensors' device, and those properties of the arguments for which Triton compiles a kernel anew: dtypes, and
+    whether addresses and integers are multiples of 16."""
     device: torch.device = torch.device("cpu")
     variant: list[object] = []
     for argument in arguments:
@@ -104,8 +105,7 @@ def _variant(arguments: tuple) -> tuple[torch.device, list]:
 
 
 _compiled: dict[tuple, CompiledKernel] = {}
-"""Kernels by what they were compiled for. Triton's own way from arguments to a kernel takes longer than many a kernel
-runs."""
+"""Compiled kernels by their `_variant` and constants. Triton's own lookup takes longer than many kernels run."""
 
 
 def launch(
@@ -117,7 +117,7 @@ def launch(
     stages: int = 1,
     **constants,
 ) -> None:
-    """Runs `kernel` on the device of its tensors."""
+    """Launch `kernel` on the device of its tensors."""
     if 0 in grid:
         return
     if _override is not None and _override.calls is not None:
@@ -125,7 +125,7 @@ def launch(
         return
     device, variant = _variant(arguments)
     rest = [constants[name] for name in kernel.arg_names[len(arguments) :]]
-    # the launch goes to the current device's current stream
+    # Triton launches on the current device's current stream
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         of_call = id(kernel), device, warps, stages, *rest, *variant

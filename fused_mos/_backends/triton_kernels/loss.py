@@ -1,12 +1,12 @@
-"""Kernels that make the mixture's loss of its rows' sums, and each row's part in its gradient.
+"""Kernels that compute the mixture's loss from sums over its rows, and each row's factor in the gradient.
 
-    combine_kernel       statistics of rows from those of their splits; log π and the NLL, where asked for
-    mix_kernel           from exponentials: the statistics, the NLL, da, and each row's factor f of dl = f·a, which goes
-                         to the other operand of dE = aᵀ·(f z) and to the result of dz = f·(a·E)
+    combine_kernel       statistics of rows from those of their splits; on request log π and the NLL
+    mix_kernel           from exponentials: the statistics, the NLL, da, and each row's factor f of dl = f·a, which
+                         scales the other operand of dE = aᵀ·(f z) and the result of dz = f·(a·E)
     row_weights_kernel   from statistics: da and each row's weight w = g·r of dl
 
-A program takes whole tokens, with their K experts side by side. Numbers that change from batch to batch are not
-specialised, so that a kernel is compiled once or twice for a model, not for each length of a text.
+A program handles whole tokens, with their K experts side by side. Numbers that change from batch to batch are not
+specialised: a kernel is compiled once or twice per model, not once per sequence length.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ SMALLEST_WEIGHT = tl.constexpr(2.0**-20)
 
 
 class MixtureConstants(NamedTuple):
-    """How a kernel over whole tokens is compiled, the constant MIX: experts, and of a program its tokens, experts
-    rounded up to a power of two, partial sums read at once, and features written at once."""
+    """Compile-time constants MIX of a kernel over whole tokens: the number of experts and, per program, its tokens, the
+    experts rounded up to a power of two, the partial sums to read at once and the features to write at once."""
 
     k: int
     tokens: int
@@ -36,15 +36,15 @@ class MixtureConstants(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Statistics of R rows from parts of the vocabulary."""
+    """Statistics of R rows for each split of the vocabulary."""
 
     maximum_ptr: Tensor  # (splits, R)
     total_ptr: Tensor  # (splits, R): Σ exp(l − maximum)
-    target_logit_ptr: Tensor | None  # (splits, R), NaN where the split does not have it; None without targets
+    target_logit_ptr: Tensor | None  # (splits, R), NaN if the target is not in the split; None without targets
 
 
 class Statistics(NamedTuple):
-    """What is known of R rows: an expert's log-sum-exp is L = maximum + log_total."""
+    """Statistics of R rows. The log-sum-exp of a row is L = maximum + log_total."""
 
     maximum_ptr: Tensor  # (R,)
     log_total_ptr: Tensor  # (R,)
@@ -52,15 +52,15 @@ class Statistics(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What a loss takes beside the logits."""
+    """The inputs of a loss besides the logits."""
 
     prior_logits_ptr: Tensor  # (N, K)
-    target_ptr: Tensor | None  # (N,) int64; None where only the prior is asked for
+    target_ptr: Tensor | None  # (N,) int64; None if only the prior is wanted
     ignore_index: int
 
 
 class WeightedLosses(NamedTuple):
-    """Each token's loss where that is not its NLL alone: c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k²."""
+    """Each token's weighted loss, c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k²."""
 
     of_nll_ptr: Tensor  # (N,): c
     of_lse_ptr: Tensor  # (N,): λ
@@ -69,17 +69,17 @@ class WeightedLosses(NamedTuple):
 
 
 class RowFactors(NamedTuple):
-    """Each row's part in the gradient of the sum of losses, Σ nll unless they are weighted."""
+    """Each row's factors in the gradient of the sum of losses, which is Σ nll unless they are weighted."""
 
     responsibility_ptr: Tensor  # (R,), 0 where the target is ignored
     factor_ptr: Tensor  # (R,)
-    rows_ptr: Tensor | None  # (R, WIDTH): [f·z, then in COLUMNS columns f and what rounding took from it, 0 …]
+    rows_ptr: Tensor | None  # (R, WIDTH): [f·z, f and its rounding error if COLUMNS is 2, 0 …]
     grad_prior_ptr: Tensor | None  # (N, K)
 
 
 @triton.jit
 def token_rows(n_tokens, MIX: tl.constexpr):
-    """(tokens,), and of their experts the rows and whether they are there, (tokens, experts)."""
+    """The program's tokens (tokens,), the rows of their experts (tokens, experts), and a mask of the valid rows."""
     token = tl.program_id(0) * MIX.tokens + tl.arange(0, MIX.tokens)
     expert = tl.arange(0, MIX.experts)
     mask = (token < n_tokens)[:, None] & (expert < MIX.k)[None, :]
@@ -97,7 +97,7 @@ def log_prior_of(prior_logits_ptr, row, mask):
 @triton.jit
 def mixed(joint):
     """The log-likelihood LSE_k, (tokens,), and the responsibilities, (tokens, experts), of log π + t − L."""
-    peak = tl.maximum(tl.max(joint, 1), LOWEST)  # where every expert gives probability 0, nobody is responsible
+    peak = tl.maximum(tl.max(joint, 1), LOWEST)  # if every expert gives probability 0, all responsibilities are 0
     likelihood = tl.exp(joint - peak[:, None])
     likelihoods = tl.sum(likelihood, 1)
     responsibility = tl.where((likelihoods != 0)[:, None], likelihood / likelihoods[:, None], 0.0)
@@ -106,7 +106,7 @@ def mixed(joint):
 
 @triton.jit
 def valid_targets(targets, token, n_tokens):
-    """Targets (tokens,) and whether they count."""
+    """The targets (tokens,), and a mask of those that count."""
     target = tl.load(targets.target_ptr + token, mask=token < n_tokens, other=0)
     return target, (token < n_tokens) & (target != targets.ignore_index)
 
@@ -122,13 +122,13 @@ def weighted_losses(
     log_prior,  # (tokens, experts)
     log_sum_exp,  # (tokens, experts): L
 ):
-    """Write each token's loss. Returns its c, (tokens, 1), and the gradients of Σ_k π_k f_k with f = λ L + ζ L²: of the
-    prior's logits, π (f − Σ_k π_k f_k), and of L, π (λ + 2 ζ L), (tokens, experts)."""
+    """Write each token's loss. Return its c, (tokens, 1), and the gradients of Σ_k π_k f_k with f = λ L + ζ L², both
+    (tokens, experts): π (f − Σ_k π_k f_k) for the prior's logits and π (λ + 2 ζ L) for L."""
     there = token < n_tokens
     c = tl.where(valid, tl.load(weighted.of_nll_ptr + token, mask=there, other=0.0), 0.0)
     of_lse = tl.load(weighted.of_lse_ptr + token, mask=there, other=0.0)[:, None]
     of_squared_lse = tl.load(weighted.of_squared_lse_ptr + token, mask=there, other=0.0)[:, None]
-    # what weighs nothing adds nothing, also where it is not finite
+    # terms of weight 0 add nothing, even if they are not finite
     weighs = mask & valid[:, None] & ((of_lse != 0) | (of_squared_lse != 0))
     prior = tl.where(weighs, tl.exp(log_prior), 0.0)
     log_sum_exp = tl.where(prior != 0, log_sum_exp, 0.0)
@@ -150,7 +150,7 @@ def combine_kernel(
     n_splits,
     MIX: tl.constexpr,
 ):
-    """The statistics of whole rows; log π; and with the targets' logits the NLL."""
+    """Write the statistics of whole rows and, with `targets`, log π and the NLL."""
     token, row, mask = token_rows(n_tokens, MIX=MIX)
     flat, there_row = tl.reshape(row, (MIX.tokens * MIX.experts,)), tl.reshape(mask, (MIX.tokens * MIX.experts,))
     n_rows = n_tokens * MIX.k
@@ -192,19 +192,21 @@ def combine_kernel(
                 log_sum_exp = tl.reshape(maximum + log_total, (MIX.tokens, MIX.experts))
                 weighted_losses(weighted, token, mask, n_tokens, valid, -mixture, log_prior, log_sum_exp)
             target_logit = tl.where(valid[:, None], target_logit, 0.0)
-        tl.store(statistics.target_logit_ptr + row, target_logit, mask=mask)  # once: two layouts would race
+        tl.store(
+            statistics.target_logit_ptr + row, target_logit, mask=mask
+        )  # only here: stores from two layouts would race
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def mix_kernel(
-    z_ptr,  # (R, STRIDE), of which D features
+    z_ptr,  # (R, STRIDE), with D features
     reference_ptr,  # (R,)
-    exponentials,  # Exponentials: the targets' entries of a are written
+    exponentials,  # Exponentials; writes the targets' entries of a
     targets,  # Targets
     nll_ptr,  # (N,) out
-    log_total_ptr,  # (R,) out: relative to the reference
+    log_total_ptr,  # (R,) out, relative to the reference
     out,  # RowFactors
-    scales,  # Scales, of the targets' logits
+    scales,  # Scales
     weighted,  # WeightedLosses, out, or None
     n_tokens,
     n_classes,
@@ -215,7 +217,7 @@ def mix_kernel(
     COLUMNS: tl.constexpr,
     MIX: tl.constexpr,
 ):
-    """Write the loss of a block of tokens, the responsibilities, and what a needs to become dl."""
+    """Write the losses of a block of tokens, the responsibilities, and the factors that turn a into dl."""
     token, row, mask = token_rows(n_tokens, MIX=MIX)
     flat, there_row = tl.reshape(row, (MIX.tokens * MIX.experts,)), tl.reshape(mask, (MIX.tokens * MIX.experts,))
     n_rows = n_tokens * MIX.k
@@ -225,14 +227,14 @@ def mix_kernel(
         there = (first + part < n_tiles)[:, None] & there_row[None, :]
         index = (first + part)[:, None].to(tl.int64) * n_rows + flat[None, :]
         sums += tl.sum(tl.load(exponentials.tile_total_ptr + index, mask=there, other=0.0), 0)
-    others = tl.reshape(sums, (MIX.tokens, MIX.experts))  # exponentials, but for the target's
+    others = tl.reshape(sums, (MIX.tokens, MIX.experts))  # exponentials without the target's
     reference = tl.load(reference_ptr + row, mask=mask, other=0.0)
     target, valid = valid_targets(targets, token, n_tokens)
     target_logit = tl.load(exponentials.target_logit_ptr + row, mask=mask, other=0.0)
     target_logit = tl.where(valid[:, None], target_logit, float("-inf"))
-    # the reference as it is rounded in a, and what that took from it, exactly
+    # the rounded reference of the exponents in a, and its exact rounding error
     reference2 = reference * LOG2E
-    is_large = tl.abs(reference) > LARGEST_REFERENCE  # whose logits have the reference subtracted first
+    is_large = tl.abs(reference) > LARGEST_REFERENCE  # then the reference was subtracted before the multiplication
     lost = tl.where(is_large, 0.0, tl.fma(reference, LOG2E, -reference2))
     target2 = tl.where(is_large, (target_logit - reference) * LOG2E, tl.fma(target_logit, LOG2E, -reference2))
     total = others + tl.exp2(target2)
@@ -246,14 +248,14 @@ def mix_kernel(
     responsibility = tl.where(valid[:, None], responsibility, 0.0)
     tl.store(out.responsibility_ptr + row, responsibility, mask=mask)
     if weighted is not None:
-        # dl = A p − B 1[v = target], with B = c r and A = B + C, of which the target's entry is f·(total·C/A − others)
+        # dl = A p − B 1[v = target] with B = c r and A = B + C; its entry at the target is f·(total·C/A − others)
         log_sum_exp = reference + (log_total2 - lost) * LN2
         c, grad_prior, other_weight = weighted_losses(
             weighted, token, mask, n_tokens, valid, -log_likelihood, log_prior, log_sum_exp
         )
         target_weight = tl.where(c != 0, c * responsibility, 0.0)
         row_weight = target_weight + other_weight
-        # an A that nearly cancels is off by up to 2⁻²⁰ B, so that C/A is a number for 16 bits
+        # bound |A| from below by 2⁻²⁰ B, so that C/A fits 16 bits where B and C nearly cancel
         least = tl.abs(target_weight) * SMALLEST_WEIGHT
         clipped = tl.where(row_weight < 0, -least, least)
         row_weight = tl.where(tl.abs(row_weight) < least, clipped, row_weight)
@@ -303,7 +305,7 @@ def row_weights_kernel(
     _, valid = valid_targets(targets, token, n_tokens)
     grad = tl.load(grad_ptr + token, mask=token < n_tokens, other=0.0).to(tl.float32)
     grad = tl.where(valid, grad, 0.0)[:, None]
-    # an ignored token weighs nothing even where its statistics are not finite
+    # an ignored token has weight 0 even if its statistics are not finite
     weight = tl.where(grad != 0, grad * responsibility, 0.0)
     tl.store(weight_ptr + row, weight, mask=mask)
     tl.store(responsibility_ptr + row, responsibility, mask=mask)

@@ -15,11 +15,12 @@ from .parts import store_parts
 from .tiles import LOG2E, LOWEST, described_logits_tile, logits_tile, times_derivative
 
 TINY = tl.constexpr(1e-30)
-"""Below it a sum is made again: exp2 flushes terms below 2⁻¹²⁶, of which a hundred are then less than its rounding."""
+"""Smaller sums are computed again. exp2 flushes terms below 2⁻¹²⁶ to 0, and a hundred of them are less than the
+rounding error of a larger sum."""
 
 
 class Mixture(NamedTuple):
-    """The experts' log priors and softmax statistics; an expert's log-sum-exp is L = maximum + log_total."""
+    """The experts' log-priors and softmax statistics. An expert's log-sum-exp is L = maximum + log_total."""
 
     log_prior_ptr: Tensor  # (N, K)
     maximum_ptr: Tensor  # (N, K)
@@ -40,14 +41,14 @@ def joint_tile(
     TILE: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """l − maximum of one expert, (TOKENS, CLASSES), and its maximum, log total and log π, (TOKENS,)."""
+    """l − maximum of one expert, (TOKENS, CLASSES), and its maximum, log_total and log π, (TOKENS,) each."""
     token = tl.minimum(first_token + tl.arange(0, TILE.rows), logits.n_rows - 1)
     if z_tiles is not None:
         tile = described_logits_tile(z_tiles, e_tiles, logits, expert, first_token, first_class, D=D, TILE=TILE)
     else:
         tile = logits_tile(logits, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=RESIDENT)
     statistic = token * K + expert
-    # the maximum first, since the sum of the others with a large one would be rounded
+    # subtract the maximum first: the sum of a large maximum and the others would be rounded
     maximum = tl.load(mixture.maximum_ptr + statistic)
     below = tile - maximum[:, None]
     return below, maximum, tl.load(mixture.log_total_ptr + statistic), tl.load(mixture.log_prior_ptr + statistic)
@@ -94,8 +95,8 @@ def underflows(
     first_class,
     TILE: tl.constexpr,
 ):
-    """Whether a class's probability is too small for its logarithm: all exponents are ≤ 0, so only underflow can do
-    harm."""
+    """True if the probability of some class is too small to take its logarithm. All exponents are ≤ 0, so only
+    underflow can do harm."""
     beyond = (tl.arange(0, TILE.classes) >= logits.n_classes - first_class)[None, :]
     return tl.min(tl.where(beyond, 1.0, total)) < TINY
 
@@ -110,7 +111,7 @@ def small_log2_prob_tile(
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """log2 p of (TOKENS, CLASSES) however small, by running maxima; −inf beyond the last class."""
+    """log2 p of (TOKENS, CLASSES), accurate however small, with running maxima; −inf beyond the last class."""
     TOKENS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     peak = tl.full((TOKENS, CLASSES), LOWEST, tl.float32)
@@ -174,16 +175,16 @@ def log_prob_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
-    PART: tl.constexpr,  # TileConstants of a part of the tile's classes
+    PART: tl.constexpr,  # TileConstants for a part of the tile's classes
 ):
-    """log p[n,v] = LSE_k(log π + l − L)."""
+    """Write log p[n,v] = LSE_k(log π + l − L)."""
     first_token = tl.program_id(0) * TILE.rows
     first_class = tl.program_id(1) * TILE.classes
     total = prob_tile(z_tiles, e_tiles, logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
     store_log_prob(tl.log2(total) * LN2, logits, log_prob_ptr, first_token, first_class, TILE=TILE)
     if underflows(total, logits, first_class, TILE=TILE):
-        # rare: once more, a part of the classes at a time, so that registers are left to the sums above
-        tl.debug_barrier()  # other threads store these log-probabilities than those that stored the first ones
+        # rare: compute them again, a part of the classes at a time, to leave registers to the sums above
+        tl.debug_barrier()  # these stores come from other threads than the first ones, and must come after them
         end = tl.minimum(first_class + TILE.classes, logits.n_classes)
         for first_of_part in range(first_class, end, PART.classes):
             log2_p = small_log2_prob_tile(logits, mixture, first_token, first_of_part, K=K, D=D, TILE=PART)
@@ -203,7 +204,7 @@ def predict_kernel(
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The most probable class of each token in one split."""
+    """Write the most probable class of each token in one split."""
     TOKENS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     n_tokens = logits.n_rows
@@ -215,7 +216,7 @@ def predict_kernel(
     first_tile = split * tiles_of_split
     for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(logits.n_classes, CLASSES))):
         first_class = tile_index * CLASSES
-        # the largest is 1/V at least: underflow is far below it
+        # the largest probability is at least 1/V, far above underflow
         prob = prob_tile(z_tiles, e_tiles, logits, mixture, first_token, first_class, K=K, D=D, TILE=TILE)
         tile_best, tile_index_of_best = tl.max(prob, 1, return_indices=True)
         better = tile_best > best
@@ -233,15 +234,15 @@ def mixture_gradient_kernel(
     logits,  # Logits of N rows of K experts
     mixture,  # Mixture
     grad_ptr,  # (N, V): G
-    s_ptr,  # (N, K): Σ_v G q; in the first sweep (tiles, N, K) out, the terms of each tile
-    gradients,  # LogitGradients of N·K rows: the span of both sweeps, written in the second
+    s_ptr,  # (N, K): Σ_v G q; in the first sweep (tiles, N, K) out, the sum of each tile
+    gradients,  # LogitGradients of N·K rows: the span of classes; written in the second sweep
     K: tl.constexpr,
     D: tl.constexpr,
     SECOND_SWEEP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """s = Σ_v G q in the first sweep, in the second dl = G q − s·exp(l − L), times the transform's derivative; where
-    q = exp(log π + l − L − log p)."""
+    """Write s = Σ_v G q in the first sweep and dl = G q − s·exp(l − L), times the transform's derivative, in the
+    second, with q = exp(log π + l − L − log p)."""
     TOKENS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     n_tokens = logits.n_rows
@@ -257,14 +258,14 @@ def mixture_gradient_kernel(
     in_tile = token.to(tl.int64)[:, None] * n_classes + column[None, :]
     grad_tile = grad_ptr + tl.cast(first_token, tl.int64) * n_classes + first_class + in_tile
     grad = tl.load(grad_tile, mask=inside, other=0.0)
-    # a masked class has log p = −inf under every expert, and takes no gradient
+    # a masked class has log p = −inf under every expert and gets no gradient
     log2_p = tl.where(log2_p > float("-inf"), log2_p, float("inf"))
     row_stride = K * gradients.stride
     for expert in tl.range(0, K, flatten=TILE.described):
         below, maximum, log_total, log_prior = joint_tile(
             z_tiles, e_tiles, logits, mixture, first_token, first_class, expert, K=K, D=D, TILE=TILE, RESIDENT=False
         )
-        # the exponents that p was summed of: of one expert, q is then 1 but for log2's own rounding
+        # the same exponents as in the sum p: for a single expert q is then 1 up to the rounding of log2
         joint2 = tl.fma(below, LOG2E, ((log_prior - log_total) * LOG2E)[:, None])
         weighted = grad * tl.exp2(joint2 - log2_p)
         statistic = (first_token + token) * K + expert

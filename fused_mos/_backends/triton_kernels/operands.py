@@ -1,5 +1,5 @@
-"""Operands as the kernels and the products want them: rows of whole 16-byte pieces, a column beside the features,
-weights in range, survivors moved up."""
+"""Prepares operands for the kernels and the matrix products: pads rows to multiples of 16 bytes, appends columns for
+the bias, scales weights into range, and compacts the rows that survive a filter."""
 
 import math
 
@@ -18,26 +18,26 @@ from .parts import plane_of, product_of
 
 
 def row_length(width: int, like: Tensor | torch.dtype) -> int:
-    """`width` rounded up so that rows of `like`'s dtype are a multiple of 16 bytes."""
+    """`width` rounded up to make rows of `like`'s dtype a multiple of 16 bytes."""
     multiple = 16 // like.itemsize
     return math.ceil(width / multiple) * multiple
 
 
 def padded_classes(n_classes: int, like: Tensor | torch.dtype) -> int:
-    """Columns of dl as the products take it: whole 16-byte pieces, without which cuBLAS falls back to kernels of a
-    third of the speed."""
+    """Columns of dl for the products: a multiple of 16 bytes, or cuBLAS falls back to kernels at a third of the
+    speed."""
     return n_classes if row_length(n_classes, like) == n_classes else math.ceil(n_classes / 64) * 64
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Rows of a multiple of 16 bytes, from a 16-byte boundary on, filled up with zeros: what wide loads and products
-    need. In float32 with TF32 products, rounded to TF32: hardware would truncate, which makes all logits a little
-    smaller."""
+    """The tensor with rows padded to a multiple of 16 bytes, from a 16-byte boundary on, as wide loads and products
+    need. For TF32 products, float32 is also rounded to TF32: the hardware would truncate, which makes all logits
+    slightly smaller."""
     return _aligned(tensor, rounds=_is_tf32(tensor.dtype))
 
 
 def aligned_weight(weight: Tensor) -> Tensor:
-    """The embedding, likewise, but that a large one is not rounded: its kernels round what they load."""
+    """`aligned` for the embedding. A large one is not rounded here; the kernels round what they load."""
     return _aligned(weight, rounds=is_rounded_ahead(weight))
 
 
@@ -49,7 +49,7 @@ def _aligned(tensor: Tensor, rounds: bool) -> Tensor:
 
 
 def is_rounded_ahead(weight: Tensor) -> bool:
-    """Whether the embedding of TF32 products is rounded in a copy of its own."""
+    """True if the embedding of TF32 products is rounded ahead, in a copy."""
     return _is_tf32(weight.dtype) and weight.nbytes <= configurations.LARGEST_ROUNDED
 
 
@@ -59,7 +59,7 @@ def _is_tf32(dtype: torch.dtype) -> bool:
 
 
 def bytes_of_padded(n_rows: int, weight: Tensor) -> int:
-    """Bytes of the copies that `aligned` and `aligned_weight` make; 0 where they make none."""
+    """Bytes of the copies that `aligned` and `aligned_weight` make; 0 if they make none."""
     n_classes, n_features = weight.shape
     width = row_length(n_features, weight)
     is_padded = width != n_features
@@ -74,7 +74,7 @@ def described(
     e: Tensor,  # (V, D), aligned
     tile: Tile,
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Descriptors of the operands, in tiles."""
+    """TMA descriptors of the operands, in tiles."""
     return (
         TensorDescriptor.from_tensor(z, [tile.rows, tile.features]),
         TensorDescriptor.from_tensor(e, [tile.classes, tile.features]),
@@ -86,7 +86,7 @@ def described_experts(
     e: Tensor,  # (V, D), aligned
     tile: Tile,
 ) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """Descriptors of the operands of a mixture, in tiles of one expert; none where the tile has none."""
+    """TMA descriptors of the operands of a mixture, in tiles of one expert, or None if the tile uses none."""
     if not tile.described:
         return None, None
     z = TensorDescriptor.from_tensor(latent.transpose(0, 1), [1, tile.rows, tile.features])
@@ -98,9 +98,11 @@ def described_result(out: Tensor, tile: Tile) -> TensorDescriptor:  # (R, column
 
 
 def add_times_embedding(dl: Tensor, e: Tensor, first_class: int, out: Tensor, accumulate: bool) -> None:
-    """out += dl·E, or without `accumulate` out = dl·E, for a span of classes; dl (R, ≥ span) is 0 beyond the last one.
-    Classes that are no whole piece are a small product of their own, so that the large one is aligned. Both may be in
-    parts, and have whole pieces then."""
+    """out = dl·E or, with `accumulate`, out += dl·E, for a span of classes. dl is (R, ≥ span), 0 beyond the last class.
+
+    Classes that do not fill 16 bytes are multiplied separately, to keep the large product aligned. Both operands may be
+    in parts (parts.py); their rows are then multiples of 16 bytes.
+    """
     n = min(dl.shape[-1], e.shape[-2] - first_class)
     whole = n if row_length(n, dl) == n else n // 64 * 64
     if whole:
@@ -116,8 +118,8 @@ def empty_float32(like: Tensor, *shape: int) -> Tensor:
 
 
 def has_columns(like: Tensor) -> bool:
-    """Whether the bias's gradient is made by two columns of dE's product, which cost nothing and are exact enough for
-    16-bit formats; for float32, whose products may be TF32's, it is a sum of its own."""
+    """True if two extra columns in dE's product compute the bias's gradient. They cost nothing and are accurate enough
+    for 16-bit dtypes. float32 may use TF32 products, so it has a separate sum."""
     return like.dtype != torch.float32
 
 
@@ -129,9 +131,8 @@ def scaled_rows(
     columns: int = 0,
     tf32: bool = False,
 ) -> Tensor:
-    """Writes source·factor to `result`, which is returned, filled up with zeros. With two `columns`, the factor and
-    what its rounding loses stand behind the features, to be added: so rounding to 16 bits costs the bias's gradient
-    nothing."""
+    """Write source·factor to `result`, padded with zeros, and return it. With two `columns`, the factor and its
+    rounding error follow the features; their sum keeps the bias's gradient from losing accuracy to 16 bits."""
     n, width = result.shape
     features = min(triton.next_power_of_2(max(width, 1)), 128)
     constants = {
@@ -148,13 +149,13 @@ def scaled_rows(
 
 
 def column_sums(a: Tensor, factor: Tensor | None) -> Tensor:
-    """Σ factor·a over rows: (R, C), which may be in parts, (R,) -> (C,), float32; a row of factor 0 adds nothing, and
-    None is 1."""
+    """Σ factor·a over rows: a (R, C), possibly in parts, factor (R,) -> (C,) float32. A factor of None is 1. A row with
+    factor 0 adds nothing, even if it is not finite."""
     n_rows, n_columns = a.shape[-2:]
     sums, columns = empty_float32(a, n_columns), 128 // a.itemsize
     arguments = a, factor, sums, n_rows, n_columns, a.stride(-2), plane_of(a)
     grid = (cdiv(n_columns, columns),)
-    launch(finish.column_sums_kernel, grid, *arguments, stages=4, ROWS=64, COLUMNS=columns)  # which loads ahead
+    launch(finish.column_sums_kernel, grid, *arguments, stages=4, ROWS=64, COLUMNS=columns)  # the stages prefetch
     return sums
 
 
@@ -164,7 +165,7 @@ def with_column(z: Tensor, d: int) -> Tensor:
 
 
 def mixture_constants(n_experts: int, width: int = 16) -> MixtureConstants:
-    """Sizes of a program over whole tokens: it holds some 1,024 sums at once, and 4,096 numbers of rows of `width`."""
+    """Sizes of a program over whole tokens. It holds about 1,024 sums and 4,096 elements of rows of `width` at once."""
     experts = triton.next_power_of_2(n_experts)
     tokens = max(32 // experts, 1)
     rows = tokens * experts
@@ -173,8 +174,11 @@ def mixture_constants(n_experts: int, width: int = 16) -> MixtureConstants:
 
 
 def in_range(dtype: torch.dtype, steepest: float, *weights: Tensor) -> tuple[list[Tensor], Tensor | None]:
-    """The weights of dl, and the factor () that results then need, or None. float16 has a small range, of which the
-    weights of a mean would lose most: there the largest becomes 2¹⁴, times the steepest derivative of a transform."""
+    """The weights of dl scaled into the dtype's range, and the factor () that undoes it in the results, or None.
+
+    Only float16 is scaled: the small weights of a mean would underflow it. The largest weight, times the steepest
+    derivative of the transform, becomes 2¹⁴.
+    """
     if dtype != torch.float16 or weights[0].numel() == 0:
         return list(weights), None
     largest = torch.stack([weight.abs().amax() for weight in weights]).amax()
@@ -183,7 +187,7 @@ def in_range(dtype: torch.dtype, steepest: float, *weights: Tensor) -> tuple[lis
 
 
 def move_up(a: Tensor, survivors: Tensor) -> Tensor:
-    """Moves rows of `a` so that the survivors are the first ones; returns the original index of each."""
+    """Move the surviving rows of `a` to its front, in place, and return the original index of each."""
     n = survivors.numel()
     order = torch.arange(n, device=a.device)
     source = survivors[survivors >= n]
@@ -200,7 +204,7 @@ def move_rows(
     source: Tensor,  # (M,) int64
     destination: Tensor,  # (M,) int64
 ) -> None:
-    """a[destination] = a[source], where no row is both."""
+    """a[destination] = a[source], for rows that are not both."""
     grid = source.numel(), cdiv(a.shape[-1], 4096)
     for part in a if a.dim() == 3 else [a]:
         launch(gradients.move_rows_kernel, grid, part, source, destination, a.shape[-1], a.stride(-2), COLUMNS=4096)

@@ -1,10 +1,10 @@
-"""float32 matrices as sums of three bfloat16 ones, and products of them.
+"""float32 matrices split into sums of three bfloat16 matrices, and their products.
 
-x = high + middle + low holds all of float32's 24 bits, so six products of parts, of which the largest dropped one is
-2⁻²⁴ of the result, have float32's accuracy. Where tensor cores multiply 16 bits some fifteen times as fast as the other
-units do float32, that takes less than half the time of one float32 product.
+x = high + middle + low keeps all 24 bits of float32. Six of the nine products of parts give float32's accuracy; the
+largest of the others is 2⁻²⁴ of the result. On GPUs whose tensor cores multiply 16 bits about fifteen times as fast as
+other units multiply float32, this takes less than half the time of one float32 product.
 
-A matrix in parts is one tensor (3, rows, columns) of bfloat16.
+A matrix in parts is one bfloat16 tensor (3, rows, columns).
 """
 
 import torch
@@ -18,18 +18,18 @@ from .configurations import precision
 from .launch import architecture_of, launch
 
 LEAST_PRODUCTS = 2**32
-"""Multiplications of a matrix product from which on parts pay: the others wait for the host."""
+"""Fewest multiplications of a matrix product for which parts pay: smaller ones wait for the host."""
 
 SMALL_TERMS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))
-"""Parts whose products are added first, since they are small beside that of the high ones."""
+"""Parts whose products are added first, since they are much smaller than that of the high parts."""
 
 LONGEST_SUM = 2048
-"""Products of high parts that tensor cores add up: they cut off what a sum cannot hold, always towards 0, so that the
-error of a long sum grows with its length. Shorter ones are added as float32 is, rounded to the nearest."""
+"""Longest sum of products of high parts on tensor cores. They truncate towards 0, so the error grows with the length of
+the sum. Partial sums of this length are added in float32, rounded to nearest."""
 
 
 def multiplies_in_parts(n_rows: int, weight: Tensor) -> bool:
-    """Whether products of n_rows rows with the embedding are made of parts."""
+    """True if products of n_rows rows with the embedding are computed in parts."""
     if weight.dtype != torch.float32 or not _has_fast_parts(weight.device):
         return False
     return n_rows * weight.numel() >= LEAST_PRODUCTS
@@ -37,25 +37,25 @@ def multiplies_in_parts(n_rows: int, weight: Tensor) -> bool:
 
 @assume_constant_result
 def _has_fast_parts(device: torch.device) -> bool:
-    """In full precision, and on some GPUs. (Where torch finds none, tensors on it are fake ones.)"""
+    """True for full float32 precision on GPUs where parts are faster. (If torch finds no GPU, its tensors are fake.)"""
     if precision(torch.float32) != "ieee" or device.type == "cuda" and not torch.cuda.is_available():
         return False
     return architecture_of(device).multiplies_parts
 
 
 def plane_of(matrix: Tensor) -> int | None:
-    """Numbers from one part to the next; None for a matrix that is not in parts."""
+    """Elements from one part to the next; None for a matrix that is not in parts."""
     return matrix.stride(0) if matrix.dim() == 3 else None
 
 
 @triton.jit
 def store_parts(
-    place,  # pointers to high, or to the only one
+    place,  # pointers to the high part, or to the only one
     value,
-    plane,  # numbers from one part to the next; None for a matrix that is not in parts
+    plane,  # elements from one part to the next; None for a matrix that is not in parts
     mask,
 ):
-    """Store float32 numbers in the dtype of `place`, and in parts what that loses."""
+    """Store float32 values in the dtype of `place`. In parts, the rounding errors are stored too."""
     high = value.to(place.dtype.element_ty)
     tl.store(place, high, mask=mask)
     if plane is not None:
@@ -76,7 +76,7 @@ def split_kernel(
     ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    """Write a matrix in parts, filled up with zeros to their rows and their width."""
+    """Write a matrix in parts, padded with zeros to (n_result, WIDTH)."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     plane = tl.cast(n_result, tl.int64) * WIDTH
     for first in range(0, WIDTH, FEATURES):
@@ -86,7 +86,7 @@ def split_kernel(
 
 
 def in_parts(matrix: Tensor, width: int, n_rows: int = 0) -> Tensor:
-    """(R, ≤ width) -> (3, R, width), or with so many rows."""
+    """(R, ≤ width) -> (3, R, width), or with `n_rows` rows if that is more."""
     n_rows = max(n_rows, matrix.shape[0])
     parts = torch.empty((3, n_rows, width), dtype=torch.bfloat16, device=matrix.device)
     constants = {"D": matrix.shape[1], "WIDTH": width, "ROWS": 16, "FEATURES": min(triton.next_power_of_2(width), 128)}
@@ -95,7 +95,7 @@ def in_parts(matrix: Tensor, width: int, n_rows: int = 0) -> Tensor:
 
 
 def product_of(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out = a·b or, with `accumulate`, out += a·b, of two matrices or of two in parts."""
+    """out = a·b or, with `accumulate`, out += a·b, for two matrices or two matrices in parts."""
     if a.dim() == 2:
         product(a, b, out, accumulate)
         return

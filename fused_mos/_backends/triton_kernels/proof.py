@@ -1,7 +1,7 @@
-"""Compiles every kernel that the backend would launch for an architecture, without a GPU, and reads what came out.
+"""Compiles every kernel that the backend would launch on an architecture, without a GPU, and checks the results.
 
-The backend's own code runs on meta tensors and its launches are recorded, so that each kernel is compiled with the
-constants and the divisibility that a real call has. Run it in a process of its own: triton must not be interpreting.
+The backend's own code runs on meta tensors and its launches are recorded. So each kernel is compiled with the constants
+and the divisibility of a real launch. Use a separate process: triton must not be interpreting.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ INSTRUCTIONS = {
 }
 
 WRITERS = ("exponentials_kernel", "recheck_kernel", "gradient_kernel")
-"""The kernels that training waits for: they write a number for each logit, with one exponential each."""
+"""The kernels that dominate training: they compute one exponential and write one number per logit."""
 
 PERSISTENT_WRITERS = ("persistent_exponentials_kernel", "persistent_gradient_kernel")
-"""Those that write by TMA, tile by tile."""
+"""Their variants that store tiles by TMA."""
 
 WITH_WIDE_PRODUCTS = (
     "statistics_kernel",
@@ -56,22 +56,23 @@ WITH_WIDE_PRODUCTS = (
 )
 
 LARGE_WORKSPACE = int(workspace.WORKSPACE_SHARE * 192 * 2**30)
-"""That of a large GPU, where exponentials are kept of shapes whose gradients are else recomputed."""
+"""Workspace bytes of a large GPU. It can store exponentials of shapes whose logits are otherwise recomputed."""
 
 CAPPED = Transform(softcap=30.0)
 CAPPED_SHAPES = ("ptb", "lm1b")
-"""Shapes whose kernels are also compiled with a soft cap, for bfloat16: narrow and wide rows, many of them."""
+"""Shapes to compile with a soft cap too, in bfloat16: many rows, narrow and wide."""
 
 CAPPED_SPILL = 256
-"""Bytes that a thread of theirs may spill, once for each tile: the derivative needs a logit beside its gradient."""
+"""Bytes that a thread of a kernel with a soft cap may spill, once per tile: the derivative needs the logit besides its
+gradient."""
 
 MOST_SLOTS = 8.5
-"""Instructions of training's exponentials for each of them: about as many as the unit that makes it takes cycles."""
+"""Most instructions per exponential in WRITERS: about the number of cycles that its unit takes."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled: bytes and registers of a thread, bytes of shared memory, instructions of its PTX."""
+    """A compiled kernel: stack bytes and registers per thread, bytes of shared memory, and PTX instructions."""
 
     kernel: str
     shapes: tuple[str, ...]
@@ -84,13 +85,13 @@ class Compiled:
     shared: int
     instructions: dict[str, int]
     sass: Sass | None = None
-    programs: int = 0  # that a multiprocessor holds
-    written: int = 0  # bytes of a tile of exponentials or of dl that a thread writes
-    capped: bool = False  # logits with a soft cap
-    error: str = ""  # of a compiler that gave up; the numbers are then 0
+    programs: int = 0  # programs that a multiprocessor holds
+    written: int = 0  # bytes that a thread writes of a tile of exponentials or of dl
+    capped: bool = False  # compiled with a soft cap
+    error: str = ""  # why compilation failed; the numbers are then 0
 
     def faults(self, architecture: str) -> list[str]:
-        """What makes a kernel useless, whatever its tile was chosen for."""
+        """Faults that make the kernel useless with any tile."""
         if self.error:
             return [f"does not compile: {self.error}"]
         found = []
@@ -99,7 +100,7 @@ class Compiled:
         limit = ARCHITECTURES[architecture].shared_memory
         if self.shared > limit:
             found.append(f"needs {self.shared} bytes of shared memory, {architecture} has {limit}")
-        # wgmma multiplies 64 rows by four warps at least
+        # wgmma needs at least 64 rows and four warps
         if (
             architecture == "sm_90"
             and self.key
@@ -111,7 +112,7 @@ class Compiled:
         return found
 
     def over_budget(self, architecture: str) -> list[str]:
-        """What the table's kernels never do, and what a change of their source that costs time would make them do."""
+        """Signs of slow machine code that no kernel of the table shows, to detect a change that costs time."""
         if self.error or self.sass is None:
             return []
         found, machine = [], self.sass
@@ -145,7 +146,7 @@ class Compiled:
 def operations(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str, transform: Transform = IDENTITY
 ) -> dict[str, Callable[[], object]]:
-    """All that the backend does at (N, K, D, V), by name, on random tensors."""
+    """All functions of the backend at (N, K, D, V), by name, on random tensors."""
     n, k, d, v = shape
 
     def random(*size: int) -> Tensor:
@@ -203,11 +204,11 @@ def recorded_calls(
     tiles: dict[str, Tile],
     transform: Transform = IDENTITY,
 ) -> list[Call]:
-    """What the backend would launch at (N, K, D, V) for all of its functions."""
+    """The launches of all functions of the backend at (N, K, D, V)."""
     with overridden(architecture, tiles, record=True) as calls:
         for operation in operations(shape, dtype, "meta", transform).values():
             operation()
-        # which rows survive a filter is known of real tensors alone
+        # only real tensors tell which rows survive a filter
         n, k, _, v = shape
         moved = torch.empty(n * k // 4, dtype=torch.int64, device="meta")
         move_rows(torch.empty(n * k, -(-v // 16) * 16, dtype=dtype, device="meta"), moved, moved)
@@ -215,8 +216,8 @@ def recorded_calls(
 
 
 def _specialisation(argument) -> tuple[str, object, bool]:
-    """An argument's type, its value where that is a constant, and whether it is a multiple of 16: as Triton's launcher
-    does it."""
+    """An argument's type, its value if it is a constant, and whether it is a multiple of 16, as Triton's launcher sees
+    them."""
     if argument is None:
         return "constexpr", None, False
     if isinstance(argument, Tensor):
@@ -235,7 +236,7 @@ def _integer(argument: int) -> str:
 
 
 def _members(arguments: tuple) -> Iterator[tuple[tuple[int, ...], object]]:
-    """All arguments, the members of NamedTuples one by one, each with its path, as Triton counts them."""
+    """All arguments with their paths as Triton counts them. The members of a NamedTuple come one by one."""
     for i, argument in enumerate(arguments):
         if isinstance(argument, tuple):
             yield from (((i, j), member) for j, member in enumerate(argument))
@@ -244,17 +245,20 @@ def _members(arguments: tuple) -> Iterator[tuple[tuple[int, ...], object]]:
 
 
 def _type(argument) -> str | tuple:
-    """An argument's type; for a NamedTuple the same NamedTuple, of its members' types."""
+    """An argument's type. The type of a NamedTuple is the same NamedTuple of its members' types."""
     if isinstance(argument, tuple):
         return type(argument)(*(_specialisation(member)[0] for member in argument))
     return _specialisation(argument)[0]
 
 
 def variant(call: Call) -> str:
-    """What Triton compiles a kernel anew for, as text."""
+    """The properties of a launch for which Triton compiles a kernel anew, as text."""
     plain = {i for i, parameter in enumerate(call.kernel.params) if parameter.do_not_specialize}
-    members = (_integer(m) if path[0] in plain else _specialisation(m) for path, m in _members(call.arguments))  # type: ignore[arg-type]
-    return repr((call.kernel.__name__, call.key, list(members), call.constants))
+    members = [
+        _integer(member) if path[0] in plain else _specialisation(member)  # type: ignore[arg-type]
+        for path, member in _members(call.arguments)
+    ]
+    return repr((call.kernel.__name__, call.key, members, call.constants))
 
 
 def _source(call: Call) -> tuple[ASTSource, dict]:
@@ -291,7 +295,7 @@ def _read(cubin: bytes) -> tuple[Resources, Sass]:
 
 
 def _tile(call: Call) -> tuple[int, ...]:
-    """Rows, classes, features, warps, stages; 0 for what the kernel's tile does not have."""
+    """Rows, classes, features, warps and stages; 0 for those the kernel's tile does not have."""
     constants = call.constants
     if "TILE" in constants:
         rows, classes, features, *_ = constants["TILE"]
@@ -306,7 +310,7 @@ def is_capped(call: Call) -> bool:
 
 
 def _written(call: Call, dtype: str) -> int:
-    """Bytes of a thread's part of the tile that a kernel writes as exponentials or as dl; 0 for the others."""
+    """Bytes per thread of the tile of exponentials or dl that a kernel writes; 0 for other kernels."""
     if call.kernel.__name__ not in WRITERS and not call.constants.get("SECOND_SWEEP"):
         return 0
     rows, classes, _, warps, _ = _tile(call)
@@ -320,7 +324,7 @@ def compile_call(call: Call, architecture: str, shapes: tuple[str, ...]) -> Comp
     about = call.kernel.__name__, shapes, dtype, call.key, _tile(call)
     try:
         compiled = triton.compile(source, target=target, options=options)
-    except Exception as error:  # the compiler gives up in many ways, each of which is this kernel's alone
+    except Exception as error:  # the compiler fails in many ways; each concerns only this kernel
         return Compiled(*about, 0, 0, 0, 0, {}, error=f"{type(error).__name__}: {str(error).strip() or 'no message'}")
     (resources, machine), ptx = _read(compiled.asm["cubin"]), compiled.asm["ptx"]
     instructions = {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
@@ -350,7 +354,7 @@ def _workspace(n_bytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_products(name: str) -> Iterator[torch.dtype]:
-    """torch's setting for the products of `DTYPES[name]`."""
+    """Set torch's precision of float32 products to that of `DTYPES[name]` inside the `with` block."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
     try:
@@ -362,7 +366,7 @@ def float32_products(name: str) -> Iterator[torch.dtype]:
 def distinct_calls(
     architecture: str, shapes: Iterable[str] = SHAPES, dtypes: Iterable[str] = DTYPES, brief: bool = False
 ) -> list[tuple[Call, tuple[str, ...]]]:
-    """Each different kernel once, or with `brief` each configuration of each kernel once, with the shapes that launch
+    """Each distinct kernel once or, with `brief`, each configuration of a kernel once, and the shapes that launch
     it."""
     found: dict[tuple, tuple[Call, list[str]]] = {}
     for dtype_name, n_bytes in itertools.product(dtypes, (workspace.WORKSPACE_BYTES, LARGE_WORKSPACE)):
@@ -373,7 +377,7 @@ def distinct_calls(
                 if capped:
                     calls += recorded_calls(ARCHITECTURES[architecture], sizes, dtype, {}, CAPPED)
                 for call in calls:
-                    sweep = call.constants.get("SECOND_SWEEP")  # which writes dl where the first writes sums
+                    sweep = call.constants.get("SECOND_SWEEP")  # the second writes dl, the first sums
                     tile = call.kernel.__name__, call.key, call.warps, call.stages, sweep
                     kind = is_capped(call), any(isinstance(argument, WeightedLosses) for argument in call.arguments)
                     same = *tile, *kind, "" if brief else variant(call)
@@ -384,6 +388,6 @@ def distinct_calls(
 
 
 def compile_all(calls: list[tuple[Call, tuple[str, ...]]], architecture: str) -> Iterator[Compiled]:
-    """In parallel: most of the time goes to passes that release Python's lock, and to ptxas."""
+    """Compile all calls in parallel threads: most of the time is spent in ptxas and in passes that release the GIL."""
     with ThreadPoolExecutor(os.cpu_count()) as executor:
         yield from executor.map(lambda item: compile_call(item[0], architecture, item[1]), calls)

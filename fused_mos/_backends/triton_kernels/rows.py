@@ -1,7 +1,7 @@
 """Kernels over R = N·K independent rows of logits: their log-sum-exp, and samples from their softmax.
 
-A program owns a block of rows and a split of the vocabulary, and walks through the tiles of the split with a running
-result. The splits' results are combined in a fixed order, so equal calls give equal bits.
+A program owns a block of rows and a split of the vocabulary. It loops over the tiles of the split and updates a running
+result. The results of the splits are combined in a fixed order, so equal calls give equal bits.
 """
 
 import triton
@@ -24,16 +24,16 @@ def updated_statistics(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The maximum, Σ exp(l − maximum) and the target's logit of each row, with those of one more tile."""
+    """Each row's maximum, Σ exp(l − maximum) and target logit, updated with one more tile."""
     if target_ptr is not None:
         target = row_targets(target_ptr, logits, first_row, first_class, EXPERTS=EXPERTS, TILE=TILE)
-        # most tiles hold no target of these rows: looking for one in each would cost as much as the exponentials
+        # most tiles hold none of these rows' targets, and masking every tile would cost as much as the exponentials
         if tl.max(target, 0) >= 0:
             column = tl.arange(0, TILE.classes)
             found = tl.sum(tl.where(column[None, :] == target[:, None], tile, 0.0), 1)
             target_logit = tl.where(target >= 0, found, target_logit)
     new_maximum = tl.maximum(maximum, tl.max(tile, 1))
-    # the maximum first: in one step with log2(e) its rounding would be the exponents'
+    # subtract the maximum first: fused with log2(e), its rounding error would enter the exponents
     total = total * tl.exp2((maximum - new_maximum) * LOG2E)
     total += tl.sum(tl.exp2((tile - new_maximum[:, None]) * LOG2E), 1)
     return new_maximum, total, target_logit
@@ -59,7 +59,7 @@ def statistics_kernel(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The maximum and Σ exp(l − maximum) of each row's logits in one split, and the target's logit."""
+    """Write each row's maximum, Σ exp(l − maximum) and target logit in one split."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     n_rows = logits.n_rows
@@ -81,13 +81,13 @@ def statistics_kernel(
 
 @triton.jit
 def gumbel(bits):
-    """A Gumbel variate −log e, with e exponentially distributed, of 32 random bits."""
-    # in (0, 1], with steps of 2⁻³² near 0, where the winners' small exponentials come from
+    """A Gumbel variate −log e, with e exponentially distributed, from 32 random bits."""
+    # in (0, 1], with steps of 2⁻³² near 0: the smallest exponentials win
     uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     exponential = tl.where(
         uniform < 0.01, uniform * (1 + uniform * (0.5 + uniform * (1 / 3 + 0.25 * uniform))), -tl.log(1 - uniform)
     )
-    # 1 − uniform is 0 where the 32 bits round up to 1: such an exponential is huge, and never wins
+    # 1 − uniform is 0 if the 32 bits round up to 1; the exponential is then huge and never wins
     return -tl.log(exponential)
 
 
@@ -101,7 +101,8 @@ def sample_kernel(
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Gumbel-max: argmax_v (l − log e) with e exponentially distributed, drawn by its place (row, v)."""
+    """Draw by Gumbel-max in one split: argmax_v (l − log e) with e exponentially distributed and determined by the
+    seed, the row and v."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     n_rows = logits.n_rows
@@ -111,7 +112,7 @@ def sample_kernel(
     column = tl.arange(0, CLASSES)
     seed = tl.load(seed_ptr)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
-    index = tl.full((ROWS,), -1, tl.int32)  # of a row without a class to draw: every logit −inf, or NaN
+    index = tl.full((ROWS,), -1, tl.int32)  # remains if the row has no class to draw: every logit is −inf or NaN
     first_tile = split * tiles_of_split
     for tile_index in range(first_tile, tl.minimum(first_tile + tiles_of_split, tl.cdiv(logits.n_classes, CLASSES))):
         first_class = tile_index * CLASSES
@@ -138,7 +139,7 @@ def first_of_best_kernel(
     n_splits,
     BLOCK: tl.constexpr,
 ):
-    """The class of the best split of each row, the first of equals."""
+    """Write each row's class from its best split, the first one of equals."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < n_rows
     best = tl.load(best_ptr + row, mask=mask, other=0.0)
@@ -162,7 +163,7 @@ def choose_rows_kernel(
     D: tl.constexpr,
     MIX: tl.constexpr,
 ):
-    """Copy the latent vector of one expert of each token, drawn from the prior by Gumbel-max; NaN where none can be."""
+    """Copy the latent vector of one expert per token, drawn from the prior by Gumbel-max; NaN if none can be drawn."""
     TOKENS: tl.constexpr = MIX.tokens
     EXPERTS: tl.constexpr = MIX.experts
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -171,7 +172,7 @@ def choose_rows_kernel(
     row = token[:, None] * MIX.k + expert[None, :]
     prior_logits = tl.load(prior_logits_ptr + row, mask=mask, other=float("-inf")).to(tl.float32)
     none = tl.zeros((TOKENS, EXPERTS), tl.int32)
-    # the third counter keeps these numbers apart from those of sample_kernel
+    # the third counter makes these numbers independent of those in sample_kernel
     bits, _, _, _ = tl.philox(tl.load(seed_ptr), none + expert[None, :], none + token[:, None], 1, 0)
     value = tl.where(mask, prior_logits + gumbel(bits), float("-inf"))
     best, chosen = tl.max(value, 1, return_indices=True)

@@ -1,6 +1,5 @@
-"""What a compiled kernel's machine code says that its PTX does not: how wide its stores are in the end, what an
-exponential costs, and how many programs a multiprocessor holds. Read with the nvdisasm that triton brings; needs no
-GPU.
+"""Reads a compiled kernel's machine code for what its PTX does not tell: the final width of its stores, the cost of an
+exponential, and how many programs a multiprocessor holds. Uses triton's nvdisasm and needs no GPU.
 """
 
 import re
@@ -15,28 +14,28 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.a-z]
 LABEL = re.compile(r"^\.L\w+:")
 JUMPS = ("BRA", "EXIT", "RET", "BRX", "JMP")
 SQUARED = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+@!?P\w+\s+FMUL(?:\.FTZ)?\s+(R\d+), \1(?:\.reuse)?, \1\b")
-"""What follows an exponential whose argument was halved, so that a denormal result is not flushed to 0."""
+"""The multiplication after an exponential whose argument was halved to keep denormal results from becoming 0."""
 
 
 @dataclass(frozen=True)
 class Sass:
-    """Machine code of one kernel. Loads and stores are those of global memory; numbers of instructions are as they
-    stand, a loop's once."""
+    """Facts about the machine code of one kernel. Loads and stores are those of global memory. Instructions are counted
+    as they appear in the code, those of a loop once."""
 
-    widest_load: int  # bits of a thread
+    widest_load: int  # bits per thread
     widest_store: int
     wide_stores: int  # of 128 bits
     exponentials: int
-    scaled_exponentials: int  # with the two products that keep denormal results: not .ftz
+    scaled_exponentials: int  # exponentials that keep denormal results, at two products each: not .ftz
     product_columns: int  # n of the widest warp-group product (sm_90)
     slots_per_exponential: float
-    """Instructions that a warp issues for each of its exponentials, in the basic blocks that have some. The unit for
-    exponentials takes a warp's in 8 cycles: up to 8, the rest of the block is free."""
+    """Instructions that a warp issues per exponential, in basic blocks with exponentials. Their unit takes 8 cycles for
+    a warp, so up to 8 instructions are free."""
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What programs share."""
+    """Resources of a multiprocessor, which its programs share."""
 
     warps: int
     programs: int
@@ -54,11 +53,11 @@ MULTIPROCESSORS = {
 
 
 def programs_per_multiprocessor(architecture: str, warps: int, registers: int, shared: int) -> int:
-    """How many programs of `warps` warps, `registers` registers of a thread and `shared` bytes run side by side."""
+    """Number of programs, with `registers` per thread and `shared` bytes each, that run on a multiprocessor at once."""
     has = MULTIPROCESSORS[architecture]
-    of_warp = -(-registers * 32 // 256) * 256  # registers are given out in these pieces, to one of four schedulers
+    of_warp = -(-registers * 32 // 256) * 256  # registers are allocated in units of 256, by one of four schedulers
     warps_by_registers = has.registers // 4 // max(of_warp, 256) * 4
-    of_program = -(-(shared + 1024) // 128) * 128  # with what the driver keeps of each program
+    of_program = -(-(shared + 1024) // 128) * 128  # the driver reserves 1 KiB per program
     return min(has.programs, min(has.warps, warps_by_registers) // warps, has.shared_memory // of_program)
 
 
@@ -69,7 +68,7 @@ def disassembled(cubin: str | Path) -> str:
 
 
 def read(text: str) -> Sass:
-    """What `disassembled` code does."""
+    """Parse the text that `disassembled` returns."""
     lines = text.splitlines()
     operations = [match[1] for line in lines if (match := INSTRUCTION.match(line))]
     loads = [_bits(o) for o in operations if re.match(r"LDG(STS)?\.", o)]

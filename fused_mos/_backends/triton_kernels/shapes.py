@@ -1,6 +1,6 @@
-"""The shapes and products that are proven and tuned.
+"""The shapes and products to prove and tune.
 
-Imports no triton: these are also the choices of a command's flags.
+This module does not import triton, since the flags of a command take their choices from it.
 """
 
 import torch
@@ -16,10 +16,10 @@ SHAPES = {  # N, K, D, V
     "few-rows": (8, 1, 280, 10_000),
     "few-wide-rows": (8, 1, 1_024, 100_000),
 }
-"""The shapes whose calls are proven: those of the paper and of the benchmarks, and short inputs, as in generation."""
+"""Shapes of the paper and the benchmarks, and short inputs as in generation."""
 
 ODD_SHAPES = {f"odd-{v % 16}": (840, 3, 281, v) for v in (10_000, 10_002, 10_008, 10_014)}
-"""Shapes whose rows are no multiple of anything; named by what the vocabulary is modulo 16."""
+"""Shapes that are multiples of no power of 2, named by their vocabulary modulo 16."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
-"""By the name of the products that are made."""
+"""Dtype of the operands, by the name of the products."""

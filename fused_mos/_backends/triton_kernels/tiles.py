@@ -1,11 +1,11 @@
-"""What the kernels share: one tile of logits, and the operands that it is made of.
+"""Shared by the kernels: one tile of logits, and its operands.
 
-Operands that travel together are one NamedTuple. Its members are tensors and numbers on the host, pointers and scalars
-in a kernel; Triton specialises each like an argument of its own, and None and 1 become constants.
+Operands that travel together form a NamedTuple. Its members are tensors and numbers on the host, pointers and scalars
+in a kernel. Triton specialises each member like a separate argument; None and 1 become constants.
 
-Index arithmetic: where a tile starts is a 64-bit scalar (V·D and N·K·V pass 2³¹ at 1-Billion-Word size), places within
-a tile are 32-bit. Rows and classes beyond the last are clamped to it, not masked, so that loads need no predicate;
-their results are masked when stored.
+Index arithmetic: the start of a tile is a 64-bit scalar, since V·D and N·K·V exceed 2³¹ for the One Billion Word
+benchmark. Offsets within a tile are 32-bit. Rows and classes beyond the last are clamped to it instead of masked, so
+loads need no predicate; their results are masked when stored.
 """
 
 import math
@@ -19,28 +19,28 @@ from ..transform import Transform
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""Where running maxima start: finite, so that a logit of −inf gives exp(−inf), never inf − inf."""
+"""Start of running maxima. It is finite, so a logit of −inf gives exp(−inf), never inf − inf."""
 
 
 class TileConstants(NamedTuple):
-    """A program's tile as its kernel is compiled for it, the constant TILE; see `configurations.Tile`."""
+    """The tile as compile-time constants TILE of a kernel; see `configurations.Tile`."""
 
     rows: int
     classes: int
     features: int
-    precision: str  # of float32 products: "tf32x3", "tf32" or "ieee"; 16-bit operands ignore it
+    precision: str  # float32 products: "tf32x3", "tf32" or "ieee"; not used for 16-bit operands
     resident: bool
-    rounds: bool = False  # e to TF32, since it is not rounded in memory
+    rounds: bool = False  # round e to TF32 here, since it is not rounded in memory
     described: bool = (
-        False  # operands through descriptors: loops over tiles and over features are one, which prefetches
+        False  # load operands through descriptors, in one fused loop over tiles and features, which prefetches
     )
 
 
 class Scales(NamedTuple):
-    """A `Transform` as kernels take it: l′ = scale·tanh(inverse_softcap·l), or without a soft cap scale·l."""
+    """A `Transform` for kernels: l′ = scale·tanh(inverse_softcap·l), or scale·l without a soft cap."""
 
-    inverse_softcap: float | None  # 1 / c; None without a cap
-    scale: float | None  # c / T, or without a cap 1 / T; None for 1
+    inverse_softcap: float | None  # 1 / c; None without a soft cap
+    scale: float | None  # c / T, or 1 / T without a soft cap; None for 1
 
 
 def scales(transform: Transform) -> Scales:
@@ -50,7 +50,7 @@ def scales(transform: Transform) -> Scales:
 
 
 class Logits(NamedTuple):
-    """The operands of l = z·Eᵀ + b and of its transform, which kernels call l, too."""
+    """The operands of l = z·Eᵀ + b and its transform. Kernels call the transformed logits l too."""
 
     z_ptr: Tensor  # (n_rows, K, D), K being 1 for single rows
     e_ptr: Tensor  # (n_classes, D)
@@ -62,13 +62,13 @@ class Logits(NamedTuple):
 
 
 class LogitGradients(NamedTuple):
-    """Where dl is written: a span of the vocabulary, of all rows."""
+    """The output dl of all rows, for a span of the vocabulary."""
 
-    dl_ptr: Tensor | None  # (R, stride) out, of which n_columns are written; None for the span alone
+    dl_ptr: Tensor | None  # (R, stride) out, of which n_columns are written; None to give only the span
     first_class: int  # of the first column
     n_columns: int
     stride: int
-    plane: int | None = None  # of dl in parts (parts.py): numbers from one part to the next
+    plane: int | None = None  # elements from one part of dl to the next (parts.py)
 
 
 @triton.jit
@@ -76,13 +76,13 @@ def logits_tile(
     logits,  # Logits
     first_row,
     first_class,
-    expert,  # which of a row's K vectors to take
+    expert,  # index into a row's K vectors
     K: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,  # TileConstants
-    RESIDENT: tl.constexpr,  # TILE.resident, or False where the caller keeps no operand from tile to tile
+    RESIDENT: tl.constexpr,  # TILE.resident, or False if the caller keeps no operand between tiles
 ):
-    """The logits of (rows, classes) of TILE, float32; −inf in the columns beyond the last class."""
+    """One tile of logits, (ROWS, CLASSES) float32, −inf beyond the last class."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     FEATURES: tl.constexpr = TILE.features
@@ -96,7 +96,7 @@ def logits_tile(
     e_tile = logits.e_ptr + tl.cast(first_class, tl.int64) * D + (clamped[None, :] * D + feature[:, None])
     tile = tl.zeros((ROWS, CLASSES), tl.float32)
     if RESIDENT:
-        # unrolled: from a loop of the caller that stores nothing, the compiler moves the loads that do not change out
+        # unrolled, the compiler can hoist loads that do not change out of the caller's loop, if that stores nothing
         for d in tl.static_range(0, D, FEATURES):
             tile = add_product(z_tile + d, e_tile + d, feature, tile, D - d, TILE=TILE, MASKED=True)
     else:
@@ -112,13 +112,13 @@ def described_logits_tile(
     z_tiles,  # descriptor of (n_rows, D) in (ROWS, FEATURES), or of an expert's rows: (K, n_rows, D) in (1, ROWS, …)
     e_tiles,  # descriptor of (n_classes, D) in (CLASSES, FEATURES)
     logits,  # Logits
-    expert,  # None for rows that are of no expert
+    expert,  # None for rows without experts
     first_row,
     first_class,
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """As `logits_tile`, with operands that pass through descriptors."""
+    """`logits_tile` with operands loaded through descriptors."""
     ROWS: tl.constexpr = TILE.rows
     CLASSES: tl.constexpr = TILE.classes
     FEATURES: tl.constexpr = TILE.features
@@ -142,7 +142,7 @@ def transformed(
     first_class,
     TILE: tl.constexpr,
 ):
-    """The logits that softmaxes are of; −inf beyond the last class also where a soft cap would make −c/T of it."""
+    """The transformed logits, −inf beyond the last class, where a soft cap alone would give −c/T."""
     if logits.inverse_softcap is not None:
         beyond = tl.arange(0, TILE.classes) >= logits.n_classes - first_class
         tile = tl.fma(tanh(tile * logits.inverse_softcap), logits.scale, tl.where(beyond, float("-inf"), 0.0)[None, :])
@@ -157,9 +157,9 @@ def times_derivative(
     logit,  # transformed, of the same shape
     scales,  # Scales, or Logits
 ):
-    """The gradient of z·Eᵀ + b from that of the transformed logit, or from a multiple of that."""
+    """The gradient of z·Eᵀ + b from the gradient of the transformed logit, or from a multiple of it."""
     if scales.inverse_softcap is not None:
-        # of the value, which is at hand: (1 − tanh²) / T; 0, not −inf, beyond the last class
+        # (1 − tanh²) / T, computed from the transformed logit; 0 instead of −inf beyond the last class
         slope = tl.fma(logit * logit, -(scales.inverse_softcap / scales.scale), scales.inverse_softcap * scales.scale)
         gradient = gradient * tl.maximum(slope, 0.0)
     elif scales.scale is not None:
@@ -169,10 +169,10 @@ def times_derivative(
 
 @triton.jit
 def tanh(x):
-    """Within about two units in the last place. (Triton's own tanh is libdevice's, which it cannot interpret.)"""
+    """tanh within about two units in the last place. (Triton's interpreter cannot run its own tanh, from libdevice.)"""
     square = x * x
-    # near 0 the exponential's difference to 1 would lose digits: an odd polynomial, of all of degree 9 that with the
-    # least relative error below 0.55, 4e-8
+    # near 0 the difference exp − 1 would lose digits, so below 0.55 use the odd polynomial of degree 9 with the least
+    # relative error, 4e-8
     polynomial = tl.fma(square, 0.01643758, -0.05267181)
     polynomial = tl.fma(square, polynomial, 0.13320725)
     polynomial = tl.fma(square, polynomial, -0.33332947)
@@ -183,7 +183,7 @@ def tanh(x):
 
 @triton.jit
 def class_bias(logits, first_class, TILE: tl.constexpr):
-    """The tile's part of the bias, (CLASSES,) float32: −inf beyond the last class."""
+    """The tile's part of the bias, (CLASSES,) float32, −inf beyond the last class."""
     CLASSES: tl.constexpr = TILE.classes
     column = tl.arange(0, CLASSES)
     if logits.bias_ptr is not None:
@@ -204,7 +204,7 @@ def add_product(
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """tile + z·e of one step; MASKED where a step may have fewer features than the others."""
+    """tile + z·e for one step of features. MASKED if the last step may have fewer features."""
     if MASKED:
         z = tl.load(z_tile, mask=feature[None, :] < features_left, other=0.0)
         e = tl.load(e_tile, mask=feature[:, None] < features_left, other=0.0)
@@ -218,7 +218,7 @@ def add_product(
 
 @triton.jit
 def rounded_to_tf32(x):
-    """To the nearest of TF32's 11 bits, ties away from 0, as cvt.rna does; float32 products would truncate to them."""
+    """Round to the 11 bits of TF32, to nearest with ties away from 0, like cvt.rna. TF32 products would truncate."""
     bits = x.to(tl.int32, bitcast=True)
     nearest = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(x == x, nearest, x)
@@ -233,8 +233,8 @@ def row_targets(
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each row's target as a column of the tile that starts at `first_class`: (ROWS,) int32, −1 where the tile does not
-    have it, or where it is no class."""
+    """Each row's target as a column of the tile that starts at `first_class`, (ROWS,) int32; −1 if it is not in the
+    tile or is no class."""
     row = tl.minimum(first_row + tl.arange(0, TILE.rows), logits.n_rows - 1)
     column = tl.load(target_ptr + row // EXPERTS) - first_class
     here = (column >= 0) & (column < tl.minimum(TILE.classes, logits.n_classes - first_class))

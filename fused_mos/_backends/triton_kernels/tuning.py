@@ -1,7 +1,7 @@
-"""Finds the fastest tile of each configuration that a shape uses, by measuring on the GPU at hand.
+"""Finds the fastest tile for each configuration that a shape uses, by measuring on this GPU.
 
-A candidate is compiled first, all of them in parallel, and measured only if every kernel that would use it keeps its
-registers and fits into shared memory.
+All candidates are compiled first, in parallel. A candidate is measured only if no kernel that would use it spills
+registers or exceeds shared memory.
 """
 
 import itertools
@@ -25,14 +25,15 @@ OPERATIONS = {
     "mixture": ("log_prob",),
     "mixture-gradient": ("log_prob backward",),
 }
-"""What is measured for a family: the first of these that the shape has."""
+"""The operations to measure for a family: the first of these that the shape has."""
 
 ACCUMULATORS = {"statistics": 128, "sample": 64, "gradient": 128, "mixture": 64, "mixture-gradient": 32}
-"""Accumulators of a thread at most; a sample's random numbers and a mixture's sum need as many registers again."""
+"""Most accumulators per thread. The random numbers of "sample" and the sum of "mixture" need as many registers
+again."""
 
 
 def candidates(family: str, products: str, rows: str, n_features: int, architecture: Architecture) -> Iterator[Tile]:
-    """Tiles worth compiling: their accumulators fit into registers and their operands into shared memory."""
+    """Tiles worth compiling: those whose accumulators fit into registers and whose operands fit into shared memory."""
     shared_memory = architecture.shared_memory
     itemsize = 2 if products == "16-bit" else 4
     heights = {"few": (16,), "some": (16, 32, 64), "many": (64, 128, 256)}[rows]
@@ -47,7 +48,7 @@ def candidates(family: str, products: str, rows: str, n_features: int, architect
         if streamed <= shared_memory:
             yield Tile(height, classes, features, warps, stages)
         kept = (classes if "mixture" in family else height) * math.ceil(n_features / features) * features * itemsize
-        # its results pass through shared memory, too
+        # the results pass through shared memory, too
         written = height * classes * itemsize if family == "gradient" else 0
         if family != "sample" and architecture.has_tma and streamed + written <= shared_memory:
             yield Tile(height, classes, features, warps, stages, described=True)
@@ -57,14 +58,14 @@ def candidates(family: str, products: str, rows: str, n_features: int, architect
 
 @dataclass
 class Progress:
-    """After a candidate: the configuration, candidates measured, of how many, and the fastest tile until now."""
+    """The state after a candidate: configuration, candidates measured and in total, and the fastest tile so far."""
 
     key: str
     done: int
     total: int
     best: Tile
     seconds: float
-    seconds_before: float  # with the tile in use
+    seconds_before: float  # with the tile used so far
 
 
 def tune(
@@ -74,9 +75,9 @@ def tune(
     skip: set[str],
     compile_for: str | None,
 ) -> Iterator[Progress]:
-    """Walks through the configurations of a shape that are not in `skip`.
+    """Tune the configurations of a shape that are not in `skip`, and yield the progress after each candidate.
 
-    `compile_for` is the architecture to compile for; None compiles nothing ahead.
+    `compile_for` is the architecture to compile candidates for; None compiles none ahead.
     """
     n, k, d, _ = shape
     architecture = architecture_of(device)
@@ -102,7 +103,7 @@ def tune(
 def _compiled(
     tiles: list[Tile], key: str, shape: tuple[int, int, int, int], dtype: torch.dtype, name: str
 ) -> list[Tile]:
-    """Those that compile without a fault."""
+    """The tiles that compile without a fault."""
     architecture = ARCHITECTURES[name]
 
     def is_sound(tile: Tile, calls: list[proof.Call]) -> bool:
@@ -117,7 +118,7 @@ def _compiled(
 
 
 def _seconds(operation: Callable[[], object]) -> float:
-    """The median of repeated runs; infinite where the tile needs more than the GPU has."""
+    """Median seconds of repeated runs; infinite if the tile needs more resources than the GPU has."""
     try:
         operation()
         return Timer("operation()", globals={"operation": operation}).blocked_autorange(min_run_time=0.1).median

@@ -1,4 +1,4 @@
-"""Memory beyond inputs, outputs and gradients: how much of it the backend may take."""
+"""The limit of memory that the backend may take beyond inputs, outputs and gradients."""
 
 import functools
 import os
@@ -8,16 +8,17 @@ import torch
 from ..tracing import assume_constant_result
 
 WORKSPACE_BYTES = 288 * 2**20
-"""Bytes beyond inputs, outputs and gradients, of which the largest part is a block of dl: enough for the paper's Penn
-Treebank in one block."""
+"""Bytes beyond inputs, outputs and gradients. Most of it is a block of dl; this suffices for the paper's Penn Treebank
+model in one block."""
 
 WORKSPACE_SHARE = 0.02
-"""Share of a GPU's memory that the workspace may be, where that is more."""
+"""Share of a GPU's memory that the workspace may take if that is more than WORKSPACE_BYTES."""
 
 
 def workspace_bytes(device: torch.device) -> int:
-    """Bytes beyond inputs, outputs and gradients: WORKSPACE_BYTES, or WORKSPACE_SHARE of a GPU's memory where that is
-    more; or what the environment variable FUSED_MOS_WORKSPACE_MIB says."""
+    """Bytes that may be taken beyond inputs, outputs and gradients: the larger of WORKSPACE_BYTES and WORKSPACE_SHARE
+    of a GPU's memory. The environment variable FUSED_MOS_WORKSPACE_MIB overrides it; ValueError unless it is
+    positive."""
     return _workspace_bytes(device.type == "cuda")
 
 
@@ -32,6 +33,6 @@ def _workspace_bytes(on_gpu: bool) -> int:
 
 @functools.cache
 def _memory_of_gpu() -> int:
-    """Bytes of the smallest GPU, so that equal calls are cut into equal blocks on all of them; 0 without any."""
+    """Bytes of the smallest GPU, 0 without one. Using the smallest cuts equal calls into equal blocks on all GPUs."""
     n_gpus = torch.cuda.device_count()
     return min((torch.cuda.get_device_properties(i).total_memory for i in range(n_gpus)), default=0)
