@@ -78,8 +78,8 @@ class GradientTiles {
   using Op = typename T::Op;
   using Stored = typename T::Stored;
   static constexpr int kDepth = Element<Op>::kDepth;
-  static constexpr Index kColumnsOfProduct = 8 * kDepth * kBlock;  // of a panel of E: the copy stays in the L2 cache
-  static constexpr Index kTransposedBytes = 1200 * 1024;           // of several panels: likewise
+  static constexpr Index kColumnsOfProduct = 8 * kDepth * kBlock;  // columns copied at once: they stay in the L2 cache
+  static constexpr Index kTransposedBytes = 1200 * 1024;           // of panels transposed at once: so do they
 
  public:
   GradientTiles(const Head& head, const In* rows, const Gradients<T>& gradients, Index n_blocks, Index span)

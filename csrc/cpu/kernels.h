@@ -155,7 +155,7 @@ struct Kernels {
   void (*exponentials)(const float*, float*, int64_t);         // exp of numbers ≤ 0, for tests
   void (*logarithms)(const float*, float*, int64_t);           // log of positive numbers, for tests
   void (*hyperbolic_tangents)(const float*, float*, int64_t);  // tanh, for tests
-  double (*peak_gflops)(int n_threads, bool bf16);             // of multiply-adds on registers alone, for benchmarks
+  double (*peak_gflops)(int n_threads, bool bf16);             // rate of multiply-adds on registers, for benchmarks
 };
 
 }  // namespace fused_mos

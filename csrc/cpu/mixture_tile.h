@@ -94,7 +94,7 @@ class MixtureTile {
     }
   }
 
-  // Computes for each expert k exp(l − L) in tile k of `softmax`, q in tile k of `posterior` and, unless it is null,
+  // Computes for each expert k: exp(l − L) in tile k of `softmax`, q in tile k of `posterior` and, unless it is null,
   // the slope of the soft cap in tile k of `slope`.
   template <int NV>
   ALWAYS_INLINE void posteriors(float* softmax, float* posterior, float* mixture, float* slope) const {
@@ -235,9 +235,9 @@ class MixtureTile {
   [[maybe_unused]] const ProductRegisters registers_;
   LogitsOperand<Op> weight_;
   Index packed_stride_;
-  const Op* packed_;  // of the first expert
+  const Op* packed_;  // rows of the first expert
   const LaneStatistics& lanes_;
-  Index first_lane_;  // of the first expert
+  Index first_lane_;  // lane of the first expert
   Index n_experts_;
 };
 

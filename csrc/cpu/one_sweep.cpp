@@ -225,8 +225,8 @@ class OneSweep {
   const Head& head_;
   const OneSweepArguments& a_;
   const Index n_panels_, n_groups_, steps_, max_lanes_;
-  Range tokens_{0, 0};  // of the current block
-  Index n_lanes_ = 0;   // of the current block
+  Range tokens_{0, 0};  // tokens of the current block
+  Index n_lanes_ = 0;   // lanes of the current block
   const Buffer<Op> packed_;
   // a vector of the last tokens reads beyond the last lane: kBlock more floats make that safe
   const Buffer<float> exponentials_, weights_, totals_, maximum_, log_total_, log_weight_;
