@@ -1,5 +1,5 @@
-// Python bindings of csrc/cpu: addresses and sizes cross the border, so that building needs no torch. The arguments
-// were checked in Python (fused_mos/_backends/cpu.py); nothing here looks at a tensor.
+// Python bindings of csrc/cpu. They take addresses and sizes instead of tensors, so that building needs no torch.
+// fused_mos/_backends/cpu.py has already checked all arguments.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -120,7 +120,7 @@ LstmArguments lstm(int64_t n_steps, int64_t batch, int64_t width, bool bf16, int
 
 }  // namespace
 
-// Addresses are passed by keyword: nothing else tells one from another.
+// Addresses are keyword arguments, since they all have the same type and are easily swapped.
 PYBIND11_MODULE(_cpu, m) {
   using namespace py::literals;
   m.doc() = "Native CPU kernels of fused_mos; called by fused_mos._backends.cpu, which knows what the arguments mean.";

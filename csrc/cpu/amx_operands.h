@@ -1,11 +1,11 @@
-// Operands of dzᵀ = Eᵀ·dl for tile registers.
+// Packs the operands of dzᵀ = Eᵀ·dl for tile registers.
 #pragma once
 
 #include "operands.h"
 
 namespace {
 
-// Transposes 16 vectors of 16 elements: in step s, those bits of row and lane change places.
+// Transposes 16 vectors of 16 elements. Each step s = 1, 2, 4, 8 swaps that bit of the row and lane indices.
 ALWAYS_INLINE void transpose(__m512i (&rows)[kLanes]) {
 #pragma GCC unroll 4
   for (int s = 1; s < kLanes; s *= 2) {
@@ -24,8 +24,9 @@ ALWAYS_INLINE void transpose(__m512i (&rows)[kLanes]) {
   }
 }
 
-// Copies columns of some classes' rows: of kLanes columns after the other, `steps` pairs of classes each, tiles
-// (kLanes, kTileSteps), with zeros up to a multiple of kTileSteps pairs and of kTileRows columns.
+// Packs columns of some classes' rows, transposed. Each group of kLanes columns has room for `steps` pairs of classes
+// and is a sequence of tiles (kLanes columns, kTileSteps pairs). Zeros pad the pairs to a multiple of kTileSteps and
+// the columns to a multiple of kTileRows.
 inline void transpose_columns(const Bfloat16* rows, Index features, Range classes, Range columns, Index steps,
                               Pair* to) {
   for (Index first = classes.begin; first < classes.end; first += 2 * kLanes) {
@@ -49,7 +50,7 @@ inline void transpose_columns(const Bfloat16* rows, Index features, Range classe
   }
 }
 
-// Makes pairs of classes (steps_of(n), kBlock) of a tile of n classes, with zeros beyond them.
+// Interleaves a tile (n classes, kBlock) to pairs of classes (steps_of(n), kBlock), zero beyond the n classes.
 inline void pair_in_place(Bfloat16* tile, Index n) {
   for (Index v = 0; v < 2 * steps_of<Pair>(n); v += 2) {
     if (v + 1 >= n) memset((void*)(tile + larger(v, n) * kBlock), 0, sizeof(*tile) * (v + 2 - larger(v, n)) * kBlock);

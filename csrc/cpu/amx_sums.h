@@ -1,23 +1,23 @@
-// A tile of sums in four of the eight tile registers of AMX, each of which has 16 rows of 64 bytes: 16 float32, or 16
-// pairs of bfloat16. An instruction multiplies 16 rows of the left operand, 16 pairs of each, by 16 vectors of pairs of
-// the right one. Two registers of either operand are loaded for four products.
+// Tile of sums in four of AMX's eight tile registers. A register has 16 rows of 64 bytes: 16 float32, or 16 pairs of
+// bfloat16. One instruction multiplies a register (16 rows, 16 pairs) of the left operand by a register (16 pairs,
+// 16 lanes) of the right one. Two registers of each operand are loaded for four products.
 #pragma once
 
 #include "product.h"
 
 namespace {
 
-// The layout that the instruction reads; registers of full size.
+// The layout that _tile_loadconfig reads; all registers have their full size.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A constant, since to the compiler the instruction reads the first 8 bytes alone: others would not be written in time.
+// Constant, because the compiler thinks that the instruction reads only 8 bytes: it could write the others too late.
 constexpr TileConfiguration kTileConfiguration;
 
-// The configuration that a thread needs while it multiplies. It is not kept: other libraries have their own.
+// Configures the tile registers while a thread multiplies, then releases them: other libraries configure their own.
 class ProductRegisters {
  public:
   ProductRegisters() { _tile_loadconfig(&kTileConfiguration); }
@@ -26,7 +26,7 @@ class ProductRegisters {
   ProductRegisters& operator=(const ProductRegisters&) = delete;
 };
 
-// Names the sums (kTileRows, NV·kLanes) that are in the registers 0 to 3: there is one such tile at a time.
+// Stands for the sums (kTileRows, NV·kLanes) in registers 0 to 3. Only one such tile exists at a time.
 template <class T, int NV>
 struct Sums {};
 
@@ -40,13 +40,13 @@ ALWAYS_INLINE void clear(Sums<Pair, NV>&) {
   }
 }
 
-// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :], where the number of steps is a multiple of kTileSteps: but row 0
-// of the next kTileSteps of them is `a_next` further on, and row 16 `a_half`.
+// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :] for kTileSteps steps at a time; `steps` is a multiple of them. Each
+// time `a` advances by `a_next` elements. Row 16 of `a` starts `a_half` elements after row 0.
 template <int NV>
 ALWAYS_INLINE void multiply_tiles(const Pair* a, Index a_row, Index a_next, Index a_half, const Pair* b, Index b_step,
                                   Index steps, Sums<Pair, NV>&) {
   const Index a_bytes = a_row * sizeof(Pair), b_bytes = b_step * sizeof(Pair);
-  asm volatile("" ::: "memory");  // GCC 12 does not know that what follows reads memory
+  asm volatile("" ::: "memory");  // GCC 12 does not know that tile loads read memory
   for (Index s = 0; s < steps; s += kTileSteps) {
     _tile_loadd(4, a, a_bytes);
     _tile_loadd(6, b, b_bytes);
@@ -63,7 +63,7 @@ ALWAYS_INLINE void multiply_tiles(const Pair* a, Index a_row, Index a_next, Inde
   }
 }
 
-// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :], where the number of steps is a multiple of kTileSteps.
+// sum[i][:] += Σ_s a[i·a_row + s] · b[s·b_step + :]; `steps` is a multiple of kTileSteps.
 template <int NV>
 ALWAYS_INLINE void multiply(const Pair* a, Index a_row, Index /* a_step, 1 */, const Pair* b, Index b_step, Index steps,
                             Sums<Pair, NV>& sum) {
@@ -81,13 +81,13 @@ ALWAYS_INLINE void store_registers(float* to, Index stride) {
   }
 }
 
-// to[i·stride + :] = sum[i][:]; the bias is added where the tile is read next.
+// to[i·stride + :] = sum[i][:]. transform_tile adds the bias, since it reads the tile next.
 template <int NV>
 ALWAYS_INLINE void store_to(float* to, Index stride, const float* /* bias */, const Sums<Pair, NV>&) {
   store_registers<NV>(to, stride);
 }
 
-// to[i·stride + :] += sum[i][:], or = where it `starts`, within (rows, columns).
+// to[i·stride + :] += sum[i][:], or = if `starts`, within the first `rows` rows and `columns` columns.
 template <bool starts, int NV>
 ALWAYS_INLINE void add_to(float* to, Index stride, Index rows, Index columns, const Sums<Pair, NV>&) {
   if (starts && rows >= kTileRows && columns >= NV * kLanes) return store_registers<NV>(to, stride);

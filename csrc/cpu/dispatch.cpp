@@ -32,8 +32,8 @@ extern const Kernels kernels;
 
 namespace {
 
-// Whether the processor has tile registers for bfloat16, and Linux lets this process use them: it must be asked, since
-// they make what is saved of a thread larger by 8 KiB.
+// Returns true if the processor has tile registers for bfloat16 and Linux lets this process use them. A process must
+// ask, since they add 8 KiB to each thread's saved state.
 bool has_amx() {
 #ifdef __linux__
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -58,7 +58,7 @@ std::vector<const Kernels*> available_kernels() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
       const bool bf16 = __builtin_cpu_supports("avx512bf16");
-      // Intel's multiply pairs of bfloat16 at half the rate of float32, AMD's at twice
+      // Intel processors multiply pairs of bfloat16 at half the rate of float32, AMD processors at twice
       const bool slow_bf16 = __builtin_cpu_is("intel");
       if (bf16 && slow_bf16) available.push_back(&avx512_bf16::kernels);
       available.push_back(&avx512::kernels);

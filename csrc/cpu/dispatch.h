@@ -1,4 +1,4 @@
-// The choice between the instruction sets.
+// Chooses between the instruction sets.
 #pragma once
 
 #include <string>
@@ -8,14 +8,15 @@
 
 namespace fused_mos {
 
-// Sets that are compiled in and that this processor can run, slowest first.
+// Returns the compiled sets that this processor can run, slowest first.
 std::vector<const Kernels*> available_kernels();
 
-// The fastest, or the one that the environment variable FUSED_MOS_ISA names, which is read at each call.
-// Throws std::invalid_argument where that is none of the available.
+// Returns the fastest set, or the one that the environment variable FUSED_MOS_ISA names. The variable is read at each
+// call. Throws std::invalid_argument if that set is not available.
 const Kernels& chosen_kernels();
 
-// Those for operands of this dtype: what multiplies bfloat16 alone, tile registers, leaves float32 to another set.
+// Returns the chosen set for operands of this dtype. Tile registers multiply only bfloat16, so the AMX set leaves
+// float32 to AVX-512.
 const Kernels& kernels_for(bool bf16);
 
 }  // namespace fused_mos

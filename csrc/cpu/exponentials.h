@@ -1,23 +1,23 @@
-// Exponentials of a tile of logits, their sums, and the log-sum-exp that partial sums make together.
+// Exponentials of a tile of logits, their sums, and the merging of partial sums into a log-sum-exp.
 #pragma once
 
 #include "operands.h"
 
 namespace {
 
-// Finite, so that a class of logit −inf gives exp(−inf) = 0 and never inf − inf.
+// Initial maximum. It is finite, so that a logit of −inf gives exp(−inf) = 0 and never inf − inf.
 constexpr float kLowest = -3.40282347e+38f;
 
-constexpr float kSmallest = 0x1p-100f;  // a mixture below this has lost terms that underflowed
+constexpr float kSmallest = 0x1p-100f;  // a mixture below this may have lost terms to underflow
 #ifdef __AMX_BF16__
-constexpr Index kBlocksOfTask = 48;  // a panel of E is read from memory once for so many
-constexpr Index kPanelsOfTask = 4;   // and a block of z for so many
+constexpr Index kBlocksOfTask = 48;  // blocks of z that share one read of a panel of E
+constexpr Index kPanelsOfTask = 4;   // panels of E that share one read of a block of z
 #else
 constexpr Index kBlocksOfTask = 16;
 constexpr Index kPanelsOfTask = 1;
 #endif
 
-// How many of n panels make a task, so that each thread has several.
+// Returns how many of n panels form a task: few enough to give each thread several tasks.
 constexpr Index panels_of_task(Index n, Index n_threads) {
   return larger(smaller(n / (4 * n_threads), kPanelsOfTask), 1);
 }
@@ -37,8 +37,8 @@ ALWAYS_INLINE void store_lanes(float* to, const Vector (&v)[NV]) {
   for (int j = 0; j < NV; ++j) store(to + j * kLanes, v[j]);
 }
 
-// Returns in `total` the sums of e = exp(tile − largest) over n classes, and gives each e to keep(place in the tile, j,
-// its logit, e). A factor other than 1, the inverse of a temperature, multiplies the difference.
+// Sums e = exp(factor·(tile − largest)) over n classes into `total`, and passes each e to keep(index in the tile, j,
+// logit, e). The factor is an inverse temperature.
 template <int NV, class Keep>
 ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&largest)[NV], float factor,
                                 Vector (&total)[NV], Keep keep) {
@@ -54,12 +54,12 @@ ALWAYS_INLINE void exponentiate(const float* tile, Index n, const Vector (&large
   }
 }
 
-// Statistics of the lanes' logits over each part of the vocabulary, (parts, n_lanes).
+// Statistics of each lane's logits over each part of the vocabulary, (parts, n_lanes).
 struct PartialStatistics {
   Index n_lanes;
   float* maxima;
-  float* totals;   // Σ exp(l − maximum), or null where the maxima are enough
-  float* moments;  // Σ exp(l − maximum) (l − maximum), or null where no entropy is wanted
+  float* totals;   // Σ exp(l − maximum), or null if only maxima are wanted
+  float* moments;  // Σ exp(l − maximum) (l − maximum), or null if no entropy is wanted
 
   PartialStatistics from_lane(Index lane) const {
     return {n_lanes, maxima + lane, totals + lane, moments ? moments + lane : nullptr};
@@ -67,17 +67,17 @@ struct PartialStatistics {
   PartialStatistics from_part(Index part) const { return from_lane(part * n_lanes); }
 };
 
-// Takes Σ e^x x, of the total Σ e^x, to the sum for y = x + difference: Σ e^y y, where `factor` is e^difference. What
-// has no mass has no moment, be its logit −inf.
+// Returns Σ e^y y for y = x + difference, given moment = Σ e^x x, total = Σ e^x and factor = e^difference. A factor of
+// 0 gives 0, even if logits are −inf.
 ALWAYS_INLINE Vector shifted_moment(Vector moment, Vector total, Vector difference, Vector factor) {
   return factor > 0.0f ? factor * (moment + total * difference) : Vector{};
 }
 
-// Merges the statistics of `n_parts` parts, for `n` lanes, into the maximum and log_total of the whole and, unless it
-// is null, its entropy.
+// Merges the statistics of `n_parts` parts, for `n` lanes, into the maximum and log_total of the whole vocabulary and,
+// unless it is null, the entropy.
 inline void merge_statistics(const PartialStatistics& parts, Index n_parts, Index n, float* maximum_out,
                              float* log_total_out, float* entropy_out) {
-  constexpr Index kTerms = 64;  // summed apart, so that rounding does not grow with the number of parts
+  constexpr Index kTerms = 64;  // terms of an inner sum, so that rounding does not grow with the number of parts
   for (Index first = 0; first < n; first += kLanes) {
     Vector largest = broadcast(kLowest);
     for (Index p = 0; p < n_parts; ++p) largest = maximum(load(parts.maxima + p * parts.n_lanes + first), largest);
@@ -105,16 +105,17 @@ inline void merge_statistics(const PartialStatistics& parts, Index n_parts, Inde
   }
 }
 
-// The rows' targets and where their logits go, (R,) each; null where there are none to find.
+// Targets of the rows and the array that receives their logits, (R,) each; null if no logits are wanted.
 struct Targets {
   const int64_t* target;
   float* logit;
 };
 
-// A target's place among the classes from `first` on; without overflow, whatever the target is.
+// Returns a target's index among the classes from `first` on. Targets are arbitrary, so a signed difference could
+// overflow.
 inline Index place_of(int64_t target, Index first) { return Index(uint64_t(target) - uint64_t(first)); }
 
-// Reads the logits of this panel's targets from its tile of n classes.
+// Copies the logits of this panel's targets from its tile of n classes.
 inline void pick_targets(const float* tile, const RowBlocks& blocks, Index block, Index panel, Index n,
                          const Targets& targets) {
   for (Index lane = 0; lane < blocks.filled[block]; ++lane) {
@@ -123,7 +124,7 @@ inline void pick_targets(const float* tile, const RowBlocks& blocks, Index block
   }
 }
 
-// Blocks of consecutive rows, and their memory.
+// Owns the blocks of consecutive rows.
 class ConsecutiveRows {
  public:
   ConsecutiveRows(Index first, Index n_rows)
@@ -138,8 +139,8 @@ class ConsecutiveRows {
   Buffer<Index> source_, filled_;
 };
 
-// The rows of a block of tokens, expert by expert: expert k of token t is in lane k·T + t, so that the sum over experts
-// adds vectors of tokens, and no lane but the last ones is empty.
+// Owns the rows of a block of T tokens, expert by expert: lane k·T + t holds expert k of token t. A sum over experts
+// thus adds vectors of tokens, and only the last lanes are empty.
 class RowsByExpert {
  public:
   RowsByExpert(Range tokens, Index n_experts)
@@ -156,7 +157,7 @@ class RowsByExpert {
   }
   RowBlocks blocks() const { return {n_blocks_, source_, filled_}; }
 
-  const Index n_lanes;  // up to the last vector that is not empty
+  const Index n_lanes;  // rounded up to whole vectors
 
  private:
   Index n_blocks_;

@@ -1,4 +1,5 @@
-// The functions that each family of kernels defines, in the namespace of the instruction set it is compiled for.
+// Entry points of the kernels. Each source defines some of them, in the namespace of the instruction set it is compiled
+// for.
 #pragma once
 
 #include "kernels.h"

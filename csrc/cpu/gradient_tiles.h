@@ -1,8 +1,8 @@
-// Tiles of dl = ∂loss/∂logits in memory, and the two products that make gradients of them.
+// Tiles of dl = ∂loss/∂logits in memory, and the two products that turn them into gradients.
 //
-// A tile is (kPanel classes, kBlock rows); the workspace holds all blocks of some rows by a span of panels. No sum
-// crosses threads: dE is summed by panel, dz by row, each in a fixed order, so the result does not depend on how many
-// threads there are.
+// A tile is (kPanel classes, kBlock rows). The workspace holds the tiles of all blocks of some rows for a span of
+// panels. No sum crosses threads: dE is summed by panel and dz by row, each in a fixed order, so the result does not
+// depend on the number of threads.
 #pragma once
 
 #include "exponentials.h"
@@ -13,24 +13,24 @@
 namespace {
 
 constexpr Index kLine = 64;  // bytes of a cache line
-// Spans of panels are multiples of kPanelsOfProduct, so that no sum depends on where they begin.
+// Spans are multiples of kPanelsOfProduct panels, so that no sum depends on where a span begins.
 #ifdef __AMX_BF16__
-constexpr bool kTransposed = true;      // dzᵀ = Eᵀ·dl is computed, not dz = dl·E
-constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their part of z is at most 32 KiB
-constexpr Index kPanelsOfProduct = 4;   // classes of one product of dzᵀ: likewise their part of dl
+constexpr bool kTransposed = true;      // compute dzᵀ = Eᵀ·dl, not dz = dl·E
+constexpr Index kBlocksOfProduct = 16;  // blocks of rows in a product of dE: their part of z takes at most 32 KiB
+constexpr Index kPanelsOfProduct = 4;   // panels of classes in a product of dzᵀ: so does their part of dl
 #else
 constexpr bool kTransposed = false;
-constexpr Index kBlocksOfProduct = 16;  // rows of one product of dE: their tiles of a panel stay in the L2 cache
+constexpr Index kBlocksOfProduct = 16;  // blocks of rows in a product of dE: a panel's tiles stay in the L2 cache
 constexpr Index kPanelsOfProduct = 1;
 #endif
 
-// Prefetches the part-th of `parts` shares: what is read next lies far apart, and each line's latency would be seen.
+// Prefetches the part-th of `parts` shares. The next reads are far away, so each line would cost its full latency.
 ALWAYS_INLINE void prefetch_share(const void* from, Index bytes, Index part, Index parts) {
   const Range lines = share(bytes / kLine, part, parts);
   for (Index line = lines.begin; line < lines.end; ++line) prefetch((const char*)from + line * kLine);
 }
 
-// Where the gradients go; null where they are not needed.
+// Destinations of the gradients; null if not needed.
 template <class T>
 struct Gradients {
   explicit Gradients(const fused_mos::GradientArguments& a)
@@ -38,17 +38,17 @@ struct Gradients {
 
   typename T::In* rows;
   typename T::In* weight;
-  float* weight_sums;  // (V, D), for 16-bit gradients to which several chunks of rows add; else null
+  float* weight_sums;  // (V, D), for 16-bit gradients that several chunks of rows add to, else null
   float* bias;
 
   bool of_weight() const { return weight || weight_sums; }
 };
 
-// Shares dz between the threads, cut into tile rows (kTileRows rows) and blocks of columns, so that the largest part
-// takes the least time: for its products, and for reading dl of its rows and E in its columns.
+// Partitions dz among the threads, by tile rows (kTileRows rows) and blocks of columns. Minimises the time of the
+// largest part: its products, and reading dl of its rows and E of its columns.
 struct RowsPartition {
   static constexpr Index kTileRowsOfBlock = kBlock / kTileRows;
-  static constexpr Index kReading = 8;  // rows, or columns, whose products take as long
+  static constexpr Index kReading = 8;  // columns whose products take as long as reading a row, and vice versa
 
   RowsPartition(Index n_blocks, Index column_blocks, int n_threads)
       : n_tile_rows(n_blocks * kTileRowsOfBlock), column_blocks(column_blocks) {
@@ -78,8 +78,8 @@ class GradientTiles {
   using Op = typename T::Op;
   using Stored = typename T::Stored;
   static constexpr int kDepth = Element<Op>::kDepth;
-  static constexpr Index kColumnsOfProduct = 8 * kDepth * kBlock;  // of a panel of E: their copy stays in the L2 cache
-  static constexpr Index kTransposedBytes = 1200 * 1024;           // of several panels: likewise
+  static constexpr Index kColumnsOfProduct = 8 * kDepth * kBlock;  // columns copied at once: they stay in the L2 cache
+  static constexpr Index kTransposedBytes = 1200 * 1024;           // of panels transposed at once: so do they
 
  public:
   GradientTiles(const Head& head, const In* rows, const Gradients<T>& gradients, Index n_blocks, Index span)
@@ -102,31 +102,31 @@ class GradientTiles {
   Stored* tile(Index panel_of_span, Index block) const {
     return tiles_ + ((place_ + panel_of_span) * n_blocks_ + block) * kTile;
   }
-  // Says where the tiles of the span at hand are: its first panel's in the place-th of those that there is room for.
+  // Sets where the current span's tiles are: those of its first panel take the place-th slot of the workspace.
   void place_span(Index place) { place_ = place; }
   Op* packed(Index block) const { return packed_ + block * kBlock * steps_of<Op>(head_.n_features); }
   void* scratch(int thread) const { return scratch_ + scratch_bytes_ * thread; }
-  // A thread's tile of float32 logits, where what is stored is smaller.
+  // Returns a thread's tile of float32 logits. It exists only if Stored is narrower.
   float* tile_scratch(int thread) const { return tile_scratch_ + kTile * thread; }
   const Gradients<T>& gradients() const { return gradients_; }
 
-  // Takes blocks of rows for the logits. To be called by one thread, as all below.
+  // Packs blocks of rows for the logits. One thread must call this and all functions below except add_to_weight.
   void pack(const RowBlocks& blocks) {
     n_blocks_ = blocks.n_blocks;
 #pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
     for (Index b = 0; b < blocks.n_blocks; ++b) pack_block<T>(head_, rows_, blocks, b, packed(b));
   }
 
-  // How many times rows were taken. Until it is 1, dE is not written.
+  // Returns the number of calls of begin. dE is not written before the first.
   Index n_begun() const { return n_begun_; }
 
-  // Takes the rows whose gradients are formed: sums of dz begin.
+  // Packs the rows whose gradients are formed, for dE, and clears their sums of dz.
   void begin(const RowBlocks& kept) {
     ++n_begun_;
 #pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
     for (Index b = 0; b < kept.n_blocks; ++b) {
       if (right_) {
-        // by blocks of columns, each of which a product reads from end to end
+        // by blocks of columns, since a product reads one block from end to end
         pack_columns<T>(rows_, kept.source + b * kBlock, kept.filled[b], head_.n_features, 0, head_.n_features,
                         right_block_, right_ + b * kBlock / kDepth * kBlock);
       }
@@ -136,8 +136,8 @@ class GradientTiles {
     }
   }
 
-  // Takes some panels of a span, block by block, from what finish(panel of the span, blocks) makes dl of, and adds dl
-  // to dE while it is in the L2 cache.
+  // Adds dlᵀ·z of some panels of a span to dE. First finish(panel of the span, blocks) turns the tiles of a few blocks
+  // into dl, which is multiplied while it is in the L2 cache.
   template <class Finish>
   void add_to_weight(const RowBlocks& kept, Range span, Range panels, int thread, Finish finish) const {
     [[maybe_unused]] const ProductRegisters registers;
@@ -169,7 +169,7 @@ class GradientTiles {
     }
   }
 
-  // Adds the tiles of a span of panels to the sums of dz.
+  // Adds dl·E over a span of panels to the sums of dz.
   void add_to_rows(const RowBlocks& kept, Range span) {
     if constexpr (kTransposed) {
       add_to_transposed_rows(kept.n_blocks, span);
@@ -178,7 +178,7 @@ class GradientTiles {
     }
   }
 
-  // Writes the sums of dz to the rows they belong to.
+  // Writes the sums of dz to the rows' gradients.
   void end(const RowBlocks& kept) const {
 #pragma omp parallel for num_threads(head_.n_threads) schedule(dynamic)
     for (Index b = 0; b < kept.n_blocks; ++b) {
@@ -195,8 +195,8 @@ class GradientTiles {
   }
 
  private:
-  static constexpr bool kDirect = sizeof(In) == sizeof(float);  // gradients are summed where they are returned
-  static constexpr bool kInPlace = kDirect;                     // operands are multiplied as they lie
+  static constexpr bool kDirect = sizeof(In) == sizeof(float);  // gradients are summed in the arrays that return them
+  static constexpr bool kInPlace = kDirect;                     // products can read operands in place
   static constexpr Index kFewBlocks = 1, kRowsInPlace = 32;
 
   static Index columns_scratch_bytes(const Head& head) {
@@ -204,17 +204,17 @@ class GradientTiles {
     return sizeof(Op) * steps_of<Op>(kPanel) * smaller(kColumnsOfProduct, round_up(head.n_features, kBlock));
   }
 
-  // Whether what the next rows add to is the sums that these made.
+  // Returns true if the next chunk of rows adds to the same sums of dE.
   bool sums_are_kept() const { return kDirect || gradients_.weight_sums; }
 
-  // The memory that the sums of one panel's dE are made in, (kPanel, stride).
+  // Memory for the sums of one panel's dE, (kPanel, stride).
   struct WeightSums {
     float* rows;
     Index stride;
   };
 
-  // Float32 gradients are summed where they are returned, others in this thread's own memory or, if several chunks of
-  // rows add to them, in a float32 copy of the whole.
+  // Returns where a panel's dE is summed. Float32 gradients are summed in the array that returns them, others in this
+  // thread's own memory or, if several chunks of rows add to them, in a float32 copy of the whole dE.
   WeightSums weight_sums(Index panel, int thread, Index panel_of_task) const {
     if (gradients_.weight_sums) {
       return {gradients_.weight_sums + panel * kPanel * head_.n_features, head_.n_features};
@@ -255,7 +255,7 @@ class GradientTiles {
     });
   }
 
-  // Shares dz between the threads.
+  // Adds dl·E over a span of panels to dz, of which each thread has a part.
   void add_to_rows_in_order(const RowBlocks& kept, Range span) {
     const RowsPartition partition(kept.n_blocks, ceil_div(head_.n_features, kBlock), head_.n_threads);
     Buffer<Op> paired(kDepth == 2 ? kTile / 2 * head_.n_threads : 0);
@@ -267,8 +267,8 @@ class GradientTiles {
     }
   }
 
-  // Adds dl·E over a span of panels to one thread's part of dz. E is copied by blocks of columns: where it lies, the
-  // rows of such a block are far apart, fill their lines by half and share few sets of the cache.
+  // Adds dl·E over a span of panels to one thread's part of dz. E is copied by blocks of columns: in place, the rows of
+  // a block are far apart, fill only half of their cache lines, and map to few cache sets.
   void add_part_to_rows(const RowBlocks& kept, Range span, Range tile_rows, Range columns, Op* e, Op* paired) {
     constexpr Index kTileRowsOfBlock = RowsPartition::kTileRowsOfBlock;
     const Range blocks{tile_rows.begin / kTileRowsOfBlock, ceil_div(tile_rows.end, kTileRowsOfBlock)};
@@ -278,7 +278,7 @@ class GradientTiles {
       const Range set = chunk_at(columns.end, columns.begin + i % column_sets * kColumnsOfProduct, kColumnsOfProduct);
       const Index n = classes_in(head_, span.begin + p), steps = ceil_div(n, kDepth);
       const auto* panel = (const In*)head_.weight + (span.begin + p) * kPanel * head_.n_features;
-      // for few rows, whole blocks of columns are read where they lie
+      // a copy does not pay for few rows: they read whole blocks of columns in place
       const Index in_place = kInPlace && kept.n_blocks <= kFewBlocks ? set.size() / kBlock * kBlock : 0;
       pack_columns<T>(panel, nullptr, n, head_.n_features, set.begin + in_place, set.end, steps * kBlock, e);
       for (Index b = blocks.begin; b < blocks.end; ++b) {
@@ -293,7 +293,7 @@ class GradientTiles {
                          smaller((tile_rows.end - first_tile_row) * kTileRows, kept.filled[b])};
         const Stored* next_tile = b + 1 < blocks.end ? tile(p, b + 1) : tile(next_p, blocks.begin);
         if constexpr (kInPlace) {
-          // by a few classes, whose rows are read from end to end
+          // a few classes at a time, whose rows are read from end to end
           for (Index v = 0; v < n && in_place; v += kRowsInPlace) {
             prefetch_columns(span.begin * kPanel + p * kPanel + v + kRowsInPlace, set);
             add_rows_product(b, rows, {set.begin, set.begin + in_place}, dl + v * kBlock,
@@ -306,7 +306,7 @@ class GradientTiles {
     }
   }
 
-  // Prefetches some columns of kRowsInPlace classes' rows: parts of them are too short for the processor to foresee.
+  // Prefetches some columns of kRowsInPlace classes' rows: parts of rows are too short for the hardware prefetcher.
   void prefetch_columns(Index first_class, Range columns) const {
     for (Index v = first_class; v < smaller(first_class + kRowsInPlace, head_.n_classes); ++v) {
       const In* row = (const In*)head_.weight + v * head_.n_features;
@@ -314,8 +314,8 @@ class GradientTiles {
     }
   }
 
-  // Adds dl·E over one panel to dz of some rows of a block, in some columns; prefetches the next tile, if any,
-  // meanwhile. Of E, blocks of columns are `e_block` apart, and rows `e_step`.
+  // Adds dl·E over one panel to dz of some rows of a block, in some columns, and meanwhile prefetches the next tile, if
+  // any. Blocks of columns of E are `e_block` elements apart, and rows `e_step`.
   void add_rows_product(Index block, Range rows, Range columns, const Op* dl, const Op* e, Index e_block, Index e_step,
                         Index steps, const Stored* next_tile) {
     const Index calls = larger(ceil_div(columns.size(), kBlock) * ceil_div(rows.size(), kTileRows), 1);
@@ -345,13 +345,13 @@ class GradientTiles {
     }
   }
 
-  // Adds Eᵀ·dl over a span of panels, in pairs of classes, to the sums of dzᵀ: of these there is a tile (kBlock
-  // features, kBlock rows) where dz has one of rows and features. As many panels of Eᵀ as stay in the L2 cache are made
-  // at once.
+  // Adds Eᵀ·dl over a span of panels, in pairs of classes, to the sums of dzᵀ. Their tiles (kBlock features, kBlock
+  // rows) take the places of dz's tiles (kBlock rows, kBlock features). As many panels of E are transposed at once as
+  // stay in the L2 cache.
   void add_to_transposed_rows(Index n_blocks, Range span) {
     const Index width = smaller(round_up(head_.n_features, kBlock), kColumnsOfProduct);
     const Index most = round_up(kTransposedBytes / (width * kPanel * Index(sizeof(In))) + 1, kPanelsOfProduct);
-    const Index steps = most * kPanel / kDepth;  // of a column, in the buffer
+    const Index steps = most * kPanel / kDepth;  // per column of the buffer
     Buffer<Op> transposed(width * steps);
 #pragma omp parallel num_threads(head_.n_threads)
     {
@@ -361,7 +361,7 @@ class GradientTiles {
         for (Index d = 0; d < head_.n_features; d += kColumnsOfProduct) {
           const Range set = chunk_at(head_.n_features, d, kColumnsOfProduct);
           const RowsPartition partition(n_blocks, ceil_div(set.size(), kBlock), head_.n_threads);
-          // where there are more threads than panels, by columns too
+          // if there are more threads than panels, tasks are split by columns too
           const Index parts_of_panel = smaller(partition.column_blocks, ceil_div(head_.n_threads, panels.size()));
 #pragma omp for schedule(static, 1)
           for (Index task = 0; task < panels.size() * parts_of_panel; ++task) {
@@ -390,8 +390,8 @@ class GradientTiles {
     }
   }
 
-  // Of kLanes columns of E, `e` has tiles of kTileSteps pairs each, one after the other; the next columns are `next`
-  // further on.
+  // Adds Eᵀ·dl over some panels to one tile of dzᵀ. `e` has kLanes columns of E, as consecutive tiles of kTileSteps
+  // pairs; the next kLanes columns start `next` elements later.
   void add_transposed_product(Range span, Range panels, Index b, Index d, const Op* e, Index next) {
     Sums<Op, kTileVectors> sum;
     clear(sum);
@@ -402,7 +402,7 @@ class GradientTiles {
     add_to<false>(row_sums_ + d * lanes_ + b * kBlock * kBlock, kBlock, kTileRows, kBlock, sum);
   }
 
-  // (classes, kBlock) of bfloat16 -> (classes / 2, kBlock) of pairs of classes
+  // Interleaves bfloat16 (classes, kBlock) to pairs of classes (classes / 2, kBlock).
   static const Op* pair_classes(const Stored* from, Index n, Index vectors, Op* to) {
     const Bfloat16 none[kBlock] = {};
     for (Index v = 0; v < n; v += 2) {
@@ -419,7 +419,7 @@ class GradientTiles {
   Buffer<Stored> tiles_;
   Buffer<Op> packed_;
   Index lanes_;
-  Index right_block_;  // elements of a block of columns of `right_`
+  Index right_block_;  // elements in a block of columns of `right_`
   Buffer<Op> right_;
   Buffer<float> row_sums_;
   Index scratch_bytes_;

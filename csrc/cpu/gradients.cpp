@@ -1,5 +1,5 @@
-// The backward pass of the negative log-likelihood, recomputing the logits (4 products), and the forward pass that
-// forms the gradients at once (3 products).
+// Backward pass of the negative log-likelihood, which recomputes the logits (4 products), and the forward pass that
+// also forms the gradients (3 products).
 #include "family.h"
 #include "gradient_tiles.h"
 #include "token_loss.h"
@@ -8,10 +8,10 @@ namespace {
 
 using fused_mos::RowsBackwardArguments;
 
-constexpr Index kPanelsOfSpan = 16;  // for which a recomputing backward pass has at least room in the workspace
+constexpr Index kPanelsOfSpan = 16;  // panels that fit in the workspace, at least, in a recomputing backward pass
 
-// The panels whose two products with dl are made one after the other: as many as stay in the L3 cache from the first
-// to the second, and several for each thread. Tile registers read more of E at once.
+// Returns how many panels form a span: as many as stay in the L3 cache between the two products with dl, but several
+// for each thread. Tile registers read more of E at once, so that one span has all panels.
 template <class T>
 Index panels_of_gradients(const Head& head, Index n_blocks) {
   constexpr Index kBytes = 8 << 20;
@@ -19,7 +19,7 @@ Index panels_of_gradients(const Head& head, Index n_blocks) {
   return larger(kBytes / (n_blocks * kTile * Index(sizeof(typename T::Stored))), 4 * head.n_threads);
 }
 
-// The rows whose gradients are formed, lane by lane: where their exponentials are, and what makes dl of them.
+// Rows whose gradients are formed, by lane: the lanes of their exponentials, and the terms that turn these into dl.
 struct KeptRows {
   explicit KeptRows(Index max_lanes)
       : source(max_lanes),
@@ -33,7 +33,7 @@ struct KeptRows {
 
   void clear() { n_rows = 0; }
 
-  // `lane` is where its exponentials are, `row` which row it is.
+  // Adds a row whose exponentials are in `lane`.
   void add(Index lane, Index row, Index class_of_target, float row_maximum, float row_log_total, float lse_weight,
            float target_weight) {
     origin[n_rows] = lane;
@@ -46,7 +46,7 @@ struct KeptRows {
     ++n_rows;
   }
 
-  // Fills up the last block with rows that weigh nothing.
+  // Returns the blocks of the rows, the last one padded with rows of weight 0.
   RowBlocks blocks() {
     const Index n_blocks = ceil_div(n_rows, kBlock), kept = n_rows;
     while (n_rows < n_blocks * kBlock) add(n_rows, -1, -1, 0, 0, 0, 0);
@@ -60,8 +60,9 @@ struct KeptRows {
   Buffer<float> maximum, log_total, grad_lse, grad_target;
 };
 
-// Fills the tiles of a span of panels with exp(l − the panel's maximum), times the slope of a soft cap, which is what
-// the gradients need, and the statistics of each of these panels with the sums of exp(l − maximum).
+// Fills the tiles of a span of panels with exp(l − the panel's maximum), times the slope of a soft cap, as the
+// gradients need it. Fills the statistics of each panel with the maxima and the sums of exp(l − maximum), without the
+// slope.
 template <class T>
 void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const RowBlocks& blocks, Range span,
                        const Targets& targets, const PartialStatistics& statistics) {
@@ -110,8 +111,8 @@ void exponentiate_span(const Head& head, const GradientTiles<T>& tiles, const Ro
   }
 }
 
-// Scales the exponentials of a panel to dl for one block of kept rows: row i of it is factor[i] times the row at
-// offset[i] in the panel's tiles.
+// Factors that turn a panel's exponentials into dl for one block of kept rows. Row i of dl is factor[i] times the row
+// at offset[i] in the panel's tiles.
 struct BlockScale {
   BlockScale(const KeptRows& kept, Index block, Index n_rows, Index n_lanes, const float* maxima) {
     const Index first = block * kBlock;
@@ -129,12 +130,12 @@ struct BlockScale {
 
   float factor[kBlock] = {};
   Index offset[kBlock];
-  bool in_place = true;  // the rows are where they were
+  bool in_place = true;  // no row changes its lane
 };
 
-// Turns the exponentials of one panel into dl, in place, for some blocks of kept rows, which move up, and adds dl to
-// the sums of the bias's gradient (kPanel, kLanes). A kept row's lane never lies behind the lane it comes from, so
-// nothing is overwritten before it is read.
+// Turns the exponentials of one panel into dl, in place, for some blocks of kept rows, and adds dl to the sums of the
+// bias's gradient (kPanel, kLanes). A kept row never moves to a higher lane, so nothing is overwritten before it is
+// read.
 template <class T>
 void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRows& kept, const RowBlocks& blocks,
                   Range finished, Index panel, Index panel_of_span, const float* maxima, float* bias_sums) {
@@ -145,7 +146,7 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
     const BlockScale scale(kept, b, filled, n_lanes, maxima);
     auto* dl = tiles.tile(panel_of_span, b);
 
-    // the targets' entries, in float32, before the tile rounds them
+    // the targets' entries, computed in float32 before the tile rounds them
     float at_target[kBlock];
     for (Index i = 0; i < filled; ++i) {
       const Index v = place_of(kept.target[b * kBlock + i], panel * kPanel);
@@ -154,7 +155,7 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
           scale.factor[i] * widen(exponentials[scale.offset[i] + v * kBlock]) - kept.grad_target[b * kBlock + i];
     }
 
-    // a row that was dropped may have left what no factor makes 0
+    // a dropped row may have left NaN, which no factor turns into 0
     if (scale.in_place) clear_lanes(dl, n, filled);
 
     float moved[kBlock] = {};
@@ -181,7 +182,7 @@ void finish_panel(const Head& head, const GradientTiles<T>& tiles, const KeptRow
   }
 }
 
-// Multiplies what is subtracted at the targets in a span of panels by the slope of the soft cap there.
+// Multiplies the terms subtracted at the targets in a span of panels by the slope of the soft cap there.
 inline void weigh_targets(const LogitTransform& transform, Range span, const float* target_logit, KeptRows& kept) {
   for (Index i = 0; i < kept.n_rows; ++i) {
     const Index v = place_of(kept.target[i], span.begin * kPanel);
@@ -190,7 +191,8 @@ inline void weigh_targets(const LogitTransform& transform, Range span, const flo
   }
 }
 
-// Forms dl of a span whose tiles hold exponentials, and adds it to dE and dz. `target_logit` (R,) is for a soft cap.
+// Forms dl of a span whose tiles hold exponentials, and adds its products to dE and dz. Only a soft cap needs
+// `target_logit` (R,).
 template <class T>
 void add_gradients(const Head& head, GradientTiles<T>& tiles, KeptRows& kept, const RowBlocks& blocks, Range span,
                    const float* target_logit, const PartialStatistics& statistics) {
@@ -222,7 +224,7 @@ void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
   using In = typename T::In;
   constexpr bool kDirect = sizeof(In) == sizeof(float);
   const Gradients<T> gradients(a.gradients);
-  // 16-bit gradients of the weight are summed in float32 by panel, so all rows must pass while the panel is at hand
+  // 16-bit gradients of the weight are summed in float32, one panel at a time, so all rows must be in one chunk
   const Index panels = panels_of(head), chunk = kDirect ? smaller(rows_of_chunk(head), a.n_rows) : a.n_rows;
   const Index max_blocks = ceil_div(chunk, kBlock);
   const Index bytes_of_panel = max_blocks * kTile * sizeof(typename T::Stored);
@@ -255,8 +257,8 @@ void rows_backward_of(const Head& head, const RowsBackwardArguments& a) {
   }
 }
 
-// Keeps those rows of a block of tokens whose responsibilities (one per row of the block) the filter lets pass, or
-// whose log-sum-exp is regularised.
+// Keeps the rows of a block of tokens whose responsibilities (one per row of the block) pass the filter, or whose
+// log-sum-exp is regularised.
 inline void keep_rows(const Head& head, const NllArguments& a, Range rows, const int64_t* target,
                       const float* responsibility, KeptRows& kept) {
   kept.clear();
@@ -283,8 +285,8 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
   const bool sums = sizeof(In) != sizeof(float) && grad_weight && a.tokens_of_block < a.n_tokens;
   Buffer<float> weight_sums(sums ? head.n_classes * head.n_features : 0);
   if (sums) gradients.weight = nullptr, gradients.weight_sums = weight_sums;
-  // The first panels' exponentials are held. When they have been used, the others' take their place, computed again: so
-  // dz is summed in the same order however many are held.
+  // The workspace holds the exponentials of the first panels. Once these are used, the exponentials of the others are
+  // recomputed in their place, so that dz is summed in the same order however many are held.
   const Index held = ceil_div(a.classes_held, kPanel);
   const Index max_span = smaller(panels_of_gradients<T>(head, max_blocks), held);
   GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, held);

@@ -1,16 +1,16 @@
-// The border between the dispatcher and the kernels: raw pointers and sizes, one table of functions for each
-// instruction set. Shape letters as in the Python package: N tokens, K experts, R = N·K rows, D features, V classes.
-// All arrays are contiguous. "Operand" arrays (rows, weight, their gradients) are float32 or bfloat16 as Head::bf16
-// says; everything else is float32, and classes are int64.
+// Interface between the dispatcher and the kernels: raw pointers, sizes, and one table of functions per instruction
+// set. Shape letters are those of the Python package: N tokens, K experts, R = N·K rows, D features, V classes. All
+// arrays are contiguous. "Operand" arrays (rows, weight, their gradients) are bfloat16 if Head::bf16 is set, else
+// float32. Classes are int64; other arrays are float32 unless declared otherwise.
 #pragma once
 
 #include <cstdint>
 
 namespace fused_mos {
 
-// What happens to a logit before its softmax: l' = c·tanh(l/c) / T. Below, `l` is a logit after it.
+// Transforms a logit before its softmax: l' = c·tanh(l/c) / T. Below, `l` is a transformed logit.
 struct Transform {
-  float softcap;              // c > 0; 0 for none
+  float softcap;              // c > 0, or 0 for no cap
   float inverse_temperature;  // 1 / T
 };
 
@@ -22,26 +22,26 @@ struct Head {
   bool bf16;
   int n_threads;
   Transform transform;
-  int64_t workspace_bytes;  // what does not fit in it comes in chunks
+  int64_t workspace_bytes;  // larger problems are processed in chunks
 };
 
-// A row's log-sum-exp is kept in two terms, L = maximum + log_total: in one number, the rounding of a large L would
-// spoil exp(l − L).
+// A row's log-sum-exp is stored as two terms, L = maximum + log_total: rounding a large L to one float32 would spoil
+// exp(l − L).
 struct StatisticsArguments {
   const void* rows;  // (R, D) operand
   int64_t n_rows;
   const int64_t* target;  // (R,) or null
   float* maximum;         // (R,)
   float* log_total;       // (R,)
-  float* target_logit;    // (R,), NaN where the target is no class
+  float* target_logit;    // (R,), NaN if the target is not a class
   float* entropy;         // (R,) of softmax(l), or null
 };
 
-// Gradients that kernels fill, of the rows (N·K latent vectors) and of the head; null where not needed.
+// Gradients of the rows (N·K latent vectors) and of the head, which kernels fill; null if not needed.
 struct GradientArguments {
-  void* rows;    // (R, D) operand, zeros at first
-  void* weight;  // (V, D) operand, whatever there was before; where there are no rows, it stays
-  float* bias;   // (V,), zeros at first
+  void* rows;    // (R, D) operand, zero on entry
+  void* weight;  // (V, D) operand, overwritten, but unchanged if there are no rows
+  float* bias;   // (V,), zero on entry
 };
 
 // dl = grad_lse·exp(l − L) − grad_target·1[v = target]
@@ -56,17 +56,17 @@ struct RowsBackwardArguments {
   GradientArguments gradients;
 };
 
-// The loss is scale·Σ nll over the valid tokens or, where there are loss_weights with rows c, λ and ζ, their sum of
-// c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k², and then no row is filtered.
+// The loss is scale·Σ nll over the valid tokens. If loss_weights are given, with rows c, λ and ζ, it is instead the sum
+// of c·nll + λ Σ_k π_k L_k + ζ Σ_k π_k L_k² over the valid tokens, and no row is filtered.
 struct NllArguments {
   const void* latent;      // (N, K, D) operand
   const float* log_prior;  // (N, K)
   const int64_t* target;   // (N,)
-  const bool* valid;       // (N,): counted in the loss
+  const bool* valid;       // (N,), true if the token counts in the loss
   int64_t n_tokens;
   int64_t n_experts;
-  int64_t tokens_of_block;  // whose exponentials are held at once
-  int64_t classes_held;     // of which they are: all, unless one block has all tokens
+  int64_t tokens_of_block;  // tokens whose exponentials are held at once
+  int64_t classes_held;     // classes whose exponentials are held: all, unless one block has all tokens
   float scale;
   const float* loss_weights;  // (3, N) or null
   float filter_eps;
@@ -78,8 +78,8 @@ struct NllArguments {
   GradientArguments gradients;
 };
 
-// A gradient of log p, either dense or G = token_n of_class_v + at_target_n 1[v = target_n] −
-// entropy_n p (log p + 1). What is null is 0; `of_class` has a `token`, and `at_target` a `target`.
+// Gradient of log p, either dense or G = token_n of_class_v + at_target_n 1[v = target_n] − entropy_n p (log p + 1).
+// Null terms are 0; `of_class` requires `token`, and `at_target` requires `target`.
 struct LogProbGradient {
   const float* dense;      // (N, V)
   const float* token;      // (N,)
@@ -100,18 +100,18 @@ struct MixtureArguments {
   int64_t* best;               // (N,), the most probable class, or null
   float* mean_log_prob;        // (N, K), Σ_v exp(l − L) log p, or null
   LogProbGradient grad;        // for the backward pass
-  const float* mean_gradient;  // (N, K), s = Σ_v G π exp(l − L) / p, or null where it is to be summed
+  const float* mean_gradient;  // (N, K), s = Σ_v G π exp(l − L) / p, or null to have it summed
   float* grad_prior;           // (N, K) or null
   GradientArguments gradients;
 };
 
-// The mixture of all classes and its normalisers, whose logits are computed once.
+// The mixture over all classes and its normalisers, from logits that are computed once.
 struct OneSweepArguments {
   const void* latent;      // (N, K, D) operand
   const float* log_prior;  // (N, K)
   int64_t n_tokens;
   int64_t n_experts;
-  int64_t tokens_of_block;  // whose exponentials over all classes are held at once
+  int64_t tokens_of_block;  // tokens whose exponentials over all classes are held at once
   float* maximum;           // (N, K)
   float* log_total;         // (N, K)
   float* log_prob;          // (N, V) or null
@@ -125,24 +125,24 @@ struct SampleArguments {
   int64_t* sample;        // (R,)
 };
 
-// A layer's shape letters are T steps, B rows of the batch, H hidden units. Gates are i, f, g, o.
+// Shape letters of a layer: T steps, B rows of the batch, H hidden units. Gates are in the order i, f, g, o.
 struct LstmArguments {
   int64_t n_steps, batch, width;
-  bool bf16;  // whether the operands of products are rounded to bfloat16, where that is faster
+  bool bf16;  // round the products' operands to bfloat16 if that is faster
   int n_threads;
   const float* weight;       // (4H, H), hidden to hidden
   const float *h0, *c0;      // (B, H)
-  float* gates;              // (T, B, 4H); forward: in, what the input and the biases add; out, the gates
+  float* gates;              // (T, B, 4H); forward: in, the terms of the input and the biases; out, the gates
   float *cells, *output;     // (T, B, H)
   const float* grad_output;  // (T, B, H) or null
-  float* grad_gates;         // (T, B, 4H), before σ and tanh
+  float* grad_gates;         // (T, B, 4H), of the gates before σ and tanh
   float* grad_h0;            // (B, H) or null
-  float* grad_c0;            // (B, H); in, the gradient of the last cell state
+  float* grad_c0;            // (B, H); in, the gradient of the last cell state; out, that of c0
 };
 
 struct Kernels {
   const char* name;
-  bool bf16_products;  // whether bfloat16 operands are multiplied as they are, else widened to float32 first
+  bool bf16_products;  // true if bfloat16 operands are multiplied directly, false if they are widened to float32
   void (*row_statistics)(const Head&, const StatisticsArguments&);
   void (*rows_backward)(const Head&, const RowsBackwardArguments&);
   void (*nll_with_gradients)(const Head&, const NllArguments&);
@@ -155,7 +155,7 @@ struct Kernels {
   void (*exponentials)(const float*, float*, int64_t);         // exp of numbers ≤ 0, for tests
   void (*logarithms)(const float*, float*, int64_t);           // log of positive numbers, for tests
   void (*hyperbolic_tangents)(const float*, float*, int64_t);  // tanh, for tests
-  double (*peak_gflops)(int n_threads, bool bf16);  // of a loop of register-only multiply-adds, for benchmarks
+  double (*peak_gflops)(int n_threads, bool bf16);             // rate of multiply-adds on registers, for benchmarks
 };
 
 }  // namespace fused_mos

@@ -1,4 +1,4 @@
-// A gradient G[n,v] of log p, read by lane: as it lies in memory, or made of the few numbers that it is a formula of.
+// Gradient G[n,v] of log p, loaded by lane: read from memory, or computed from the terms of its formula (kernels.h).
 #pragma once
 
 #include "mixture_tile.h"
@@ -7,7 +7,7 @@ namespace {
 
 using fused_mos::LogProbGradient;
 
-// The gradients of the tokens of one block.
+// Gradients of one block of tokens.
 class GradientLanes {
  public:
   GradientLanes(const LogProbGradient& g, const Head& head, const TokenChunk& chunk, Index token_block)
@@ -19,7 +19,7 @@ class GradientLanes {
     }
   }
 
-  // Returns G of class v in `to`; `mixture` has p of that class.
+  // Loads G of class v into `to`, given p of that class in `mixture`.
   template <int NV>
   ALWAYS_INLINE void load_class(Index v, const float* mixture, Vector (&to)[NV]) const {
     float lanes[kBlock] = {};
@@ -35,7 +35,7 @@ class GradientLanes {
       to[j] += load(token_ + j * kLanes) * of_class;
       if (!g_.entropy) continue;
       const Vector p = load(mixture + j * kLanes);
-      const Vector log_p = log_positive(p);  // finite where p underflows, and nothing times p
+      const Vector log_p = log_positive(p);  // finite even if p underflows, so that p·log p is 0
       to[j] -= load(entropy_ + j * kLanes) * p * (log_p + 1.0f);
     }
   }

@@ -1,8 +1,8 @@
-// One LSTM layer over a whole sequence: what depends on the step before. Gates are in torch's order i, f, g, o.
+// Recurrent part of one LSTM layer over a whole sequence. Gates are in torch's order i, f, g, o.
 //
-// A thread has some of the hidden units, and packs the weights that it multiplies once for all steps: they are read
-// from end to end in each, which for a batch of some ten rows takes longer than the products. After a step the threads
-// wait for one another, since each needs all of h, or of the gates' gradients. No sum crosses threads.
+// Each thread has some of the hidden units, and packs their weights once for all steps. A step reads the packed weights
+// from end to end, which takes longer than the products for a batch of some ten rows. Threads wait for one another
+// after each step, since each needs all of h, or of the gates' gradients. No sum crosses threads.
 #include "family.h"
 #include "operands.h"
 #include "threads.h"
@@ -12,22 +12,22 @@ namespace {
 using fused_mos::LstmArguments;
 
 constexpr int kGates = 4;
-constexpr int kVectors = 2;  // of columns of packed weights, in one product
+constexpr int kVectors = 2;  // vectors of packed weights' columns in one product
 constexpr Index kColumns = kVectors * kLanes;
 
 #if defined(__AMX_BF16__)
-constexpr int kRows = 16;  // of the batch, in one product
+constexpr int kRows = 16;  // rows of the batch in one product
 #elif defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 12;  // 24 of 32 vector registers hold the sums
+constexpr int kRows = 12;  // sums take 24 of 32 vector registers
 #else
-constexpr int kRows = 6;  // 12 of 16
+constexpr int kRows = 6;  // sums take 12 of 16 vector registers
 #endif
 
-// Computes out (kRows, kColumns) = Σ_s a[r·a_row + s] · w[s, :] of packed weights w (steps, kColumns).
+// Computes out (kRows, kColumns) = Σ_s a[r·a_row + s] · w[s, :], where w (steps, kColumns) are packed weights.
 #ifdef __AMX_BF16__
 ALWAYS_INLINE void step_product(const Pair* a, Index a_row, const Pair* w, Index steps, float* out) {
   constexpr Index kStride = kColumns * sizeof(Pair), kAhead = 4 * kTileSteps * kVectors;  // lines
-  asm volatile("" ::: "memory");  // GCC 12 does not know that what follows reads memory
+  asm volatile("" ::: "memory");  // GCC 12 does not know that tile loads read memory
   _tile_zero(0);
   _tile_zero(1);
   for (Index s = 0; s < steps; s += kTileSteps, w += kTileSteps * kColumns) {
@@ -68,7 +68,7 @@ ALWAYS_INLINE void step_product(const Op* a, Index a_row, const Op* w, Index ste
 }
 #endif
 
-// The first n lanes; the others are 0.
+// Loads the first n lanes; the others are 0.
 ALWAYS_INLINE Vector load_some(const float* from, Index n) {
   if (n >= kLanes) return load(from);
   float lanes[kLanes] = {};
@@ -89,8 +89,8 @@ ALWAYS_INLINE Vector sigmoid(Vector x) {
   return (x < 0.0f ? e : broadcast(1)) / (1.0f + e);
 }
 
-// What each thread reads of all: h, or the gates' gradients, as operands of the next step's product. There are two, one
-// being written while the other is read; rows and steps that fill them up are 0.
+// State that all threads write and read: h, or the gates' gradients, as the left operand of the next step's product. It
+// has two buffers: one is written while the other is read. Padding rows and steps are 0.
 template <class Op, class Stored>
 class Exchange {
  public:
@@ -109,7 +109,7 @@ class Exchange {
   Buffer<Op> memory_;
 };
 
-// A half of a Pair, or all of a float.
+// Type of one number in an operand: half of a Pair, or a float.
 template <class Op>
 struct StoredAs {
   using type = float;
@@ -123,7 +123,7 @@ template <class Op>
 class Lstm {
   using Stored = typename StoredAs<Op>::type;
   static constexpr int kDepth = Element<Op>::kDepth;
-  static constexpr Index kHalves = kGates / kVectors;  // products that make a unit's gates
+  static constexpr Index kHalves = kGates / kVectors;  // products per unit, each for kVectors gates
 
  public:
   explicit Lstm(const LstmArguments& a) : a_(a) {}
@@ -176,7 +176,7 @@ class Lstm {
       const Range mine = share(groups, omp_get_thread_num(), omp_get_num_threads());
       for (Index g = mine.begin; g < mine.end; ++g) pack_gates(g * kColumns, steps, packed + g * block);
       alignas(64) float sums[kRows * kColumns];
-      // the last step, −1, is that of the gradient of h0
+      // the last step, −1, computes the gradient of h0
       for (Index t = a_.n_steps - 1; t >= (a_.grad_h0 ? -1 : 0); --t) {
 #pragma omp barrier
         for (Index i = 0; i < mine.size(); ++i) {
@@ -197,10 +197,10 @@ class Lstm {
 
  private:
   Index units_from(Index unit) const { return smaller(kLanes, a_.width - unit); }
-  // The i-th of a thread's groups in a step: each step begins with those that the last one ended with, whose weights
-  // are still in the L2 cache.
+  // Returns the i-th of a thread's groups in step t. A step begins with the groups that the last one ended with, whose
+  // weights are still in the L2 cache.
   static Index group_at(Index t, Index i, Range mine) { return t % 2 ? mine.end - 1 - i : mine.begin + i; }
-  // Of one step and row, the units from `unit` on.
+  // Returns the index of `unit` at step t in row b.
   Index at(Index t, Index b, Index unit) const { return (t * a_.batch + b) * a_.width + unit; }
   Index gate_at(Index t, Index b, Index gate, Index unit) const {
     return ((t * a_.batch + b) * kGates + gate) * a_.width + unit;
@@ -209,9 +209,9 @@ class Lstm {
     return t ? a_.cells + at(t - 1, b, unit) : a_.c0 + at(0, b, unit);
   }
 
-  // Packs the weights of kLanes units' gates from `gate` on: (steps, kVectors gates, kLanes).
+  // Packs the weights of kLanes units for the gates from `gate` on: (steps, kVectors gates, kLanes).
   void pack_units(Index unit, Index gate, Index steps, Op* to) const {
-    constexpr Index kPart = 16;  // elements of each row, so that what is written stays in the L1 cache
+    constexpr Index kPart = 16;  // elements of each row at a time, so that the writes stay in the L1 cache
     memset((void*)to, 0, sizeof(Op) * steps * kColumns);
     for (Index first = 0; first < a_.width; first += kPart) {
       const Index n = smaller(a_.width - first, kPart);
@@ -227,7 +227,7 @@ class Lstm {
     }
   }
 
-  // Packs the weights that kColumns units have in all gates: (steps, kColumns).
+  // Packs the weights of kColumns units as inputs of all gates: (steps, kColumns).
   void pack_gates(Index unit, Index steps, Op* to) const {
     const Index n = smaller(kColumns, a_.width - unit), n_gates = kGates * a_.width;
     memset((void*)to, 0, sizeof(Op) * steps * kColumns);
@@ -239,7 +239,7 @@ class Lstm {
     }
   }
 
-  // c = σ(f) c' + σ(i) tanh(g), h = σ(o) tanh(c); the gates are kept as they are after σ and tanh.
+  // c = σ(f) c' + σ(i) tanh(g), h = σ(o) tanh(c), where c' is the cell state before. Stores the gates after σ and tanh.
   ALWAYS_INLINE void step_forward(Index t, Index b, Index unit, const float* sums,
                                   const Exchange<Op, Stored>& states) const {
     const Index n = units_from(unit);

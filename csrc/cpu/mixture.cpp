@@ -1,4 +1,4 @@
-// The mixture over all classes: log-probabilities, the most probable class, and the gradients of log-probabilities.
+// Mixture over all classes: log-probabilities, most probable class, and the gradients of log-probabilities.
 #include "family.h"
 #include "gradient_tiles.h"
 #include "log_prob_gradient.h"
@@ -11,7 +11,7 @@ inline Index tokens_of_chunk(Index n_experts, Index bytes_of_row, Index bytes) {
   return tokens < kBlock ? kBlock : tokens / kBlock * kBlock;
 }
 
-// Sums by lane of a chunk, of which each group of panels makes its own: so their order does not depend on the threads.
+// Sums by lane of a chunk. Each group of panels has its own, so that their order does not depend on the threads.
 class LaneSums {
  public:
   LaneSums(Index n_groups, Index n_lanes) : n_groups_(n_groups), n_lanes_(n_lanes), parts_(n_groups * n_lanes) {
@@ -31,7 +31,7 @@ class LaneSums {
   Buffer<float> parts_;
 };
 
-// Adds Σ_v exp(l − L) log p of one tile to `sums` (K, kBlock); a class without probability adds nothing.
+// Adds Σ_v exp(l − L) log p of one tile to `sums` (K, kBlock); exp(l − L) = 0 adds 0, even if log p is −inf.
 template <int NV>
 void add_mean_log_prob(const float* softmax, const float* log_p, Index n_classes, Index n_experts, float* sums) {
   for (Index k = 0; k < n_experts; ++k) {
@@ -54,7 +54,7 @@ void mixture_of(const Head& head, const MixtureArguments& a) {
   const Index steps = steps_of<Op>(head.n_features), panels = panels_of(head), groups = smaller(kGroups, panels);
   const Index scratch_bytes = round_up(logits_scratch_bytes<T>(head), 64);
   Buffer<char> scratch(scratch_bytes * head.n_threads);
-  // of each thread: log p, scratch, and exp(l − L) of the experts, or of one after the other in the scratch
+  // per thread: log p, scratch, and exp(l − L) of all experts, unless the scratch has one expert after the other
   const Index tiles_of_thread = a.mean_log_prob ? a.n_experts + 2 : 2, stride = a.mean_log_prob ? kTile : 0;
   Buffer<float> tiles(tiles_of_thread * kTile * head.n_threads);
   const Index max_tokens = tokens_of_chunk(a.n_experts, sizeof(Op) * steps, head.workspace_bytes / 2);
@@ -101,15 +101,15 @@ void mixture_of(const Head& head, const MixtureArguments& a) {
   }
 }
 
-// The gradients of log p for an arbitrary gradient G[n,v], by chunks of tokens. Two sweeps over the classes, with the
-// posterior q[n,k,v] = π exp(l − L) / p:
+// Backward pass of log p for an arbitrary gradient G[n,v], by chunks of tokens. It takes two sweeps over the classes,
+// with the posterior q[n,k,v] = π exp(l − L) / p:
 //
 //   s[n,k] = Σ_v G q          da = s − π Σ_k s
-//   dl = G q − s exp(l − L)   and from it, times the derivative of the logits' transform, dE, db and dz
+//   dl = G q − s exp(l − L)   dl, times the derivative of the logits' transform, gives dE, db and dz
 template <class T>
 class MixtureBackward {
   using In = typename T::In;
-  // 16-bit gradients of the weight are summed in float32 by panel, so all tokens must pass while the panel is at hand
+  // 16-bit gradients of the weight are summed in float32, one panel at a time, so all tokens must be in one chunk
   static constexpr bool kDirect = sizeof(In) == sizeof(float);
 
  public:
@@ -143,7 +143,7 @@ class MixtureBackward {
   }
 
  private:
-  // A thread's memory for one tile: exp(l − L) and q for each expert, p, and the slope of a soft cap for each expert.
+  // One thread's tiles: exp(l − L) and q of each expert, p, and the slope of the soft cap of each expert.
   struct Posteriors {
     float *softmax, *posterior, *mixture, *slope;
   };
@@ -221,7 +221,7 @@ class MixtureBackward {
     }
   }
 
-  // Adds the gradients of z, E and b, span by span of the panels whose dl fits in the workspace.
+  // Adds the gradients of z, E and b, in spans of panels whose dl fits in the workspace.
   void add_logit_gradients(const TokenChunk& chunk) {
     tiles_.begin(chunk.blocks);
     for (Index first = 0; first < n_panels_; first += max_span_) {
@@ -242,7 +242,7 @@ class MixtureBackward {
     if (gradients_.rows) tiles_.end(chunk.blocks);
   }
 
-  // Writes dl, times the derivative of the transform, of one panel and block of tokens to the experts' tiles.
+  // Writes dl times the derivative of the transform to the experts' tiles, for one panel and block of tokens.
   void form_logit_gradients(const TokenChunk& chunk, Index panel, Index panel_of_span, Index b, int thread) const {
     const auto mixture = tile(chunk, panel, b, thread);
     const Posteriors own = posteriors_of(thread);

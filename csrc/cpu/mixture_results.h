@@ -1,4 +1,4 @@
-// Where tiles of log p go: to the rows of the result, or to the search for the most probable class.
+// Consumers of tiles of log p: the rows of the result, and the search for the most probable class.
 #pragma once
 
 #include "operands.h"
@@ -17,7 +17,7 @@ inline void write_transposed(const float* tile, Index n_classes, Index n_tokens,
   }
 }
 
-// The most probable class of each token of a chunk in each group of panels. Among equal ones the first is taken.
+// Most probable class of each token of a chunk, by group of panels. The first one wins a tie.
 class BestClasses {
  public:
   BestClasses(Index n_groups, Index n_tokens)
@@ -25,7 +25,7 @@ class BestClasses {
     for (Index i = 0; i < n_groups * n_tokens; ++i) log_prob_[i] = -INFINITY, class_[i] = 0;
   }
 
-  // Takes in a tile of log p: `classes` of the tokens [first, first + n) of the chunk.
+  // Updates with a tile of log p, which has `classes` of the tokens [first, first + n) of the chunk.
   void update(const float* tile, Range classes, Index group, Index first, Index n) const {
     for (Index t = 0; t < n; ++t) {
       const Index at = group * n_tokens_ + first + t;

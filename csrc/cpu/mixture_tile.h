@@ -1,7 +1,7 @@
-// The mixture of one panel of classes for one block of tokens: its log-probabilities, and its posteriors
+// Mixture of one panel of classes for one block of tokens: its log-probabilities, and its posteriors
 // q = π exp(l − L) / p.
 //
-// Here a block's lanes are tokens and each expert has blocks of its own, so that the sum over experts adds vectors.
+// The lanes of a block are tokens of one expert, so that the sum over experts adds vectors.
 #pragma once
 
 #include "exponentials.h"
@@ -10,7 +10,7 @@ namespace {
 
 using fused_mos::MixtureArguments;
 
-// Terms that turn logits into probabilities, by lane: log π, π, and the two of L. Empty lanes have π = 1 and L = 0.
+// Terms by lane that turn logits into probabilities: log π, π, and both terms of L. Empty lanes have π = 1 and L = 0.
 struct LaneStatistics {
   LaneStatistics(const MixtureArguments& a, const RowBlocks& blocks)
       : log_prior(blocks.n_blocks * kBlock),
@@ -28,7 +28,7 @@ struct LaneStatistics {
   Buffer<float> log_prior, prior, maximum, log_total;
 };
 
-// Tokens whose blocks are in the workspace at once: block b·K + k holds expert k of the tokens of token block b.
+// Tokens whose blocks are in the workspace at once. Block b·K + k holds expert k of the tokens of token block b.
 struct TokenChunk {
   TokenChunk(const MixtureArguments& a, Range tokens)
       : tokens(tokens),
@@ -68,7 +68,7 @@ class MixtureTile {
   using Op = typename T::Op;
 
  public:
-  // `packed` has all blocks of the chunk; a panel of E that cannot be read where it lies is copied to `scratch`.
+  // `packed` has all blocks of the chunk. A panel of E that cannot be read in place is copied to `scratch`.
   MixtureTile(const Head& head, const TokenChunk& chunk, const Op* packed, Index panel, Index token_block,
               void* scratch)
       : weight_(logits_operand<T>(head, panel, scratch)),
@@ -80,8 +80,8 @@ class MixtureTile {
 
   Index n_classes() const { return weight_.n_classes; }
 
-  // Computes log p in `mixture` and, where a `stride` keeps their tiles apart, exp(l − L) of the experts in `softmax`.
-  // `scratch` is a tile, too, and may be where the last expert's is if none is kept.
+  // Computes log p in `mixture`. A `stride` of a tile keeps exp(l − L) of all experts in `softmax`; a stride of 0 keeps
+  // none of them, and `scratch`, a tile, may then be the same memory.
   template <int NV>
   ALWAYS_INLINE void log_prob(float* mixture, float* softmax, Index stride, float* scratch) const {
     for (Index k = 0; k < n_experts_; ++k) add_expert<NV>(k, softmax + k * stride, mixture, nullptr);
@@ -94,7 +94,7 @@ class MixtureTile {
     }
   }
 
-  // Computes for each expert k exp(l − L) in tile k of `softmax`, q in tile k of `posterior` and, unless it is null,
+  // Computes for each expert k: exp(l − L) in tile k of `softmax`, q in tile k of `posterior` and, unless it is null,
   // the slope of the soft cap in tile k of `slope`.
   template <int NV>
   ALWAYS_INLINE void posteriors(float* softmax, float* posterior, float* mixture, float* slope) const {
@@ -109,7 +109,7 @@ class MixtureTile {
   }
 
  private:
-  // Computes exp(l − L) of one expert in `softmax`, and adds π exp(l − L) to `mixture`, which expert 0 begins.
+  // Computes exp(l − L) of one expert in `softmax`, and adds π exp(l − L) to `mixture`, which expert 0 overwrites.
   template <int NV>
   ALWAYS_INLINE void add_expert(Index expert, float* softmax, float* mixture, float* slope) const {
     Vector unused[NV], shift[NV], log_total[NV], prior[NV];
@@ -159,13 +159,13 @@ class MixtureTile {
     }
   }
 
-  // Returns log π − log_total, which makes log π + l − L of a shifted logit.
+  // Returns log π − log_total: added to a shifted logit, it gives log π + l − L.
   ALWAYS_INLINE Vector log_weight(Index expert, int j) const {
     const Index lane = first_lane_ + expert * kBlock + j * kLanes;
     return load(lanes_.log_prior + lane) - load(lanes_.log_total + lane);
   }
 
-  // log p = LSE_k(log π + l − L), with a running maximum over the experts; rare, so the products are made once more.
+  // log p = LSE_k(log π + l − L), with a running maximum over the experts. Rarely needed, so the logits are recomputed.
   template <int NV>
   ALWAYS_INLINE void log_prob_in_logarithms(float* mixture, float* scratch) const {
     float largest[kTile];
@@ -192,7 +192,7 @@ class MixtureTile {
     }
   }
 
-  // q = π exp(l − L) / p, divided, not multiplied by an inverse: where one expert has it all, q must be exactly 1.
+  // q = π exp(l − L) / p. Divides instead of multiplying by 1/p: q must be exactly 1 if one expert has all the mass.
   template <int NV>
   ALWAYS_INLINE void divide_by_mixture(const float* softmax, const float* mixture, float* posterior) const {
     for (Index v = 0; v < n_classes(); ++v) {
@@ -207,7 +207,7 @@ class MixtureTile {
     }
   }
 
-  // q = softmax_k(log π + l − L), from logits that are computed once more.
+  // q = softmax_k(log π + l − L), from recomputed logits.
   template <int NV>
   ALWAYS_INLINE void posteriors_in_logarithms(float* posterior) const {
     for (Index k = 0; k < n_experts_; ++k) shifted_logits<NV>(k, posterior + k * kTile);
@@ -225,7 +225,7 @@ class MixtureTile {
           store(at + k * kTile, q);
           sum += q;
         }
-        // the largest term is 1, so the sum is at least 1, but for a masked class, where all are 0
+        // the largest term is 1, so the sum is at least 1, except for a masked class, whose terms are all 0
         const Vector inverse = 1.0f / maximum(broadcast(1), sum);
         for (Index k = 0; k < n_experts_; ++k) store(at + k * kTile, load(at + k * kTile) * inverse);
       }
@@ -235,9 +235,9 @@ class MixtureTile {
   [[maybe_unused]] const ProductRegisters registers_;
   LogitsOperand<Op> weight_;
   Index packed_stride_;
-  const Op* packed_;  // of the first expert
+  const Op* packed_;  // rows of the first expert
   const LaneStatistics& lanes_;
-  Index first_lane_;  // of the first expert
+  Index first_lane_;  // lane of the first expert
   Index n_experts_;
 };
 

@@ -1,7 +1,7 @@
-// The mixture over all classes with its normalisers, from logits that are computed once.
+// Mixture over all classes with its normalisers, from logits that are computed once.
 //
-// A block of tokens keeps a = exp(l − m) of all its rows over all classes, m being a row's maximum in a panel of
-// classes. Their sums make L, and a second sweep without products makes p = Σ_k π exp(m − L) a.
+// A block of tokens keeps a = exp(l − m) of all its rows over all classes, where m is a row's maximum in a panel of
+// classes. The sums of a give L, and a second sweep without products computes p = Σ_k π exp(m − L) a.
 #include "exponentials.h"
 #include "family.h"
 #include "mixture_results.h"
@@ -45,9 +45,9 @@ class OneSweep {
   }
 
  private:
-  // The exponentials of a panel, (kPanel, n_lanes): so a vector of tokens can begin at any of them.
+  // Returns the exponentials of a panel, (kPanel, n_lanes), in one row per class: a vector can begin at any token.
   float* exponentials_of(Index panel) const { return exponentials_ + panel * kPanel * n_lanes_; }
-  // π exp(m − L) of a panel; until L is known, m.
+  // Returns π exp(m − L) of a panel, or m until L is known.
   float* weights_of(Index panel) const { return weights_ + panel * n_lanes_; }
   const Op* packed_of(Index block) const { return packed_ + block * kBlock * steps_; }
   float* tile_of_thread() const { return tiles_ + kTile * omp_get_thread_num(); }
@@ -78,8 +78,8 @@ class OneSweep {
     }
   }
 
-  // Computes a tile of logits and their maxima. Not inlined: the constants of exp would take registers that the product
-  // needs.
+  // Computes a tile of logits and their maxima. Not inlined, since the constants of exp would take registers from the
+  // product.
   template <int NV>
   __attribute__((noinline)) void compute_logits(const LogitsOperand<Op>& e, Index block, float* tile,
                                                 float* maxima) const {
@@ -108,7 +108,7 @@ class OneSweep {
     store_lanes(totals_ + panel * n_lanes_ + block * kBlock, total);
   }
 
-  // Merges the panels' statistics to L, and makes the weights of them.
+  // Merges the panels' statistics to L, and turns each m into the weight π exp(m − L).
   void normalise(const RowBlocks& blocks) const {
     const PartialStatistics statistics{n_lanes_, weights_, totals_, nullptr};
 #pragma omp parallel for num_threads(head_.n_threads)
@@ -134,7 +134,8 @@ class OneSweep {
     }
   }
 
-  // A task has all tokens of some panels, whose exponentials it may overwrite.
+  // Computes log p and the most probable classes. A task has all tokens of some panels, so it may overwrite the panels'
+  // exponentials.
   void mix() const {
     const Index n = tokens_.size();
     const BestClasses best(a_.best ? n_groups_ : 0, n);
@@ -167,7 +168,7 @@ class OneSweep {
     }
   }
 
-  // Computes log p of the n tokens from `first` on, and returns false where one of them is undefined or underflows.
+  // Computes log p of the n tokens from `first` on. Returns false if p is NaN or underflows for one of them.
   template <int NV>
   bool log_prob(Index panel, Index n_classes, Index first, Index n, float* to) const {
     Integers small[NV] = {};
@@ -188,7 +189,7 @@ class OneSweep {
     return !any;
   }
 
-  // Puts the logits where a panel's exponentials were. Rare, so the product is made once more.
+  // Replaces a panel's exponentials by its logits. Rarely needed, so the logits are recomputed.
   void restore_logits(Index panel) const {
     [[maybe_unused]] const ProductRegisters registers;
     const auto e = operand(panel);
@@ -202,7 +203,7 @@ class OneSweep {
     }
   }
 
-  // log p = LSE_k(log π + l − L) of logits in the place of their exponentials.
+  // log p = LSE_k(log π + l − L), from logits that have replaced their exponentials.
   template <int NV>
   void log_prob_in_logarithms(Index panel, Index n_classes, Index first, float* to) const {
     for (Index v = 0; v < n_classes; ++v) {
@@ -224,10 +225,10 @@ class OneSweep {
   const Head& head_;
   const OneSweepArguments& a_;
   const Index n_panels_, n_groups_, steps_, max_lanes_;
-  Range tokens_{0, 0};  // of the block at hand
-  Index n_lanes_ = 0;   // of the block at hand
+  Range tokens_{0, 0};  // tokens of the current block
+  Index n_lanes_ = 0;   // lanes of the current block
   const Buffer<Op> packed_;
-  // what is read by token ends in lanes of no token, which kBlock more floats make room for
+  // a vector of the last tokens reads beyond the last lane: kBlock more floats make that safe
   const Buffer<float> exponentials_, weights_, totals_, maximum_, log_total_, log_weight_;
   const Index scratch_bytes_;
   const Buffer<char> scratch_;

@@ -1,11 +1,11 @@
-// Operands in the layouts that the products read: which of them are copied, and how.
+// Packing: which operands of the three products are copied, and into which layout.
 //
-//   logits (V, rows) = E (V, D) · zᵀ (D, rows)   classes broadcast from E as it lies; rows in lanes, so that
+//   logits (V, rows) = E (V, D) · zᵀ (D, rows)   E is read in place and broadcast; zᵀ has rows in lanes, so that
 //                                                maxima and sums over the classes need no shuffles
-//   dE (V, D) = dlᵀ (V, rows) · z (rows, D)      dl as it lies in its tiles, blocks of columns of z copied
-//   dz (rows, D) = dl (rows, V) · E (V, D)       the same tiles, blocks of columns of E copied one after the other
+//   dE (V, D) = dlᵀ (V, rows) · z (rows, D)      dl is read from its tiles, z is copied by blocks of columns
+//   dz (rows, D) = dl (rows, V) · E (V, D)       dl is read from the same tiles, E is copied by blocks of columns
 //
-// Pairs of bfloat16 are interleaved, in each operand, along the dimension that is summed over.
+// Each operand interleaves pairs of bfloat16 along the summed dimension.
 #pragma once
 
 #include <math.h>
@@ -21,7 +21,7 @@ namespace {
 using fused_mos::Buffer;
 using fused_mos::Head;
 
-// In: as the caller stores operands. Op: as they are multiplied. Stored: as tiles of exponentials are kept.
+// Element types: In of the caller's operands, Op of the products, Stored of the tiles of exponentials.
 struct Float32 {
   using In = float;
   using Op = float;
@@ -41,7 +41,7 @@ struct PairedBfloat16 {
 template <class F>
 ALWAYS_INLINE auto with_types(const Head& head, F f) {
 #if defined(__AMX_BF16__)
-  (void)head;  // tile registers multiply nothing else (dispatch.cpp)
+  (void)head;  // tile registers multiply only bfloat16 (dispatch.cpp)
   return f(PairedBfloat16{});
 #else
   if (!head.bf16) return f(Float32{});
@@ -58,36 +58,36 @@ Index steps_of(Index depth) {
   return round_up(ceil_div(depth, Element<Op>::kDepth), kTileSteps);
 }
 
-// An odd number of lines, for tile registers: an even number of them apart, rows would share few sets of the cache.
+// Returns a stride of an odd number of cache lines for tile registers: an even number maps rows to few cache sets.
 template <class Op>
 Index stride_of(Index steps) {
   return kTileSteps == 1 || steps / kTileSteps % 2 ? steps : steps + kTileSteps;
 }
 
-// An even number of lines apart, rows would share few sets of the cache.
+// Rounds the features up to an odd number of vectors: rows an even number of lines apart map to few cache sets.
 inline Index padded_features(const Head& head) {
   const Index lines = ceil_div(head.n_features, kLanes);
   return (lines + (lines % 2 == 0)) * kLanes;
 }
 
-// The most groups of panels that are summed apart, as tasks. Their number does not depend on that of the threads, so
-// each sum is made in the same order.
+// Maximum number of groups of panels, each a task with sums of its own. It does not depend on the number of threads, so
+// each sum has a fixed order.
 constexpr Index kGroups = 16;
 
 inline Index panels_of(const Head& head) { return ceil_div(head.n_classes, kPanel); }
 
 inline Index classes_in(const Head& head, Index panel) { return smaller(kPanel, head.n_classes - panel * kPanel); }
 
-// Rows (n, k) grouped in blocks of kBlock lanes; only the last lanes of a block may be empty.
+// Rows (n, k) in blocks of kBlock lanes; only the last lanes of a block may be empty.
 struct RowBlocks {
   Index n_blocks;
-  const Index* source;  // (n_blocks · kBlock), the row that a lane holds
-  const Index* filled;  // (n_blocks), its number of rows
+  const Index* source;  // (n_blocks · kBlock), the row in each lane, −1 if empty
+  const Index* filled;  // (n_blocks), the number of rows in each block
 
   Index vectors(Index block) const { return ceil_div(filled[block], kLanes); }
 };
 
-// ---------------------------------------------------------------------------------------- z as the logits' right side
+// -------------------------------------------------------------------------------------- z, right operand of the logits
 
 inline void pack_lane(const float* row, Index features, int lane, float* to) {
   for (Index d = 0; d < features; ++d) to[d * kBlock + lane] = row[d];
@@ -118,7 +118,7 @@ inline void pack_lane(const Bfloat16* row, Index features, int lane, Pair* to) {
   }
 }
 
-// zᵀ of one block, (steps, kBlock); empty lanes are zero.
+// Packs zᵀ of one block, (steps, kBlock); empty lanes are zero.
 template <class T>
 void pack_block(const Head& head, const typename T::In* rows, const RowBlocks& blocks, Index block,
                 typename T::Op* to) {
@@ -133,11 +133,11 @@ void pack_block(const Head& head, const typename T::In* rows, const RowBlocks& b
   if (used < steps) memset((void*)(to + used * kBlock), 0, sizeof(*to) * (steps - used) * kBlock);
 }
 
-// ---------------------------------------------------------------------------------------- E as the logits' left side
+// --------------------------------------------------------------------------------------- E, left operand of the logits
 
 template <class Op>
 struct LogitsOperand {
-  const Op* rows;  // a multiple of kTileRows
+  const Op* rows;  // as many as n_classes, rounded up to a multiple of kTileRows
   Index stride, steps;
   const float* bias;
   Index n_classes;
@@ -163,7 +163,7 @@ inline void copy_row(const Bfloat16* from, Index n, Pair* to) {
   if (n % 2) to[n / 2] = pair(from[n - 1], Bfloat16{0});
 }
 
-// A panel of E: where it lies if it can be read there, else a copy. Classes that fill up the last rows of a tile
+// Returns a panel of E, in place if the product can read it there, else copied to `scratch`. Classes that pad a copy
 // have a bias of −inf, so that they change neither maxima nor sums.
 template <class T>
 LogitsOperand<typename T::Op> logits_operand(const Head& head, Index panel, void* scratch) {
@@ -189,12 +189,12 @@ LogitsOperand<typename T::Op> logits_operand(const Head& head, Index panel, void
   return {copy, stride, steps, padded_bias, n, transform};
 }
 
-// Adds the bias to a tile of n sums unless `bias` is null, transforms them, and raises `largest` to their maxima.
+// Adds the bias, unless it is null, to a tile of n classes, transforms it, and raises `largest` to its maxima.
 template <int NV>
 ALWAYS_INLINE void transform_tile(const LogitTransform& transform, const float* bias, Index n, float* tile,
                                   Vector (&largest)[NV]) {
   const bool is_identity = transform.is_identity();
-  Vector of_odd[NV];  // the maxima of every other class: they would wait for one another
+  Vector of_odd[NV];  // maxima of the odd classes: one chain of maxima would wait for each result
   for (int j = 0; j < NV; ++j) of_odd[j] = largest[j];
   for (Index v = 0; v < n; v += 2) {
 #pragma GCC unroll 8
@@ -212,7 +212,7 @@ ALWAYS_INLINE void transform_tile(const LogitTransform& transform, const float* 
 }
 
 // Computes tile (kPanel, kBlock) = transform(E·zᵀ + b) of one panel and block; raises `largest` to the maxima over the
-// classes. Rows of the tile beyond the classes are left undefined.
+// classes. Rows beyond the panel's classes are undefined.
 template <class Op, int NV>
 ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* tile, Vector (&largest)[NV]) {
   for (Index v = 0; v < e.n_classes; v += kTileRows) {
@@ -221,24 +221,24 @@ ALWAYS_INLINE void logits_tile(const LogitsOperand<Op>& e, const Op* z, float* t
     multiply(e.rows + v * e.stride, e.stride, 1, z, kBlock, e.steps, sum);
     store_to(tile + v * kBlock, kBlock, e.bias ? e.bias + v : nullptr, sum);
   }
-  // apart, since maxima in registers beside the sums of the product would make the compiler spill
+  // a second pass: maxima kept in registers beside the product's sums would make the compiler spill
   transform_tile(e.transform, kTileSteps > 1 ? e.bias : nullptr, e.n_classes, tile, largest);
 }
 
-// --------------------------------------------------------------------------------- E and z as right sides of gradients
+// ---------------------------------------------------------------------------- E and z, right operands of the gradients
 
 inline void merge_rows(const float* row, const float*, Index n, float* to) { copy_row(row, n, to); }
 
 inline void merge_rows(const Bfloat16* row, const Bfloat16*, Index n, float* to) { copy_row(row, n, to); }
 
-// to[i] = (row[i], next[i]); next may be null, for zeros.
+// to[i] = (row[i], next[i]); a null `next` means zeros.
 inline void merge_rows(const Bfloat16* row, const Bfloat16* next, Index n, Pair* to) {
   if (next) return interleave(row, next, n, to);
   for (Index i = 0; i < n; ++i) to[i] = pair(row[i], Bfloat16{0});
 }
 
-// Copies columns [start, end) of the rows source[0..n), or 0..n where it is null: a block of kBlock of them after the
-// other, `stride` elements apart, each (steps_of(n), kBlock), zero beyond the rows and features.
+// Copies columns [start, end) of the rows source[0..n), or of the rows [0, n) if `source` is null, to blocks of kBlock
+// columns. Blocks are `stride` elements apart; each is (steps_of(n), kBlock), zero beyond the rows and features.
 template <class T>
 void pack_columns(const typename T::In* rows, const Index* source, Index n, Index features, Index start, Index end,
                   Index stride, typename T::Op* to) {

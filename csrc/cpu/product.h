@@ -1,14 +1,14 @@
-// The micro-kernel of every product here, and the sizes that block the products. In the letters of the BLIS papers:
+// Micro-kernel and block sizes of the three matrix products, in the letters of the BLIS papers:
 //
 //        here                           logits = E·zᵀ     dE = dlᵀ·z                     dz = dl·E
 //   MR   kTileRows                      classes           classes                        rows
 //   NR   kTileVectors·kLanes = kBlock   rows              features                       features
 //   MC   (by product)                   kPanel classes    kPanel classes                 kBlock rows
-//   KC   (by product)                   all features      kBlocksOfProduct·kBlock rows   kPanelsOfProduct·kPanel
+//   KC   (by product)                   all features      kBlocksOfProduct·kBlock rows   kPanelsOfProduct panels
 //
-// The tile (MR, NR) of sums stays in registers: `Sums`, with what clears it, multiplies into it and stores it, in
-// vector_sums.h or, for tile registers, in amx_sums.h. There the rows' gradients are dzᵀ = Eᵀ·dl, rows and features
-// having changed places.
+// The (MR, NR) tile of sums, `Sums`, stays in registers. vector_sums.h defines it for vector registers and amx_sums.h
+// for tile registers, with the functions to clear it, multiply into it and store it. Tile registers compute the third
+// product as dzᵀ = Eᵀ·dl, so rows and features trade places in its column.
 #pragma once
 
 #include "simd.h"
@@ -17,18 +17,18 @@ namespace {
 
 using Index = int64_t;
 
-constexpr int kBlock = kTileVectors * kLanes;  // rows (n, k) of a block, one a lane; also the features of a tile
-constexpr Index kPanel = 128;  // classes of a panel: a (kPanel, kBlock) tile of logits fits in the L1 cache
+constexpr int kBlock = kTileVectors * kLanes;  // rows (n, k) in a block, one per lane; also features in a tile
+constexpr Index kPanel = 128;  // classes in a panel: a (kPanel, kBlock) tile of logits fits in the L1 cache
 constexpr Index kTile = kPanel * kBlock;
 #ifdef __AMX_BF16__
-constexpr int kTileSteps = 16;  // the steps of a product are a multiple of it: a tile register's
+constexpr int kTileSteps = 16;  // steps in a tile register; the steps of a product are a multiple
 #else
 constexpr int kTileSteps = 1;
 #endif
 
-// These do what std::min and std::max would, but have internal linkage. A template of the standard library that is not
-// inlined is emitted once for each instruction set under one name, and the linker keeps any of them: an AVX2 machine
-// could run the AVX-512 copy.
+// std::min and std::max with internal linkage. A standard-library template that is not inlined is emitted once per
+// instruction set, always under the same name, and the linker keeps any one copy: an AVX2 machine could run the AVX-512
+// code.
 constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
 constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
 
@@ -42,10 +42,10 @@ struct Range {
   Index size() const { return end - begin; }
 };
 
-// Cuts 0..n into `parts` shares that differ by at most one, and returns the part-th.
+// Returns the part-th of `parts` shares of 0..n, whose sizes differ by at most one.
 constexpr Range share(Index n, Index part, Index parts) { return {n * part / parts, n * (part + 1) / parts}; }
 
-// Cuts 0..n into chunks of `size`, the last one shorter, and returns the one that starts at `begin`.
+// Returns the chunk of 0..n that starts at `begin`: `size` integers, fewer at the end.
 constexpr Range chunk_at(Index n, Index begin, Index size) { return {begin, smaller(begin + size, n)}; }
 
 template <int N>
@@ -53,7 +53,7 @@ struct Count {
   static constexpr int value = N;
 };
 
-// Calls f(Count<n>{}), so that a tile of n vectors is unrolled.
+// Calls f(Count<n>{}), n being at most kTileVectors: a compile-time count lets loops over a tile's vectors unroll.
 template <class F>
 ALWAYS_INLINE void with_vectors(Index n, F f) {
   if (n == 1) return f(Count<1>{});
@@ -64,7 +64,7 @@ ALWAYS_INLINE void with_vectors(Index n, F f) {
   return f(Count<kTileVectors>{});
 }
 
-// to[:] += sum[:], or = where it `starts`, of the first n lanes.
+// to[:n] += sum[:n], or = if `starts`.
 template <bool starts>
 ALWAYS_INLINE void add_lanes(float* to, Index n, Vector sum) {
   if (n >= kLanes) return store(to, starts ? sum : load(to) + sum);

@@ -1,9 +1,9 @@
-// A program that runs the kernels of every instruction set of this processor on small problems, and compares their
-// results with loops in float64. It needs neither Python nor torch, so that it runs where there is only an emulator:
-// `make self-test`, `make self-test-aarch64`.
+// Runs the kernels of every instruction set of this processor on small problems, and compares their results with loops
+// in float64. The program needs neither Python nor torch, so that an emulator can run it: `make self-test`,
+// `make self-test-aarch64`.
 //
-// self_test [THREADS] prints, for each instruction set, what is wrong and a digest of all results, which the number of
-// threads must not change.
+// self_test [THREADS] prints, for each instruction set, the errors and a digest of all results. The digest must not
+// depend on the number of threads.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +29,7 @@ struct Outcome {
   void add_to_digest(double x) {
     uint64_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    digest = (digest ^ bits) * 0x100000001b3;  // FNV-1a, of 64 bits at once
+    digest = (digest ^ bits) * 0x100000001b3;  // FNV-1a, 64 bits at a time
   }
 
   int failures = 0;
@@ -49,7 +49,7 @@ class Test {
         log_total_(p_.r) {}
 
   void run() {
-    row_statistics();  // first: others read its results
+    row_statistics();  // first, since others read its results
     rows_backward();
     nll_with_gradients();
     mixture();
@@ -63,7 +63,7 @@ class Test {
 
   double of_gradients() const { return p_.bf16 ? 0x1p-7 : kExact; }
 
-  // Compares the largest error with the largest number.
+  // Checks the largest error, relative to the largest expected number.
   template <class A>
   void compare(const char* what, const A& computed, const Doubles& expected, double tolerance) {
     double error = 0, size = 1e-6;
@@ -145,7 +145,7 @@ class Test {
     a.n_tokens = p_.n;
     a.n_experts = p_.k;
     a.tokens_of_block = p_.tokens_of_block;
-    a.classes_held = p_.tokens_of_block < p_.n ? p_.v : (p_.v + 1) / 2;  // the others are computed twice
+    a.classes_held = p_.tokens_of_block < p_.n ? p_.v : (p_.v + 1) / 2;  // the others are recomputed
     a.scale = scale;
     a.nll = nll.data();
     a.maximum = maximum_.data();
@@ -233,7 +233,7 @@ class Test {
     compare_best("most probable class of one sweep", best);
   }
 
-  // The uniform number must lie in the drawn class's share of the cumulative distribution.
+  // Checks that the uniform number lies in the drawn class's share of the cumulative distribution.
   void sample() {
     Classes drawn(p_.r);
     kernels_.sample(head_, {p_.latent.data(), p_.r, p_.uniform.data(), drawn.data()});
@@ -257,7 +257,7 @@ class Test {
   Floats maximum_, log_total_;
 };
 
-// Runs the LSTM's kernels of one instruction set on one layer; roundings to bfloat16 are off by up to 2⁻⁹ each.
+// Runs the LSTM's kernels of one instruction set on one layer. Each rounding to bfloat16 is off by up to 2⁻⁹.
 void test_lstm(const Kernels& kernels, int64_t steps, int64_t batch, int64_t width, bool bf16, int n_threads,
                Outcome& outcome) {
   LstmProblem p(steps, batch, width);
@@ -283,8 +283,8 @@ void test_lstm(const Kernels& kernels, int64_t steps, int64_t batch, int64_t wid
   compare("gradient by c0", p.grad_c0, p.expected_grad_c0);
 }
 
-// Less than a tile; several blocks of rows, panels of classes and chunks of a small workspace; a soft cap and a
-// temperature.
+// One problem smaller than a tile, others with several blocks of rows, panels of classes and chunks of a small
+// workspace, and one with a soft cap and a temperature.
 const Sizes kSizes[] = {
     {1, 1, 5, 2, 1, 1 << 20, {0, 1}},       {9, 3, 37, 300, 9, 1 << 20, {0, 1}},
     {40, 3, 70, 260, 25, 1 << 14, {0, 1}},  {70, 1, 64, 128, 33, 1 << 16, {0, 1}},

@@ -1,4 +1,4 @@
-// An LSTM layer in float64, by loops over its definition, beside the kernels'.
+// An LSTM layer in float64, computed by loops that follow its definition.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace fused_mos {
 
-// Inputs, what the kernels make of them, and what the loops do.
+// Inputs, the arrays that the kernels fill, and the expected results.
 struct LstmProblem {
   using Index = int64_t;
   using Floats = std::vector<float>;
@@ -109,7 +109,7 @@ struct LstmProblem {
           grad[3 * h + u] = of_state * tanh_of_cell * gate[3 * h] * (1 - gate[3 * h]);
           carried = of_cell * gate[h];
         }
-        for (Index u = 0; u < h; ++u) {  // of the state before
+        for (Index u = 0; u < h; ++u) {  // gradient of the state before
           double sum = 0;
           for (Index j = 0; j < 4 * h; ++j) sum += double(weight[j * h + u]) * grad[j];
           expected_grad_h0[r * h + u] = sum;

@@ -1,5 +1,5 @@
-// Random problems, and what the kernels should compute of them: every logit, in float64, by the formulas of the
-// headers' comments. For csrc/cpu/self_test.cpp.
+// Random problems for self_test.cpp, and their expected results: every logit in float64, by the formulas in the
+// headers' comments.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
 using Classes = std::vector<int64_t>;
 
-// An array of float32 or bfloat16, as kernels take and fill it.
+// An array of float32 or bfloat16 that kernels read or fill.
 class Operand {
  public:
   Operand(Index n, bool bf16) : floats_(bf16 ? 0 : n), halves_(bf16 ? n : 0) {}
@@ -53,7 +53,7 @@ struct Sizes {
   Transform transform;
 };
 
-// Random inputs of the head, and gradients of what it returns.
+// Random inputs of the head, and gradients of its results.
 struct Problem : Sizes {
   Problem(const Sizes& sizes, bool bf16)
       : Sizes(sizes),
@@ -105,7 +105,7 @@ struct Problem : Sizes {
   Doubles uniform;
 };
 
-// Every logit, and what follows from them.
+// Every logit, and the results that follow from them.
 struct Reference {
   explicit Reference(const Problem& p) : p(p), logits(p.r * p.v), slopes(p.r * p.v), lse(p.r), log_p(p.n * p.v) {
     const double c = p.transform.softcap, inverse_temperature = p.transform.inverse_temperature;
@@ -135,12 +135,12 @@ struct Reference {
   double posterior(Index r, Index v) const { return prior(r) * softmax(r, v) / std::exp(log_p[r / p.k * p.v + v]); }
 
   const Problem& p;
-  Doubles logits, slopes;  // (R, V): after their transform, and the derivatives of that
+  Doubles logits, slopes;  // (R, V): transformed logits, and derivatives of the transform
   Doubles lse;             // (R,)
   Doubles log_p;           // (N, V)
 };
 
-// What a gradient dl(r, v) of the logits makes of z, E and b.
+// Gradients of z, E and b, given the gradient dl(r, v) of the logits.
 struct ExpectedGradients {
   template <class F>
   ExpectedGradients(const Reference& reference, F dl)

@@ -1,5 +1,6 @@
-// Vectors of one instruction set. This header is compiled once for each set, so everything in it, and in the sources
-// that include it, has internal linkage: a function shared by the linker could carry AVX-512 into an old processor.
+// Vector types and functions for one instruction set. This header is compiled once per set, so everything in it, and in
+// the sources that include it, has internal linkage: the linker would otherwise share one copy of a function among all
+// sets, and an old processor could run AVX-512 code.
 #pragma once
 
 #include <cstdint>
@@ -12,27 +13,27 @@
 namespace {
 
 #if defined(__AMX_BF16__)
-constexpr int kLanes = 16, kTileRows = 32, kTileVectors = 2;  // four of eight tile registers hold the tile of a product
+constexpr int kLanes = 16, kTileRows = 32, kTileVectors = 2;  // sums take four of eight tile registers
 #elif defined(__AVX512F__)
-constexpr int kLanes = 16, kTileRows = 8, kTileVectors = 3;  // 24 of 32 vector registers
+constexpr int kLanes = 16, kTileRows = 8, kTileVectors = 3;  // sums take 24 of 32 registers
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 3;  // 12 of 16
+constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 3;  // sums take 12 of 16 registers
 #elif defined(__aarch64__)
-constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 4;  // 16 of 32: four pipes with a latency of four cycles
+constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 4;  // 16 of 32: four pipes, each with a latency of four cycles
 #else
 constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 3;
 #endif
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));  // unsigned: it may overflow
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));  // unsigned, since it may overflow
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 struct Bfloat16 {
   uint16_t bits;
 };
 
-// Two bfloat16 that follow one another in the dimension that a product sums over.
+// Two bfloat16 that are adjacent in the summed dimension of a product.
 struct __attribute__((packed, aligned(2))) Pair {
   uint32_t bits;
 };
@@ -72,7 +73,7 @@ ALWAYS_INLINE float widen(float x) { return x; }
 
 ALWAYS_INLINE Bits to_bits(Halves halves) {
 #ifdef __AVX512F__
-  return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);  // GCC 12 makes five instructions of the other
+  return (Bits)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);  // GCC 12 needs five instructions below
 #else
   return __builtin_convertvector(halves, Bits);
 #endif
@@ -84,7 +85,7 @@ ALWAYS_INLINE Vector load(const Bfloat16* from) {
   return (Vector)(to_bits(halves) << 16);
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; NaN stays NaN.
 ALWAYS_INLINE Halves round_to_bf16(Vector v) {
   const Bits bits = (Bits)v;
   const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -112,13 +113,13 @@ void narrow_row(const float* from, int64_t n, To* to) {
   for (; i < n; ++i) narrow(from[i], to + i);
 }
 
-// The elements that a product multiplies: float32, or pairs of bfloat16 whose two products are added.
+// Elements that a product multiplies: float32, or pairs of bfloat16 whose two products are added.
 template <class T>
 struct Element;
 
 template <>
 struct Element<float> {
-  static constexpr int kDepth = 1;  // of the summed dimension, in one element
+  static constexpr int kDepth = 1;  // terms of the sum per element
   static ALWAYS_INLINE Vector load_all(const float* from) { return load(from); }
   static ALWAYS_INLINE Vector load_one(const float* from) { return broadcast(*from); }
   static ALWAYS_INLINE Vector multiply_add(Vector a, Vector b, Vector sum) { return a * b + sum; }
@@ -136,12 +137,11 @@ struct Element<Pair> {
 };
 #endif
 
-// exp(x) for x ≤ 0, within 1.02 ulp; 0 where the result would be below 2⁻¹²⁶, NaN stays NaN.
-// x = n ln 2 + r with |r| ≤ ln 2 / 2: a polynomial in r (Remez, relative error 2⁻²⁷), and n added to the
-// exponent.
+// Returns exp(x) for x ≤ 0, within 1.02 ulp. Results below 2⁻¹²⁶ become 0; NaN stays NaN. Splits x = n ln 2 + r with
+// |r| ≤ ln 2 / 2, evaluates a polynomial in r (Remez, relative error 2⁻²⁷), and adds n to the exponent.
 ALWAYS_INLINE Vector exp_nonpositive(Vector x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5·2²³: what is added to it is rounded to an integer, in the low bits
+  constexpr float kRound = 12582912.0f;  // 1.5·2²³: adding it rounds to an integer, which the low bits hold
   const Vector shifted = x * kLog2e + kRound;
   const Vector n = shifted - kRound;
   Vector r = x - n * kLn2High;
@@ -156,8 +156,8 @@ ALWAYS_INLINE Vector exp_nonpositive(Vector x) {
   return x < -87.33f ? Vector{} : scaled;
 }
 
-// tanh(x) within 2 ulp, also near 0; NaN stays NaN. Below 5/8 a polynomial in x² (that of Cephes' tanhf), above
-// 1 − 2e/(1 + e) with e = exp(−2|x|).
+// Returns tanh(x) within 2 ulp, also near 0; NaN stays NaN. Uses a polynomial in x² (from Cephes' tanhf) for |x| < 5/8,
+// and 1 − 2e/(1 + e) with e = exp(−2|x|) elsewhere.
 ALWAYS_INLINE Vector tanh_of(Vector x) {
   const Bits sign = (Bits)x & 0x80000000u;
   const Vector size = (Vector)((Bits)x ^ sign);
@@ -172,7 +172,7 @@ ALWAYS_INLINE Vector tanh_of(Vector x) {
   return (Vector)((Bits)(size < 0.625f ? near_zero : far) | sign);
 }
 
-// log(x) for x ≥ 2⁻¹²⁶, within 1 ulp (the polynomial is that of Cephes' logf).
+// Returns log(x) for x ≥ 2⁻¹²⁶, within 1 ulp (polynomial from Cephes' logf).
 ALWAYS_INLINE Vector log_positive(Vector x) {
   constexpr float kSqrtHalf = 0.707106781f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   const Integers bits = (Integers)x;

@@ -1,4 +1,4 @@
-// The forward pass, log-sum-exp and target logit of every row, and sampling, which is a search in the partial sums.
+// Forward pass: log-sum-exp and target logit of every row. Sampling: a search in the partial sums.
 #include "exponentials.h"
 #include "family.h"
 
@@ -6,7 +6,7 @@ namespace {
 
 using fused_mos::StatisticsArguments;
 
-// Groups of equally many panels, but for the last, so that a group's number tells its classes.
+// Groups of equally many panels, fewer in the last, so that a group's index gives its classes.
 struct PanelGroups {
   explicit PanelGroups(const Head& head)
       : n_panels(panels_of(head)),
@@ -18,7 +18,7 @@ struct PanelGroups {
   Index n_panels, size, n_groups;
 };
 
-// Computes the logits of one panel and block in `tile`, and adds them to the block's statistics.
+// Computes the logits of one panel and block in `tile`, and updates the block's statistics (online softmax).
 template <class Op>
 void add_panel(const LogitsOperand<Op>& e, const Op* packed, Index vectors_of_block, float factor,
                const PartialStatistics& statistics, float* tile) {
@@ -126,8 +126,8 @@ float logit(const Head& head, const typename T::In* row, Index v) {
   return total;
 }
 
-// Finds where the cumulative sum of the masses first exceeds `rest`, and subtracts the masses before it from `rest`.
-// Whatever rounding does, an index of mass 0 is not returned.
+// Returns the index where the cumulative sum of the masses first exceeds `rest`, and subtracts the masses before it
+// from `rest`. Rounding never selects an index of mass 0.
 template <class F>
 ALWAYS_INLINE Index find_mass(Index n, double& rest, F mass_of) {
   Index found = 0;
@@ -140,8 +140,8 @@ ALWAYS_INLINE Index find_mass(Index n, double& rest, F mass_of) {
   return found;
 }
 
-// Inverts the cumulative distribution of one row at `uniform`: the group of panels from the row's partial sums, the
-// class from the group's logits, computed once more for this row alone. −1 for a row that has no class to draw.
+// Inverts the cumulative distribution of one row at `uniform`. The row's partial sums select the group of panels; the
+// group's logits, recomputed for this row alone, select the class. Returns −1 if the row has no class to draw.
 template <class T>
 Index search(const Head& head, const PanelGroups& groups, const typename T::In* row, const PartialStatistics& parts,
              float factor, double uniform, float* logits) {
@@ -158,8 +158,8 @@ Index search(const Head& head, const PanelGroups& groups, const typename T::In* 
   const Index group = find_mass(groups.n_groups, rest, [&](Index g) { return mass[g]; });
 
   const Range classes = chunk_at(head.n_classes, group * groups.size * kPanel, groups.size * kPanel);
-  // these logits are rounded otherwise than the partial statistics', which a low temperature would make much of: so
-  // they have a maximum of their own, and what carries over is the share of the group's mass
+  // recomputed logits round differently from those of the partial statistics, and a low temperature magnifies the
+  // difference: so they get a maximum of their own, and only the share of the group's mass carries over
   float shift = kLowest;
   for (Index v = 0; v < classes.size(); ++v) logits[v] = logit<T>(head, row, classes.begin + v);
   const LogitTransform transform(head.transform);
@@ -174,7 +174,7 @@ Index search(const Head& head, const PanelGroups& groups, const typename T::In* 
   return classes.begin + find_mass(classes.size(), rest, mass_of);
 }
 
-// The temperature divides differences of logits here, not logits, which a low one would take to infinity.
+// Divides differences of logits by the temperature, not the logits: a low temperature would make those infinite.
 template <class T>
 void sample_of(const Head& given, const fused_mos::SampleArguments& a) {
   Head head = given;

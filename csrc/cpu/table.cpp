@@ -1,4 +1,4 @@
-// The table of one instruction set's kernels, and the measurements that tests and benchmarks make of it.
+// The table of one instruction set's kernels, and the functions that only tests and benchmarks call.
 #include "family.h"
 #include "product.h"
 #include "threads.h"
@@ -36,7 +36,7 @@ void hyperbolic_tangents(const float* from, float* to, int64_t n) {
 #ifdef __AMX_BF16__
 constexpr bool kBf16Products = true;
 
-// As many products as the tile registers allow, with no memory in their way.
+// Measures as many independent products as the tile registers allow, without memory accesses.
 double peak_gflops(int n_threads, bool) {
   constexpr Index kSteps = 2000000;
   const double start = omp_get_wtime();
@@ -54,7 +54,7 @@ double peak_gflops(int n_threads, bool) {
   return 2.0 * n_threads * kSteps * kTileRows * kBlock * 2 * kTileSteps / seconds / 1e9;
 }
 #else
-// As many multiply-adds as the registers allow, with no memory in their way.
+// Measures as many independent multiply-adds as the registers allow, without memory accesses.
 template <class T>
 double peak(int n_threads) {
   constexpr int kSums = kTileRows * kTileVectors;
@@ -67,7 +67,7 @@ double peak(int n_threads) {
 #pragma GCC unroll 24
       for (int i = 0; i < kSums; ++i) {
         sums[i] = Element<T>::multiply_add(a, b, sums[i]);
-        // each sum must really be made, in a register
+        // forces the compiler to compute each sum, in a register
 #if defined(__AVX512F__)
         asm volatile("" : "+v"(sums[i]));
 #elif defined(__aarch64__)

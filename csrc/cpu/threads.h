@@ -1,4 +1,4 @@
-// What the kernels ask of OpenMP beside its pragmas; where there is none, the answers of a program of one thread.
+// OpenMP's functions that the kernels call. Without OpenMP, they answer for a program of one thread.
 #pragma once
 
 #ifdef _OPENMP

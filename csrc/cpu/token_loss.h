@@ -1,4 +1,4 @@
-// The loss of one token: its negative log-likelihood, its experts' responsibilities, and the gradient of its prior.
+// Loss of one token: its negative log-likelihood, its experts' responsibilities, and the gradient of its prior.
 #pragma once
 
 #include <math.h>
@@ -10,7 +10,7 @@ namespace {
 
 using fused_mos::NllArguments;
 
-// What a token's terms weigh in the loss: nll, Σ_k π_k L_k and Σ_k π_k L_k².
+// Weights in the loss of a token's nll, Σ_k π_k L_k (`lse`) and Σ_k π_k L_k² (`square`).
 struct TokenWeights {
   TokenWeights(const NllArguments& a, Index token) {
     if (!a.valid[token]) return;
@@ -24,7 +24,7 @@ struct TokenWeights {
   }
 
   bool regularises() const { return lse != 0 || square != 0; }
-  // What regularises an expert of log-sum-exp L, and its derivative by L.
+  // Return the regularisation of an expert with log-sum-exp L, and its derivative with respect to L.
   double penalty(double l) const { return (lse + square * l) * l; }
   double slope(double l) const { return lse + 2 * square * l; }
 
@@ -44,7 +44,7 @@ inline void mix_token(const NllArguments& a, Index token, float* responsibility)
   };
   double largest = -INFINITY, total = 0;
   for (Index e = 0; e < k; ++e) largest = joint(e) > largest || joint(e) != joint(e) ? joint(e) : largest;
-  // where no expert gives it any probability, nobody is responsible
+  // avoids −inf − −inf if no expert gives the target any probability; all responsibilities are 0 then
   const double shift = largest == -INFINITY ? 0 : largest;
   for (Index e = 0; e < k; ++e) total += exp(joint(e) - shift);
   a.nll[token] = float(-(shift + log(total)));
@@ -53,7 +53,7 @@ inline void mix_token(const NllArguments& a, Index token, float* responsibility)
   }
 }
 
-// Computes one token's da = c (π − r) + π (f − Σ_k π f), f the penalties of its experts.
+// Computes one token's da = c (π − r) + π (f − Σ_k π f), where f are the penalties of its experts.
 inline void write_prior_gradient(const NllArguments& a, Index token, const float* responsibility) {
   const TokenWeights weights(a, token);
   const Range rows{token * a.n_experts, (token + 1) * a.n_experts};

@@ -1,4 +1,4 @@
-// What happens to logits before their softmax: l' = c·tanh(l/c) / T, with dl'/dl = (1 − (T l'/c)²) / T.
+// Transforms logits before their softmax: l' = c·tanh(l/c) / T, with dl'/dl = (1 − (T l'/c)²) / T.
 #pragma once
 
 #include "kernels.h"
@@ -21,7 +21,7 @@ class LogitTransform {
     return caps() ? tanh_of(logit * inverse_softcap_) * bound_ : logit * inverse_temperature_;
   }
 
-  // The derivative where the result is l', without its factor 1/T: gradients have that in their rows' factors.
+  // Returns dl'/dl, given l', without the factor 1/T: the row factors of the gradients include it.
   ALWAYS_INLINE Vector slope(Vector transformed) const {
     const Vector t = transformed * inverse_bound_;
     return 1.0f - t * t;
@@ -29,7 +29,7 @@ class LogitTransform {
 
  private:
   float inverse_temperature_, inverse_softcap_;
-  float bound_, inverse_bound_;  // c / T, which no |l'| exceeds, and T / c
+  float bound_, inverse_bound_;  // c / T, which bounds |l'|, and T / c
 };
 
 }  // namespace

@@ -1,5 +1,4 @@
-// A tile of sums in vector registers. `multiply` broadcasts elements of the left operand and loads vectors of the right
-// one.
+// Tile of sums in vector registers. `multiply` broadcasts elements of the left operand and loads vectors of the right.
 #pragma once
 
 #include "product.h"
@@ -9,7 +8,7 @@ namespace {
 template <class T, int NV>
 using Sums = Vector[kTileRows][NV];
 
-// What a thread must hold while it multiplies.
+// A thread holds one while it multiplies. Vector registers need no setup; tile registers do (amx_sums.h).
 struct ProductRegisters {
   ProductRegisters() {}
 };
@@ -23,7 +22,7 @@ ALWAYS_INLINE void clear(Vector (&sum)[kTileRows][NV]) {
   }
 }
 
-// sum[i][:] += Σ_s a[i·a_row + s·a_step] · b[s·b_step + :], the sums in registers throughout.
+// sum[i][:] += Σ_s a[i·a_row + s·a_step] · b[s·b_step + :]; the sums stay in registers.
 template <class T, int NV>
 ALWAYS_INLINE void multiply(const T* a, Index a_row, Index a_step, const T* b, Index b_step, Index steps,
                             Vector (&sum)[kTileRows][NV]) {
@@ -42,7 +41,7 @@ ALWAYS_INLINE void multiply(const T* a, Index a_row, Index a_step, const T* b, I
   }
 }
 
-// to[i·stride + :] = sum[i][:] + bias[i]; `bias` may be null, for zeros.
+// to[i·stride + :] = sum[i][:] + bias[i]; a null `bias` means zeros.
 template <int NV>
 ALWAYS_INLINE void store_to(float* to, Index stride, const float* bias, const Vector (&sum)[kTileRows][NV]) {
 #pragma GCC unroll 8
@@ -53,7 +52,7 @@ ALWAYS_INLINE void store_to(float* to, Index stride, const float* bias, const Ve
   }
 }
 
-// to[i·stride + :] += sum[i][:], or = where it `starts`, within (rows, columns).
+// to[i·stride + :] += sum[i][:], or = if `starts`, within the first `rows` rows and `columns` columns.
 template <bool starts, int NV>
 ALWAYS_INLINE void add_to(float* to, Index stride, Index rows, Index columns, const Vector (&sum)[kTileRows][NV]) {
   if (rows >= kTileRows && columns >= NV * kLanes) {

@@ -14,27 +14,27 @@
 namespace fused_mos {
 namespace {
 
-struct alignas(64) Block {  // what precedes the memory, on a cache line of its own
-  std::size_t bytes;        // asked for
-  std::size_t capacity;     // with this header
+struct alignas(64) Block {  // header of the memory, on a cache line of its own
+  std::size_t bytes;        // requested
+  std::size_t capacity;     // including this header
 };
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kLargestKept = std::size_t{208} << 20;
 #ifdef FUSED_MOS_SANITIZE
-constexpr std::size_t kLarge = SIZE_MAX;  // each block ends where it was asked to, so that reads beyond it are seen
+constexpr std::size_t kLarge = SIZE_MAX;  // never round sizes up, so that sanitizers see reads beyond a block
 #else
 constexpr std::size_t kLarge = 2 * kHugePage;
 #endif
 std::atomic<std::size_t> live{0}, peak{0};
 
-// Large blocks that were released, while they are kLargestKept together: the kernel zeroes fresh pages, which would be
-// 4 % of a training step.
+// Large blocks that were released, up to kLargestKept bytes in total. The operating system zeroes fresh pages, which
+// would take 4 % of a training step.
 std::mutex mutex;
-std::vector<Block*>& kept = *new std::vector<Block*>;  // never destroyed: a thread may release while the process ends
+std::vector<Block*>& kept = *new std::vector<Block*>;  // never destroyed: threads may release while the process exits
 
-// Returns the smallest kept block of so many bytes, no longer kept, or null. Nobody waits here: after a fork the mutex
-// may be another process's.
+// Removes the smallest kept block of at least `total` bytes and returns it, or null. Never waits for the mutex: after a
+// fork, its owner may be in another process.
 Block* take_kept(std::size_t total) {
   const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   if (!lock) return nullptr;
@@ -48,7 +48,8 @@ Block* take_kept(std::size_t total) {
   return block;
 }
 
-// Keeps a block in the place of those kept first, as many as need be, or frees it.
+// Keeps a block, and frees the oldest kept blocks until the rest fits. Frees the block if it is too large itself, or if
+// the mutex is taken.
 void keep(Block* block) {
   const std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
   if (!lock || block->capacity > kLargestKept) return std::free(block);
@@ -62,7 +63,7 @@ void keep(Block* block) {
   }
 }
 
-// posix_memalign, since aligned_alloc takes multiples of the alignment only.
+// Uses posix_memalign, since aligned_alloc only takes sizes that are multiples of the alignment.
 Block* aligned(std::size_t alignment, std::size_t bytes) {
   void* memory = nullptr;
   return posix_memalign(&memory, alignment, bytes) ? nullptr : static_cast<Block*>(memory);
@@ -75,7 +76,7 @@ Block* take(std::size_t total) {
   Block* block = aligned(kHugePage, total);
   if (!block) return nullptr;
 #ifdef __linux__
-  madvise(block, total, MADV_HUGEPAGE);  // a fault for every 2 MiB, not for every 4 KiB; advice may be ignored
+  madvise(block, total, MADV_HUGEPAGE);  // one page fault per 2 MiB, not per 4 KiB; the system may ignore it
 #endif
   block->capacity = total;
   return block;

@@ -1,5 +1,5 @@
-// Memory of the kernels: one aligned allocation each, released with its scope. Released blocks of
-// up to 208 MiB together are kept for the next call.
+// Memory of the kernels. Each buffer is one aligned allocation, released at the end of its scope. Released blocks are
+// kept for the next call, up to 208 MiB in total.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@ namespace fused_mos {
 void* allocate(std::size_t bytes);  // throws std::bad_alloc
 void release(void* memory);
 
-// The largest sum of live allocations since the last call of reset_peak_bytes, in bytes.
+// Returns the peak of live allocations, in bytes, since the last call of reset_peak_bytes.
 std::size_t peak_bytes();
 void reset_peak_bytes();
 
