@@ -12,7 +12,7 @@ from fused_mos.runtime import plots
 
 from .tables import MACHINES, OURS, SHAPE_NAMES, rows_of
 
-README_MACHINE = "intel-r-xeon-r-processor-family-6-model-167-amx_bf16-2-threads"
+README_MACHINE = "amd-epyc-family-25-model-17-avx512_bf16-2-threads"
 """The machine whose training step README.md shows."""
 STEP_PLOT = MACHINES.parent / "training-step.png"
 """Where the bar chart is."""
