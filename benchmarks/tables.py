@@ -4,6 +4,7 @@ A row of a table has a number. What a machine could not run is named below the t
 """
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -194,10 +195,11 @@ def chart(machine: str) -> str:
     rows = [(row, ours) for row, ours in contenders_of(machine) if row["figure"] == "shapes" and row["shape"][1] > 1]
     faster = places(row for row, _ in rows if is_faster(row)) or "no contender"
     leaner = places(row for row, ours in rows if is_leaner(row, ours)) or "no contender"
-    return (
-        f"One training step of the head, forward and backward, on {facts['threads']} threads of an\n"
-        f"{facts['device']}. Shorter is better.\nFaster than fused_mos: {faster}.\nLess memory: {leaner}."
+    caption = (
+        f"One training step of the head, forward and backward, on {facts['threads']} threads of an {facts['device']}. "
+        f"Shorter is better. Faster than fused_mos: {faster}. Less memory: {leaner}."
     )
+    return textwrap.fill(caption, 120, break_on_hyphens=False)
 
 
 def contenders_of(machine: str) -> list[tuple[dict, dict]]:
