@@ -1,7 +1,7 @@
 """FLOP formulas of the ops for torch.utils.flop_counter.FlopCounterMode, which cannot see inside a custom op.
 
-Only matrix products count, as in torch's own formulas, and a recomputed product counts again. The prior and the bias
-cost nothing.
+Only matrix products count, as in torch's own formulas, and a recomputed product counts again, except the logits that a
+CPU computes twice for want of memory in `nll_with_gradients`. The prior and the bias cost nothing.
 """
 
 import importlib.util

@@ -287,7 +287,7 @@ void nll_with_gradients_of(const Head& head, const NllArguments& a) {
   if (sums) gradients.weight = nullptr, gradients.weight_sums = weight_sums;
   // The workspace holds the exponentials of the first panels. Once these are used, the exponentials of the others are
   // recomputed in their place, so that dz is summed in the same order however many are held.
-  const Index held = ceil_div(a.classes_held, kPanel);
+  const Index held = smaller(larger(ceil_div(a.classes_held, kPanel), 1), panels);
   const Index max_span = smaller(panels_of_gradients<T>(head, max_blocks), held);
   GradientTiles<T> tiles(head, (const In*)a.latent, gradients, max_blocks, held);
   KeptRows kept(max_blocks * kBlock);

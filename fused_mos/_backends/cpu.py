@@ -18,17 +18,7 @@ from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from . import from_rows
 from .cpu_mixture import log_prob, log_prob_backward, mixture_sum, mixture_sum_backward, predict, score  # noqa: F401
 from .cpu_one_sweep import log_prob_and_normalisers, one_sweep_pays, predict_in_one_sweep  # noqa: F401
-from .cpu_operands import (
-    BLOCK,
-    PANEL,
-    Gradients,
-    address,
-    empty_statistics,
-    equal_blocks,
-    head_of,
-    padded_classes,
-    rows_of_block,
-)
+from .cpu_operands import BLOCK, PANEL, Gradients, address, empty_statistics, equal_blocks, head_of, padded_classes
 from .from_rows import choose_rows  # noqa: F401  (these are part of `Kernels`)
 from .random_numbers import generator_of
 from .tracing import assume_constant_result
@@ -142,10 +132,6 @@ def _uses_amx(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and instruction_set() == "amx_bf16"
 
 
-def _min_gradient_rows(dtype: torch.dtype) -> int:
-    return MIN_GRADIENT_ROWS_WITH_AMX if _uses_amx(dtype) else MIN_GRADIENT_ROWS
-
-
 def _held_exponentials(n_tokens: int, n_experts: int, weight: Tensor) -> tuple[int, int]:
     """Returns the tokens of a block and the classes whose exponentials the workspace holds for it.
 
@@ -153,27 +139,32 @@ def _held_exponentials(n_tokens: int, n_experts: int, weight: Tensor) -> tuple[i
     holds some of the classes; the logits of the others are computed twice. Returns (0, 0) if neither pays.
     """
     n_classes, n_features = weight.shape
-    n_rows = n_tokens * n_experts
+    n_rows, n_panels = n_tokens * n_experts, padded_classes(n_classes) // PANEL
+    if n_rows == 0:
+        return 0, 0
     float32_bytes = 4 * n_classes * n_features
     workspace = max(FORWARD_WORKSPACE_BYTES, min(MAX_FORWARD_WORKSPACE_BYTES, float32_bytes))
-    # a row packed twice (for the logits and for dE) and its gradient, all at most float32
-    bytes_of_row = 3 * 4 * n_features
-    bytes_of_exponential = _exponential_bytes(weight.dtype)
+    with_amx = _uses_amx(weight.dtype)
+    block = BLOCK if with_amx else BLOCK // 2  # a multiple of kBlock
+    # a row packed twice (for the logits and for dE) and its gradient, all at most float32; two statistics per panel
+    bytes_of_row = 3 * 4 * n_features + 2 * 4 * n_panels
+    bytes_of_panel = _exponential_bytes(weight.dtype) * PANEL
 
     def tokens_in(n_bytes: int) -> int:
-        rows = max(n_bytes, 0) // (bytes_of_exponential * padded_classes(n_classes) + bytes_of_row)
-        return rows_of_block(rows) // n_experts
+        rows = max(n_bytes, 0) // (n_panels * bytes_of_panel + bytes_of_row)
+        return (rows - rows % (BLOCK if rows > BLOCK else block)) // n_experts
 
     tokens = tokens_in(workspace)
     if tokens < n_tokens and weight.dtype != torch.float32:
         tokens = tokens_in(workspace - float32_bytes)
     tokens = equal_blocks(n_tokens, tokens)
-    if tokens * n_experts >= min(_min_gradient_rows(weight.dtype), n_rows):
+    min_rows = MIN_GRADIENT_ROWS_WITH_AMX if with_amx else MIN_GRADIENT_ROWS
+    if tokens * n_experts >= min(min_rows, n_rows):
         return tokens, n_classes
-    bytes_of_panel = bytes_of_exponential * PANEL * (n_rows + BLOCK)
-    classes = max(workspace - n_rows * bytes_of_row, 0) // bytes_of_panel * PANEL
-    pays = classes >= MIN_CLASSES_HELD * n_classes and not _uses_amx(weight.dtype)
-    return (n_tokens, min(classes, n_classes)) if pays else (0, 0)
+    lanes = (n_rows + block - 1) // block * block
+    panels = max(workspace - lanes * bytes_of_row, 0) // (lanes * bytes_of_panel)
+    pays = panels >= max(MIN_CLASSES_HELD * n_panels, 1) and not with_amx
+    return (n_tokens, min(panels * PANEL, n_classes)) if pays else (0, 0)
 
 
 def gradient_in_forward_pays(n_tokens: int, n_experts: int, weight: Tensor, bias: Tensor | None) -> bool:

@@ -67,8 +67,9 @@ def table(config: LM1BConfig, n_words: int, n_data: int, device_type: str) -> di
         "tied gradient's terms": rows * d * (item * (2 if in_head < tokens else 1) + item + 2 * half),
         "LSTM activations": lstm,
         "head activations": head,
-        "head workspace": _head_workspace(device_type),
     }
+    # on a CPU the kernels' allocator keeps it
+    (kept if device_type == "cpu" else step)["head workspace"] = _head_workspace(device_type)
     if config.vocab_parallel > 1:  # buffer of the gradient exchange, after the step's tensors are freed
         step["exchange, beyond"] = max((n_parameters - rows * (d + 1)) * item - sum(step.values()), 0)
     single = n_data * config.vocab_parallel == 1
