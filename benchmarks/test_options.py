@@ -54,7 +54,7 @@ def _score(z: Tensor, a: Tensor, e: Tensor, y: Tensor, b: Tensor) -> Tensor:
 def options(n_experts: int, n_tokens: int, n_classes: int) -> dict[str, Option]:
     classes = torch.rand(n_classes, device=DEVICE)
     tokens = torch.rand(n_tokens, device=DEVICE)
-    smoothing = 3 if n_experts == 1 else 5
+    smoothing, score = (3, 4) if n_experts == 1 else (5, 5)
     return {
         PLAIN: Option(_loss(), 3),
         "each token's loss": Option(lambda *x: F.mos_nll_loss(*x, reduction="none").mean(), 4),
@@ -68,7 +68,7 @@ def options(n_experts: int, n_tokens: int, n_classes: int) -> dict[str, Option]:
         "target_prob, 16 classes": Option(_soft, 4),
         "extra_log_prob": Option(_external, 4),
         "mos_log_prob_at": Option(lambda z, a, e, y, b: -F.mos_log_prob_at(z, a, e, y, b).mean(), 4),
-        "mos_score": Option(_score, 5),
+        "mos_score": Option(_score, score),
     }
 
 
