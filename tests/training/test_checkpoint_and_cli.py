@@ -276,6 +276,18 @@ def test_help_names_every_field(capsys):
                 assert "--" + field.name.replace("_", "-") in text
 
 
+def test_help_says_whose_defaults_it_shows(finished_run, capsys):
+    run = finished_run(1)
+    for flags, origin in (
+        ([], "the recipe ptb-small"),
+        (["--recipe", "ptb"], "the recipe ptb"),
+        (["--resume", str(run)], f"the run in {run}"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*flags, "--help"])
+        assert f"The defaults shown here are those of {origin}." in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_unreadable_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "x")
