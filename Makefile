@@ -1,4 +1,4 @@
-# make demo: train softmax and MoS side by side, in about three minutes.
+# make demo: make an environment, then train a softmax and a MoS: about three minutes on two cores.
 # make test: run the test suite.   make test-quick: run the fast tests, in under a minute.
 PYTHON ?= python3
 VENV ?= .venv

@@ -8,7 +8,7 @@ import sys
 from .runtime import UserError, command
 
 COMMANDS = {
-    "demo": ("demo", "Train a softmax and a MoS of equal size, about two minutes."),
+    "demo": ("demo", "Train a softmax and a MoS of about equal size: about two minutes on two cores."),
     "train": ("train", "Train an AWD-LSTM with a MoS, MoC or softmax head on a corpus."),
     "finetune": ("finetune", "Fine-tune the best model of a run."),
     "evaluate": ("evaluate", "Evaluate the best model of a run, optionally with dynamic evaluation or a cache."),

@@ -214,7 +214,10 @@ def check_shapes(
             raise ValueError(f"{name} is on {tensor.device} but latent is on {latent.device}")
         allowed = (latent.dtype, torch.float32) if name == "prior_logits" else (latent.dtype,)
         if tensor.dtype not in allowed and not autocast:
-            raise TypeError(f"{name} must have latent's dtype {latent.dtype}, got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must have latent's dtype {latent.dtype}, got {tensor.dtype}; convert one of them, or use "
+                "torch.autocast"
+            )
     if latent.dim() != 3:
         raise ValueError(f"latent must be (N, K, D), got shape {tuple(latent.shape)}")
     n, k, d = latent.shape
@@ -286,8 +289,9 @@ def check_target_shape(target: Tensor, latent: Tensor) -> None:
 
 def _check_int64(name: str, index: Tensor, latent: Tensor) -> None:
     if index.dtype != torch.int64:
-        remedy = "" if index.is_floating_point() or index.is_complex() else f"; convert it by {name}.long()"
-        raise TypeError(f"{name} must have dtype torch.int64, got {index.dtype}{remedy}")
+        is_number = index.is_floating_point() or index.is_complex()
+        remedy = f"{name} holds class indices" if is_number else f"convert it by {name}.long()"
+        raise TypeError(f"{name} must have dtype torch.int64, got {index.dtype}; {remedy}")
     if index.device != latent.device:
         raise ValueError(f"{name} is on {index.device} but latent is on {latent.device}")
 

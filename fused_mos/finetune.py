@@ -5,6 +5,10 @@
 
 RUN was written by fused_mos.train or fused_mos.convert. By default --out is RUN/finetune.
 
+Other defaults are the run's own settings, with finetune_lr as lr.
+
+RUN --help shows them; --help without RUN shows those of the recipe ptb.
+
 If a run was stopped or killed, the same command continues it.
 
 Sources: Merity et al. 2017, section 5; Yang et al. 2018, section 3.1.
@@ -15,7 +19,7 @@ import sys
 from pathlib import Path
 
 from .runtime import command
-from .training.config import TrainConfig
+from .training.config import RECIPES, TrainConfig
 from .training.errors import CheckpointError, ConfigError
 
 Flags = TrainConfig
@@ -38,7 +42,7 @@ def parse(arguments: list[str]) -> TrainConfig:
                 f"resume: {resume} is a run of train, not of finetune; continue it with python -m fused_mos.train"
             )
     elif command.asks_for_help(arguments):
-        default = TrainConfig()
+        default = RECIPES["ptb"]()
     else:
         raise CheckpointError("name the folder of the run to fine-tune first: python -m fused_mos.finetune RUN [flags]")
     config = command.parse(Flags, "finetune", __doc__, flags, default=default)

@@ -336,7 +336,10 @@ class Head(nn.Module):
             raise ValueError(f"input must be (…, in_features = {self.in_features}), got {tuple(input.shape)}")
         weight, bias = read_decoder(self.decoder)
         if input.dtype != weight.dtype and not is_autocast(input.device.type):
-            raise TypeError(f"input must have the parameters' dtype {weight.dtype}, got {input.dtype}")
+            raise TypeError(
+                f"input must have the parameters' dtype {weight.dtype}, got {input.dtype}; convert one of them, or use "
+                "torch.autocast"
+            )
         if input.device != weight.device:
             raise ValueError(f"input is on {input.device} but the parameters are on {weight.device}")
         latent, prior_logits = self.mixture(input)

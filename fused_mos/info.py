@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 
 from .runtime import command
-from .runtime.text import show
+from .runtime.text import counted, show
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors")
 PREFIXES = ("FUSED_MOS_", "OMP_", "TRITON_")
@@ -39,7 +39,7 @@ def facts() -> dict[str, str]:
         "fused_mos": f"{__version__}, {os.path.dirname(__file__)}",
         "Python": f"{platform.python_version()}, {platform.platform()}",
         **{package: version_of(package) for package in PACKAGES},
-        "CPU": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        "CPU": f"{processor()}, {counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')}, "
         f"{torch.backends.cpu.get_cpu_capability()}",
         "CUDA": torch.version.cuda or "torch is built without it",
     }

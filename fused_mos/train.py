@@ -5,7 +5,7 @@
 
 If a run was stopped or killed, the same command continues it.
 
-Without --recipe and --data, and without a folder `data`, it trains for a minute on sample text.
+Without --recipe and --data, and without a folder `data`, it trains the recipe demo for a minute on sample text.
 """
 
 import dataclasses

@@ -9,7 +9,8 @@ Exit status: 0 at the end or the time limit, 2 for an error, 130 or 143 after SI
 
 Send signals to torchrun itself: with --max-restarts, it restarts ranks whose status is not 0.
 
-Without --recipe and --data, and without a folder `lm1b`, it trains for two minutes on sample text.
+Without --recipe and --data, and without a folder `lm1b`, it trains the recipe lm1b-tiny for two minutes on
+sample text.
 """
 
 import dataclasses
@@ -57,6 +58,7 @@ def parse(arguments: list[str]) -> LM1BConfig:
 
 def train(config: LM1BConfig, ranks: "Ranks") -> None:
     from .data import sample
+    from .training.device import backend_in_words
     from .training.lm1b import LM1BTrainer
 
     def tell(text: str) -> None:
@@ -71,7 +73,8 @@ def train(config: LM1BConfig, ranks: "Ranks") -> None:
         if on_sample:
             tell(f"training {config.recipe} on the sample text, {sample.NAME}")
         n_words = len(trainer.corpus.vocabulary)
-        tell(f"run folder {trainer.folder}, {trainer.n_parameters:,} parameters, {n_words:,} words")
+        backend = backend_in_words(config, ranks.device)
+        tell(f"run folder {trainer.folder}, {backend}, {trainer.n_parameters:,} parameters, {n_words:,} words")
         tell(f"ranks on {ranks.device.type}: {ranks.n_data} data-parallel × {ranks.n_vocab} sharing a decoder")
         tell(f"memory per rank:\n{trainer.memory}")
         if trainer.resumed:

@@ -57,7 +57,7 @@ CASES = [
         "weight",
         torch.randn(V, D).double(),
         TypeError,
-        r"weight must have latent's dtype torch.float32, got torch.float64",
+        r"weight must have latent's dtype torch.float32, got torch.float64; convert one of them, or use torch.autocast",
     ),
     ("weight", torch.randn(V, D, device="meta"), ValueError, r"weight is on meta but latent is on cpu"),
     ("weight", _nan(V, D), ValueError, r"weight contains NaN"),
@@ -69,7 +69,12 @@ CASES = [
         ValueError,
         r"target must be \(N,\) = \(4,\) to match latent, got \(5,\)",
     ),
-    ("target", torch.zeros(N), TypeError, r"target must have dtype torch.int64, got torch.float32$"),
+    (
+        "target",
+        torch.zeros(N),
+        TypeError,
+        r"target must have dtype torch.int64, got torch.float32; target holds class indices$",
+    ),
     (
         "target",
         torch.zeros(N, dtype=torch.int32),
@@ -170,7 +175,8 @@ def test_module(head):
         module([1.0], target)
     with pytest.raises(TypeError, match="target must be a Tensor, got list"):
         module(torch.randn(N, D), [1])
-    with pytest.raises(TypeError, match="input must have the parameters' dtype torch.float32, got torch.float64"):
+    remedy = "convert one of them, or use torch.autocast"
+    with pytest.raises(TypeError, match=f"parameters' dtype torch.float32, got torch.float64; {remedy}$"):
         module(torch.randn(N, D).double(), target)
     with pytest.raises(ValueError, match="input is on meta but the parameters are on cpu"):
         module(torch.randn(N, D, device="meta"), target)

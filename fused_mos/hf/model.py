@@ -21,6 +21,13 @@ def _already_a_loss(logits: Tensor, *_, **__) -> Tensor:
     return logits
 
 
+def name_default_loss(model: PreTrainedModel) -> None:
+    """Name the loss that transformers takes for a class such as GPT2LMHeadModel, whose name does not tell one: the same
+    loss, without the warning that none is set."""
+    if getattr(model, "loss_type", None) is None:
+        model.loss_type = "ForCausalLM"
+
+
 if TYPE_CHECKING:
     Base = PreTrainedModel
 else:
@@ -49,6 +56,7 @@ class ModelWithMoS(Base):
     def post_init(self) -> None:
         options = HeadOptions(**self.config.mos)
         setattr(self, self.lm_head_name, build(getattr(self, self.lm_head_name), options))
+        name_default_loss(self)
         super().post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

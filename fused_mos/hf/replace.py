@@ -17,7 +17,7 @@ from .._plain import addition
 from . import after_head
 from .classes import causal_lm_of, classes_of
 from .head import HeadOptions, LMHead, upcycle
-from .model import ModelWithMoS
+from .model import ModelWithMoS, name_default_loss
 
 
 def replace_head(
@@ -134,6 +134,7 @@ def _check(model: PreTrainedModel) -> nn.Linear:
         )
     if more := addition(linear, nn.Linear):
         raise ValueError(f"the lm_head of {name} must be a plain nn.Linear, but it {more}; remove that first")
+    name_default_loss(model)
     if model.loss_function is not ForCausalLMLoss:
         loss = getattr(model.loss_function, "__name__", model.loss_function)
         raise ValueError(f"the loss of {name} must be transformers' ForCausalLMLoss, got {loss}")

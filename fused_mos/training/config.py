@@ -27,7 +27,7 @@ MOST_LAYERS = 1000
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The AWD-LSTM and its head. Defaults: the paper's Penn Treebank model."""
+    """The AWD-LSTM and its head."""
 
     head: HeadName = "mos"
     """Output layer: Mixture of Softmaxes (mos), Mixture of Contexts (moc) or a single softmax.
@@ -77,12 +77,19 @@ class ModelConfig:
         try:
             check_head(self.head, self.embedding_size, self.hidden_sizes, self.latent, self.latent_norm, self.rank)
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(f"{error}{self._remedy()}") from None
+
+    def _remedy(self) -> str:
+        """The flag that gives residual latent vectors a last layer of their width; "" if they have it."""
+        widths = *self.hidden_sizes[:-1], self.embedding_size
+        if self.latent != "residual" or self.head == "softmax" or self.hidden_sizes == widths:
+            return ""
+        return f"; for example, pass --hidden-sizes {' '.join(map(str, widths))}"
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """NT-ASGD and regularisation. Defaults: the paper's Penn Treebank training."""
+    """NT-ASGD and regularisation."""
 
     lr: float = setting(20.0, POSITIVE)
     """Learning rate of SGD and ASGD (lr)."""
@@ -125,7 +132,8 @@ class RunConfig:
     """Continue the run in this folder: short for repeating the command that began it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     init_bias: bool = False
-    """Initialise the head's bias to the log-frequencies of the training words instead of 0. Recommended with Adam.
+    """Start the head's bias at the log-frequencies of the training words instead of 0.
+    This gives a faster start, not always a better end.
     No effect on a run that continues or fine-tunes."""
     seed: int = setting(0, SEED)
     """Random seed."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._backends import resolve
+from .._backends import resolve, why_absent
+from .config import RunConfig
 from .errors import ConfigError
 
 
@@ -65,6 +66,13 @@ def check_backend(backend: str, device: torch.device, bfloat16: bool = False) ->
         resolve(backend, device, torch.bfloat16 if bfloat16 else torch.float32)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(str(error)) from None
+
+
+def backend_in_words(config: RunConfig, device: torch.device) -> str:
+    """Returns which backend computes the head in training, and whether a CPU lacks the compiled kernels."""
+    name = resolve(config.model.backend, device, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    missing = device.type == "cpu" and why_absent("cpu")
+    return f"backend {name}" + (" (no compiled kernels: see fused-mos info)" if missing else "")
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -48,7 +48,8 @@ def parse(
         default = recipes[chosen["recipe"] or config_type().recipe]()
     else:
         default = sample()
-    description = f"{description}\nRecipes: {', '.join(recipes)}."
+    origin = f"the run in {chosen['resume']}" if chosen["resume"] else f"the recipe {default.recipe}"
+    description = f"{description}\nRecipes: {', '.join(recipes)}. The defaults shown here are those of {origin}."
     config = command.parse(config_type, name, description, arguments, default=default)
     config.check()
     return config

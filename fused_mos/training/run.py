@@ -1,6 +1,7 @@
 """Reads the folder of a run, for evaluation and the other commands that follow training."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import torch
@@ -75,6 +76,12 @@ def load_best(folder: Path, config: TrainConfig, validated: bool = False) -> Che
     """Loads the best model of the run in `folder` with the configuration `config`. Raises CheckpointError, even for an
     intact checkpoint if it belongs to another run or, with `validated`, has no validation loss."""
     path = folder / "best.safetensors"
+    finished = (folder / "result.json").exists()
+    if (folder / "config.json").is_file() and not (validated or finished or path.exists()):
+        command = f"python -m fused_mos.train --resume {shlex.quote(str(folder))}"
+        raise CheckpointError(
+            f"{folder} has no best model yet: it is written after the first epoch; continue with `{command}`"
+        )
     best = Checkpoint(*load_checkpoint(path, "config", "epoch", "valid_loss"), path)
     try:
         record = settings.read_record(BestRecord, {name: best.meta[name] for name in ("epoch", "valid_loss")})

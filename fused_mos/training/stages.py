@@ -8,6 +8,7 @@ from ..data import Corpus
 from ..runtime.progress import say
 from .checkpoint import load_latest
 from .config import TrainConfig
+from .device import backend_in_words
 from .folder import check_name
 from .run import read_config
 from .state import has_begun, last_path, load_last
@@ -23,7 +24,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if trainer.resumed:
         left = config.optim.epochs - epoch
         where = f", continues after {epoch} epochs" if left > 0 else f", already trained for {epoch} epochs"
-    say(f"run folder {trainer.folder}, device {trainer.device}, {n_parameters:,} parameters{where}")
+    backend = backend_in_words(config, trainer.device)
+    say(f"run folder {trainer.folder}, device {trainer.device}, {backend}, {n_parameters:,} parameters{where}")
     result = trainer.run()
     speed = f", {result['words_per_second']:,.0f} words/s" if result["words_per_second"] else ""
     say(f"{result['head']}: valid ppl {result['valid_ppl']:.2f}, test ppl {result['test_ppl']:.2f}{speed}")

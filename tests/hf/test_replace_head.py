@@ -48,6 +48,23 @@ def test_it_computes_what_the_model_did(name, rank):
     assert abs(after.loss - before.loss) < 3e-6 and abs(model(x, labels=x).loss - before.loss) < 3e-6
 
 
+def test_nothing_is_logged_of_a_loss_that_the_class_does_not_name(caplog, monkeypatch, tmp_path):
+    """transformers warns when it takes its default loss for a class such as GPT2LMHeadModel. It warns once in a
+    process, hence the cleared caches."""
+    logger = transformers.utils.logging.get_logger("transformers.modeling_utils")
+    monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
+    type(logger).warning_once.cache_clear()
+    make("gpt2").loss_function  # noqa: B018
+    assert "loss_type" in caplog.text, "transformers no longer warns: delete name_default_loss"
+    caplog.clear()
+    type(logger).warning_once.cache_clear()
+    model = replace_head(make("gpt2"), 3)
+    model(tokens(), labels=tokens(), skip_logits=False)
+    model.save_pretrained(tmp_path)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens(), labels=tokens())
+    assert "loss_type" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["gpt2", "cohere"])
 def test_the_prior_is_of_order_one(name):
     """On the hidden states of the model, whatever their scale: experts that are equal part by their shares."""

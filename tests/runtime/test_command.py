@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 
 import pytest
+import torch
 
 import fused_mos
 from fused_mos import __main__ as package_command
@@ -155,3 +156,11 @@ def test_info_tells_what_a_bug_report_needs(monkeypatch, capsys):
     assert {f"backend {name}": state for name, state in fused_mos.backends().items()}.items() <= told.items()
     monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package"))
     assert info.facts()["no-such-package"] == "not installed"
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert ", 1 thread, " in info.facts()["CPU"]
+        torch.set_num_threads(2)
+        assert ", 2 threads, " in info.facts()["CPU"]
+    finally:
+        torch.set_num_threads(n_threads)

@@ -28,7 +28,7 @@ VALUES = [
         "--rank 11 --embedding-size 20",
         "rank must be at most min(the last of hidden_sizes, embedding_size) = 10, got 11",
     ),
-    ("--latent residual", "embedding_size must be the last of hidden_sizes, got 8 and 10"),
+    ("--latent residual", "got 8 and 10; for example, pass --hidden-sizes 12 8"),
     ("--latent residual --embedding-size 10 --latent-norm", "latent_norm must be False for latent='residual'"),
     ("--head softmax --latent linear", "latent is for mixtures: it must be tanh where head is softmax, got linear"),
     ("--head softmax --latent-norm", "latent_norm is for mixtures: it must be False where head is softmax, got True"),

@@ -79,7 +79,7 @@ def test_damaged_parts_are_refused(damage, tmp_path):
     path = tmp_path / "x"
     save_checkpoint(path, {"a": torch.randn(900, 1000)}, {}, max_mib=1)
     damage(sorted(tmp_path.glob("x.*"))[1])
-    with pytest.raises(CheckpointError, match="lacks its part|its parts are not those"):
+    with pytest.raises(CheckpointError, match="lacks its part|its parts do not match its digest"):
         load_checkpoint(path)
 
 
@@ -274,6 +274,18 @@ def test_help_names_every_field(capsys):
         for field in dataclasses.fields(part):
             if field.name not in ("model", "optim"):
                 assert "--" + field.name.replace("_", "-") in text
+
+
+def test_help_says_whose_defaults_it_shows(finished_run, capsys):
+    run = finished_run(1)
+    for flags, origin in (
+        ([], "the recipe ptb-small"),
+        (["--recipe", "ptb"], "the recipe ptb"),
+        (["--resume", str(run)], f"the run in {run}"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*flags, "--help"])
+        assert f"The defaults shown here are those of {origin}." in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_unreadable_checkpoint_is_named(tmp_path):

@@ -144,7 +144,7 @@ def test_the_demo_goes_on(small_flags, tmp_path, monkeypatch, capsys):
         assert demo.main(flags) == 130
     assert demo.main(flags) == 0
     out = capsys.readouterr().out
-    assert "softmax: 3 epochs on Python's own documentation, of which 3 are done" in out
+    assert "softmax: 3 epochs on Python's own documentation, backend cpu, of which 3 are done" in out
     softmax, mos = json.loads((tmp_path / "demo" / "result.json").read_text())
     for name, result in (("softmax", softmax), ("MoS", mos)):
         numbers = [
@@ -436,7 +436,7 @@ def test_a_run_of_another_command_is_named(trained, flags, tmp_path, capsys):
     assert train_1b.main([*flags, "--max-steps", "2", "--out", str(other)]) == 0
     for command, flags in ((evaluate, []), (generate, []), (experts, []), (finetune, []), (train, ["--resume"])):
         assert command.main([*flags, str(other)]) == 2
-        assert f"{other} is a run of train_1b, which only python -m fused_mos.train_1b" in capsys.readouterr().err
+        assert f"{other} is a run of train_1b; evaluate it with python -m fused_mos.train_1b" in capsys.readouterr().err
 
 
 def test_a_result_of_train_1b_that_cannot_be_kept_is_shown(flags, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,20 @@
-"""Copies to a GPU, as requested from torch. No GPU is needed: a stand-in answers in its place."""
+"""The backend that a run names in its first line, and copies to a GPU, as requested from torch. No GPU is needed: a
+stand-in answers in its place."""
 
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fused_mos.training.device import on_device
+import fused_mos
+from fused_mos.training.config import RECIPES
+from fused_mos.training.device import backend_in_words, on_device
 from fused_mos.training.lm1b.ranks import Ranks
 
 
@@ -24,6 +35,37 @@ class NotedCopies(TorchFunctionMode):
             self.copies.append((is_pinned, args[0].is_contiguous(), (kwargs or {}).get("non_blocking", False)))
             return args[0].clone()
         return function(*args, **kwargs or {})
+
+
+BACKENDS = """
+import dataclasses, torch, fused_mos
+from fused_mos.train import RECIPES
+from fused_mos.training.device import backend_in_words
+config = RECIPES["demo"]()
+for backend in ("auto", "reference"):
+    of_model = dataclasses.replace(config.model, backend=backend)
+    print(backend_in_words(dataclasses.replace(config, model=of_model), torch.device("cpu")))
+"""
+
+
+@pytest.mark.processes
+def test_the_first_line_says_that_the_compiled_kernels_are_missing(tmp_path):
+    package = Path(fused_mos.__file__).parent
+    shutil.copytree(package, tmp_path / "fused_mos", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", BACKENDS]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    missing = "(no compiled kernels: see fused-mos info)"
+    assert result.stdout.splitlines() == [f"backend tiled {missing}", f"backend reference {missing}"], result.stderr
+
+
+@pytest.mark.parametrize(("precision", "backend"), [("float32", "auto"), ("bfloat16", "auto"), ("float32", "tiled")])
+def test_the_first_line_names_the_backend(precision, backend):
+    pytest.importorskip("fused_mos._cpu")
+    config = RECIPES["demo"]()
+    config = dataclasses.replace(config, precision=precision, model=dataclasses.replace(config.model, backend=backend))
+    name = "cpu" if backend == "auto" else backend
+    assert backend_in_words(config, torch.device("cpu")) == f"backend {name}"
 
 
 def test_a_batch_is_copied_from_pinned_memory_and_not_waited_for():

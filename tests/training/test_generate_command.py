@@ -1,5 +1,9 @@
 """The command that generates text."""
 
+import shlex
+
+from runs import refused
+
 from fused_mos import generate as command
 from fused_mos import train
 from fused_mos.training import Trainer
@@ -23,6 +27,15 @@ def test_the_command(small_flags, tmp_path, capsys):
     ):
         assert command.main([str(folder), *flags]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_without_a_best_model_yet(small_flags, tmp_path, capsys):
+    """Cut off in its first epoch. Its own advice then leads to the best model."""
+    folder = tmp_path / "a run"
+    assert train.main([*small_flags, "--out", str(folder), "--epochs", "1", "--time-limit", "1e-9"]) == 0
+    advice = f"python -m fused_mos.train --resume '{folder}'"
+    refused(command, [folder], capsys, f"{folder} has no best model yet", advice)
+    assert train.main(shlex.split(advice)[3:]) == 0 and command.main([str(folder), "--words", "3"]) == 0
 
 
 def test_words_do_not_command_the_terminal(finished_run, capsys):

@@ -60,7 +60,7 @@ def test_a_run_learns_and_leaves_its_folder(flags, prepared, tmp_path, capsys):
     result = json.loads((out / "result.json").read_text())
     assert (
         f"mos: held-out ppl {result['heldout_ppl']:.2f} over {result['heldout_words']:,} words" in printed
-        and "GiB of" in printed
+        and " MiB of " in printed
     )
     assert result["heldout_ppl"] < 12 and result["vocabulary"] == 43
     assert result["heldout_words"] == sum(int((file.open() != 0).sum()) for file in PreparedCorpus(prepared).heldout)
@@ -405,13 +405,13 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
 
     full = dataclasses.replace(RECIPES["lm1b-full"](), memory_gib=19.2)
     with pytest.raises(
-        ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20:(.|\n)*it would fit with --micro-batches \d+"
+        ConfigError, match=r"a rank needs \d+.\d\d GiB but has 19.20 GiB:(.|\n)*it would fit with --micro-batches \d+"
     ):
         memory.check(full, 793_471, OneRank)
     with pytest.raises(ConfigError, match="choose a smaller embedding or vocabulary"):
         memory.check(dataclasses.replace(full, memory_gib=4), 793_471, OneRank)
     text = memory.check(dataclasses.replace(full, memory_gib=80), 793_471, OneRank)
-    assert "of 80.00" in text and "evaluation" not in text
+    assert "of 80.00 GiB" in text and "evaluation" not in text and " 0.00 GiB" not in text
     with pytest.raises(ConfigError, match="evaluation, beyond(.|\n)*it would fit with --eval-batch-size 128$"):
         memory.check(dataclasses.replace(full, memory_gib=80, eval_batch_size=100_000), 793_471, OneRank)
     monkeypatch.setattr(memory, "_head_workspace", lambda _: 288 << 20)  # without asking a GPU

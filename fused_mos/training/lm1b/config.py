@@ -35,6 +35,9 @@ class LM1BConfig(RunConfig):
     model: ModelConfig = field(
         default_factory=lambda: replace(NO_DROPOUT, n_experts=7, embedding_size=900, hidden_sizes=(1024, 1024))
     )
+    init_bias: bool = False
+    """Start the head's bias at the log-frequencies of the training words instead of 0.
+    Recommended with --optimizer adam. No effect on a run that continues."""
     optimizer: Literal["sgd", "adagrad", "adam"] = "sgd"
     """Optimizer, in PyTorch's fused implementation where there is one."""
     lr: float = setting(20.0, POSITIVE)

@@ -112,7 +112,7 @@ def check(config: LM1BConfig, n_words: int, ranks: Ranks) -> str:
     needed = table(config, n_words, ranks.n_data, ranks.device.type)
     if sum(needed.values()) <= limit:
         return as_text(needed, limit)
-    message = f"a rank needs {_gib(sum(needed.values()))} GiB but has {_gib(limit)}:\n{as_text(needed, limit)}\n"
+    message = f"a rank needs {_size(sum(needed.values()))} but has {_size(limit)}:\n{as_text(needed, limit)}\n"
     for change in _smaller(config, ranks.n_data):
         smaller = dataclasses.replace(config, **change)
         n_data = ranks.n_ranks // smaller.vocab_parallel
@@ -148,9 +148,9 @@ def _flag(name: str, value: Any) -> str:
 
 
 def as_text(needed: dict[str, int], limit: int) -> str:
-    lines = [f"  {name:<24}{_gib(size):>9} GiB" for name, size in needed.items()]
-    return "\n".join([*lines, f"  {'total':<24}{_gib(sum(needed.values())):>9} GiB of {_gib(limit)}"])
+    lines = [f"  {name:<24}{_size(size):>13}" for name, size in needed.items()]
+    return "\n".join([*lines, f"  {'total':<24}{_size(sum(needed.values())):>13} of {_size(limit)}"])
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
