@@ -337,7 +337,7 @@ def test_another_configuration_or_corpus_is_refused(flags, tmp_path, capsys):
         (["--batch-size", "4000"], "is too short for 4000 columns of at least 2; use a smaller batch_size"),
         (["--eval-batch-size", "1000000000000"], "eval_batch_size must be at most"),
         (["--backend", "cuda"], "backend 'cuda' is not available"),
-        (["--memory-gib", "0.3"], "a rank needs 0.5"),
+        (["--memory-gib", "0.3"], "MiB but has 307.20 MiB:"),
         (["--evaluate"], "has no best model"),
     ],
 )
