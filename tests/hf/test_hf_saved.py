@@ -20,8 +20,17 @@ from fused_mos.hf import replace_head
 SAVED = ("gpt2", "llama", "mixtral", "cohere")  # tied, untied, with weights that transformers converts, and a scale
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the fresh processes: on some processors torch's products have other bits with more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, one_thread):
     """Saved models, each with logits.pt, those of `tokens()`, and model.pickle."""
     root = tmp_path_factory.mktemp("saved")
     for name in SAVED:
