@@ -52,6 +52,8 @@ for backend in ("auto", "reference"):
 def test_the_first_line_says_that_the_compiled_kernels_are_missing(tmp_path):
     package = Path(fused_mos.__file__).parent
     shutil.copytree(package, tmp_path / "fused_mos", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    # else an editable install would find its own
+    (tmp_path / "fused_mos" / "_cpu.py").write_text("raise ImportError")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", BACKENDS]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
