@@ -1,7 +1,6 @@
 """Plots of speed and memory from the JSON under results/machines/: a training step beside its peers, for README.md, and
 each machine's times along N, K, D and V. (Other plots are made by the scripts that measure.)"""
 
-import json
 import textwrap
 from collections.abc import Callable
 
@@ -10,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fused_mos.runtime import plots
 
-from .tables import MACHINES, OURS, SHAPE_NAMES, rows_of
+from .tables import MACHINES, OURS, SHAPE_NAMES, recorded, rows_of
 
 README_MACHINE = "amd-epyc-family-25-model-17-avx512_bf16-2-threads"
 """The machine whose training step README.md shows."""
@@ -37,7 +36,6 @@ would flatten all the others."""
 def step_bars(machine: str) -> Figure:
     """Bars of the time and memory that a training step of the head takes by contender, for three shapes. Contenders
     that could not run have a dash, and the reason below."""
-    about = json.loads((MACHINES / f"{machine}.json").read_text(encoding="utf-8"))
     cases = rows_of(machine, "shapes")
     figure = Figure(figsize=(8, 6.6), layout="constrained")
     panels = figure.subplots(2, len(SHAPES), sharey=True)
@@ -54,7 +52,7 @@ def step_bars(machine: str) -> Figure:
         axes.get_yticklabels()[0].set_fontweight("bold")
     panels[0, 0].set_ylim(len(CONTENDERS) - 0.5, -0.5)  # ours on top, in all panels
     title = "Forward and backward of the head, N × K × D × V; {device}, {instruction set}, {threads} threads"
-    plots.legend_above(figure, panels[0, 0], columns=len(DTYPES), title=title.format(**about))
+    plots.legend_above(figure, panels[0, 0], columns=len(DTYPES), title=title.format(**recorded(machine)))
     notes = [textwrap.fill(note, 150, subsequent_indent="  ") for note in _missing(cases)]
     figure.supxlabel("\n".join(notes), x=0.01, ha="left", fontsize=7)
     return figure

@@ -307,8 +307,6 @@ def test_extra_memory_at_a_large_vocabulary():
 def test_the_workspace_is_as_large_as_it_may_be(n, v, dtype):
     """Also where lanes of no row and the statistics of each panel are a large part of it."""
     case = problem(n, 1, 8, v).to(dtype)
-    tokens, classes = cpu._held_exponentials(n, 1, case.weight)
-    assert tokens == n or tokens == 0 or classes == v
     _cpu.reset_peak_bytes()
     case.nll(backend="cpu").backward()
     assert 0 < _cpu.peak_bytes() <= cpu.FORWARD_WORKSPACE_BYTES + 2**20

@@ -6,7 +6,7 @@ from torch import Tensor
 # import it after torch, so that both use the OpenMP runtime that torch loaded
 from .. import _cpu  # type: ignore[attr-defined]  # compiled, without stubs
 from . import cpu_operands
-from .cpu_operands import address, empty_statistics, equal_blocks, head_of, padded_classes, rows_of_block
+from .cpu_operands import BLOCK, address, empty_statistics, equal_blocks, head_of, padded_classes
 from .reference import log_softmax_prior
 from .transform import IDENTITY, Transform
 
@@ -17,7 +17,10 @@ MIN_ROWS = 40
 def _tokens_of_block(n_tokens: int, n_experts: int, n_classes: int, n_features: int) -> int:
     """Number of tokens whose exponentials over the whole vocabulary fit in the workspace; 0 if it is too small."""
     bytes_of_row = 4 * (padded_classes(n_classes) + n_features)
-    return equal_blocks(n_tokens, rows_of_block(cpu_operands.WORKSPACE_BYTES // bytes_of_row) // n_experts)
+    rows = cpu_operands.WORKSPACE_BYTES // bytes_of_row
+    if rows > BLOCK:
+        rows -= rows % BLOCK
+    return equal_blocks(n_tokens, rows // n_experts)
 
 
 def one_sweep_pays(n_tokens: int, n_experts: int, n_classes: int, n_features: int) -> bool:

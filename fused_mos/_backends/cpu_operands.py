@@ -20,11 +20,6 @@ def padded_classes(n_classes: int) -> int:
     return (n_classes + PANEL - 1) // PANEL * PANEL
 
 
-def rows_of_block(rows: int) -> int:
-    """`rows`, rounded down to whole blocks of the kernels if there is more than one."""
-    return rows - rows % BLOCK if rows > BLOCK else rows
-
-
 def equal_blocks(n: int, most: int) -> int:
     """The block size that cuts n into the fewest blocks of at most `most`, all of about one size; 0 if `most` is 0."""
     if most == 0:

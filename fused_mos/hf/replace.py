@@ -66,11 +66,12 @@ def replace_head(
     config = copy.deepcopy(model.config)
     config.__class__ = classes.config
     config.mos = options.to_dict()
-    attributes = {}
+    attributes = {"loss_type": getattr(model, "loss_type", None)}
     try:
         _put(model, name, _State(classes.model, config, head, {}))
+        name_default_loss(model)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        attributes = after.neutralise(model)
+        attributes |= after.neutralise(model)
         _compare_losses(model, head)
     except BaseException:
         _put(model, name, before)
@@ -134,9 +135,8 @@ def _check(model: PreTrainedModel) -> nn.Linear:
         )
     if more := addition(linear, nn.Linear):
         raise ValueError(f"the lm_head of {name} must be a plain nn.Linear, but it {more}; remove that first")
-    name_default_loss(model)
-    if model.loss_function is not ForCausalLMLoss:
-        loss = getattr(model.loss_function, "__name__", model.loss_function)
+    if (loss := _loss_function(model)) is not ForCausalLMLoss:
+        loss = getattr(loss, "__name__", loss)
         raise ValueError(f"the loss of {name} must be transformers' ForCausalLMLoss, got {loss}")
     if _has_optimizer(model):
         raise ValueError(
@@ -144,6 +144,15 @@ def _check(model: PreTrainedModel) -> nn.Linear:
             "first, and make the optimizer afterwards"
         )
     return linear
+
+
+def _loss_function(model: PreTrainedModel) -> Any:
+    """Return the model's loss, without transformers' warning if its class names none."""
+    loss_type = getattr(model, "loss_type", None)
+    name_default_loss(model)
+    found = model.loss_function
+    model.loss_type = loss_type  # type: ignore[assignment]
+    return found
 
 
 def _has_optimizer(model: nn.Module) -> bool:

@@ -316,6 +316,7 @@ def test_models_that_cannot_have_it():
     model = make("gpt2")
     model.loss_function = lambda logits, labels, **_: logits.sum()
     refused(model, ValueError, "must be transformers' ForCausalLMLoss, got <lambda>")
+    assert model.loss_type is None, "it stays as it was"
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(make("gpt2").config)
     refused(model, ValueError, "not in memory")
