@@ -15,8 +15,12 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def published(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
     """The paper's published code: K distributions of V words for every token, their mean, and its logarithm."""
-    probability = (torch.softmax(linear(z, w, b), -1) * torch.softmax(a, -1).to(z.dtype)[..., None]).sum(1)
-    return nll_loss(torch.log(probability + 1e-8), y)
+    return nll_loss(torch.log(published_probabilities(z, a, w, b) + 1e-8), y)
+
+
+def published_probabilities(z: Tensor, a: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """(N, V), by the same code."""
+    return (torch.softmax(linear(z, w, b), -1) * torch.softmax(a, -1).to(z.dtype)[..., None]).sum(1)
 
 
 def log_sum_exp(z: Tensor, a: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:

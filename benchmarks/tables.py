@@ -160,6 +160,17 @@ def training(machine: str) -> str:
     return with_notes(["recipe", "", "words/s", "time ÷ ours", "memory"], found, machine, "training")
 
 
+def generation(machine: str) -> str:
+    found = []
+    for (case, _, operation), contenders in measured(machine, "generation"):
+        first = [case, operation]
+        for name, row in contenders.items():
+            cells = [f"{row['words a second'][0]:,.0f}", times_ours(row)]
+            found.append([*first, f"**{name}**" if name == OURS else name, *cells])
+            first = ["", ""]
+    return with_notes(["model", "drawn from", "", "words/s", "time ÷ ours"], found, machine, "generation")
+
+
 def about(machine: str) -> str:
     """The processor, the versions and the dates of a machine's rows."""
     facts = recorded(machine)
@@ -239,5 +250,6 @@ OF_A_MACHINE: dict[str, Callable[[str], str]] = {
     "vocabulary": vocabulary,
     "options": options,
     "training": training,
+    "generation": generation,
 }
 """The table or text that a document's `<!-- table: NAME MACHINE -->` stands for, by NAME."""

@@ -100,6 +100,7 @@ def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
         {"figure": "tokens"},
         {"figure": "options", "times the mean loss": [1, 1, 1], "by products": 1.0},
         {"figure": "training", "words a second": [1, 1, 1]},
+        {"figure": "generation", "words a second": [1, 1, 1]},
     ]
     for kept in ([], [row()], [row("published code", **about) for about in figures]):
         machine = record_anew(tmp_path, monkeypatch, kept)
@@ -112,7 +113,7 @@ def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
         assert (tables.MACHINES / f"{machine}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("figure", ["shapes", "experts", "vocabulary", "operations", "options", "training"])
+@pytest.mark.parametrize("figure", ["shapes", "experts", "vocabulary", "operations", "options", "training", "generation"])
 def test_what_could_not_run_is_named_below_the_table(figure, tmp_path, monkeypatch):
     """Without a row of its own, and with the cases where it failed, unless it failed in all."""
     about = {"figure": figure, "words a second": [1, 1, 1], "times the mean loss": [1, 1, 1], "by products": 1.0}

@@ -25,8 +25,8 @@ class WeightDropLSTM(nn.Module):
         most 16 columns and an even hidden_size of at most 1,152; there, double backward is not supported. Sums and cell
         states stay float32.
 
-    On a CPU, native kernels compute float32 layers with at least 64 units over at least 8 steps of at most 32 columns.
-    Everything else uses torch.lstm.
+    On a CPU, native kernels compute float32 layers with at least 64 units over at least 8 steps of at most 32 columns,
+    and torch.lstm_cell a single step. Everything else uses torch.lstm.
     """
 
     def __init__(
@@ -70,6 +70,10 @@ class WeightDropLSTM(nn.Module):
             if (result := self._by_kernel(x, hidden)) is not None:
                 return result
             weights = [self.weight_ih_l0, self._recurrent(), self.bias_ih_l0, self.bias_hh_l0]
+            if x.device.type == "cpu" and x.shape[0] == 1:
+                # oneDNN's sequence kernel would first copy all weights into its own layout
+                h, c = torch.lstm_cell(x[0], [state[0] for state in hidden], *weights)
+                return h[None], (h[None], c[None])
             # the kernel of nn.LSTM, for a weight that is not a Parameter; only cuDNN uses `train`
             output, h, c = torch.lstm(x, hidden, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
         return output, (h, c)

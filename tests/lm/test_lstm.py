@@ -23,6 +23,31 @@ def test_is_torchs_without_weight_drop():
     assert torch.equal(output, expected) and torch.equal(last_h, expected_h) and torch.equal(last_c, expected_c)
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+def test_a_single_step_does_not_copy_the_weights(drop, monkeypatch):
+    """torch.lstm_cell takes it, with torch.lstm's results and first and second derivatives."""
+    layer = WeightDropLSTM(D, H, drop).double()
+    inputs = [torch.randn(1, B, size, dtype=torch.float64, requires_grad=True) for size in (D, H, H)]
+
+    def results():
+        torch.manual_seed(5)
+        output, (h, c) = layer(inputs[0], tuple(inputs[1:]))
+        first = torch.autograd.grad(output.sin().sum() + h.sum() + c.cos().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [*inputs, *layer.parameters()])
+        return output, h, c, *first, *second
+
+    def by_torch_lstm(x, state, *weights):
+        _, h, c = torch.lstm(x[None], [part[None] for part in state], weights, True, 1, 0.0, True, False, False)
+        return h[0], c[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "lstm", lambda *_: pytest.fail("it was called"))
+        ours = results()
+    monkeypatch.setattr(torch, "lstm_cell", by_torch_lstm)
+    for mine, theirs in zip(ours, results(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
 def test_computes_in_the_parameters_dtype_under_autocast():
     layer, hidden = WeightDropLSTM(D, H), (torch.zeros(1, B, H), torch.zeros(1, B, H))
     x = torch.randn(T, B, D)
