@@ -118,6 +118,20 @@ LstmArguments lstm(int64_t n_steps, int64_t batch, int64_t width, bool bf16, int
           at<float>(grad_c0)};
 }
 
+void matrix_product(int64_t rows, int64_t columns, int64_t depth, bool bf16, int n_threads, Address left,
+                    int64_t left_stride, bool left_steps, Address right, int64_t right_stride, bool right_steps,
+                    Address bias, Address out) {
+  kernels_for(bf16).matrix_product({rows,
+                                    columns,
+                                    depth,
+                                    bf16,
+                                    n_threads,
+                                    {at<const float>(left), left_stride, left_steps},
+                                    {at<const float>(right), right_stride, right_steps},
+                                    at<const float>(bias),
+                                    at<float>(out)});
+}
+
 }  // namespace
 
 // Addresses are keyword arguments, since they all have the same type and are easily swapped.
@@ -159,6 +173,10 @@ PYBIND11_MODULE(_cpu, m) {
                                            "grad_c0"_a = 0);
   m.def("lstm_forward", [](const LstmArguments& a) { kernels_for(a.bf16).lstm_forward(a); }, released);
   m.def("lstm_backward", [](const LstmArguments& a) { kernels_for(a.bf16).lstm_backward(a); }, released);
+
+  m.def("matrix_product", &matrix_product, released, by_keyword, "rows"_a, "columns"_a, "depth"_a, "bf16"_a,
+        "n_threads"_a, "left"_a, "left_stride"_a, "left_steps"_a, "right"_a, "right_stride"_a, "right_steps"_a,
+        "bias"_a, "out"_a);
 
   m.def("instruction_set", [] { return chosen_kernels().name; });
   m.def("instruction_sets", [] {

@@ -15,5 +15,6 @@ void mixture_in_one_sweep(const Head&, const OneSweepArguments&);
 void sample(const Head&, const SampleArguments&);
 void lstm_forward(const LstmArguments&);
 void lstm_backward(const LstmArguments&);
+void matrix_product(const ProductArguments&);
 
 }  // namespace fused_mos::FUSED_MOS_NAMESPACE

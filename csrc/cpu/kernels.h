@@ -140,6 +140,24 @@ struct LstmArguments {
   float* grad_c0;            // (B, H); in, the gradient of the last cell state; out, that of c0
 };
 
+// An operand of `lanes` rows of A or columns of B, each with `depth` terms: number (lane, step) is
+// data[lane · stride + step] if the steps are contiguous, else data[step · stride + lane].
+struct MatrixOperand {
+  const float* data;
+  int64_t stride;
+  bool steps_are_contiguous;
+};
+
+// out (M, N) = A (M, depth) · B (depth, N) + bias
+struct ProductArguments {
+  int64_t rows, columns, depth;
+  bool bf16;  // round the operands to bfloat16 if that is faster
+  int n_threads;
+  MatrixOperand left, right;
+  const float* bias;  // (N,) or null
+  float* out;         // (M, N)
+};
+
 struct Kernels {
   const char* name;
   bool bf16_products;  // true if bfloat16 operands are multiplied directly, false if they are widened to float32
@@ -152,6 +170,7 @@ struct Kernels {
   void (*sample)(const Head&, const SampleArguments&);
   void (*lstm_forward)(const LstmArguments&);
   void (*lstm_backward)(const LstmArguments&);
+  void (*matrix_product)(const ProductArguments&);
   void (*exponentials)(const float*, float*, int64_t);         // exp of numbers ≤ 0, for tests
   void (*logarithms)(const float*, float*, int64_t);           // log of positive numbers, for tests
   void (*hyperbolic_tangents)(const float*, float*, int64_t);  // tanh, for tests

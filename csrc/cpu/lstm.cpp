@@ -15,16 +15,38 @@ constexpr int kGates = 4;
 constexpr int kVectors = 2;  // vectors of packed weights' columns in one product
 constexpr Index kColumns = kVectors * kLanes;
 
+// most rows of the batch in one product
 #if defined(__AMX_BF16__)
-constexpr int kRows = 16;  // rows of the batch in one product
+constexpr int kMostRows = 16;
 #elif defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 12;  // sums take 24 of 32 vector registers
+constexpr int kMostRows = 12;  // sums take 24 of 32 vector registers
 #else
-constexpr int kRows = 6;  // sums take 12 of 16 vector registers
+constexpr int kMostRows = 6;  // sums take 12 of 16 vector registers
 #endif
+
+// Calls f(Count<rows>{}) with the rows of each product, so that few of them are padding: 15 rows are two times 8, not
+// two times 12. Tile registers compute all rows in the same time.
+template <class F>
+void with_rows(Index batch, F f) {
+#ifdef __AMX_BF16__
+  (void)batch;
+  f(Count<kMostRows>{});
+#else
+  constexpr int kPart = kMostRows / 6;
+  switch (ceil_div(ceil_div(batch, ceil_div(batch, kMostRows)), kPart)) {
+    case 1:
+    case 2: return f(Count<2 * kPart>{});
+    case 3: return f(Count<3 * kPart>{});
+    case 4: return f(Count<4 * kPart>{});
+    case 5: return f(Count<5 * kPart>{});
+    default: return f(Count<6 * kPart>{});
+  }
+#endif
+}
 
 // Computes out (kRows, kColumns) = Σ_s a[r·a_row + s] · w[s, :], where w (steps, kColumns) are packed weights.
 #ifdef __AMX_BF16__
+template <int kRows>
 ALWAYS_INLINE void step_product(const Pair* a, Index a_row, const Pair* w, Index steps, float* out) {
   constexpr Index kStride = kColumns * sizeof(Pair), kAhead = 4 * kTileSteps * kVectors;  // lines
   asm volatile("" ::: "memory");  // GCC 12 does not know that tile loads read memory
@@ -42,7 +64,7 @@ ALWAYS_INLINE void step_product(const Pair* a, Index a_row, const Pair* w, Index
   _tile_stored(1, out + kLanes, kStride);
 }
 #else
-template <class Op>
+template <int kRows, class Op>
 ALWAYS_INLINE void step_product(const Op* a, Index a_row, const Op* w, Index steps, float* out) {
   constexpr Index kAhead = 16;  // steps
   Vector sum[kRows][kVectors] = {};
@@ -91,7 +113,7 @@ ALWAYS_INLINE Vector sigmoid(Vector x) {
 
 // State that all threads write and read: h, or the gates' gradients, as the left operand of the next step's product. It
 // has two buffers: one is written while the other is read. Padding rows and steps are 0.
-template <class Op, class Stored>
+template <int kRows, class Op, class Stored>
 class Exchange {
  public:
   Exchange(Index rows, Index width)
@@ -119,9 +141,10 @@ struct StoredAs<Pair> {
   using type = Bfloat16;
 };
 
-template <class Op>
+template <int kRows, class Op>
 class Lstm {
   using Stored = typename StoredAs<Op>::type;
+  using Exchanged = Exchange<kRows, Op, Stored>;
   static constexpr int kDepth = Element<Op>::kDepth;
   static constexpr Index kHalves = kGates / kVectors;  // products per unit, each for kVectors gates
 
@@ -130,7 +153,7 @@ class Lstm {
 
   void forward() const {
     const Index groups = ceil_div(a_.width, kLanes), steps = steps_of<Op>(a_.width), block = steps * kColumns;
-    const Exchange<Op, Stored> states(a_.batch, a_.width);
+    const Exchanged states(a_.batch, a_.width);
     Buffer<Op> packed(groups * kHalves * block);
 #pragma omp parallel num_threads(a_.n_threads)
     {
@@ -152,8 +175,8 @@ class Lstm {
           const Index g = group_at(t, i, mine);
           for (Index first = 0; first < a_.batch; first += kRows) {
             for (Index half = 0; half < kHalves; ++half) {
-              step_product(states.operand(t, first), states.row(), packed + (g * kHalves + half) * block, steps,
-                           sums + half * kRows * kColumns);
+              step_product<kRows>(states.operand(t, first), states.row(), packed + (g * kHalves + half) * block, steps,
+                                  sums + half * kRows * kColumns);
             }
             const Range rows = chunk_at(a_.batch, first, kRows);
             for (Index b = rows.begin; b < rows.end; ++b) {
@@ -168,7 +191,7 @@ class Lstm {
   void backward() const {
     const Index groups = ceil_div(a_.width, kColumns), steps = steps_of<Op>(kGates * a_.width),
                 block = steps * kColumns;
-    const Exchange<Op, Stored> gradients(a_.batch, kGates * a_.width);
+    const Exchanged gradients(a_.batch, kGates * a_.width);
     Buffer<Op> packed(groups * block);
 #pragma omp parallel num_threads(a_.n_threads)
     {
@@ -182,7 +205,7 @@ class Lstm {
         for (Index i = 0; i < mine.size(); ++i) {
           const Index g = group_at(t, i, mine);
           for (Index first = 0; first < a_.batch; first += kRows) {
-            step_product(gradients.operand(t + 1, first), gradients.row(), packed + g * block, steps, sums);
+            step_product<kRows>(gradients.operand(t + 1, first), gradients.row(), packed + g * block, steps, sums);
             const Range rows = chunk_at(a_.batch, first, kRows);
             for (Index b = rows.begin; b < rows.end; ++b) {
               for (Index u = g * kColumns; u < smaller((g + 1) * kColumns, a_.width); u += kLanes) {
@@ -240,8 +263,7 @@ class Lstm {
   }
 
   // c = σ(f) c' + σ(i) tanh(g), h = σ(o) tanh(c), where c' is the cell state before. Stores the gates after σ and tanh.
-  ALWAYS_INLINE void step_forward(Index t, Index b, Index unit, const float* sums,
-                                  const Exchange<Op, Stored>& states) const {
+  ALWAYS_INLINE void step_forward(Index t, Index b, Index unit, const float* sums, const Exchanged& states) const {
     const Index n = units_from(unit);
     Vector gate[kGates];
 #pragma GCC unroll 4
@@ -258,8 +280,7 @@ class Lstm {
     store_some(states.element(t + 1, b, unit), n, state);
   }
 
-  ALWAYS_INLINE void step_backward(Index t, Index b, Index unit, Vector grad_state,
-                                   const Exchange<Op, Stored>& gradients) const {
+  ALWAYS_INLINE void step_backward(Index t, Index b, Index unit, Vector grad_state, const Exchanged& gradients) const {
     const Index n = units_from(unit);
     if (t < 0) return store_some(a_.grad_h0 + at(0, b, unit), n, grad_state);
     Vector gate[kGates], grad[kGates];
@@ -284,13 +305,16 @@ class Lstm {
 
 template <class F>
 void with_products(const LstmArguments& a, F f) {
+  with_rows(a.batch, [&](auto rows) {
+    constexpr int kRows = decltype(rows)::value;
 #if defined(__AMX_BF16__)
-  f(Lstm<Pair>(a));
+    f(Lstm<kRows, Pair>(a));
 #elif defined(__AVX512BF16__)
-  a.bf16 ? f(Lstm<Pair>(a)) : f(Lstm<float>(a));
+    a.bf16 ? f(Lstm<kRows, Pair>(a)) : f(Lstm<kRows, float>(a));
 #else
-  f(Lstm<float>(a));
+    f(Lstm<kRows, float>(a));
 #endif
+  });
 }
 
 }  // namespace

@@ -97,9 +97,12 @@ namespace fused_mos::FUSED_MOS_NAMESPACE {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    FUSED_MOS_ISA_NAME, kBf16Products,        row_statistics, rows_backward, nll_with_gradients, mixture,
-    mixture_backward,   mixture_in_one_sweep, sample,         lstm_forward,  lstm_backward,      exponentials,
-    logarithms,         hyperbolic_tangents,  peak_gflops,
+    FUSED_MOS_ISA_NAME, kBf16Products,        row_statistics,
+    rows_backward,      nll_with_gradients,   mixture,
+    mixture_backward,   mixture_in_one_sweep, sample,
+    lstm_forward,       lstm_backward,        matrix_product,
+    exponentials,       logarithms,           hyperbolic_tangents,
+    peak_gflops,
 };
 
 }  // namespace fused_mos::FUSED_MOS_NAMESPACE

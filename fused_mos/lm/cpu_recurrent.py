@@ -1,7 +1,8 @@
 """One LSTM layer over a whole sequence on a CPU (csrc/cpu/lstm.cpp), with float32 or bfloat16 products.
 
 Products that do not depend on the previous step (those of the inputs, and the gradients of weights and inputs) are
-computed over all steps at once, by torch. Sums and cell states are float32.
+computed over all steps at once, by torch or, where it is faster, by csrc/cpu/matrix_product.cpp. Sums and cell states
+are float32.
 """
 
 import contextlib
@@ -27,6 +28,9 @@ MAX_BATCH = 32
 """Most rows: for more, torch.lstm's products of all rows at once are faster."""
 
 MIN_WIDTH = 64
+
+NATIVE_PRODUCTS = ("avx512_bf16",)
+"""Instruction sets whose own products are faster than torch's: 1.0 to 1.5 times in float32, up to 1.8 in bfloat16."""
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -66,8 +70,7 @@ class _Lstm(torch.autograd.Function):
     def forward(ctx, bf16: bool, x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh):
         n_steps, batch_size, _ = x.shape
         width = weight_hh.shape[1]
-        with _products(bf16):
-            gates = torch.addmm(bias_ih + bias_hh, x.flatten(0, 1), weight_ih.t())
+        gates = _product(x.flatten(0, 1), weight_ih.t(), bf16, bias_ih + bias_hh)
         weight = weight_hh.contiguous()
         cells, output = (x.new_empty(n_steps, batch_size, width) for _ in range(2))
         _cpu.lstm_forward(_arguments(bf16, weight, h0, c0, gates, cells, output=_address(output)))
@@ -109,17 +112,52 @@ class _Lstm(torch.autograd.Function):
             )
         )
         grad_x = grad_ih = grad_hh = grad_bias = None
-        with torch.autocast("cpu", enabled=False), _products(ctx.bf16):
+        with torch.autocast("cpu", enabled=False):
             if wants_x:
-                grad_x = (grad_gates @ weight_ih).view_as(x)
+                grad_x = _product(grad_gates, weight_ih, ctx.bf16).view_as(x)
             if wants_ih:
-                grad_ih = grad_gates.t() @ x.flatten(0, 1)
+                grad_ih = _product(grad_gates.t(), x.flatten(0, 1), ctx.bf16)
             if wants_hh:
-                grad_hh = grad_gates.t() @ torch.cat([h0, output[:-1]]).flatten(0, 1)
+                grad_hh = _product(grad_gates.t(), torch.cat([h0, output[:-1]]).flatten(0, 1), ctx.bf16)
         if any(wants_bias):
             grad_bias = grad_gates.sum(0)
         of_biases = grad_bias, grad_bias.clone() if all(wants_bias) else grad_bias  # the caller may write to each
         return None, grad_x, grad_h0, grad_c0 if wants_c0 else None, grad_ih, grad_hh, *of_biases
+
+
+def _product(left: Tensor, right: Tensor, bf16: bool, bias: Tensor | None = None) -> Tensor:
+    """left (M, depth) · right (depth, N) + bias (N,), float32."""
+    if _cpu.instruction_set() not in NATIVE_PRODUCTS:
+        with _products(bf16):
+            return left @ right if bias is None else torch.addmm(bias, left, right)
+    left, left_stride, left_steps = _operand(left)
+    columns, right_stride, right_steps = _operand(right.t())
+    out = left.new_empty(left.shape[0], columns.shape[0])
+    _cpu.matrix_product(
+        rows=left.shape[0],
+        columns=columns.shape[0],
+        depth=left.shape[1],
+        bf16=bf16,
+        n_threads=torch.get_num_threads(),
+        left=_address(left),
+        left_stride=left_stride,
+        left_steps=left_steps,
+        right=_address(columns),
+        right_stride=right_stride,
+        right_steps=right_steps,
+        bias=_address(bias),
+        out=_address(out),
+    )
+    return out
+
+
+def _operand(matrix: Tensor) -> tuple[Tensor, int, bool]:
+    """A matrix (lanes, steps) with the stride of the dimension that is not contiguous, and whether that is the
+    lanes."""
+    if matrix.stride(0) == 1:
+        return matrix, matrix.stride(1), False
+    matrix = matrix.contiguous()
+    return matrix, matrix.shape[1], True
 
 
 def _arguments(bf16: bool, weight, h0, c0, gates, cells, **addresses: int):

@@ -57,7 +57,17 @@ def error(found, expected):
 
 @pytest.mark.parametrize(
     ("n_steps", "batch_size", "n_features", "width"),
-    [(1, 1, 1, 1), (3, 2, 5, 7), (5, 12, 9, 33), (4, 13, 17, 48), (9, 17, 20, 100), (6, 33, 11, 70)],
+    [
+        (1, 1, 1, 1),
+        (3, 2, 5, 7),
+        (4, 3, 8, 20),
+        (4, 6, 8, 20),
+        (3, 7, 6, 19),
+        (5, 12, 9, 33),
+        (4, 13, 17, 48),
+        (9, 17, 20, 100),
+        (6, 33, 11, 70),
+    ],
 )
 @pytest.mark.parametrize("products", [None, torch.bfloat16])
 def test_results_are_those_of_float64(instruction_set, n_steps, batch_size, n_features, width, products):
@@ -102,6 +112,61 @@ def test_the_number_of_threads_changes_no_bit(instruction_set, products):
         torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(run, runs[0]))
+
+
+@pytest.fixture
+def native_products(instruction_set, monkeypatch):
+    """The products over all steps by the native kernels, on every instruction set."""
+    monkeypatch.setattr(cpu_recurrent, "NATIVE_PRODUCTS", (instruction_set,))
+
+
+def transposed(matrix):
+    """The same matrix, with contiguous columns."""
+    return matrix.t().contiguous().t()
+
+
+def between_others(matrix):
+    """The same matrix, with no contiguous dimension."""
+    return matrix.repeat_interleave(2, 1)[:, ::2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"),
+    [(1, 1, 1), (7, 3, 50), (8, 16, 48), (9, 33, 47), (203, 37, 340), (30, 1100, 49), (20, 1025, 16), (0, 5, 4)],
+)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_products_over_all_steps(native_products, rows, depth, columns, bf16):
+    left, right, bias = torch.randn(rows, depth), torch.randn(depth, columns), torch.randn(columns)
+    rounds = bf16 and cpu_recurrent._cpu.bf16_products()
+    exact = [matrix.bfloat16().double() if rounds else matrix.double() for matrix in (left, right)]
+    layouts, expected, terms = (transposed, between_others, torch.Tensor.clone), exact[0] @ exact[1], depth**0.5
+    found = [cpu_recurrent._product(of_left(left), right, bf16) for of_left in layouts]
+    found += [cpu_recurrent._product(left, of_right(right), bf16) for of_right in layouts]
+    assert all(torch.equal(product, found[0]) for product in found), "a layout changes a bit"
+    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=1e-6 * terms * 4)
+    with_bias = cpu_recurrent._product(left, right, bf16, bias)
+    torch.testing.assert_close(with_bias.double(), expected + bias, rtol=0, atol=1e-6 * terms * 4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_number_of_threads_changes_no_bit_of_a_product(native_products, bf16):
+    left, right, before = torch.randn(250, 600), torch.randn(600, 500), torch.get_num_threads()
+    products = []
+    try:
+        for n_threads in (1, 2, 3, 16):
+            torch.set_num_threads(n_threads)
+            products.append(cpu_recurrent._product(left, right, bf16))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(product, products[0]) for product in products)
+
+
+def test_a_layer_by_native_products_alone(native_products):
+    inputs = problem(9, 15, 20, 100)
+    expected = results(torch_lstm, [tensor.double() for tensor in inputs])
+    for products, most in ((None, 1e-6), (torch.bfloat16, 1e-2)):
+        for name, found in results(kernel(products), inputs).items():
+            assert error(found, expected[name]) < most, name
 
 
 def test_extreme_gates_stay_finite(instruction_set):
