@@ -283,6 +283,48 @@ void test_lstm(const Kernels& kernels, int64_t steps, int64_t batch, int64_t wid
   compare("gradient by c0", p.grad_c0, p.expected_grad_c0);
 }
 
+// Multiplies two matrices, each in both layouts. Numbers of few bits make all products exact.
+void test_product(const Kernels& kernels, int64_t rows, int64_t depth, int64_t columns, bool bf16, int n_threads,
+                  Outcome& outcome) {
+  Floats left(rows * depth), left_transposed(rows * depth), right(depth * columns), right_transposed(depth * columns),
+      bias(columns), out(rows * columns);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t s = 0; s < depth; ++s)
+      left[i * depth + s] = left_transposed[s * rows + i] = float((3 * i + 5 * s) % 17 - 8);
+  }
+  for (int64_t s = 0; s < depth; ++s) {
+    for (int64_t j = 0; j < columns; ++j)
+      right[s * columns + j] = right_transposed[j * depth + s] = float((7 * s + 2 * j) % 13 - 6);
+  }
+  for (int64_t j = 0; j < columns; ++j) bias[j] = float(j % 5);
+  for (const bool left_steps : {false, true}) {
+    for (const bool right_steps : {false, true}) {
+      kernels.matrix_product(
+          {rows,
+           columns,
+           depth,
+           bf16,
+           n_threads,
+           {left_steps ? left.data() : left_transposed.data(), left_steps ? depth : rows, left_steps},
+           {right_steps ? right_transposed.data() : right.data(), right_steps ? depth : columns, right_steps},
+           bias.data(),
+           out.data()});
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) {
+          float expected = bias[j];
+          for (int64_t s = 0; s < depth; ++s) expected += left[i * depth + s] * right[s * columns + j];
+          outcome.add_to_digest(out[i * columns + j]);
+          if (out[i * columns + j] == expected) continue;
+          ++outcome.failures;
+          std::printf("%s, %s: number (%d, %d) of a product is %g, not %g\n", kernels.name,
+                      bf16 ? "bfloat16" : "float32", int(i), int(j), out[i * columns + j], expected);
+          return;
+        }
+      }
+    }
+  }
+}
+
 // One problem smaller than a tile, others with several blocks of rows, panels of classes and chunks of a small
 // workspace, and one with a soft cap and a temperature.
 const Sizes kSizes[] = {
@@ -308,6 +350,8 @@ int main(int argc, char** argv) {
     for (const bool bf16 : {false, true}) {
       test_lstm(kernels_for(bf16), 1, 1, 1, bf16, n_threads, outcome);
       test_lstm(kernels_for(bf16), 5, 13, 37, bf16, n_threads, outcome);
+      test_product(kernels_for(bf16), 1, 1, 1, bf16, n_threads, outcome);
+      test_product(kernels_for(bf16), 19, 1101, 103, bf16, n_threads, outcome);
     }
     std::printf("%s: %d failures, digest %016llx\n", available->name, outcome.failures,
                 (unsigned long long)outcome.digest);
