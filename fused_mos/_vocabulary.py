@@ -24,6 +24,7 @@ from ._inputs import (
     check_reduction,
     check_target,
     check_temperature,
+    explain_nan,
     prepared,
 )
 from ._losses import NLL, Terms
@@ -105,7 +106,7 @@ class Vocabulary(ABC):
         check_reduction(reduction)
         terms = Terms(class_weight, token_weight, label_smoothing, z_loss, extra_log_prob)
         n_external = _losses.check_external(extra_log_prob, latent)
-        with prepared(latent, prior_logits, weight, bias, backend, softcap, n_external) as operands:
+        with prepared(latent, prior_logits, weight, bias, backend, softcap, n_external, weight_later=True) as operands:
             n_classes, computing = self.count_classes(operands), self.of_backend(operands)
             check_filter_eps(grad_filter_eps)
             _losses.check_terms(terms, operands.latent, n_classes, soft=target_prob is not None)
@@ -113,12 +114,15 @@ class Vocabulary(ABC):
                 ignore_index = check_index(target, operands.latent, n_classes, ignore_index, "target")
                 check_numbers("target_prob", target_prob, tuple(target.shape), "(N, M) as target", operands.latent)
                 check_constant("target_prob", target_prob)
-                return _losses.soft_loss(
+                result = _losses.soft_loss(
                     computing, operands.contiguous(), target, target_prob, ignore_index, reduction, terms, return_lse
                 )
-            ignore_index = check_target(target, operands.latent, n_classes, ignore_index)
-            given = operands.contiguous(), target.contiguous(), ignore_index, reduction, grad_filter_eps
-            return _losses.loss(computing, *given, terms, return_lse)
+            else:
+                ignore_index = check_target(target, operands.latent, n_classes, ignore_index)
+                given = operands.contiguous(), target.contiguous(), ignore_index, reduction, grad_filter_eps
+                result = _losses.loss(computing, *given, terms, return_lse)
+            explain_nan(result.nll, operands.weight)
+            return result
 
     def mos_expert_log_prob(
         self,

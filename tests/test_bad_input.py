@@ -6,6 +6,7 @@ from functools import partial
 import numpy
 import pytest
 import torch
+from backends import CPU, TRITON
 
 import fused_mos
 from fused_mos import functional as F
@@ -243,6 +244,30 @@ def test_nan_is_found_in_a_weight_that_was_written_to(fused):
             write()
             with pytest.raises(ValueError, match="weight contains NaN"):
                 F.mos_log_prob(latent, prior_logits, weight)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", CPU, TRITON])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none"}, {"softcap": 3.0}, {"class_weight": torch.arange(float(V))}, {"label_smoothing": 0.1}],
+    ids=str,
+)
+def test_one_nan_in_the_weight_is_found_by_the_loss(backend, dtype, options):
+    """It looks for NaN in the weight only if its result has any."""
+    inputs = _inputs() | {"target": torch.tensor([0, -100, 1, 2])}
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    inputs["weight"][V - 1, D - 1] = torch.nan
+    with pytest.raises(ValueError, match=r"weight contains NaN \(1 of 55 values\)"):
+        F.mos_nll_loss(**inputs, **options, backend=backend)
+
+
+def test_the_loss_does_not_read_the_weight_for_nan_alone(monkeypatch):
+    inputs, read, maximum = _inputs(), [], torch.Tensor.max
+    inputs["weight"].requires_grad_()
+    monkeypatch.setattr(torch.Tensor, "max", lambda self, *args: read.append(self.shape) or maximum(self, *args))
+    F.mos_nll_loss(**inputs, backend="reference")
+    assert inputs["latent"].shape in read and inputs["weight"].shape not in read
 
 
 def test_a_weight_is_read_once_but_in_training(monkeypatch):

@@ -113,7 +113,9 @@ def test_what_was_not_measured_is_left_out(tmp_path, monkeypatch):
         assert (tables.MACHINES / f"{machine}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("figure", ["shapes", "experts", "vocabulary", "operations", "options", "training", "generation"])
+@pytest.mark.parametrize(
+    "figure", ["shapes", "experts", "vocabulary", "operations", "options", "training", "generation"]
+)
 def test_what_could_not_run_is_named_below_the_table(figure, tmp_path, monkeypatch):
     """Without a row of its own, and with the cases where it failed, unless it failed in all."""
     about = {"figure": figure, "words a second": [1, 1, 1], "times the mean loss": [1, 1, 1], "by products": 1.0}
