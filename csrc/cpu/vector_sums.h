@@ -63,8 +63,15 @@ ALWAYS_INLINE void add_to(float* to, Index stride, Index rows, Index columns, co
     }
     return;
   }
+  // Only indices known at compile time let the compiler keep the sums in registers: from here on they are in a copy.
+  Vector copy[kTileRows][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) copy[i][j] = sum[i][j];
+  }
   for (Index i = 0; i < smaller(rows, kTileRows); ++i) {
-    for (int j = 0; j < NV; ++j) add_lanes<starts>(to + i * stride + j * kLanes, columns - j * kLanes, sum[i][j]);
+    for (int j = 0; j < NV; ++j) add_lanes<starts>(to + i * stride + j * kLanes, columns - j * kLanes, copy[i][j]);
   }
 }
 
