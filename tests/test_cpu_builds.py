@@ -10,7 +10,7 @@ import pytest
 _cpu = pytest.importorskip("fused_mos._cpu")
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cpu"
-FAMILY = ("statistics", "gradients", "mixture", "one_sweep", "lstm", "table")
+FAMILY = ("statistics", "gradients", "mixture", "one_sweep", "lstm", "matrix_product", "table")
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
 
