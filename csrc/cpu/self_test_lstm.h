@@ -15,6 +15,10 @@ struct LstmProblem {
   using Floats = std::vector<float>;
   using Doubles = std::vector<double>;
 
+ private:
+  uint64_t state_ = 1;  // of `random`: declared first, since members are initialised in this order
+
+ public:
   LstmProblem(Index steps, Index batch, Index width)
       : t(steps),
         b(batch),
@@ -117,8 +121,6 @@ struct LstmProblem {
       }
     }
   }
-
-  uint64_t state_ = 1;
 };
 
 }  // namespace fused_mos
