@@ -1,4 +1,5 @@
-"""Bad input gets an error that names the argument and both values, before anything is computed."""
+"""Bad input gets an error that names the argument and both values, before anything is computed (but for NaN in a loss's
+weight)."""
 
 import math
 from functools import partial

@@ -12,9 +12,10 @@ using fused_mos::MatrixOperand;
 using fused_mos::ProductArguments;
 
 constexpr Index kStepsOfProduct = 512;
-constexpr Index kTilesOfTask = 24;  // tiles of rows: with so many steps, they stay in the L2 cache
-constexpr Index kBlocksOfTask = 6;  // blocks of columns that reuse them
-constexpr Index kPart = 16;         // steps that are packed at a time
+constexpr Index kTilesOfTask = 24;   // tiles of rows: with so many steps, they stay in the L2 cache
+constexpr Index kBlocksOfTask = 6;   // blocks of columns that reuse them
+constexpr Index kTasksOfThread = 4;  // at least, if there are enough blocks
+constexpr Index kPart = 16;          // steps that are packed at a time
 
 // Rounds `n` numbers of each of the rows [first, first + kDepth) of `from`, which are contiguous, and interleaves them.
 // Rows from `depth` on are 0.
@@ -50,8 +51,8 @@ class MatrixProduct {
       for (Index part = 0; part < parts(a_.left, tiles_); ++part) pack<kTileRows>(a_.left, a_.rows, part, left_);
 #pragma omp for schedule(dynamic)
       for (Index part = 0; part < parts(a_.right, blocks_); ++part) pack<kBlock>(a_.right, a_.columns, part, right_);
-      const Index sets = ceil_div(tiles_, kTilesOfTask), tasks_of_thread = 4;
-      const Index size = smaller(larger(blocks_ * sets / (tasks_of_thread * a_.n_threads), 1), kBlocksOfTask);
+      const Index sets = ceil_div(tiles_, kTilesOfTask);
+      const Index size = smaller(larger(blocks_ * sets / (kTasksOfThread * a_.n_threads), 1), kBlocksOfTask);
 #pragma omp for schedule(dynamic)
       for (Index task = 0; task < ceil_div(blocks_, size) * sets; ++task) {
         multiply_part(chunk_at(tiles_, task % sets * kTilesOfTask, kTilesOfTask),
